@@ -1,0 +1,1 @@
+"""TetriServe: deadline-aware serving for diffusion transformers."""

@@ -1,0 +1,176 @@
+"""Events in, commands out: the whole life of a request, without a clock, a socket or a thread."""
+
+from __future__ import annotations
+
+import logging
+from typing import assert_never
+
+from tetriserve.control.admission import earliest_finish
+from tetriserve.control.tracker import Record, Tracker
+from tetriserve.core.errors import TetriServeError
+from tetriserve.core.events import (
+    Cancelled,
+    Command,
+    Event,
+    FailRequest,
+    FailureKind,
+    FinishRequest,
+    ForgetRequest,
+    Run,
+    StartTask,
+    Submitted,
+    TaskFailed,
+    TaskFinished,
+    TimerFired,
+    WakeAt,
+    WorkerJoined,
+    WorkerLost,
+)
+from tetriserve.core.plan import CostModel, State, Task
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage
+from tetriserve.policies.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyError(TetriServeError):
+    """A policy planned what cannot be: a defect of the policy, not of a request."""
+
+
+class Controller:
+    """Drives requests through a pool of ranks as `policy` says.
+
+    `cost` is corrected by every denoise task that finishes. A request whose workers die more than `max_losses` times
+    is failed alone: it may be what kills them.
+    """
+
+    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 3) -> None:
+        self.policy = policy
+        self.cost = cost
+        self._max_losses = max_losses
+        self._tracker = Tracker()
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What to do about `event`, which happened at `now` (seconds since the engine started).
+
+        Raises:
+            PolicyError: the policy's plan uses a rank, a request or a number of steps that it may not.
+        """
+        commands = self._apply(event, now)
+        plan = self.policy.plan(self.state, now)
+        commands += [self._start(task, now) for task in plan.tasks]
+        if plan.wake_at is not None:
+            commands.append(WakeAt(plan.wake_at))
+        return commands
+
+    @property
+    def state(self) -> State:
+        return self._tracker.state(self.cost)
+
+    def earliest_finish(self, request: Request, now: float) -> float:
+        """When `request` could finish at the earliest if it were admitted now; see `control.admission`."""
+        return earliest_finish(self.state, request, now)
+
+    def _apply(self, event: Event, now: float) -> list[Command]:
+        tracker = self._tracker
+        match event:
+            case Submitted(request):
+                tracker.admit(request, self.earliest_finish(request, now))
+            case Cancelled(request_id):
+                return self._cancel(request_id)
+            case TaskFinished():
+                return self._finish_task(event, now)
+            case TaskFailed():
+                return self._fail_task(event)
+            case WorkerLost(rank):
+                tracker.lose(rank)
+            case WorkerJoined(rank):
+                tracker.ranks.add(rank)
+            case TimerFired():
+                pass
+            case _:
+                assert_never(event)
+        return []
+
+    def _start(self, task: Task, now: float) -> StartTask:
+        self._check(task)
+        record = self._tracker.records[task.request_id]
+        end_s = now + self.cost.switch_s + self._work_s(task, record.request)
+        task_id = self._tracker.take_off(task, now, end_s)
+        return StartTask(
+            task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents
+        )
+
+    def _work_s(self, task: Task, request: Request) -> float:
+        match task.stage:
+            case Stage.ENCODE:
+                return self.cost.encode_s(request)
+            case Stage.DENOISE:
+                return task.num_steps * self.cost.step_times(request)[task.degree]
+            case Stage.DECODE:
+                return self.cost.decode_s(request)
+
+    def _cancel(self, request_id: str) -> list[Command]:
+        """A running task is left to end: tasks are short, and a collective cannot be left by one rank alone."""
+        record = self._tracker.records.get(request_id)
+        if record is None:
+            return []
+        record.is_cancelled = True
+        return [] if record.trajectory.is_running else [self._forget(record)]
+
+    def _finish_task(self, event: TaskFinished, now: float) -> list[Command]:
+        flight, record = self._tracker.land(event.task_id)
+        task, request = flight.task, record.request
+        record.advance(Run(task, flight.start_s, now), event.result)
+        if task.stage is Stage.DENOISE:
+            self.cost = self.cost.observed(request, task.degree, event.elapsed_s / task.num_steps)
+        if record.is_cancelled:
+            return [self._forget(record)]
+        if task.stage is not Stage.DECODE:
+            return []
+        finish = FinishRequest(request, tuple(record.runs), record.predicted_finish_s, event.result)
+        return [finish, self._forget(record)]
+
+    def _fail_task(self, event: TaskFailed) -> list[Command]:
+        _, record = self._tracker.land(event.task_id)
+        if record.is_cancelled:
+            return [self._forget(record)]
+        message = event.message
+        if event.kind is FailureKind.LOST:
+            record.num_losses += 1
+            if record.num_losses <= self._max_losses:
+                logger.warning(
+                    "request %s continues from step %d after a lost task: %s",
+                    record.request.request_id, record.trajectory.steps_done, message,
+                )  # fmt: skip
+                return []
+            message = f"its workers were lost {record.num_losses} times in a row, last: {message}"
+        fail = FailRequest(record.request, tuple(record.runs), record.predicted_finish_s, message)
+        return [fail, self._forget(record)]
+
+    def _forget(self, record: Record) -> ForgetRequest:
+        request_id = record.request.request_id
+        del self._tracker.records[request_id]
+        return ForgetRequest(request_id)
+
+    def _check(self, task: Task) -> None:
+        """Policies are public and may be a third party's; a wrong plan must not reach the workers."""
+        state, record = self.state, self._tracker.records.get(task.request_id)
+        name = type(self.policy).__name__
+        if record is None or record.is_cancelled or record.trajectory.is_running:
+            raise PolicyError(f"{name} planned a task for {task.request_id}, which is not waiting")
+        if not task.ranks or len(set(task.ranks)) < task.degree or not set(task.ranks) <= set(state.idle_ranks):
+            raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {state.idle_ranks}")
+        trajectory = record.trajectory
+        if task.stage is not trajectory.stage:
+            raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {trajectory.stage}")
+        if task.stage is Stage.DENOISE:
+            degrees = self.cost.step_times(record.request)
+            if not 1 <= task.num_steps <= trajectory.remaining_steps or task.degree not in degrees:
+                raise PolicyError(
+                    f"{name} planned {task.num_steps} steps at degree {task.degree} for {task.request_id}; "
+                    f"{trajectory.remaining_steps} steps remain, degrees are {list(degrees)}"
+                )
+        elif task.degree != 1:
+            raise PolicyError(f"{name} planned {task.stage} at degree {task.degree}; it runs at 1")

@@ -1,0 +1,92 @@
+"""Where every request stands, and which ranks live (TetriServe, section 4.1: the request tracker)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from tetriserve.core.events import Run, TensorRef
+from tetriserve.core.plan import CostModel, InFlight, State, Task
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage, Trajectory
+
+
+@dataclass(slots=True)
+class Record:
+    """One unfinished request. `embeds` and `latents` name the last copies of its state in the store."""
+
+    trajectory: Trajectory
+    predicted_finish_s: float
+    embeds: TensorRef | None = None
+    latents: TensorRef | None = None
+    runs: list[Run] = field(default_factory=list)
+    num_losses: int = 0
+    is_cancelled: bool = False
+
+    @property
+    def request(self) -> Request:
+        return self.trajectory.request
+
+    def advance(self, run: Run, result: TensorRef) -> None:
+        """Take in a finished task."""
+        self.runs.append(run)
+        trajectory, task = self.trajectory, run.task
+        match task.stage:
+            case Stage.ENCODE:
+                self.embeds = result
+                self.trajectory = replace(trajectory, is_running=False, is_encoded=True, holders=task.ranks)
+            case Stage.DENOISE:
+                self.latents = result
+                steps_done = trajectory.steps_done + task.num_steps
+                self.trajectory = replace(trajectory, is_running=False, steps_done=steps_done, holders=task.ranks)
+            case Stage.DECODE:
+                self.trajectory = replace(trajectory, is_running=False)
+
+    def set_running(self, is_running: bool) -> None:
+        self.trajectory = replace(self.trajectory, is_running=is_running)
+
+
+class Tracker:
+    """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.in_flight: dict[int, InFlight] = {}
+        self.ranks: set[int] = set()
+        self._next_task_id = 0
+
+    def state(self, cost: CostModel) -> State:
+        return State(
+            trajectories=tuple(
+                record.trajectory for record in self.records.values() if not record.is_cancelled
+            ),
+            in_flight=tuple(self.in_flight.values()),
+            ranks=tuple(sorted(self.ranks)),
+            cost=cost,
+        )
+
+    def admit(self, request: Request, predicted_finish_s: float) -> None:
+        assert request.request_id not in self.records, "request ids are unique among unfinished requests"
+        self.records[request.request_id] = Record(Trajectory(request), predicted_finish_s)
+
+    def take_off(self, task: Task, start_s: float, end_s: float) -> int:
+        """Mark the task as in flight and name it."""
+        task_id = self._next_task_id
+        self._next_task_id += 1
+        self.in_flight[task_id] = InFlight(task_id, task, start_s, end_s)
+        self.records[task.request_id].set_running(True)
+        return task_id
+
+    def land(self, task_id: int) -> tuple[InFlight, Record]:
+        """The task is over, one way or another."""
+        flight = self.in_flight.pop(task_id)
+        record = self.records[flight.task.request_id]
+        record.set_running(False)
+        return flight, record
+
+    def lose(self, rank: int) -> None:
+        """The rank is gone with everything it held; tasks in flight on it end by events of their own."""
+        self.ranks.discard(rank)
+        for record in self.records.values():
+            if rank in record.trajectory.holders:
+                holders = tuple(holder for holder in record.trajectory.holders if holder != rank)
+                record.trajectory = replace(record.trajectory, holders=holders)

@@ -1,0 +1,1 @@
+"""Values that every layer shares: requests, trajectories, plans, events and commands. Standard library only."""

@@ -1,0 +1,63 @@
+"""The one exception tree. Foreign errors are translated into it at the boundary where they enter."""
+
+
+class TetriServeError(Exception):
+    """Root of every error that TetriServe raises on purpose."""
+
+
+class ConfigError(TetriServeError, ValueError):
+    """The operator's mistake at start: the message says what is wrong and how to mend it, in one line."""
+
+
+class CheckpointError(ConfigError):
+    """A model directory is missing, incomplete or of a class that no adapter serves."""
+
+
+class ProfileError(ConfigError):
+    """A profile cannot be read, contradicts itself, or lacks what was asked of it."""
+
+
+class InvalidRequest(TetriServeError, ValueError):
+    """A client's mistake in one request.
+
+    Attributes:
+        param: the offending field, as the client spelt it; None when the whole body is at fault.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a model that this server does not serve."""
+
+
+class QueueFull(TetriServeError):
+    """Admission refused because `max_queue` requests are already waiting."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineInfeasible(TetriServeError):
+    """Admission refused under `deadline_policy: reject`: no schedule in sight meets the deadline.
+
+    Attributes:
+        earliest_finish_s: seconds from now to the earliest finish that could be expected.
+        retry_after_s: seconds after which the same deadline is worth asking for again.
+    """
+
+    def __init__(self, message: str, earliest_finish_s: float, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.earliest_finish_s = earliest_finish_s
+        self.retry_after_s = retry_after_s
+
+
+class RequestFailed(TetriServeError):
+    """An accepted request ended without an image; the message says why."""
+
+
+class ShuttingDown(TetriServeError):
+    """The engine drains and admits nothing more."""

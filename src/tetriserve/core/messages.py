@@ -1,0 +1,95 @@
+"""Messages between the executor and its workers: plain values over a pipe, one union per direction, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tetriserve.core.events import FailureKind, StartTask, TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class RunTask:
+    """Do your part of a task. `group` names the process group of `start.task.ranks`; None for a single rank."""
+
+    start: StartTask
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WarmGroup:
+    """Form the group and run one collective in it, so that the first task pays for neither."""
+
+    group: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropGroup:
+    """Nobody uses this process group any more."""
+
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop what you hold of this request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish and exit."""
+
+
+ToWorker = RunTask | WarmGroup | DropGroup | Forget | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and warm."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The worker cannot serve; it exits after this. `message` is one line for the operator."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent from a thread of its own: the process is not stopped. `num_steps` counts steps since it started."""
+
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWarm:
+    group: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """`result` is None on ranks other than the leader."""
+
+    task_id: int
+    elapsed_s: float
+    result: TensorRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskError:
+    """This rank's part of the task failed. LOST means that a peer went away in a collective.
+
+    `failed_at` is the host's monotonic clock: of several ranks' errors in one task the earliest is the cause.
+    """
+
+    task_id: int
+    kind: FailureKind
+    message: str
+    failed_at: float
+
+
+FromWorker = Ready | StartFailed | Heartbeat | GroupWarm | TaskDone | TaskError

@@ -1,0 +1,92 @@
+"""What policies read and answer: the state of the pool, and the tasks they want started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The unit of dispatch: one stage of one request (for denoise, a run of `num_steps` steps) on a set of ranks.
+
+    `ranks[0]` is the leader: it keeps the copy of the request's state that the task leaves behind.
+    """
+
+    request_id: str
+    stage: Stage
+    ranks: tuple[int, ...]
+    num_steps: int = 0
+
+    @property
+    def degree(self) -> int:
+        """Degree of sequence parallelism."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A task that runs now, with the end that the cost model predicted for it when it started."""
+
+    task_id: int
+    task: Task
+    start_s: float
+    end_s: float
+
+
+class CostModel(Protocol):
+    """What a stage of a request is expected to take, in seconds. Nothing is ever free."""
+
+    def step_times(self, request: Request) -> Mapping[int, float]:
+        """Seconds per denoise step by degree, for the degrees that this request's shape can run at, ascending."""
+        ...
+
+    def encode_s(self, request: Request) -> float: ...
+
+    def decode_s(self, request: Request) -> float: ...
+
+    @property
+    def switch_s(self) -> float:
+        """Fixed cost of starting a task: dispatch and a change of group."""
+        ...
+
+    def observed(self, request: Request, degree: int, step_s: float) -> CostModel:
+        """The same model corrected by one observed step time; `self` is unchanged."""
+        ...
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a policy may know: a snapshot that nobody mutates.
+
+    trajectories: the unfinished ones, in order of arrival.
+    ranks: the living ranks, ascending; ranks busy with `in_flight` tasks included.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+    in_flight: tuple[InFlight, ...]
+    ranks: tuple[int, ...]
+    cost: CostModel
+
+    @cached_property
+    def idle_ranks(self) -> tuple[int, ...]:
+        busy = {rank for flight in self.in_flight for rank in flight.task.ranks}
+        return tuple(rank for rank in self.ranks if rank not in busy)
+
+    @cached_property
+    def waiting(self) -> tuple[Trajectory, ...]:
+        """Trajectories that no task runs for, in order of arrival."""
+        return tuple(trajectory for trajectory in self.trajectories if not trajectory.is_running)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tasks to start now, on ranks idle in the state the plan was made from, and when to ask again at the latest."""
+
+    tasks: tuple[Task, ...] = ()
+    wake_at: float | None = None

@@ -1,0 +1,62 @@
+"""What a client asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """Output size in pixels; `frames` is 1 for an image."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+    @classmethod
+    def parse(cls, size: str) -> Shape:
+        """Read OpenAI's `"WxH"` (width first).
+
+        Raises:
+            ValueError: `size` is not two positive integers joined by `x`.
+        """
+        match = _SIZE.fullmatch(size)
+        if match is None or min(int(match[1]), int(match[2])) == 0:
+            raise ValueError(f"size {size!r} is not of the form WIDTHxHEIGHT, such as 512x512")
+        return cls(height=int(match[2]), width=int(match[1]))
+
+    @property
+    def num_pixels(self) -> int:
+        return self.height * self.width * self.frames
+
+    def __str__(self) -> str:
+        size = f"{self.width}x{self.height}"
+        return size if self.frames == 1 else f"{size}x{self.frames}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One accepted request: exactly one image (a client's `n` images are n requests).
+
+    Times are seconds since the engine started. `priority` orders classes, lower is earlier.
+    """
+
+    request_id: str
+    prompt: str
+    shape: Shape
+    num_steps: int
+    seed: int
+    arrival_s: float
+    deadline_s: float
+    guidance_scale: float = 3.5
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    priority: int = 0
+
+    @property
+    def num_passes(self) -> int:
+        """Transformer forwards per denoise step: classifier-free guidance with a negative prompt needs two."""
+        return 2 if self.negative_prompt is not None and self.true_cfg_scale > 1 else 1

@@ -1,0 +1,6 @@
+"""The live driver of the controller: wall clock, executor, and the clients who wait."""
+
+from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.live import GeneratedImage, LiveEngine
+
+__all__ = ["GeneratedImage", "Generation", "Intake", "LiveEngine"]

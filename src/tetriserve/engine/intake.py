@@ -1,0 +1,145 @@
+"""From what a client wrote to a `Request`: defaults filled in, every mistake named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tetriserve.core.errors import InvalidRequest
+from tetriserve.core.request import Request, Shape
+from tetriserve.models.card import ModelCard
+from tetriserve.profile.cost import ProfileCost
+
+MAX_SEED = 2**63 - 1
+MAX_SLO_S = 24 * 3600.0
+MAX_PRIORITY = 1_000_000
+DEFAULT_TRUE_CFG_SCALE = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a client may say about one image; None leaves the choice to the server.
+
+    `slo_s` is the deadline relative to arrival, in seconds.
+    """
+
+    prompt: str
+    size: str | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
+    slo_s: float | None = None
+    priority: int = 0
+    reject_infeasible: bool = False
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """The rules of admission for one served model."""
+
+    card: ModelCard
+    cost: ProfileCost
+    default_slo_scale: float = 3.0
+    max_steps: int = 200
+    max_prompt_chars: int = 8000
+
+    def request(self, generation: Generation, *, request_id: str, seed: int, now: float) -> Request:
+        """The request that `generation` stands for, arriving at `now`.
+
+        `request_id` and `seed` are used where the client named none.
+
+        Raises:
+            InvalidRequest: a value is out of range; `param` is the field's name in the HTTP body.
+        """
+        shape = self._shape(generation.size)
+        num_steps = _in_range(
+            "num_inference_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps
+        )
+        negative_prompt, true_cfg_scale = self._guidance_pair(generation)
+        request = Request(
+            request_id=request_id,
+            prompt=self._prompt("prompt", generation.prompt),
+            shape=shape,
+            num_steps=int(num_steps),
+            seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
+            arrival_s=now,
+            deadline_s=math.inf,
+            guidance_scale=_in_range(
+                "guidance_scale", generation.guidance_scale, self.card.default_guidance_scale, 0.0, 100.0
+            ),
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
+        )
+        slo_s = self._default_slo_s(request) if generation.slo_s is None else generation.slo_s
+        if not 0 < slo_s <= MAX_SLO_S:
+            raise InvalidRequest(f"slo_ms is {slo_s * 1000:g}; allowed: above 0, at most {MAX_SLO_S * 1000:g}", "slo_ms")
+        return replace(request, deadline_s=now + slo_s)
+
+    def _shape(self, size: str | None) -> Shape:
+        if size is None or size == "auto":
+            return self.card.sizes[0]
+        try:
+            shape = Shape.parse(size)
+        except ValueError as error:
+            raise InvalidRequest(str(error), "size") from error
+        multiple = self.card.size_multiple
+        if shape.height % multiple or shape.width % multiple:
+            raise InvalidRequest(f"size {size!r}: width and height must be multiples of {multiple}", "size")
+        tokens = self.card.num_tokens(shape)
+        low, high = (self.card.num_tokens(measured) for measured in (self.shapes[0], self.shapes[-1]))
+        if not low <= tokens <= high:
+            raise InvalidRequest(
+                f"size {size!r} has {shape.num_pixels} pixels; allowed: {self.shapes[0].num_pixels} "
+                f"({self.shapes[0]}) to {self.shapes[-1].num_pixels} ({self.shapes[-1]})",
+                "size",
+            )
+        longest = max(max(measured.height, measured.width) for measured in self.shapes)
+        if max(shape.height, shape.width) > 2 * longest:
+            raise InvalidRequest(f"size {size!r}: no side may be longer than {2 * longest}", "size")
+        return shape
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.cost.profile.shapes
+
+    def _prompt(self, param: str, prompt: str) -> str:
+        if not prompt.strip():
+            raise InvalidRequest(f"{param} is empty; say what to draw", param)
+        if len(prompt) > self.max_prompt_chars:
+            raise InvalidRequest(
+                f"{param} has {len(prompt)} characters; allowed: at most {self.max_prompt_chars}", param
+            )
+        return prompt
+
+    def _guidance_pair(self, generation: Generation) -> tuple[str | None, float]:
+        """Classifier-free guidance takes a negative prompt and a scale above 1; one without the other does nothing."""
+        negative, scale = generation.negative_prompt, generation.true_cfg_scale
+        if negative is None and scale is None:
+            return None, 1.0
+        if not self.card.has_negative_prompt:
+            raise InvalidRequest(f"{self.card.name} has no negative prompt", "negative_prompt")
+        if negative is None:
+            raise InvalidRequest("true_cfg_scale needs a negative_prompt", "true_cfg_scale")
+        if len(negative) > self.max_prompt_chars:
+            self._prompt("negative_prompt", negative)
+        return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 1.0, 100.0)
+
+    def _default_slo_s(self, request: Request) -> float:
+        """`default_slo_scale` times what the request takes alone at degree 1."""
+        return self.default_slo_scale * (
+            self.cost.encode_s(request)
+            + request.num_steps * next(iter(self.cost.step_times(request).values()))
+            + self.cost.decode_s(request)
+        )
+
+
+def _in_range(param: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise InvalidRequest(f"{param} is {value:g}; allowed: {low:g} to {high:g}", param)
+    return value

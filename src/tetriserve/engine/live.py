@@ -1,0 +1,250 @@
+"""Drives the controller in real time: events from clients and workers in, commands to the executor out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from tetriserve.control.admission import backlog_s
+from tetriserve.control.controller import Controller
+from tetriserve.core.errors import DeadlineInfeasible, QueueFull, RequestFailed, ShuttingDown
+from tetriserve.core.events import (
+    Cancelled,
+    Command,
+    Event,
+    FailRequest,
+    FinishRequest,
+    ForgetRequest,
+    Run,
+    StartTask,
+    Submitted,
+    TimerFired,
+    WakeAt,
+    WorkerJoined,
+)
+from tetriserve.core.plan import State
+from tetriserve.core.request import Request
+from tetriserve.engine.intake import Generation, Intake
+from tetriserve.executor.protocol import Executor
+from tetriserve.workload.outcome import Outcome, Status
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+OnOutcome = Callable[[Outcome], None]
+OnEvent = Callable[[float, Event], None]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """`pixels` are uint8, (height, width, 3); `outcome` says what happened on the way."""
+
+    pixels: np.ndarray
+    outcome: Outcome
+
+
+@dataclass
+class _Client:
+    """Who waits for a request."""
+
+    request: Request
+    image: asyncio.Future[GeneratedImage]
+
+
+class LiveEngine:
+    """The engine on one event loop. `executor` is started already; `intake` holds the rules of admission.
+
+    `on_outcome` hears of every ended request, `on_event` of every event with its time, before it is handled: replayed
+    through an equal controller, those give the same commands.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        executor: Executor,
+        intake: Intake,
+        *,
+        max_queue: int,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self.controller = controller
+        self.intake = intake
+        self._executor = executor
+        self._max_queue = max_queue
+        self._on_event = on_event
+        self._on_outcome: list[OnOutcome] = []
+        self._clients: dict[str, _Client] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._seeds = random.SystemRandom()
+        self._origin = time.monotonic()
+        self._is_draining = False
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    def start(self) -> None:
+        """Take over the executor's ranks. Call on the event loop that everything else will run on."""
+        self._executor.subscribe(self.handle)
+        for rank in sorted(self._executor.ranks):
+            self.handle(WorkerJoined(rank))
+
+    async def stop(self, timeout_s: float = 0.0) -> None:
+        """Admit nothing more, wait up to `timeout_s` for what was accepted, then end the workers."""
+        self._is_draining = True
+        if self._clients:
+            try:
+                await asyncio.wait_for(self._is_empty.wait(), timeout_s)
+            except TimeoutError:
+                logger.warning("%d requests were not finished within %g s", len(self._clients), timeout_s)
+        if self._timer is not None:
+            self._timer.cancel()
+        for client in self._clients.values():
+            if not client.image.done():
+                client.image.set_exception(ShuttingDown("the server shut down before the image was finished"))
+        await self._executor.stop()
+
+    def subscribe(self, on_outcome: OnOutcome) -> None:
+        """Hear of every ended request."""
+        self._on_outcome.append(on_outcome)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the engine started."""
+        return time.monotonic() - self._origin
+
+    @property
+    def state(self) -> State:
+        return self.controller.state
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request sent now would be admitted and run."""
+        return not self._is_draining and bool(self.state.ranks)
+
+    async def generate(self, generation: Generation) -> GeneratedImage:
+        """One image. Cancelling the call cancels the request, which frees its ranks within one task.
+
+        Raises:
+            InvalidRequest, QueueFull, DeadlineInfeasible, ShuttingDown: not admitted.
+            RequestFailed: admitted, but it ended without an image.
+        """
+        return (await self.generate_all([generation]))[0]
+
+    async def generate_all(self, generations: Sequence[Generation]) -> list[GeneratedImage]:
+        """Several images, admitted together or not at all; when one fails, the others are cancelled. Raises as above."""
+        clients = self._admit(generations)
+        try:
+            return list(await asyncio.gather(*(client.image for client in clients)))
+        finally:
+            for client in clients:
+                if not client.image.done() or client.image.cancelled():
+                    self._leave(client)
+
+    def handle(self, event: Event) -> None:
+        """Feed one event to the controller and carry out what it answers."""
+        now = self.now
+        if self._on_event is not None:
+            self._on_event(now, event)
+        for command in self.controller.handle(event, now):
+            self._carry_out(command)
+
+    def _admit(self, generations: Sequence[Generation]) -> list[_Client]:
+        if self._is_draining:
+            raise ShuttingDown("the server is shutting down")
+        now = self.now
+        requests = [
+            self.intake.request(
+                generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now
+            )
+            for generation in generations
+        ]
+        num_waiting = len(self.state.waiting)
+        if num_waiting + len(requests) > self._max_queue:
+            raise QueueFull(
+                f"{num_waiting} requests are waiting and at most {self._max_queue} may", backlog_s(self.state)
+            )
+        for generation, request in zip(generations, requests, strict=True):
+            if generation.reject_infeasible:
+                self._check_feasible(request, now)
+        clients = [_Client(request, asyncio.get_running_loop().create_future()) for request in requests]
+        for client in clients:
+            self._clients[client.request.request_id] = client
+            self._is_empty.clear()
+            self.handle(Submitted(client.request))
+        return clients
+
+    def _check_feasible(self, request: Request, now: float) -> None:
+        finish_s = self.controller.earliest_finish(request, now)
+        late_s = finish_s - request.deadline_s
+        if late_s > 0:
+            raise DeadlineInfeasible(
+                f"deadline in {request.deadline_s - now:.3f} s cannot be met; "
+                f"the earliest finish is expected in {finish_s - now:.3f} s",
+                earliest_finish_s=finish_s - now,
+                retry_after_s=late_s,
+            )
+
+    def _leave(self, client: _Client) -> None:
+        """The client is gone: cancel its request. What still runs of it ends with its task."""
+        request_id = client.request.request_id
+        if self._clients.pop(request_id, None) is None:
+            return
+        client.image.cancel()
+        self._report(Outcome(
+            request=client.request, status=Status.CANCELLED, runs=(), predicted_finish_s=self.now, finish_s=self.now,
+        ))  # fmt: skip
+        self._note_empty()
+        self.handle(Cancelled(request_id))
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case StartTask():
+                self._executor.start_task(command)
+            case WakeAt(time_s):
+                self._wake_at(time_s)
+            case FinishRequest(request, runs, predicted_finish_s, pixels_ref):
+                outcome = self._outcome(request, Status.FINISHED, runs, predicted_finish_s)
+                client = self._clients.pop(request.request_id, None)
+                if client is not None and not client.image.done():
+                    client.image.set_result(GeneratedImage(self._executor.read_pixels(pixels_ref), outcome))
+                self._report(outcome)
+                self._note_empty()
+            case FailRequest(request, runs, predicted_finish_s, message):
+                client = self._clients.pop(request.request_id, None)
+                if client is not None and not client.image.done():
+                    client.image.set_exception(RequestFailed(message))
+                self._report(self._outcome(request, Status.FAILED, runs, predicted_finish_s, message))
+                self._note_empty()
+            case ForgetRequest(request_id):
+                self._executor.forget(request_id)
+            case _:
+                assert_never(command)
+
+    def _outcome(
+        self, request: Request, status: Status, runs: tuple[Run, ...], predicted_finish_s: float, message: str = ""
+    ) -> Outcome:
+        return Outcome(
+            request=request, status=status, runs=runs, predicted_finish_s=predicted_finish_s,
+            finish_s=self.now, message=message,
+        )  # fmt: skip
+
+    def _report(self, outcome: Outcome) -> None:
+        for on_outcome in self._on_outcome:
+            on_outcome(outcome)
+
+    def _wake_at(self, time_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, time_s - self.now)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self.handle, TimerFired())
+
+    def _note_empty(self) -> None:
+        if not self._clients:
+            self._is_empty.set()

@@ -1,0 +1,5 @@
+"""Runs tasks on ranks. The engine knows the protocol alone; `local` supervises processes on this machine."""
+
+from tetriserve.executor.protocol import Executor, OnEvent
+
+__all__ = ["Executor", "OnEvent"]

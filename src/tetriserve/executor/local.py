@@ -1,0 +1,368 @@
+"""Ranks as supervised processes on this machine, one per GPU or CPU slot.
+
+A worker that dies is noticed by its pipe, one that hangs by its missing heartbeats; either is replaced under the same
+rank while the others keep their models. Requests survive through the copies in the tensor store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, assert_never
+
+from tetriserve.config import PoolConfig
+from tetriserve.core.cluster import warm_groups
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.messages import (
+    DropGroup,
+    Forget,
+    FromWorker,
+    GroupWarm,
+    Heartbeat,
+    Ready,
+    RunTask,
+    StartFailed,
+    Stop,
+    TaskDone,
+    TaskError,
+    ToWorker,
+    WarmGroup,
+)
+from tetriserve.core.trajectory import Stage
+from tetriserve.executor.groups import GroupTable
+from tetriserve.executor.processes import end_processes, exit_words, start_context, start_process
+from tetriserve.executor.protocol import OnEvent
+from tetriserve.models.card import ModelCard
+from tetriserve.worker.latents import TensorStore, memory_directory
+from tetriserve.worker.main import worker_main
+from tetriserve.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTART_DELAY_S = 30.0
+
+
+@dataclass
+class _Worker:
+    """One rank's present process, as seen from outside."""
+
+    process: BaseProcess
+    connection: Connection
+    last_sign_s: float
+    num_steps: int = 0
+    last_step_s: float = 0.0
+    is_ready: bool = False
+    verdict: str | None = None
+    """Why it was killed, if we killed it."""
+
+
+@dataclass
+class _Running:
+    """A task in flight: which members have yet to answer, and what the others said."""
+
+    start: StartTask
+    pending: set[int]
+    done: TaskDone | None = None
+    errors: list[TaskError] = field(default_factory=list)
+    lost_reason: str | None = None
+
+
+class LocalExecutor:
+    """See `executor.protocol.Executor`. `adapter` replaces the card's own adapter, for tests."""
+
+    def __init__(self, card: ModelCard, pool: PoolConfig, *, adapter: str | None = None) -> None:
+        self._card = card
+        self._pool = pool
+        self._adapter = adapter
+        self._workers: dict[int, _Worker] = {}
+        self._running: dict[int, _Running] = {}
+        self._groups = GroupTable(pool.max_groups)
+        self._num_failed_starts: dict[int, int] = dict.fromkeys(range(pool.num_ranks), 0)
+        self._restarts: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._warming: set[tuple[str, int]] = set()
+        self._warmed: asyncio.Event = asyncio.Event()
+        self._on_event: OnEvent = lambda event: None
+        self._is_stopping = False
+        self.num_restarts = 0
+        self._context = start_context(pool)
+        self._directory = Path(tempfile.mkdtemp(prefix="tetriserve-", dir=memory_directory()))
+        self._store = TensorStore(self._directory)
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset(rank for rank, worker in self._workers.items() if worker.is_ready)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process id of every rank's present worker."""
+        return {rank: worker.process.pid or 0 for rank, worker in self._workers.items()}
+
+    def subscribe(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    async def start(self, on_progress: Callable[[str], None]) -> None:
+        self._started = asyncio.get_running_loop().create_future()
+        on_progress(f"starting {self._pool.num_ranks} workers")
+        await asyncio.gather(*(self._spawn(rank) for rank in range(self._pool.num_ranks)))
+        on_progress("loading the model")
+        try:
+            await asyncio.wait_for(self._started, self._pool.start_timeout_s)
+        except TimeoutError:
+            await self.stop()
+            raise ConfigError(
+                f"workers were not ready within {self._pool.start_timeout_s:g} s; see the log, or raise --start-timeout"
+            ) from None
+        except ConfigError:
+            await self.stop()
+            raise
+        self._watch = asyncio.create_task(self._watch_heartbeats())
+        on_progress("warming groups")
+        await self._warm_groups()
+
+    def start_task(self, command: StartTask) -> None:
+        task = command.task
+        group = None
+        if task.degree > 1:
+            group = self._groups.name(task.ranks)
+            for ranks, name in self._groups.surplus():
+                self._drop_group(ranks, name)
+        self._running[command.task_id] = running = _Running(command, set(task.ranks))
+        for rank in task.ranks:
+            worker = self._workers.get(rank)
+            if worker is None:  # died between the plan and now
+                running.pending.discard(rank)
+                running.lost_reason = f"rank {rank} is gone"
+            else:
+                worker.last_step_s = time.monotonic()
+                self._send(rank, RunTask(command, group))
+        if running.lost_reason is not None:
+            self._hurry(running)
+            asyncio.get_running_loop().call_soon(self._settle, running)
+
+    def read_pixels(self, ref: TensorRef) -> np.ndarray:
+        return self._store.load_numpy(ref)["pixels"]
+
+    def forget(self, request_id: str) -> None:
+        self._store.drop_request(request_id)
+        for rank in self._workers:
+            self._send(rank, Forget(request_id))
+
+    async def stop(self) -> None:
+        self._is_stopping = True
+        tasks = [task for task in (self._watch, *self._restarts) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for rank in self._workers:
+            self._send(rank, Stop())
+        await asyncio.to_thread(end_processes, [worker.process for worker in self._workers.values()])
+        for worker in self._workers.values():
+            self._unwatch(worker)
+        self._workers.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _spawn(self, rank: int) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=worker_main, args=(self._spec(rank), theirs), name=f"tetriserve-rank-{rank}", daemon=True
+        )
+        try:
+            await asyncio.to_thread(start_process, process, self._pool)
+        finally:
+            theirs.close()  # so that our end reads end-of-file when the worker dies
+        self._workers[rank] = _Worker(process, ours, last_sign_s=time.monotonic())
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._read, rank)
+
+    def _spec(self, rank: int) -> WorkerSpec:
+        device = self._pool.device_of(rank)
+        return WorkerSpec(
+            rank=rank,
+            card=self._card,
+            device=device,
+            backend=self._pool.backend,
+            store=self._directory,
+            num_threads=self._pool.num_threads,
+            heartbeat_s=self._pool.heartbeat_timeout_s / 5,
+            group_timeout_s=self._pool.group_timeout_s,
+            adapter=self._adapter,
+        )
+
+    def _read(self, rank: int) -> None:
+        """Take in what a worker wrote; end-of-file is its death."""
+        worker = self._workers[rank]
+        try:
+            while worker.connection.poll():
+                self._take(rank, worker, worker.connection.recv())
+        except (EOFError, OSError):
+            self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
+
+    def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
+        worker.last_sign_s = time.monotonic()
+        match message:
+            case Heartbeat(num_steps):
+                if num_steps != worker.num_steps:
+                    worker.num_steps, worker.last_step_s = num_steps, worker.last_sign_s
+            case TaskDone() | TaskError():
+                self._answer(rank, message)
+            case GroupWarm(group, error):
+                if error is not None:
+                    logger.warning("rank %d could not warm %s: %s", rank, group, error)
+                self._warming.discard((group, rank))
+                self._check_warm()
+            case Ready():
+                worker.is_ready = True
+                self._num_failed_starts[rank] = 0
+                self._on_event(WorkerJoined(rank))
+                if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:
+                    self._started.set_result(None)
+            case StartFailed(text):
+                if self._started and not self._started.done():
+                    self._started.set_exception(ConfigError(text))
+                logger.error("rank %d cannot start: %s", rank, text)
+            case _:
+                assert_never(message)
+
+    def _answer(self, rank: int, message: TaskDone | TaskError) -> None:
+        running = self._running.get(message.task_id)
+        if running is None:
+            return  # it came too late: the task was settled without this rank
+        running.pending.discard(rank)
+        if isinstance(message, TaskError):
+            running.errors.append(message)
+            self._hurry(running)
+        elif rank == running.start.task.ranks[0]:
+            running.done = message
+        self._settle(running)
+
+    def _settle(self, running: _Running) -> None:
+        """Once every member has answered or died, the task is over: say how it went."""
+        if running.pending:
+            return
+        start = running.start
+        del self._running[start.task_id]
+        if running.errors or running.lost_reason:
+            name = self._groups.discard(start.task.ranks)
+            if name is not None:
+                self._drop_group(start.task.ranks, name)
+            self._on_event(_failure(running))
+            return
+        assert running.done is not None and running.done.result is not None, "the leader leaves a result"
+        if start.task.stage is Stage.DENOISE and start.latents is not None:
+            self._store.drop(start.latents)  # the result replaces what the task started from
+        self._on_event(TaskFinished(start.task_id, running.done.elapsed_s, running.done.result))
+
+    def _lose(self, rank: int, reason: str) -> None:
+        """A worker is gone: tell, free its peers, and replace it."""
+        worker = self._workers.pop(rank)
+        self._unwatch(worker)
+        if self._is_stopping:
+            return
+        logger.error("lost rank %d: %s", rank, reason)
+        if self._started and not self._started.done():
+            self._started.set_exception(ConfigError(f"worker {rank} ended while starting{exit_words(worker.process)}"))
+            return
+        for ranks, name in self._groups.broken(rank):
+            self._drop_group(ranks, name)
+        if worker.is_ready:
+            self._on_event(WorkerLost(rank, reason))
+        for running in [running for running in self._running.values() if rank in running.pending]:
+            running.pending.discard(rank)
+            running.lost_reason = f"rank {rank} was lost: {reason}"
+            self._hurry(running)
+            self._settle(running)
+        self._warming = {(group, member) for group, member in self._warming if member != rank}
+        self._check_warm()
+        restart = asyncio.create_task(self._restart(rank))
+        self._restarts.add(restart)
+        restart.add_done_callback(self._restarts.discard)
+
+    async def _restart(self, rank: int) -> None:
+        """Start a replacement, later and later if it keeps dying before it is ready."""
+        num_failed = self._num_failed_starts[rank]
+        self._num_failed_starts[rank] += 1
+        if num_failed:
+            await asyncio.sleep(min(2.0**num_failed, _MAX_RESTART_DELAY_S))
+        self.num_restarts += 1
+        await self._spawn(rank)
+
+    def _hurry(self, running: _Running) -> None:
+        """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced."""
+        asyncio.get_running_loop().call_later(self._pool.group_timeout_s, self._kill_pending, running)
+
+    def _kill_pending(self, running: _Running) -> None:
+        if self._running.get(running.start.task_id) is running:
+            for rank in running.pending:
+                self._kill(rank, f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
+
+    def _kill(self, rank: int, reason: str) -> None:
+        """End a worker that no longer answers; its pipe then reports the loss."""
+        worker = self._workers.get(rank)
+        if worker is not None and worker.verdict is None:
+            worker.verdict = reason
+            worker.process.kill()
+
+    async def _watch_heartbeats(self) -> None:
+        timeout_s = self._pool.heartbeat_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / 5)
+            now = time.monotonic()
+            busy = {rank for running in self._running.values() for rank in running.pending}
+            for rank, worker in list(self._workers.items()):
+                limit_s = timeout_s if worker.is_ready else self._pool.start_timeout_s
+                if now - worker.last_sign_s > limit_s:
+                    self._kill(rank, f"no sign of life for {limit_s:g} s")
+                elif rank in busy and now - worker.last_step_s > self._pool.step_timeout_s:
+                    self._kill(rank, f"no progress for {self._pool.step_timeout_s:g} s")
+
+    async def _warm_groups(self) -> None:
+        for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
+            name = self._groups.name(ranks)
+            self._warming |= {(name, rank) for rank in ranks}
+            for rank in ranks:
+                self._send(rank, WarmGroup(name, ranks))
+        self._check_warm()
+        await self._warmed.wait()
+
+    def _check_warm(self) -> None:
+        if not self._warming:
+            self._warmed.set()
+
+    def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
+        for rank in ranks:
+            self._send(rank, DropGroup(name))
+        (self._directory / name).unlink(missing_ok=True)
+
+    def _send(self, rank: int, message: ToWorker) -> None:
+        worker = self._workers.get(rank)
+        if worker is not None:
+            with contextlib.suppress(OSError):  # it just died; its pipe will say so
+                worker.connection.send(message)
+
+    def _unwatch(self, worker: _Worker) -> None:
+        asyncio.get_running_loop().remove_reader(worker.connection.fileno())
+        worker.connection.close()
+
+
+def _failure(running: _Running) -> TaskFailed:
+    """What to say of a task that failed: a dead worker explains its peers' errors, else the earliest error does."""
+    task_id = running.start.task_id
+    if running.lost_reason is not None:
+        return TaskFailed(task_id, FailureKind.LOST, running.lost_reason)
+    first = min(running.errors, key=lambda error: error.failed_at)
+    return TaskFailed(task_id, first.kind, first.message)
+

@@ -1,0 +1,49 @@
+"""What the engine needs of whatever runs its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from tetriserve.core.events import Event, StartTask, TensorRef
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OnEvent = Callable[[Event], None]
+"""Called on the event loop with TaskFinished, TaskFailed, WorkerLost and WorkerJoined."""
+
+
+class Executor(Protocol):
+    """A pool of ranks. All methods are called on one event loop, and none but `start` and `stop` blocks."""
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Ranks that are up and warm."""
+        ...
+
+    def subscribe(self, on_event: OnEvent) -> None:
+        """Send events here from now on; replaces the previous subscriber."""
+        ...
+
+    async def start(self, on_progress: Callable[[str], None]) -> None:
+        """Bring all ranks up, warm. `on_progress` hears what is going on, for the terminal.
+
+        Raises:
+            ConfigError: the workers cannot serve what they were told to.
+        """
+        ...
+
+    def start_task(self, command: StartTask) -> None:
+        """Run a task on idle ranks. Its end is one TaskFinished or TaskFailed, after which all of them are idle."""
+        ...
+
+    def read_pixels(self, ref: TensorRef) -> np.ndarray:
+        """Decoded pixels, uint8, (height, width, 3)."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drop all state of a request that no task runs for."""
+        ...
+
+    async def stop(self) -> None: ...

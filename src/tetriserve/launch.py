@@ -1,0 +1,183 @@
+"""Puts an engine together from a configuration: the one place where the parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import platformdirs
+
+from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.control.controller import Controller
+from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
+from tetriserve.core.request import Shape
+from tetriserve.engine.intake import Intake
+from tetriserve.engine.live import LiveEngine, OnEvent
+from tetriserve.executor.local import LocalExecutor
+from tetriserve.models import bundled
+from tetriserve.models.card import ModelCard, read_card
+from tetriserve.policies.registry import make_policy
+from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.table import Profile, load_profile, save_profile
+from tetriserve.profiler.measure import hardware_name, measure
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_PROFILES = Path(__file__).parent / "profile" / "data"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Who hears how the start goes: `step` names what happens now, `measured` counts a profile's measurements."""
+
+    step: Callable[[str], None] = lambda text: logger.info("%s", text)
+    measured: Callable[[int, int, str], None] = lambda done, total, text: None
+
+
+async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent | None = None) -> LiveEngine:
+    """A started engine. Whatever can be checked before workers start is checked before.
+
+    Raises:
+        ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
+    """
+    card = await find_model(config.model, progress.step)
+    card = replace(card, name=config.served_model_name or card.name)
+    _check_degrees(card, config.pool)
+    profile = find_profile(config, card)
+    executor = LocalExecutor(card, config.pool)
+    await executor.start(progress.step)
+    try:
+        if profile is None:
+            profile = await _measure(executor, card, config.pool, progress)
+        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, config.pool.degrees))
+        policy = make_policy(
+            config.scheduling.policy, cost, num_ranks=config.pool.num_ranks, shapes=profile.shapes
+        )
+    except BaseException:
+        await executor.stop()
+        raise
+    intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
+    engine = LiveEngine(
+        Controller(policy, cost), executor, intake, max_queue=config.scheduling.max_queue, on_event=on_event
+    )
+    engine.start()
+    return engine
+
+
+async def find_model(model: str | None, on_step: Callable[[str], None]) -> ModelCard:
+    """The card of a checkpoint directory; None is the bundled model, built on first use.
+
+    Raises:
+        CheckpointError: missing, incomplete or of an unsupported class.
+    """
+    if model is not None:
+        return read_card(Path(model))
+    directory = bundled.location(cache_directory())
+    if not directory.is_dir():
+        on_step("building the bundled model (once)")
+        # In a process of its own: the server itself never loads torch.
+        command = [sys.executable, "-m", "tetriserve.models.bundled", str(directory)]
+        built = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+        if built.returncode != 0:
+            last_line = (built.stderr.strip().splitlines() or ["no output"])[-1]
+            raise CheckpointError(f"the bundled model could not be built in {directory}: {last_line}")
+    return read_card(directory)
+
+
+def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
+    """The profile to plan with: the one named, else one for this model and hardware, else None: measure.
+
+    Raises:
+        ProfileError: the named profile is unreadable, for another model, or lacks a degree.
+    """
+    if config.profile is not None:
+        return check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
+    for path in (*sorted(BUNDLED_PROFILES.glob("*.json")), cached_profile_path(card, config.pool)):
+        if not path.exists():
+            continue
+        try:
+            profile = check_profile(load_profile(path), str(path), card, config.pool)
+        except ProfileError as error:
+            logger.debug("not using a profile: %s", error)
+            continue
+        if profile.hardware == hardware_name(config.pool) and profile.fingerprint == card.fingerprint:
+            logger.info("using the profile %s", path)
+            return profile
+    return None
+
+
+def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig) -> Profile:
+    """`profile` if it can plan for this model on this pool.
+
+    Raises:
+        ProfileError: it is for another model, or lacks a degree that the pool uses.
+    """
+    if profile.fingerprint and profile.fingerprint != card.fingerprint:
+        raise ProfileError(
+            f"profile {name} is for model {profile.model!r} ({profile.fingerprint}), "
+            f"not for {card.name!r} ({card.fingerprint}); measure one with: tetriserve profile {card.path}"
+        )
+    for shape in profile.shapes:
+        measured = {row.degree for row in profile.denoise if row.shape == shape}
+        missing = [degree for degree in card.valid_degrees(shape, pool.degrees) if degree not in measured]
+        if missing:
+            raise ProfileError(
+                f"profile {name} has no row for {shape} at degree {missing[0]}; measure one with --degrees "
+                f"{','.join(map(str, pool.degrees))}, or serve with --degrees {','.join(map(str, sorted(measured)))}"
+            )
+    return profile
+
+
+async def measure_profile(
+    model: str | None, pool: PoolConfig, shapes: tuple[Shape, ...], progress: Progress
+) -> tuple[ModelCard, Profile]:
+    """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
+    card = await find_model(model, progress.step)
+    _check_degrees(card, pool)
+    for shape in shapes:
+        if shape.height % card.size_multiple or shape.width % card.size_multiple:
+            raise ConfigError(f"size {shape}: width and height must be multiples of {card.size_multiple}")
+    executor = LocalExecutor(card, pool)
+    await executor.start(progress.step)
+    try:
+        return card, await measure(executor, card, pool, shapes or card.sizes, progress.measured)
+    finally:
+        await executor.stop()
+
+
+def cache_directory() -> Path:
+    """Where built models and measured profiles are kept for this user."""
+    return platformdirs.user_cache_path("tetriserve")
+
+
+def cached_profile_path(card: ModelCard, pool: PoolConfig) -> Path:
+    """One file per model, hardware and degrees."""
+    parts = (card.name, card.fingerprint, card.dtype, hardware_name(pool), "-".join(map(str, pool.degrees)))
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts))
+    return cache_directory() / "profiles" / f"{name}.json"
+
+
+async def _measure(executor: LocalExecutor, card: ModelCard, pool: PoolConfig, progress: Progress) -> Profile:
+    progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
+    profile = await measure(executor, card, pool, card.sizes, progress.measured)
+    path = cached_profile_path(card, pool)
+    save_profile(profile, path)
+    logger.info("measured a profile and kept it in %s", path)
+    return profile
+
+
+def _check_degrees(card: ModelCard, pool: PoolConfig) -> None:
+    """Every degree must suit at least one size, or the operator expects something that will never happen."""
+    usable = {degree for shape in card.sizes for degree in card.valid_degrees(shape, pool.degrees)}
+    useless = [degree for degree in pool.degrees if degree not in usable]
+    if useless:
+        raise ConfigError(
+            f"degree {useless[0]} suits no size of {card.name}: it must divide {card.num_heads} heads and "
+            f"{card.num_text_tokens} text tokens; use --degrees {','.join(map(str, sorted(usable)))}"
+        )

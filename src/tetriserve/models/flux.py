@@ -1,0 +1,159 @@
+"""FLUX: `diffusers.FluxPipeline`'s own parts, driven one step at a time.
+
+Suffixes of tensor names: B batch (always 1), L text tokens, S image tokens, C channels, D embedding width, A position
+axes (3), N steps, H height, W width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from tetriserve.core.errors import CheckpointError
+from tetriserve.core.request import Request, Shape
+from tetriserve.models.adapter import Embeds
+from tetriserve.models.card import ModelCard
+from tetriserve.models.parallel import ContextParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class FluxAdapter:
+    """A loaded FLUX checkpoint. Bit-identical at degree 1 to `FluxPipeline(...)` with a CPU generator.
+
+    Everything runs under `no_grad`, not `inference_mode`: what is returned may be written to in place, saved and
+    sent through collectives by the caller.
+    """
+
+    def __init__(self, card: ModelCard, device: torch.device | str) -> None:
+        """
+        Raises:
+            CheckpointError: diffusers cannot load the checkpoint; the message is one line.
+        """
+        self._card = card
+        self._device = torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, card.dtype)
+        self._pipeline: Any = _load_pipeline(card, self._dtype).to(self._device)
+        self._context_parallel = ContextParallel(self._pipeline.transformer)
+
+    @torch.no_grad()
+    def encode(self, request: Request) -> Embeds:
+        """prompt_embeds (B, L, D), pooled_prompt_embeds (B, D), and negative_* of both when there are two passes."""
+        embeds = self._encode_prompt(request.prompt)
+        if request.num_passes == 2:
+            assert request.negative_prompt is not None
+            negative = self._encode_prompt(request.negative_prompt)
+            embeds |= {f"negative_{name}": tensor for name, tensor in negative.items()}
+        return embeds
+
+    @torch.no_grad()
+    def initial_latents(self, request: Request) -> torch.Tensor:
+        """Packed noise (B, S, 4C), from the request's seed alone."""
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        num_channels = self._pipeline.transformer.config.in_channels // 4
+        latents_BSC, _ = self._pipeline.prepare_latents(
+            1, num_channels, request.shape.height, request.shape.width, self._dtype, self._device, generator
+        )
+        return latents_BSC  # type: ignore[no-any-return]
+
+    def denoise_loop(self, request: Request, embeds: Embeds, steps_done: int) -> FluxDenoiseLoop:
+        """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps)."""
+        img_ids_SA = self._image_ids(request.shape)
+        return FluxDenoiseLoop(self._pipeline, request, embeds, img_ids_SA, steps_done)
+
+    def use_mesh(self, mesh: DeviceMesh | None) -> None:
+        """Split the sequence over `mesh` from the next step on; None is the bare model."""
+        self._context_parallel.point(mesh)
+
+    @torch.no_grad()
+    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
+        """Pixels (H, W, 3), uint8, exactly those of the pipeline's PIL image; `latents` is (B, S, 4C)."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        shape = request.shape
+        latents_BCHW = pipeline._unpack_latents(latents, shape.height, shape.width, pipeline.vae_scale_factor)
+        latents_BCHW = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
+        image_BCHW = vae.decode(latents_BCHW, return_dict=False)[0]
+        return np.array(pipeline.image_processor.postprocess(image_BCHW, output_type="pil")[0])
+
+    def _encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        prompt_embeds_BLD, pooled_prompt_embeds_BD, _ = self._pipeline.encode_prompt(
+            prompt, device=self._device, max_sequence_length=self._card.num_text_tokens
+        )
+        return {"prompt_embeds": prompt_embeds_BLD, "pooled_prompt_embeds": pooled_prompt_embeds_BD}
+
+    def _image_ids(self, shape: Shape) -> torch.Tensor:
+        side = self._card.pixels_per_token
+        return self._pipeline._prepare_latent_image_ids(  # type: ignore[no-any-return]
+            1, shape.height // side, shape.width // side, self._device, self._dtype
+        )
+
+
+class FluxDenoiseLoop:
+    """One request's steps, with a scheduler of its own."""
+
+    def __init__(
+        self, pipeline: Any, request: Request, embeds: Embeds, img_ids_SA: torch.Tensor, steps_done: int
+    ) -> None:
+        config = pipeline.scheduler.config
+        num_steps, device = request.num_steps, img_ids_SA.device
+        shift = calculate_shift(
+            img_ids_SA.shape[0],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas_N = np.linspace(1.0, 1 / num_steps, num_steps)
+        self._scheduler: Any = type(pipeline.scheduler).from_config(config)
+        self._timesteps_N, _ = retrieve_timesteps(self._scheduler, num_steps, device, sigmas=sigmas_N, mu=shift)
+        self._scheduler.set_begin_index(steps_done)
+        self._transformer = pipeline.transformer
+        self._embeds = embeds
+        self._true_cfg_scale = request.true_cfg_scale if request.num_passes == 2 else None
+        self._img_ids_SA = img_ids_SA
+        num_text_tokens = embeds["prompt_embeds"].shape[1]
+        self._txt_ids_LA = torch.zeros(num_text_tokens, 3, device=device, dtype=img_ids_SA.dtype)
+        self._guidance_B = None
+        if self._transformer.config.guidance_embeds:
+            self._guidance_B = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
+        self._step = steps_done
+
+    @torch.no_grad()
+    def step(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents (B, S, 4C) after one more step, in the same dtype."""
+        timestep = self._timesteps_N[self._step]
+        velocity_BSC = self._velocity(latents, timestep)
+        if self._true_cfg_scale is not None:
+            negative_BSC = self._velocity(latents, timestep, "negative_")
+            velocity_BSC = negative_BSC + self._true_cfg_scale * (velocity_BSC - negative_BSC)
+        self._step += 1
+        return self._scheduler.step(velocity_BSC, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def _velocity(self, latents_BSC: torch.Tensor, timestep: torch.Tensor, prefix: str = "") -> torch.Tensor:
+        return self._transformer(  # type: ignore[no-any-return]
+            hidden_states=latents_BSC,
+            timestep=timestep.expand(1).to(latents_BSC.dtype) / 1000,
+            guidance=self._guidance_B,
+            pooled_projections=self._embeds[f"{prefix}pooled_prompt_embeds"],
+            encoder_hidden_states=self._embeds[f"{prefix}prompt_embeds"],
+            txt_ids=self._txt_ids_LA,
+            img_ids=self._img_ids_SA,
+            return_dict=False,
+        )[0]
+
+
+def _load_pipeline(card: ModelCard, dtype: torch.dtype) -> Any:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return FluxPipeline.from_pretrained(str(card.path), dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{card.path} cannot be loaded: {reason}") from error

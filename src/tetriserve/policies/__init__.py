@@ -1,0 +1,6 @@
+"""Policies: pure functions from (state, now) to the tasks to start now, used alike by the live engine and the simulator."""
+
+from tetriserve.policies.policy import Policy
+from tetriserve.policies.registry import POLICIES, PolicySpec, make_policy
+
+__all__ = ["POLICIES", "Policy", "PolicySpec", "make_policy"]

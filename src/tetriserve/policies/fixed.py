@@ -1,0 +1,121 @@
+"""Baselines in the way of xDiT: requests in order of arrival, each alone on its block of ranks until it is done."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+
+from tetriserve.core.plan import CostModel, Plan, State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+
+CHUNK_S = 0.5
+"""Length of a denoise task. Short enough that a cancelled request leaves soon and a dead worker costs little."""
+
+Block = tuple[int, ...]
+
+
+class BlockPolicy:
+    """First come first served over disjoint blocks of ranks, non-preemptive.
+
+    A request holds its block from encode to decode, although encode and decode run on the block's first rank alone.
+    Which request holds which block is read from the state: the first of a started trajectory's holders, or the leader
+    of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of
+    requests that have not started.
+    """
+
+    @abstractmethod
+    def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
+        """Disjoint blocks out of the living ranks."""
+
+    @abstractmethod
+    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+        """The ranks of `block` that denoise steps run on."""
+
+    def plan(self, state: State, now: float) -> Plan:
+        blocks = self.blocks(state.ranks)
+        owners = self._owners(state, blocks)
+        idle = set(state.idle_ranks)
+        free = [block for block in blocks if block not in owners.values() and idle.issuperset(block)]
+        tasks = []
+        for trajectory in sorted(state.waiting, key=lambda trajectory: not _has_started(trajectory)):
+            block = owners.get(trajectory.request_id)
+            if block is None:
+                if not free:
+                    continue
+                block = free.pop(0)
+            # A block is briefly busy under its owner when a rank returns and two narrow blocks become one again.
+            if idle.issuperset(block):
+                tasks.append(self._next_task(trajectory, block, state.cost))
+        return Plan(tuple(tasks))
+
+    def _owners(self, state: State, blocks: tuple[Block, ...]) -> dict[str, Block]:
+        """The block of each started request, by request id; those whose block is gone are left out."""
+        leaders = {flight.task.request_id: flight.task.ranks[0] for flight in state.in_flight}
+        leaders |= {
+            trajectory.request_id: trajectory.holders[0]
+            for trajectory in state.waiting
+            if _has_started(trajectory) and trajectory.holders
+        }
+        owners: dict[str, Block] = {}
+        for request_id, leader in leaders.items():
+            block = next((block for block in blocks if leader in block), None)
+            if block is not None and block not in owners.values():
+                owners[request_id] = block
+        return owners
+
+    def _next_task(self, trajectory: Trajectory, block: Block, cost: CostModel) -> Task:
+        step_times = cost.step_times(trajectory.request)
+        ranks = self.denoise_ranks(block, step_times)
+        if trajectory.stage is not Stage.DENOISE:
+            return Task(trajectory.request_id, trajectory.stage, ranks[:1])
+        num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
+        return Task(trajectory.request_id, Stage.DENOISE, ranks, min(num_steps, trajectory.remaining_steps))
+
+
+class FixedDegree(BlockPolicy):
+    """`fixed:k`: the pool cut into aligned blocks of `degree` ranks, one request per block.
+
+    A shape that cannot run at `degree` uses the widest degree below it, on part of its block. When deaths leave no
+    whole block, blocks of half the width take over, and so on: the pool keeps serving.
+    """
+
+    def __init__(self, degree: int) -> None:
+        self.degree = degree
+
+    def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
+        degree = self.degree
+        while degree > 1 and not any(True for _ in _whole_blocks(ranks, degree)):
+            degree //= 2
+        return tuple(_whole_blocks(ranks, degree))
+
+    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+        fitting = [degree for degree in step_times if degree <= len(block)]
+        return block[: max(fitting)] if fitting else ()
+
+
+class FirstComeFirstServed(BlockPolicy):
+    """`fcfs`: the whole pool is one block, held by one request at a time, each at its fastest degree.
+
+    This is one pipeline behind a lock, with sequence parallelism over the pool: nothing runs beside the request.
+    """
+
+    def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
+        return (ranks,) if ranks else ()
+
+    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+        fitting = {degree: step_s for degree, step_s in step_times.items() if degree <= len(block)}
+        degree = min(fitting, key=lambda degree: (fitting[degree], degree))
+        return next(_whole_blocks(block, degree), block[:degree])
+
+
+def _whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:
+    """Aligned blocks of `degree` neighbouring ranks, all of them living."""
+    living = set(ranks)
+    for start in sorted({rank - rank % degree for rank in ranks}):
+        block = tuple(range(start, start + degree))
+        if living.issuperset(block):
+            yield block
+
+
+def _has_started(trajectory: Trajectory) -> bool:
+    return trajectory.is_running or trajectory.is_encoded

@@ -1,0 +1,137 @@
+"""The one list of policies: command line, server and tests all choose by these names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.plan import CostModel
+from tetriserve.core.request import Request, Shape
+from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
+from tetriserve.policies.policy import Policy
+from tetriserve.policies.tetriserve import TetriServe
+
+ENTRY_POINT_GROUP = "tetriserve.policies"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """What a policy may know of the pool when it is made.
+
+    argument: what followed the colon in the policy's name; empty without one.
+    shapes: the shapes that the cost model was measured at.
+    """
+
+    argument: str
+    cost: CostModel
+    num_ranks: int
+    shapes: tuple[Shape, ...]
+
+    def step_times(self, shape: Shape) -> dict[int, float]:
+        """Seconds per step by degree, for the degrees that fit on the pool."""
+        request = Request(
+            request_id="probe", prompt="", shape=shape, num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+        )
+        times = self.cost.step_times(request)
+        return {degree: step_s for degree, step_s in times.items() if degree <= self.num_ranks}
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Every degree that some measured shape can run at on this pool, ascending."""
+        return tuple(sorted({degree for shape in self.shapes for degree in self.step_times(shape)}))
+
+
+PolicyFactory = Callable[[PolicyContext], Policy]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """One entry of the list.
+
+    usage: how to write it, arguments included.
+    """
+
+    usage: str
+    summary: str
+    make: PolicyFactory
+
+
+def _make_fcfs(context: PolicyContext) -> Policy:
+    if context.argument:
+        raise ConfigError(f"policy 'fcfs:{context.argument}': fcfs takes no argument; write 'fcfs'")
+    return FirstComeFirstServed()
+
+
+def _make_fixed(context: PolicyContext) -> Policy:
+    allowed = [str(degree) for degree in context.degrees]
+    if context.argument not in allowed:
+        raise ConfigError(
+            f"policy 'fixed:{context.argument}': the degree must be one of {', '.join(allowed)} "
+            f"on {context.num_ranks} ranks, for example 'fixed:{allowed[-1]}'"
+        )
+    return FixedDegree(int(context.argument))
+
+
+_SWITCHES = {"on": True, "off": False}
+_TETRISERVE_USAGE = "tetriserve[:step_granularity=G,placement=on|off,scale_up=on|off,fill=on|off]"
+
+
+def _make_tetriserve(context: PolicyContext) -> Policy:
+    step_granularity = 5
+    switches = {"placement": True, "scale_up": True, "fill": True}
+    for item in filter(None, context.argument.split(",")):
+        name, _, value = item.partition("=")
+        if name == "step_granularity" and value.isdecimal() and int(value) >= 1:
+            step_granularity = int(value)
+        elif name in switches and value in _SWITCHES:
+            switches[name] = _SWITCHES[value]
+        else:
+            raise ConfigError(f"policy 'tetriserve': cannot use option {item!r}; write {_TETRISERVE_USAGE}")
+    reference = max(context.shapes, key=lambda shape: shape.num_pixels)
+    return TetriServe(
+        reference_step_s=min(context.step_times(reference).values()),
+        switch_s=context.cost.switch_s,
+        step_granularity=step_granularity,
+        **switches,
+    )
+
+
+POLICIES: Mapping[str, PolicySpec] = {
+    "tetriserve": PolicySpec(
+        _TETRISERVE_USAGE, "rounds, deadline-aware degrees and packing by dynamic programming", _make_tetriserve
+    ),
+    "fixed": PolicySpec("fixed:K", "one degree for all, first come first served, non-preemptive", _make_fixed),
+    "fcfs": PolicySpec("fcfs", "one request after the other, each at its fastest degree", _make_fcfs),
+}
+
+
+def make_policy(spec: str, cost: CostModel, *, num_ranks: int, shapes: Sequence[Shape]) -> Policy:
+    """The policy that `spec` names: `"tetriserve"`, `"fixed:2"`, `"fcfs"`, or one from an installed package.
+
+    A package registers a policy under the entry-point group `tetriserve.policies`: a callable from `PolicyContext` to a
+    policy. Installed packages are searched only when the name is not built in.
+
+    Args:
+        cost: the cost model at start; the policy fixes its round length from it.
+        num_ranks: ranks of the pool.
+        shapes: the shapes that the cost model was measured at, at least one.
+
+    Raises:
+        ConfigError: the name is unknown or its argument is not allowed; the message says what is.
+    """
+    name, _, argument = spec.partition(":")
+    if not shapes:
+        raise ConfigError(f"policy {spec!r}: the profile holds no shape to plan for")
+    context = PolicyContext(argument=argument, cost=cost, num_ranks=num_ranks, shapes=tuple(shapes))
+    if name in POLICIES:
+        if not context.degrees:
+            raise ConfigError(f"policy {spec!r}: no measured shape can run on {num_ranks} ranks")
+        return POLICIES[name].make(context)
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in found:
+        factory: PolicyFactory = found[name].load()
+        return factory(context)
+    allowed = [policy.usage for policy in POLICIES.values()] + sorted(found)
+    raise ConfigError(f"unknown policy {spec!r}; choose one of: {', '.join(allowed)}")

@@ -1,0 +1,39 @@
+"""Encode and decode: short stages on one rank, outside the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tetriserve.core.plan import CostModel, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.placement import choose_ranks
+
+
+def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
+    """Sort key: priority class, then deadline; arrival and id make it total."""
+    request = trajectory.request
+    return request.priority, request.deadline_s, request.arrival_s, request.request_id
+
+
+def short_stage_s(trajectory: Trajectory, cost: CostModel) -> float:
+    """Seconds that the trajectory's encode or decode is expected to take once started."""
+    request = trajectory.request
+    stage_s = cost.encode_s(request) if trajectory.stage is Stage.ENCODE else cost.decode_s(request)
+    return cost.switch_s + stage_s
+
+
+def place_short_stages(trajectories: Iterable[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:
+    """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
+
+    They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
+    waiting for two boundaries. Decode runs where the latents are when that rank is free. One rank runs one task, so
+    that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
+    """
+    tasks = []
+    for trajectory in trajectories:
+        if not free:
+            break
+        ranks = choose_ranks(1, free, trajectory.holders if preserve else ())
+        free.difference_update(ranks)
+        tasks.append(Task(trajectory.request_id, trajectory.stage, ranks))
+    return tasks

@@ -1,0 +1,112 @@
+"""Times read off a profile: looked up where measured, interpolated over tokens in between, refused outside."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from tetriserve.core.errors import ProfileError
+from tetriserve.core.request import Request, Shape
+from tetriserve.profile.table import Profile
+
+_LEARNING_RATE = 0.2
+_CORRECTION_RANGE = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class ProfileCost:
+    """The `CostModel` of a profile, corrected online.
+
+    `corrections` holds, per (shape, degree), the moving average of observed over profiled step time. A degree never
+    observed for a shape shares the mean correction of the shape's observed degrees: what slows a shape down (a hot
+    machine, contended cores) mostly slows it at every degree.
+
+    `degrees_of` says at which degrees a shape may run; by default at every degree of the profile.
+    """
+
+    profile: Profile
+    degrees_of: Callable[[Shape], Sequence[int]] | None = None
+    corrections: Mapping[tuple[Shape, int], float] = field(default_factory=dict)
+    _memo: dict[tuple[Shape, int], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
+
+    def step_times(self, request: Request) -> Mapping[int, float]:
+        """Seconds per denoise step by degree, ascending.
+
+        Raises:
+            ProfileError: the shape lies outside the measured range.
+        """
+        key = (request.shape, request.num_passes)
+        times = self._memo.get(key)
+        if times is None:
+            times = self._memo[key] = MappingProxyType(
+                {
+                    degree: profiled * self._correction(request.shape, degree) * request.num_passes
+                    for degree, profiled in self.profiled_step_times(request.shape).items()
+                }
+            )
+        return times
+
+    def profiled_step_times(self, shape: Shape) -> Mapping[int, float]:
+        """One forward per degree as the profile has it, without correction."""
+        allowed = self.profile.degrees if self.degrees_of is None else self.degrees_of(shape)
+        times = {degree: self._step_s(shape, degree) for degree in allowed}
+        if not times:
+            raise ProfileError(f"{shape} can run at none of the degrees {list(self.profile.degrees)}")
+        return times
+
+    def encode_s(self, request: Request) -> float:
+        return self.profile.encode_s * request.num_passes
+
+    def decode_s(self, request: Request) -> float:
+        points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
+        return _interpolate(points, request.shape.num_pixels, f"decode of {request.shape}", "pixels")
+
+    @property
+    def switch_s(self) -> float:
+        return self.profile.switch_s
+
+    def observed(self, request: Request, degree: int, step_s: float) -> ProfileCost:
+        """The same model after one observation, as an exponential moving average; `self` is unchanged."""
+        profiled = self._step_s(request.shape, degree) * request.num_passes
+        low, high = _CORRECTION_RANGE
+        ratio = min(max(step_s / profiled, low), high)
+        key = (request.shape, degree)
+        before = self.corrections.get(key, self._correction(*key))
+        after = before + _LEARNING_RATE * (ratio - before)
+        memo = {known: times for known, times in self._memo.items() if known[0] != request.shape}
+        return ProfileCost(self.profile, self.degrees_of, {**self.corrections, key: after}, memo)
+
+    def _correction(self, shape: Shape, degree: int) -> float:
+        own = self.corrections.get((shape, degree))
+        if own is not None:
+            return own
+        others = [ratio for (known, _), ratio in self.corrections.items() if known == shape]
+        return sum(others) / len(others) if others else 1.0
+
+    def _step_s(self, shape: Shape, degree: int) -> float:
+        rows = [row for row in self.profile.denoise if row.degree == degree and row.batch == 1]
+        if not rows:
+            raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
+        for row in rows:
+            if row.shape == shape:
+                return row.step_s
+        tokens_per_pixel = rows[0].tokens / rows[0].shape.num_pixels
+        points = sorted({row.tokens: row.step_s for row in rows}.items())
+        return _interpolate(
+            points, shape.num_pixels * tokens_per_pixel, f"a step of {shape} at degree {degree}", "tokens"
+        )
+
+
+def _interpolate(points: Sequence[tuple[float, float]], x: float, what: str, unit: str) -> float:
+    """Piecewise linear through `points` (sorted by x); outside their range is an error, never a guess."""
+    low, high = points[0][0], points[-1][0]
+    if not low <= x <= high:
+        raise ProfileError(f"{what} is {x:g} {unit}, outside the profile's range {low:g} to {high:g}")
+    right = bisect_left(points, x, key=lambda point: point[0])
+    (x1, y1) = points[right]
+    if x1 == x:
+        return y1
+    (x0, y0) = points[right - 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

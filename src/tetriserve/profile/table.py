@@ -1,0 +1,173 @@
+"""The profile file: versioned JSON with units in its names, validated in full before anything uses it.
+
+```
+{"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ..., "source": ..., "created": ...,
+ "encode_s": 0.02, "switch_s": 0.001,
+ "denoise": [{"height", "width", "frames", "tokens", "degree", "batch", "step_s", "cv"}, ...],
+ "decode": [{"height", "width", "frames", "decode_s"}, ...]}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tetriserve.core.errors import ProfileError
+from tetriserve.core.request import Shape
+
+FORMAT = "tetriserve-profile/1"
+
+_Row = TypeVar("_Row", "DenoiseRow", "DecodeRow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseRow:
+    """Seconds of one denoise step. `cv` is the coefficient of variation of the measurement, None where unknown."""
+
+    height: int
+    width: int
+    tokens: int
+    degree: int
+    step_s: float
+    frames: int = 1
+    batch: int = 1
+    cv: float | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.height, self.width, self.frames)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRow:
+    """Seconds to turn one request's latents into pixels on one rank."""
+
+    height: int
+    width: int
+    decode_s: float
+    frames: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.height, self.width, self.frames)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One model on one kind of hardware. `fingerprint` ties it to an architecture; empty means any."""
+
+    model: str
+    hardware: str
+    dtype: str
+    source: str
+    created: str
+    encode_s: float
+    switch_s: float
+    denoise: tuple[DenoiseRow, ...]
+    decode: tuple[DecodeRow, ...]
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.denoise or not self.decode:
+            raise ProfileError("profile has no denoise rows" if not self.denoise else "profile has no decode rows")
+        for name, seconds in (("encode_s", self.encode_s), ("switch_s", self.switch_s)):
+            _check_seconds(seconds, name)
+        for number, row in enumerate(self.denoise):
+            _check_seconds(row.step_s, f"denoise[{number}].step_s")
+            _check_positive(f"denoise[{number}]", row, ("height", "width", "frames", "tokens", "degree", "batch"))
+        for number, decode_row in enumerate(self.decode):
+            _check_seconds(decode_row.decode_s, f"decode[{number}].decode_s")
+            _check_positive(f"decode[{number}]", decode_row, ("height", "width", "frames"))
+        keys = [(row.shape, row.degree, row.batch) for row in self.denoise]
+        if len(set(keys)) < len(keys):
+            shape, degree, batch = next(key for key in keys if keys.count(key) > 1)
+            raise ProfileError(f"profile has two denoise rows for {shape} at degree {degree}, batch {batch}")
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        return tuple(sorted({row.degree for row in self.denoise}))
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Measured shapes, smallest first."""
+        return tuple(sorted({row.shape for row in self.denoise}, key=lambda shape: shape.num_pixels))
+
+
+def load_profile(path: Path) -> Profile:
+    """Read and validate a profile file.
+
+    Raises:
+        ProfileError: unreadable, not JSON, another format, an unknown or missing or ill-typed field, or a time that is
+            not a positive number; the message names the file and the field.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ProfileError(f"profile {path} is not JSON: {error}") from error
+    try:
+        return _from_document(document)
+    except ProfileError as error:
+        raise ProfileError(f"profile {path}: {error}") from error
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write atomically, so that two servers measuring at once both leave a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"format": FORMAT, **asdict(profile)}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def _from_document(document: object) -> Profile:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise ProfileError(f"format is {found!r}; this version reads {FORMAT!r}")
+    rest = {key: value for key, value in document.items() if key != "format"}
+    for name in ("denoise", "decode"):
+        if not isinstance(rest.get(name), list):
+            raise ProfileError(f"{name} must be a list of rows")
+    rest["denoise"] = tuple(_row(DenoiseRow, row, f"denoise[{i}]") for i, row in enumerate(rest["denoise"]))
+    rest["decode"] = tuple(_row(DecodeRow, row, f"decode[{i}]") for i, row in enumerate(rest["decode"]))
+    _check_names(Profile, rest, "profile")
+    for name in ("model", "hardware", "dtype", "source", "created", "fingerprint"):
+        if not isinstance(rest.get(name, ""), str):
+            raise ProfileError(f"{name} must be a string")
+    return Profile(**rest)
+
+
+def _row(kind: type[_Row], row: object, where: str) -> _Row:
+    if not isinstance(row, dict):
+        raise ProfileError(f"{where} must be an object")
+    _check_names(kind, row, where)
+    return kind(**row)
+
+
+def _check_names(kind: type[Any], values: dict[str, Any], where: str) -> None:
+    known = {field.name for field in fields(kind)}
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if unknown := sorted(values.keys() - known):
+        raise ProfileError(f"{where} has the unknown field {unknown[0]!r}")
+    if missing := sorted(required - values.keys()):
+        raise ProfileError(f"{where} lacks the field {missing[0]!r}")
+
+
+def _check_seconds(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ProfileError(f"{name} is {value!r}; it must be a positive number of seconds")
+
+
+def _check_positive(where: str, row: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(row, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ProfileError(f"{where}.{name} is {value!r}; it must be a whole number of at least 1")

@@ -1,0 +1,208 @@
+"""Times every stage of a model on a running executor, under the load that serving brings: all ranks at work."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tetriserve.config import PoolConfig
+from tetriserve.core.cluster import aligned_groups
+from tetriserve.core.errors import TetriServeError
+from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.executor.protocol import Executor
+from tetriserve.models.card import ModelCard
+from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with how many measurements are done, how many there are, and what comes next."""
+
+_NUM_SAMPLES = 3
+_STEPS_PER_SAMPLE = 2
+_SLOW_STEP_S = 2.0
+
+
+async def measure(
+    executor: Executor, card: ModelCard, pool: PoolConfig, shapes: Sequence[Shape], on_progress: OnProgress
+) -> Profile:
+    """A profile of `card` on this machine for `shapes`, at every degree of `pool` that suits them.
+
+    Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
+    changes nothing, on a CPU the ranks share cores, caches and memory.
+
+    Raises:
+        TetriServeError: a worker failed or was lost while measuring.
+    """
+    bench = _Bench(executor)
+    cells = [(shape, degree) for shape in shapes for degree in card.valid_degrees(shape, pool.degrees)]
+    num_total = len(cells) + len(shapes)
+    num_done = itertools.count()
+    denoise: list[DenoiseRow] = []
+    for shape, degree in cells:
+        on_progress(next(num_done), num_total, f"{shape} at degree {degree}")
+        denoise.append(await _time_steps(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree)))
+    decode: list[DecodeRow] = []
+    for shape in shapes:
+        on_progress(next(num_done), num_total, f"decode of {shape}")
+        decode.append(await _time_decode(bench, card, shape, pool.num_ranks))
+    on_progress(num_total, num_total, "done")
+    return Profile(
+        model=card.name,
+        fingerprint=card.fingerprint,
+        hardware=hardware_name(pool),
+        dtype=card.dtype,
+        source="measured by tetriserve, all ranks at work",
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        encode_s=max(statistics.median(bench.encode_s), 1e-6),
+        switch_s=max(statistics.median(bench.switch_s), 1e-6),
+        denoise=tuple(denoise),
+        decode=tuple(decode),
+    )
+
+
+def hardware_name(pool: PoolConfig) -> str:
+    """What a profile is valid for: the processor or GPU, and how many ranks share it."""
+    if pool.device == "cuda":
+        return f"{pool.num_ranks} x {_gpu_name()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks"
+
+
+async def _time_steps(
+    bench: _Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]]
+) -> DenoiseRow:
+    requests = [bench.request(card, shape) for _ in groups]
+    await asyncio.gather(*(bench.encode(request, group[0]) for request, group in zip(requests, groups, strict=True)))
+    first = max(
+        await asyncio.gather(
+            *(bench.denoise(request, group, 1) for request, group in zip(requests, groups, strict=True))
+        )
+    )
+    num_samples, num_steps = (1, 1) if first > _SLOW_STEP_S else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
+    samples: list[float] = []
+    for _ in range(num_samples):
+        elapsed = await asyncio.gather(
+            *(bench.denoise(request, group, num_steps) for request, group in zip(requests, groups, strict=True))
+        )
+        samples += [seconds / num_steps for seconds in elapsed]
+    bench.forget(requests)
+    mean = statistics.fmean(samples)
+    return DenoiseRow(
+        height=shape.height,
+        width=shape.width,
+        frames=shape.frames,
+        tokens=card.num_tokens(shape),
+        degree=degree,
+        step_s=mean,
+        cv=statistics.stdev(samples) / mean if len(samples) > 1 else None,
+    )
+
+
+async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int) -> DecodeRow:
+    requests = [bench.request(card, shape) for _ in range(num_ranks)]
+    elapsed = await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
+    bench.forget(requests)
+    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=statistics.fmean(elapsed))
+
+
+@dataclass
+class _Progress:
+    """How far one measured request has come, and what its tasks left in the store."""
+
+    steps_done: int = 0
+    embeds: TensorRef | None = None
+    latents: TensorRef | None = None
+
+
+@dataclass
+class _Bench:
+    """Runs single tasks on an executor and waits for them."""
+
+    executor: Executor
+    encode_s: list[float] = field(default_factory=list)
+    switch_s: list[float] = field(default_factory=list)
+    _waiting: dict[int, asyncio.Future[TaskFinished]] = field(default_factory=dict)
+    _progress: dict[str, _Progress] = field(default_factory=dict)
+    _ids: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.executor.subscribe(self._on_event)
+
+    def request(self, card: ModelCard, shape: Shape) -> Request:
+        request = Request(
+            request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
+            num_steps=1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE, seed=0, arrival_s=0.0, deadline_s=0.0,
+            guidance_scale=card.default_guidance_scale,
+        )  # fmt: skip
+        self._progress[request.request_id] = _Progress()
+        return request
+
+    async def encode(self, request: Request, rank: int) -> None:
+        finished = await self._run(request, Task(request.request_id, Stage.ENCODE, (rank,)))
+        self._progress[request.request_id].embeds = finished.result
+        self.encode_s.append(finished.elapsed_s)
+
+    async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> float:
+        finished = await self._run(request, Task(request.request_id, Stage.DENOISE, ranks, num_steps))
+        progress = self._progress[request.request_id]
+        progress.latents = finished.result
+        progress.steps_done += num_steps
+        return finished.elapsed_s
+
+    async def decode(self, request: Request, rank: int) -> float:
+        return (await self._run(request, Task(request.request_id, Stage.DECODE, (rank,)))).elapsed_s
+
+    def forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.executor.forget(request.request_id)
+
+    async def _run(self, request: Request, task: Task) -> TaskFinished:
+        task_id = next(self._ids)
+        progress = self._progress[request.request_id]
+        future = self._waiting[task_id] = asyncio.get_running_loop().create_future()
+        started_at = time.monotonic()
+        self.executor.start_task(
+            StartTask(task_id, task, request, progress.steps_done, progress.embeds, progress.latents)
+        )
+        finished = await future
+        self.switch_s.append(time.monotonic() - started_at - finished.elapsed_s)
+        return finished
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case TaskFinished(task_id):
+                self._waiting.pop(task_id).set_result(event)
+            case TaskFailed(task_id, _, message):
+                self._waiting.pop(task_id).set_exception(TetriServeError(f"while measuring a profile, {message}"))
+            case _:
+                pass
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    """From the driver's tool: the server process never initialises CUDA."""
+    import subprocess
+
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown GPU"
+    return names[0].strip() if names else "unknown GPU"

@@ -1,0 +1,1 @@
+"""One rank: a process that holds the model, runs tasks, and asks nobody."""

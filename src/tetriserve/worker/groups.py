@@ -1,0 +1,90 @@
+"""Process groups over any set of ranks, formed when first needed, by the name that the executor gave them.
+
+The one file that uses torch's private group construction (pinned torch, tested in tests/gloo). `dist.new_group` will
+not do: its names hash a count local to each process, and it hangs when members have formed different numbers of
+groups. Here the world is a `fake` default group, large and never used for communication, so that a replacement takes
+a dead rank's id and nobody re-initialises; the real groups rendezvous through a file of their own in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+MAX_RANKS = 4096
+_COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
+
+
+@dataclass(frozen=True)
+class Group:
+    process_group: dist.ProcessGroup
+    mesh: DeviceMesh
+
+
+class Groups:
+    """The groups that this rank belongs to, by name.
+
+    Forming one is collective: every member must ask for the same name. Who forgets which and when is the executor's
+    to say, for all members alike; deciding it here would leave some members waiting for others.
+    """
+
+    def __init__(self, rank: int, backend: str, device: str, rendezvous: Path, timeout_s: float) -> None:
+        self._rank = rank
+        self._backend = backend
+        self._device = torch.device(device)
+        self._rendezvous = rendezvous
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[str, Group] = {}
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=MAX_RANKS)
+
+    def get(self, name: str, ranks: Sequence[int]) -> Group:
+        """The group `name` of `ranks`, formed now if this is the first time (about 10 ms, all members at once).
+
+        Raises:
+            RuntimeError: a member did not come within the timeout.
+        """
+        if name not in self._groups:
+            self._groups[name] = self._form(name, list(ranks))
+        return self._groups[name]
+
+    def warm(self, name: str, ranks: Sequence[int]) -> None:
+        """Form the group and run one collective, which allocates its channels and buffers."""
+        group = self.get(name, ranks)
+        ones = torch.ones(len(ranks), device=self._device)
+        dist.all_to_all_single(torch.empty_like(ones), ones, group=group.process_group)
+
+    def drop(self, name: str) -> None:
+        """Leave the group; members still inside a collective of it get an error at once."""
+        group = self._groups.pop(name, None)
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                c10d._abort_process_group(group.process_group)  # type: ignore[attr-defined]
+
+    def _form(self, name: str, ranks: list[int]) -> Group:
+        store = dist.FileStore(str(self._rendezvous / name), len(ranks))
+        store.set_timeout(self._timeout)
+        process_group, _ = c10d._new_process_group_helper(  # type: ignore[attr-defined]
+            len(ranks), ranks.index(self._rank), ranks, dist.Backend(self._backend), store, name, timeout=self._timeout
+        )
+        c10d._world.pg_group_ranks[process_group] = {rank: index for index, rank in enumerate(ranks)}
+        return Group(process_group, DeviceMesh.from_group(process_group, self._device.type))
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether `error` says that a peer went away, rather than that the computation failed.
+
+    Backends raise plain RuntimeErrors that only their text tells apart.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(mark in text for mark in _COLLECTIVE_MARKS)

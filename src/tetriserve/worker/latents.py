@@ -1,0 +1,69 @@
+"""The tensor store: the copy of each request's state that outlives any one worker.
+
+A directory in memory (tmpfs) of safetensors files, written whole and renamed into place. The leader of a task leaves
+its result here; ranks that lack a request's state read it; the server reads pixels. The same copy is the checkpoint
+from which a request continues when a worker dies, and the way latents move between groups: no transfer ever needs
+the rank that computed them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tetriserve.core.events import TensorRef
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+_SHM = Path("/dev/shm")
+_MIN_SHM_BYTES = 2**30
+
+
+class TensorStore:
+    """Named sets of tensors under `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> TensorRef:
+        """Keep a host copy of `tensors` under `key`; readers see the old whole or the new whole."""
+        from safetensors.torch import save_file
+
+        path, temporary = self._path(key), self._path(f"{key}.{os.getpid()}.tmp")
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        os.replace(temporary, path)
+        return TensorRef(key, path.stat().st_size)
+
+    def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self._path(ref.key), device=device)
+
+    def load_numpy(self, ref: TensorRef) -> dict[str, np.ndarray]:
+        """Without torch, for the server."""
+        from safetensors.numpy import load_file
+
+        return load_file(self._path(ref.key))
+
+    def drop(self, ref: TensorRef) -> None:
+        self._path(ref.key).unlink(missing_ok=True)
+
+    def drop_request(self, request_id: str) -> None:
+        """Drop whatever any task of the request left, also what nobody refers to because its task failed."""
+        for path in self._directory.glob(f"{request_id}.*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}.safetensors"
+
+
+def memory_directory() -> Path | None:
+    """Memory where there is enough of it (containers often give 64 MB), else the usual temporary directory."""
+    if _SHM.is_dir() and os.access(_SHM, os.W_OK) and shutil.disk_usage(_SHM).free >= _MIN_SHM_BYTES:
+        return _SHM
+    return None

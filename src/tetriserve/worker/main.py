@@ -1,0 +1,127 @@
+"""The body of a worker process: load, warm, then one message after the other until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, assert_never
+
+from tetriserve.core.errors import TetriServeError
+from tetriserve.core.messages import (
+    DropGroup,
+    Forget,
+    FromWorker,
+    GroupWarm,
+    Heartbeat,
+    Ready,
+    RunTask,
+    StartFailed,
+    Stop,
+    TaskError,
+    ToWorker,
+    WarmGroup,
+)
+from tetriserve.core.request import Request
+from tetriserve.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from tetriserve.worker.groups import Groups
+    from tetriserve.worker.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """The pipe to the executor, shared by the task thread and the heartbeat thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: FromWorker) -> None:
+        """Raises OSError when the executor is gone."""
+        with self._lock:
+            self._connection.send(message)
+
+
+def worker_main(spec: WorkerSpec, connection: Connection) -> None:
+    """Entry point of the process. Ends when told to, or when the executor's end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {spec.rank} %(levelname)s %(message)s")
+    outbox = Outbox(connection)
+    try:
+        _serve(spec, connection, outbox)
+    except (EOFError, OSError):
+        pass  # the server is gone; nobody is left to tell
+    except TetriServeError as error:
+        outbox.send(StartFailed(str(error)))
+    finally:
+        # Torch's own teardown may wait for peers of half-dead groups.
+        os._exit(0)
+
+
+def _serve(spec: WorkerSpec, connection: Connection, outbox: Outbox) -> None:
+    import torch
+
+    from tetriserve.models.registry import load_adapter
+    from tetriserve.worker.groups import Groups
+    from tetriserve.worker.latents import TensorStore
+    from tetriserve.worker.runner import Runner
+
+    torch.set_num_threads(spec.num_threads)
+    if spec.device.startswith("cuda"):
+        torch.cuda.set_device(spec.device)
+    groups = Groups(spec.rank, spec.backend, spec.device, spec.store, spec.group_timeout_s)
+    adapter = load_adapter(spec.card, spec.device, spec.adapter)
+    runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
+    with torch.no_grad():
+        runner.warm(_warm_up_request(spec))
+    outbox.send(Ready())
+    threading.Thread(target=_beat, args=(outbox, runner, spec.heartbeat_s), daemon=True).start()
+    while True:
+        message: ToWorker = connection.recv()
+        match message:
+            case RunTask():
+                answer = runner.run(message)
+                outbox.send(answer)
+                if isinstance(answer, TaskError) and message.group is not None:
+                    runner.leave(message.group)
+            case WarmGroup(group, ranks):
+                outbox.send(_warm(groups, group, ranks))
+            case DropGroup(group):
+                groups.drop(group)
+            case Forget(request_id):
+                runner.forget(request_id)
+            case Stop():
+                return
+            case _:
+                assert_never(message)
+
+
+def _beat(outbox: Outbox, runner: Runner, every_s: float) -> None:
+    stopped = threading.Event()
+    while not stopped.wait(every_s):
+        try:
+            outbox.send(Heartbeat(runner.num_steps))
+        except OSError:
+            return
+
+
+def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
+    try:
+        groups.warm(group, ranks)
+    except RuntimeError as error:
+        groups.drop(group)
+        return GroupWarm(group, str(error).splitlines()[0])
+    return GroupWarm(group, None)
+
+
+def _warm_up_request(spec: WorkerSpec) -> Request:
+    return Request(
+        request_id="warm-up", prompt="warm-up", shape=spec.card.sizes[0], num_steps=1, seed=0,
+        arrival_s=0.0, deadline_s=0.0, guidance_scale=spec.card.default_guidance_scale,
+    )  # fmt: skip

@@ -1,0 +1,31 @@
+"""What a worker process is told at birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetriserve.models.card import ModelCard
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """Everything a rank needs; plain values, so that it survives a spawn.
+
+    device: torch's name of this rank's device, such as `cpu` or `cuda:3`.
+    backend: collective backend, `gloo` or `nccl`.
+    store: directory of the tensor store, shared by all ranks and the server on this host.
+    heartbeat_s: seconds between signs of life.
+    group_timeout_s: a collective that waits longer for a peer fails.
+    """
+
+    rank: int
+    card: ModelCard
+    device: str
+    backend: str
+    store: Path
+    num_threads: int
+    heartbeat_s: float
+    group_timeout_s: float
+    adapter: str | None = None
+    """`module:Class` to load in place of the card's own adapter (tests inject faults with it)."""

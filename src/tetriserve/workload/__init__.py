@@ -1,0 +1,1 @@
+"""What is asked of the system and what became of it."""

@@ -1,0 +1,239 @@
+"""The FLUX adapter against `FluxPipeline` itself, and across two gloo ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tetriserve.core.errors import CheckpointError
+from tetriserve.core.request import Request, Shape
+from tetriserve.models.card import ModelCard, read_card
+from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.registry import load_adapter
+
+REQUEST = Request(
+    request_id="r",
+    prompt="a red circle on a blue background",
+    shape=Shape(256, 256),
+    num_steps=3,
+    seed=7,
+    arrival_s=0.0,
+    deadline_s=10.0,
+)
+NEGATIVE = dataclasses.replace(REQUEST, negative_prompt="blurry", true_cfg_scale=3.0)
+CASES = {
+    "square": REQUEST,
+    "one step": dataclasses.replace(REQUEST, num_steps=1, seed=123456789),
+    "wide": dataclasses.replace(REQUEST, shape=Shape(height=256, width=320)),
+    "negative prompt": NEGATIVE,
+    "wide, empty negative prompt": dataclasses.replace(NEGATIVE, shape=Shape(256, 320), negative_prompt=""),
+    "negative prompt without scale": dataclasses.replace(NEGATIVE, true_cfg_scale=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def card(bundled_dir: Path) -> ModelCard:
+    return read_card(bundled_dir)
+
+
+@pytest.fixture(scope="module")
+def adapter(card: ModelCard) -> FluxAdapter:
+    adapter = load_adapter(card, "cpu")
+    assert isinstance(adapter, FluxAdapter)
+    return adapter
+
+
+def plain_pipeline(path: Path, dtype: torch.dtype) -> Any:
+    from diffusers import FluxPipeline
+
+    pipeline: Any = FluxPipeline.from_pretrained(path, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundled_dir: Path) -> Any:
+    return plain_pipeline(bundled_dir, torch.float32)
+
+
+def call_pipeline(pipeline: Any, request: Request, output_type: str) -> Any:
+    return pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        true_cfg_scale=request.true_cfg_scale,
+        height=request.shape.height,
+        width=request.shape.width,
+        num_inference_steps=request.num_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        max_sequence_length=64,
+        output_type=output_type,
+    ).images
+
+
+def denoise(adapter: FluxAdapter, request: Request, meshes: Sequence[Any] = (None,)) -> torch.Tensor:
+    """All steps of `request`, one per mesh; the last mesh stays for the rest."""
+    latents = adapter.initial_latents(request)
+    loop = adapter.denoise_loop(request, adapter.encode(request), 0)
+    for index in range(request.num_steps):
+        if index < len(meshes):
+            adapter.use_mesh(meshes[index])
+        latents = loop.step(latents)
+    adapter.use_mesh(None)
+    return latents
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_latents_and_pixels_are_those_of_the_pipeline(adapter: FluxAdapter, pipeline: Any, case: str) -> None:
+    request = CASES[case]
+    latents = denoise(adapter, request)
+    assert torch.equal(latents, call_pipeline(pipeline, request, "latent"))
+    pixels = adapter.decode(request, latents)
+    assert (pixels.shape, pixels.dtype) == ((request.shape.height, request.shape.width, 3), np.uint8)
+    assert np.array_equal(pixels, np.asarray(call_pipeline(pipeline, request, "pil")[0]))
+
+
+def test_half_precision_is_that_of_the_pipeline(card: ModelCard) -> None:
+    adapter = FluxAdapter(dataclasses.replace(card, dtype="bfloat16"), "cpu")
+    latents = denoise(adapter, NEGATIVE)
+    pipeline = plain_pipeline(card.path, torch.bfloat16)
+    assert latents.dtype == torch.bfloat16
+    assert torch.equal(latents, call_pipeline(pipeline, NEGATIVE, "latent"))
+    assert np.array_equal(adapter.decode(NEGATIVE, latents), np.asarray(call_pipeline(pipeline, NEGATIVE, "pil")[0]))
+
+
+def test_a_loop_resumed_before_any_step_ends_as_the_undisturbed_one(adapter: FluxAdapter) -> None:
+    request = dataclasses.replace(NEGATIVE, num_steps=4)
+    embeds = adapter.encode(request)
+    states = [adapter.initial_latents(request)]
+    loop = adapter.denoise_loop(request, embeds, 0)
+    for _ in range(request.num_steps):
+        states.append(loop.step(states[-1]))
+    for steps_done in range(request.num_steps):
+        resumed = adapter.denoise_loop(request, embeds, steps_done)
+        latents = states[steps_done].clone()
+        for _ in range(request.num_steps - steps_done):
+            latents = resumed.step(latents)
+        assert torch.equal(latents, states[-1]), steps_done
+
+
+def test_interleaved_loops_do_not_disturb_each_other(adapter: FluxAdapter) -> None:
+    requests = (REQUEST, dataclasses.replace(CASES["wide"], num_steps=5))
+    latents = [adapter.initial_latents(request) for request in requests]
+    loops = [adapter.denoise_loop(request, adapter.encode(request), 0) for request in requests]
+    for index in (1, 0, 1, 1, 0, 1, 0, 1):
+        latents[index] = loops[index].step(latents[index])
+    for request, result in zip(requests, latents, strict=True):
+        assert torch.equal(result, denoise(adapter, request))
+
+
+def test_a_step_leaves_its_argument_as_it_was_and_returns_an_ordinary_tensor(adapter: FluxAdapter) -> None:
+    before = adapter.initial_latents(REQUEST)
+    copy = before.clone()
+    after = adapter.denoise_loop(REQUEST, adapter.encode(REQUEST), 0).step(before)
+    assert torch.equal(before, copy)
+    assert not torch.equal(after, before)
+    after.add_(1)
+    assert type(after) is torch.Tensor
+    assert not after.is_inference()
+    assert not after.requires_grad
+
+
+def test_seeds_and_prompts_matter(adapter: FluxAdapter) -> None:
+    other_seed = dataclasses.replace(REQUEST, seed=8)
+    assert not torch.equal(adapter.initial_latents(REQUEST), adapter.initial_latents(other_seed))
+    prompts = ("a red circle", "a blue circle", "東京", "大阪", "")
+    embeds = [adapter.encode(dataclasses.replace(REQUEST, prompt=prompt)) for prompt in prompts]
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        distances = [(a[name] - b[name]).abs().max().item() for i, a in enumerate(embeds) for b in embeds[:i]]
+        assert min(distances) > 1e-3
+    other_prompt = dataclasses.replace(REQUEST, prompt="a blue circle")
+    assert (denoise(adapter, REQUEST) - denoise(adapter, other_prompt)).abs().max() > 1e-4
+
+
+def test_embeds_of_a_negative_prompt_come_only_with_two_passes(adapter: FluxAdapter) -> None:
+    names = {"prompt_embeds", "pooled_prompt_embeds"}
+    assert set(adapter.encode(REQUEST)) == names
+    assert set(adapter.encode(CASES["negative prompt without scale"])) == names
+    embeds = adapter.encode(NEGATIVE)
+    assert set(embeds) == names | {f"negative_{name}" for name in names}
+    assert embeds["prompt_embeds"].shape == embeds["negative_prompt_embeds"].shape == (1, 64, 64)
+
+
+def test_a_checkpoint_that_diffusers_cannot_load_is_a_checkpoint_error(card: ModelCard, tmp_path: Path) -> None:
+    spoilt = shutil.copytree(card.path, tmp_path / "spoilt")
+    config = json.loads((spoilt / "transformer/config.json").read_text())
+    (spoilt / "transformer/config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    with pytest.raises(CheckpointError, match=r"spoilt cannot be loaded: .*size mismatch") as caught:
+        load_adapter(dataclasses.replace(card, path=spoilt), "cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="no adapter serves pipeline class 'Other'; supported: FluxPipeline"):
+        load_adapter(dataclasses.replace(card, pipeline_class="Other"), "cpu")
+
+
+def run_rank(rank: int, card: ModelCard, directory: Path) -> None:
+    """One of two ranks: every request under several plans; the latents of each are saved."""
+    from tetriserve.worker.groups import Groups
+
+    torch.set_num_threads(1)
+    groups = Groups(rank, "gloo", "cpu", directory, timeout_s=60)
+    adapter = FluxAdapter(card, "cpu")
+    first, second = (groups.get(name, (0, 1)).mesh for name in ("first", "second"))
+    plans = {
+        "degree 2": (first,),
+        "another group each step": (second, first, second),
+        "1, 2, 1": (None, first, None),
+        "2, 1, 2": (second, None, first),
+        "degree 1 again": (None,),
+    }
+    results = {plan: {case: denoise(adapter, CASES[case], plans[plan]) for case in CASES} for plan in plans}
+    transformer = adapter._pipeline.transformer
+    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
+    configs = [processor._parallel_config for processor in transformer.attn_processors.values()]
+    assert [registry.hooks for registry in registries] == [{}] * len(registries)
+    assert configs == [None] * 6
+    torch.save(results, directory / f"results{rank}")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each of two ranks computed, by plan and case."""
+    directory = tmp_path_factory.mktemp("rendezvous")
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=run_rank, args=(rank, card, directory)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(directory / f"results{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("plan", ["degree 2", "another group each step", "1, 2, 1", "2, 1, 2"])
+def test_any_plan_of_degrees_gives_the_latents_of_degree_1(
+    adapter: FluxAdapter, two_ranks: list[dict[str, dict[str, torch.Tensor]]], plan: str
+) -> None:
+    for case, request in CASES.items():
+        undisturbed = denoise(adapter, request)
+        latents = [results[plan][case] for results in two_ranks]
+        assert torch.equal(latents[0], latents[1])
+        assert (latents[0] - undisturbed).abs().max() < 1e-4
+        assert type(latents[0]) is torch.Tensor
+
+
+def test_degree_2_really_splits_and_degree_1_afterwards_is_the_bare_model(
+    adapter: FluxAdapter, two_ranks: list[dict[str, dict[str, torch.Tensor]]]
+) -> None:
+    undisturbed = denoise(adapter, REQUEST)
+    assert not torch.equal(two_ranks[0]["degree 2"]["square"], undisturbed)
+    assert torch.equal(two_ranks[0]["degree 1 again"]["square"], undisturbed)
