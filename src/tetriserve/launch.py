@@ -25,7 +25,7 @@ from tetriserve.models.card import ModelCard, read_card
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, load_profile, save_profile
-from tetriserve.profiler.measure import hardware_name, measure
+from tetriserve.profiler.measure import gpu_names, hardware_name, measure
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent 
     Raises:
         ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
     """
+    _check_device(config.pool)
     card = await find_model(config.model, progress.step)
     card = replace(card, name=config.served_model_name or card.name)
     _check_degrees(card, config.pool)
@@ -138,6 +139,7 @@ async def measure_profile(
     model: str | None, pool: PoolConfig, shapes: tuple[Shape, ...], progress: Progress
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
+    _check_device(pool)
     card = await find_model(model, progress.step)
     _check_degrees(card, pool)
     for shape in shapes:
@@ -149,6 +151,11 @@ async def measure_profile(
         return card, await measure(executor, card, pool, shapes or card.sizes, progress.measured)
     finally:
         await executor.stop()
+
+
+def num_gpus() -> int:
+    """GPUs of this machine, asked of the driver: the server process never initialises CUDA."""
+    return len(gpu_names())
 
 
 def cache_directory() -> Path:
@@ -181,3 +188,13 @@ def _check_degrees(card: ModelCard, pool: PoolConfig) -> None:
             f"degree {useless[0]} suits no size of {card.name}: it must divide {card.num_heads} heads and "
             f"{card.num_text_tokens} text tokens; use --degrees {','.join(map(str, sorted(usable)))}"
         )
+
+
+def _check_device(pool: PoolConfig) -> None:
+    if pool.device != "cuda":
+        return
+    available = num_gpus()
+    if available == 0:
+        raise ConfigError("device is cuda, but nvidia-smi finds no GPU on this machine; use --device cpu")
+    if available < pool.num_ranks:
+        raise ConfigError(f"ranks is {pool.num_ranks}, but there are {available} GPUs; use --ranks {available}")

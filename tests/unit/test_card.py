@@ -146,10 +146,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         put_json("model_index.json", MODEL_INDEX | {"_class_name": "StableDiffusionPipeline"}),
         "no adapter serves pipeline class 'StableDiffusionPipeline'; supported: FluxPipeline",
     ),
-    "no class": (put_json("model_index.json", {}), "model_index.json: _class_name is null; a str is needed"),
+    "no class": (put_json("model_index.json", {}), "model_index.json: _class_name is null; it must be a JSON string"),
     "malformed JSON": (put("vae/config.json", '{"a": '), "vae/config.json is not valid JSON (Expecting value: line 1"),
-    "not an object": (put("vae/config.json", "[]"), "vae/config.json holds a JSON list, not an object"),
-    "missing key": (put("transformer/config.json", "{}"), "config.json: num_attention_heads is null; a int is needed"),
+    "not an object": (put("vae/config.json", "[]"), "vae/config.json holds no JSON object"),
+    "missing key": (
+        put("transformer/config.json", "{}"),
+        "config.json: num_attention_heads is null; it must be a JSON integer",
+    ),
     "missing component": (remove("vae"), "vae is missing though model_index.json names it; download the checkpoint"),
     "missing config": (remove("text_encoder/config.json"), "text_encoder has no config.json; download the checkpoint"),
     "missing weights": (
@@ -175,7 +178,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         put_json("tetriserve.json", {"steps": 3}),
         "tetriserve.json: unknown key 'steps'; allowed: name, num_steps, guidance_scale, sizes, dtype",
     ),
-    "wrong type": (put_json("tetriserve.json", {"num_steps": True}), "num_steps is true; a int is needed"),
+    "wrong type": (put_json("tetriserve.json", {"num_steps": True}), "num_steps is true; it must be a JSON integer"),
     "no steps": (put_json("tetriserve.json", {"num_steps": 0}), "num_steps is 0; it must be at least 1"),
     "NaN guidance": (put("tetriserve.json", '{"guidance_scale": NaN}'), "guidance_scale is nan; it must be a number"),
     "unknown dtype": (

@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.config import PoolConfig
@@ -43,7 +40,7 @@ from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.processes import end_processes, exit_words, start_context, start_process
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
-from tetriserve.worker.latents import TensorStore, memory_directory
+from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
 from tetriserve.worker.spec import WorkerSpec
 
@@ -100,8 +97,8 @@ class LocalExecutor:
         self._is_stopping = False
         self.num_restarts = 0
         self._context = start_context(pool)
-        self._directory = Path(tempfile.mkdtemp(prefix="tetriserve-", dir=memory_directory()))
-        self._store = TensorStore(self._directory)
+        self._directory = StoreDirectory()
+        self._store = TensorStore(self._directory.path)
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -174,7 +171,7 @@ class LocalExecutor:
         for worker in self._workers.values():
             self._unwatch(worker)
         self._workers.clear()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
 
     async def _spawn(self, rank: int) -> None:
         ours, theirs = self._context.Pipe()
@@ -195,7 +192,7 @@ class LocalExecutor:
             card=self._card,
             device=device,
             backend=self._pool.backend,
-            store=self._directory,
+            store=self._directory.path,
             num_threads=self._pool.num_threads,
             heartbeat_s=self._pool.heartbeat_timeout_s / 5,
             group_timeout_s=self._pool.group_timeout_s,
@@ -345,7 +342,7 @@ class LocalExecutor:
     def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
         for rank in ranks:
             self._send(rank, DropGroup(name))
-        (self._directory / name).unlink(missing_ok=True)
+        (self._directory.path / name).unlink(missing_ok=True)
 
     def _send(self, rank: int, message: ToWorker) -> None:
         worker = self._workers.get(rank)

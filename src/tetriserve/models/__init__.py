@@ -1,1 +1,1 @@
-"""Model families. Facts about a checkpoint come from `card`, without torch; an adapter is loaded only inside a worker."""
+"""Model families: facts about a checkpoint come from `card`, without torch; adapters load inside workers only."""

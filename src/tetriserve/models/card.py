@@ -24,6 +24,7 @@ _OVERRIDES: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
 }
 _DEFAULT_SIDES = (256, 512, 1024, 2048)
+_JSON_NAMES: dict[object, str] = {str: "string", int: "integer", list: "array", dict: "object"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); mend it or download it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, not an object; download it again")
+        raise CheckpointError(f"{file} holds no JSON object; download it again")
     return content
 
 
@@ -226,6 +227,6 @@ def _get(content: Mapping[str, Any], key: str, kind: type | tuple[type, ...], fi
     """`content[key]`, which must be of type `kind` (a bool is no number)."""
     value = content.get(key)
     if isinstance(value, bool) or not isinstance(value, kind):
-        name = kind.__name__ if isinstance(kind, type) else "number"
-        raise CheckpointError(f"{file}: {key} is {json.dumps(value)}; a {name} is needed")
+        name = _JSON_NAMES.get(kind, "number")
+        raise CheckpointError(f"{file}: {key} is {json.dumps(value)}; it must be a JSON {name}")
     return value

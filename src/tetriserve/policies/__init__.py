@@ -1,4 +1,4 @@
-"""Policies: pure functions from (state, now) to the tasks to start now, used alike by the live engine and the simulator."""
+"""Policies: pure functions from (state, now) to the tasks to start now, the same live and simulated."""
 
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, PolicySpec, make_policy

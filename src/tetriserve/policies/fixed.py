@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.degrees import fastest_degree
 
 CHUNK_S = 0.5
 """Length of a denoise task. Short enough that a cancelled request leaves soon and a dead worker costs little."""
@@ -29,7 +30,7 @@ class BlockPolicy:
 
     @abstractmethod
     def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
-        """The ranks of `block` that denoise steps run on."""
+        """The ranks of `block` that denoise steps run on; none when the shape needs more ranks than the block has."""
 
     def plan(self, state: State, now: float) -> Plan:
         blocks = self.blocks(state.ranks)
@@ -44,8 +45,8 @@ class BlockPolicy:
                     continue
                 block = free.pop(0)
             # A block is briefly busy under its owner when a rank returns and two narrow blocks become one again.
-            if idle.issuperset(block):
-                tasks.append(self._next_task(trajectory, block, state.cost))
+            if idle.issuperset(block) and (task := self._next_task(trajectory, block, state.cost)) is not None:
+                tasks.append(task)
         return Plan(tuple(tasks))
 
     def _owners(self, state: State, blocks: tuple[Block, ...]) -> dict[str, Block]:
@@ -63,9 +64,11 @@ class BlockPolicy:
                 owners[request_id] = block
         return owners
 
-    def _next_task(self, trajectory: Trajectory, block: Block, cost: CostModel) -> Task:
+    def _next_task(self, trajectory: Trajectory, block: Block, cost: CostModel) -> Task | None:
         step_times = cost.step_times(trajectory.request)
         ranks = self.denoise_ranks(block, step_times)
+        if not ranks:
+            return None
         if trajectory.stage is not Stage.DENOISE:
             return Task(trajectory.request_id, trajectory.stage, ranks[:1])
         num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
@@ -104,7 +107,9 @@ class FirstComeFirstServed(BlockPolicy):
 
     def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
         fitting = {degree: step_s for degree, step_s in step_times.items() if degree <= len(block)}
-        degree = min(fitting, key=lambda degree: (fitting[degree], degree))
+        if not fitting:
+            return ()
+        degree = fastest_degree(fitting)
         return next(_whole_blocks(block, degree), block[:degree])
 
 

@@ -76,8 +76,9 @@ def pack_round(groups: Sequence[Group], capacity: int) -> tuple[int | None, ...]
     urgency = len(groups)
     for options, survives_deferred in groups:
         # What each option adds over deferring the request.
+        run = running_unit + urgency
         gains = [
-            (width, running_unit + urgency - width * unused_unit + (survives - survives_deferred) * survivor_unit, index)
+            (width, run - width * unused_unit + (survives - survives_deferred) * survivor_unit, index)
             for index, (width, survives) in enumerate(options)
             if width <= capacity
         ]

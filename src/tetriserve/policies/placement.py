@@ -2,69 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from tetriserve.core.trajectory import Trajectory
 
 
 def place(
-    wanted: Sequence[tuple[Trajectory, int]], idle: Sequence[int], *, preserve: bool = True
+    wanted: Sequence[tuple[Trajectory, int]], idle: Iterable[int], *, preserve: bool = True
 ) -> list[tuple[int, ...]]:
     """Disjoint sets of idle ranks for `wanted`, pairs of a trajectory and its degree; answers in the same order.
 
-    Placement preservation (TetriServe, section 4.2.3): a request stays on the ranks that hold its state, so that
-    nothing moves. In order: requests that keep exactly their set; then, wide ones first, a subset of the holders when
-    narrowing, an aligned block around them when widening, the aligned block that splits the least free space, and at
-    last any idle ranks. Every set is ascending: process groups are keyed by it, and one set must not appear twice.
+    Wide sets are chosen first, so that narrow ones do not break up the blocks they need. Placement preservation
+    (TetriServe, section 4.2.3): a request keeps exactly the ranks that hold its state when the degree stays, takes some
+    of them when it narrows and ranks around them when it widens, so that little or nothing moves. Every set is
+    ascending: process groups are keyed by it, and one set must not appear twice.
 
     Args:
-        idle: free ranks, ascending; at least as many as the degrees sum to.
+        idle: free ranks, at least as many as the degrees sum to.
         preserve: False ignores where states are held (ablation).
     """
     free = set(idle)
+    keeping = {
+        index: tuple(sorted(trajectory.holders))
+        for index, (trajectory, degree) in enumerate(wanted)
+        if preserve and len(trajectory.holders) == degree and free.issuperset(trajectory.holders)
+    }
     placed: dict[int, tuple[int, ...]] = {}
-    if preserve:
-        for index, (trajectory, degree) in enumerate(wanted):
-            if len(trajectory.holders) == degree and free.issuperset(trajectory.holders):
-                placed[index] = tuple(sorted(trajectory.holders))
-                free.difference_update(placed[index])
-    rest = [index for index in range(len(wanted)) if index not in placed]
-    for index in sorted(rest, key=lambda index: -wanted[index][1]):
+    for index in sorted(range(len(wanted)), key=lambda index: (-wanted[index][1], index not in keeping)):
         trajectory, degree = wanted[index]
-        placed[index] = choose_ranks(degree, free, trajectory.holders if preserve else ())
-        free.difference_update(placed[index])
+        kept = keeping.pop(index, None)
+        if kept is None or not free.issuperset(kept):
+            others = {rank for ranks in keeping.values() for rank in ranks}
+            kept = choose_ranks(degree, free, trajectory.holders if preserve else (), others)
+        placed[index] = kept
+        free.difference_update(kept)
     return [placed[index] for index in range(len(wanted))]
 
 
-def choose_ranks(degree: int, free: Collection[int], holders: Sequence[int]) -> tuple[int, ...]:
-    """`degree` ranks out of `free`, ascending: near `holders` where possible, else splitting the least free space."""
+def choose_ranks(
+    degree: int, free: Collection[int], holders: Sequence[int], others: Collection[int] = ()
+) -> tuple[int, ...]:
+    """`degree` ranks out of `free`, ascending.
+
+    Aligned blocks first: they are the warm groups (TetriServe, section 5), and neighbours share the fastest links. Of
+    several, the one with most of `holders`, then with fewest of `others`, which other requests would like to keep, then
+    the one that splits the least free space. Narrowing to part of the holders needs no block; nor do scattered ranks
+    when no block is free.
+    """
+    if degree == 1 and len(free) == 1:
+        return tuple(free)
     held = [rank for rank in holders if rank in free]
-    # Aligned blocks are the warm groups (TetriServe, section 5), and neighbours share the fastest links.
-    candidates = (range(start, start + degree) for start in sorted({rank - rank % degree for rank in free}))
-    blocks = [block for block in candidates if all(rank in free for rank in block)]
+    starts = sorted({rank - rank % degree for rank in free})
+    blocks = [start for start in starts if all(rank in free for rank in range(start, start + degree))]
     if len(held) >= degree:
-        blocks = [block for block in blocks if all(rank in held for rank in block)]
+        blocks = [start for start in blocks if all(rank in held for rank in range(start, start + degree))]
         if not blocks:
             return tuple(sorted(held[:degree]))
+    if len(blocks) == 1:
+        return tuple(range(blocks[0], blocks[0] + degree))
     if blocks:
-        return tuple(min(blocks, key=lambda block: (-_overlap(block, held), _free_around(block, free), block.start)))
-    others = sorted((rank for rank in free if rank not in held), key=lambda rank: (_free_beside(rank, free), rank))
-    return tuple(sorted((held + others)[:degree]))
+
+        def misfit(start: int) -> tuple[int, int, tuple[int, ...], int]:
+            block = range(start, start + degree)
+            num_held = sum(rank in block for rank in held)
+            num_taken = sum(rank in block for rank in others)
+            return -num_held, num_taken, _free_around(start, degree, free), start
+
+        start = min(blocks, key=misfit)
+        return tuple(range(start, start + degree))
+    rest = sorted((rank for rank in free if rank not in held), key=lambda rank: (_free_around(rank, 1, free), rank))
+    return tuple(sorted((held + rest)[:degree]))
 
 
-def _overlap(block: range, held: Sequence[int]) -> int:
-    return sum(rank in block for rank in held)
-
-
-def _free_around(block: range, free: Collection[int]) -> tuple[int, ...]:
+def _free_around(start: int, degree: int, free: Collection[int]) -> tuple[int, ...]:
     """Free ranks in the enclosing aligned blocks of two, four and eight times the size: fewer is a better fit."""
-    size = len(block)
-    counts = []
-    for factor in (2, 4, 8):
-        start = block.start - block.start % (size * factor)
-        counts.append(sum(rank in free for rank in range(start, start + size * factor)))
-    return tuple(counts)
-
-
-def _free_beside(rank: int, free: Collection[int]) -> tuple[int, ...]:
-    return _free_around(range(rank, rank + 1), free)
+    sizes = (2 * degree, 4 * degree, 8 * degree)
+    return tuple(sum(rank - rank % size == start - start % size for rank in free) for size in sizes)

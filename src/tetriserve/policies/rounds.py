@@ -63,6 +63,29 @@ class RoundClock:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What is left of `round` for a task that starts at `now`, `switch_s` of which it spends on starting."""
+
+    clock: RoundClock
+    round: Round
+    now: float
+    switch_s: float
+
+    def steps_that_fit(self, step_s: float) -> int:
+        """Steps that a denoise task can run by the boundary."""
+        return self.clock.steps_that_fit(self.round.end_s - self.now - self.switch_s, step_s)
+
+    def end_of(self, num_steps: int, step_s: float) -> float:
+        """When a task of `num_steps` ends."""
+        return self.now + self.switch_s + num_steps * step_s
+
+    def may_start(self, duration_s: float) -> bool:
+        """Whether a stage ends by the boundary, or is too long to end by any and may as well start now."""
+        ends_by_boundary = self.now + duration_s <= self.round.end_s + self.clock.overrun_s
+        return ends_by_boundary or not self.clock.is_within_round(duration_s)
+
+
+@dataclass(frozen=True, slots=True)
 class RoundTable:
     """What the rounds make of one shape's step times.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -11,7 +10,7 @@ from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
-from tetriserve.policies.rounds import Round, RoundClock
+from tetriserve.policies.rounds import RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
 from tetriserve.policies.stages import place_short_stages, short_stage_s
 from tetriserve.policies.triage import Candidate, Triage, triage
@@ -62,25 +61,123 @@ class TetriServe:
         """See `Policy.plan`. Asks again at the next boundary for as long as a request waits."""
         if not state.waiting:
             return Plan()
-        this = self.clock.round_at(now)
+        window = Window(self.clock, self.clock.round_at(now), now, state.cost.switch_s)
         free = set(state.idle_ranks)
         if not free:
-            return Plan(wake_at=this.end_s)
+            return Plan(wake_at=window.round.end_s)
         waiting = triage(state, now, self.clock)
         tasks = place_short_stages(waiting.short, free, preserve=self.placement)
+        if (waiting.on_time or waiting.late) and self._is_assembling(state, len(tasks), waiting, window):
+            return Plan(tuple(tasks), wake_at=self.clock.grace_end_s(window.round))
 
-        if self._is_assembling(state, len(tasks), waiting, this, now):
-            return Plan(tuple(tasks), wake_at=self.clock.grace_end_s(this))
+        choices = self._choose_on_time(waiting.on_time, len(free), window)
+        spare = len(free) - sum(choice.degree for choice in choices)
+        late_short = [t for t in waiting.late_short if window.may_start(short_stage_s(t, state.cost))][:spare]
+        spare -= len(late_short)
+        late_choices = _choose_late(waiting.late, spare, window)
+        spare -= sum(choice.degree for choice in late_choices)
+        if self.scale_up:
+            choices, spare = scale_up(choices, spare, window.steps_that_fit)
+            late_choices, spare = scale_up(late_choices, spare, window.steps_that_fit)
 
-        late_short = [
-            trajectory
-            for trajectory in waiting.late_short
-            if self._may_start(now, short_stage_s(trajectory, state.cost), this)
-        ]
-        choices, spare = self._choose(waiting, len(free), len(late_short), this, now, state.cost.switch_s)
+        choices += late_choices
         wanted = [(choice.trajectory, choice.degree) for choice in choices]
         for choice, ranks in zip(choices, place(wanted, free, preserve=self.placement), strict=True):
             tasks.append(Task(choice.trajectory.request_id, Stage.DENOISE, ranks, choice.num_steps))
             free.difference_update(ranks)
         tasks += place_short_stages(late_short, free, preserve=self.placement)
-        return Plan(tuple(tasks), wake_at=this.end_s)
+        return Plan(tuple(tasks), wake_at=window.round.end_s)
+
+    def _is_assembling(self, state: State, num_started: int, waiting: Triage, window: Window) -> bool:
+        """Whether ranks of the last round, or of short stages that start now, come free before the grace is over.
+
+        Packing what is idle already would cut the pool into fragments a moment before it is whole.
+        """
+        grace_end_s = self.clock.grace_end_s(window.round)
+        if window.now >= grace_end_s:
+            return False
+        return any(self.clock.is_about_to_end(flight, window.round) for flight in state.in_flight) or any(
+            window.now + short_stage_s(trajectory, state.cost) <= grace_end_s
+            for trajectory in waiting.short[:num_started]
+        )
+
+    def _choose_on_time(self, on_time: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+        """Algorithm 1, one priority class after the other; then what it deferred, least slack first."""
+        chosen: list[Choice] = []
+        deferred: list[Candidate] = []
+        for _, members in groupby(on_time, key=attrgetter("priority")):
+            packed, left = _pack(list(members), capacity, window)
+            capacity -= sum(choice.degree for choice in packed)
+            chosen += packed
+            deferred += left
+        if self.fill:
+            for candidate in deferred:
+                if not capacity:
+                    break
+                choice = _most_steps(candidate, capacity, window)
+                if choice is not None:
+                    capacity -= choice.degree
+                    chosen.append(choice)
+        return chosen
+
+
+def _pack(candidates: Sequence[Candidate], capacity: int, window: Window) -> tuple[list[Choice], list[Candidate]]:
+    """Algorithm 1 over candidates of one priority class: those that run, and those that it defers.
+
+    A request survives if its steps left after the round, all at its fastest degree, still end in time. An option runs
+    to the end of the round, even past the steps that the allocation gives its degree (the paper's min with s_i^m):
+    ranks freed in mid-round cannot be combined with others, and the next round allocates anew anyway.
+    """
+    groups: list[Group] = []
+    runs: list[list[Choice]] = []
+    for trajectory, table, segments, denoised_by_s, _ in candidates:
+        remaining = trajectory.remaining_steps
+        latest_s = denoised_by_s - remaining * table.fastest_s
+        options: list[Option] = []
+        choices: list[Choice] = []
+        for segment in segments:
+            degree = segment.degree
+            step_s = table.times[degree]
+            num_steps = 1 if table.carries_over else min(remaining, window.steps_that_fit(step_s))
+            if num_steps == 0:
+                continue
+            end_s = window.end_of(num_steps, step_s)
+            if num_steps < remaining:
+                end_s = max(end_s, window.round.end_s)
+            options.append(Option(degree, end_s <= latest_s + num_steps * table.fastest_s))
+            choices.append(Choice(trajectory, table.times, degree, num_steps))
+        groups.append(Group(options, window.round.end_s <= latest_s))
+        runs.append(choices)
+    packed: list[Choice] = []
+    deferred: list[Candidate] = []
+    for candidate, choices, index in zip(candidates, runs, pack_round(groups, capacity), strict=True):
+        if index is None:
+            deferred.append(candidate)
+        else:
+            packed.append(choices[index])
+    return packed, deferred
+
+
+def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice | None:
+    """The degree that gets furthest before the boundary; the narrowest of equals."""
+    best: Choice | None = None
+    for degree, step_s in candidate.table.times.items():
+        num_steps = min(candidate.trajectory.remaining_steps, window.steps_that_fit(step_s))
+        if degree <= capacity and num_steps > (best.num_steps if best else 0):
+            best = Choice(candidate.trajectory, candidate.table.times, degree, num_steps)
+    return best
+
+
+def _choose_late(late: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+    """One rank each (more only if no narrower degree fits in a round): best effort, at nobody's expense."""
+    chosen: list[Choice] = []
+    for candidate in late:
+        if not capacity:
+            break
+        degree = candidate.table.narrowest
+        num_steps = 1 if candidate.table.carries_over else window.steps_that_fit(candidate.table.times[degree])
+        if degree <= capacity and num_steps:
+            num_steps = min(num_steps, candidate.trajectory.remaining_steps)
+            chosen.append(Choice(candidate.trajectory, candidate.table.times, degree, num_steps))
+            capacity -= degree
+    return chosen

@@ -8,6 +8,7 @@ import itertools
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ async def measure(
 def hardware_name(pool: PoolConfig) -> str:
     """What a profile is valid for: the processor or GPU, and how many ranks share it."""
     if pool.device == "cuda":
-        return f"{pool.num_ranks} x {_gpu_name()}"
+        return f"{pool.num_ranks} x {next(iter(gpu_names()), 'unknown GPU')}"
     return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks"
 
 
@@ -196,13 +197,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_name() -> str:
-    """From the driver's tool: the server process never initialises CUDA."""
-    import subprocess
-
+def gpu_names() -> list[str]:
+    """One name per GPU of this machine, from the driver's own tool; empty without one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return "unknown GPU"
-    return names[0].strip() if names else "unknown GPU"
+        return []
+    return [name.strip() for name in listed.splitlines() if name.strip()]

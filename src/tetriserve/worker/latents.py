@@ -8,8 +8,10 @@ the rank that computed them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _SHM = Path("/dev/shm")
 _MIN_SHM_BYTES = 2**30
+_PREFIX = "tetriserve-store-"
+_LOCK = "lock"
 
 
 class TensorStore:
@@ -62,8 +66,37 @@ class TensorStore:
         return self._directory / f"{key}.safetensors"
 
 
-def memory_directory() -> Path | None:
-    """Memory where there is enough of it (containers often give 64 MB), else the usual temporary directory."""
+class StoreDirectory:
+    """A store's directory for the life of one server, in memory where there is enough of it.
+
+    The owner holds a lock in it. What a killed server left behind is nobody's, so it can be locked, and the next
+    server on this host removes it.
+    """
+
+    def __init__(self) -> None:
+        parent = _parent()
+        for stale in parent.glob(f"{_PREFIX}*"):
+            _remove_if_stale(stale)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        self._lock = (self.path / _LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _parent() -> Path:
+    """Shared memory, unless it is small (containers often give 64 MB): then the usual temporary directory."""
     if _SHM.is_dir() and os.access(_SHM, os.W_OK) and shutil.disk_usage(_SHM).free >= _MIN_SHM_BYTES:
         return _SHM
-    return None
+    return Path(tempfile.gettempdir())
+
+
+def _remove_if_stale(directory: Path) -> None:
+    try:
+        with (directory / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # its owner lives, or it is being made at this moment, or it is another user's
+    shutil.rmtree(directory, ignore_errors=True)

@@ -59,6 +59,9 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
         pass  # the server is gone; nobody is left to tell
     except TetriServeError as error:
         outbox.send(StartFailed(str(error)))
+    except Exception as error:  # the process boundary: an operator gets one line, the log has the rest
+        logger.debug("worker failed", exc_info=True)
+        outbox.send(StartFailed(f"worker {spec.rank} failed: {type(error).__name__}: {error}".splitlines()[0]))
     finally:
         # Torch's own teardown may wait for peers of half-dead groups.
         os._exit(0)

@@ -1,0 +1,135 @@
+"""The Python interface: the same engine that the server uses, behind a context manager."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.engine.intake import Generation
+from tetriserve.engine.live import LiveEngine
+from tetriserve.launch import Progress, launch
+from tetriserve.workload.outcome import Outcome
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_T = TypeVar("_T")
+
+
+class Picture:
+    """A finished image: `image` for Pillow, `outcome` for what happened on the way (attained, degrees, times)."""
+
+    def __init__(self, image: Image, outcome: Outcome) -> None:
+        self.image = image
+        self.outcome = outcome
+
+
+class Engine:
+    """A pool of workers with a scheduler, in this process.
+
+    ```
+    with Engine(ranks=2) as engine:
+        picture = engine.generate("a red circle", size="512x512", slo_s=5)
+        picture.image.save("circle.png")
+    ```
+
+    `model` is a diffusers checkpoint directory, None the bundled small model. Worker processes import the program's
+    main module, so a script must create its engine under `if __name__ == "__main__":`.
+
+    Raises:
+        ConfigError: model, degrees or policy cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        ranks: int = 2,
+        degrees: tuple[int, ...] = (),
+        policy: str = "tetriserve",
+        device: str = "cpu",
+        profile: str | None = None,
+    ) -> None:
+        self._config = EngineConfig(
+            model=model,
+            profile=profile,
+            pool=PoolConfig(num_ranks=ranks, degrees=degrees, device=device),
+            scheduling=SchedulingConfig(policy=policy),
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._live: LiveEngine | None = None
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tetriserve-engine", daemon=True)
+        self._thread.start()
+        try:
+            self._live = self._call(launch(self._config, Progress()))
+        except BaseException:
+            self._end_loop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._live is not None
+        try:
+            self._call(self._live.stop())
+        finally:
+            self._live = None
+            self._end_loop()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.__enter__)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, traceback)
+
+    def generate(self, prompt: str, **options: Any) -> Picture:
+        """One image; blocks until it is there. Call it from several threads for several images at once.
+
+        `options` are the fields of `Generation`: size, seed, num_steps, guidance_scale, negative_prompt,
+        true_cfg_scale, slo_s (deadline in seconds from now), priority, reject_infeasible.
+
+        Raises:
+            InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.
+            RequestFailed: admitted, but it ended without an image.
+        """
+        return self._call(self._generate(Generation(prompt=prompt, **options)))
+
+    async def generate_async(self, prompt: str, **options: Any) -> Picture:
+        """As `generate`, for any event loop. Cancelling the call cancels the request."""
+        coroutine = self._generate(Generation(prompt=prompt, **options))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._running_loop))
+
+    async def _generate(self, generation: Generation) -> Picture:
+        from PIL import Image
+
+        assert self._live is not None
+        generated = await self._live.generate(generation)
+        return Picture(Image.fromarray(generated.pixels), generated.outcome)
+
+    @property
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise RuntimeError("the engine is not running; use it inside `with Engine(...) as engine:`")
+        return self._loop
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop).result()
+
+    def _end_loop(self) -> None:
+        loop, thread = self._loop, self._thread
+        assert loop is not None and thread is not None
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        self._loop = self._thread = None
