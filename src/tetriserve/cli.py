@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _ENV = "TETRISERVE_"
+_HEARTBEAT_TIMEOUT_S = 10.0
 
 console = Console(stderr=True, highlight=False)
 app = typer.Typer(
@@ -99,7 +100,7 @@ def serve(
     threads: Threads = 1,
     heartbeat_timeout: Annotated[
         float, _option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
-    ] = 10.0,
+    ] = _HEARTBEAT_TIMEOUT_S,
     start_timeout: StartTimeout = 300.0,
     shutdown_timeout: Annotated[
         float, _option("shutdown-timeout", "Seconds that SIGTERM waits for accepted requests.")
@@ -110,23 +111,20 @@ def serve(
     with _one_line_errors():
         from tetriserve.config import EngineConfig, SchedulingConfig, ServerConfig
         from tetriserve.launch import launch
-        from tetriserve.server.run import run_server
+        from tetriserve.server.run import serve as serve_http
 
         _set_up_logging(log_level)
         engine_config = EngineConfig(
             model=model,
             profile=profile,
             served_model_name=served_model_name,
-            pool=_pool(ranks, degrees, device, threads, start_timeout, heartbeat_timeout_s=heartbeat_timeout),
+            pool=_pool(ranks, degrees, device, threads, start_timeout, heartbeat_timeout),
             scheduling=SchedulingConfig(policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue),
         )
         server_config = ServerConfig(host=host, port=port, shutdown_timeout_s=shutdown_timeout)
         with _progress() as progress:
-            exit_code = run_server(
-                server_config,
-                lambda: launch(engine_config, progress),
-                on_ready=lambda url, engine: _say_ready(url, engine, policy),
-            )
+            serving = serve_http(server_config, lambda: launch(engine_config, progress), on_ready=_say_ready)
+            exit_code = asyncio.run(serving)
     raise typer.Exit(exit_code)
 
 
@@ -215,7 +213,12 @@ def _load_settings(path: Path) -> dict[str, Any]:
 
 
 def _pool(
-    ranks: int | None, degrees: str, device: str, threads: int, start_timeout: float, **rest: float
+    ranks: int | None,
+    degrees: str,
+    device: str,
+    threads: int,
+    start_timeout: float,
+    heartbeat_timeout: float = _HEARTBEAT_TIMEOUT_S,
 ) -> PoolConfig:
     from tetriserve.config import PoolConfig
     from tetriserve.launch import num_gpus
@@ -226,7 +229,12 @@ def _pool(
         raise ConfigError(f"degrees is {degrees!r}; write whole numbers with commas, such as 1,2,4") from None
     num_ranks = ranks if ranks is not None else (num_gpus() or 1) if device == "cuda" else 2
     return PoolConfig(
-        num_ranks=num_ranks, degrees=parsed, device=device, num_threads=threads, start_timeout_s=start_timeout, **rest
+        num_ranks=num_ranks,
+        degrees=parsed,
+        device=device,
+        num_threads=threads,
+        start_timeout_s=start_timeout,
+        heartbeat_timeout_s=heartbeat_timeout,
     )
 
 
@@ -263,25 +271,18 @@ def _progress() -> Iterator[Progress]:
         bar.stop()
 
 
-def _say_ready(url: str, engine: LiveEngine, policy: str) -> None:
-    from rich.panel import Panel
-
-    from tetriserve.launch import cache_directory
-
-    card, state = engine.intake.card, engine.state
-    size = card.sizes[0]
+def _say_ready(url: str, engine: LiveEngine) -> None:
+    card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
     console.print(
-        Panel.fit(
-            f"[bold]{card.name}[/] on {len(state.ranks)} ranks, policy {policy}, at [bold]{url}[/]\n"
-            f"profile of {engine.intake.cost.profile.hardware}; corrected as requests run; cache in {cache_directory()}",
-            title="TetriServe is ready",
-        )
+        f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
+        f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
+        "A picture with a deadline of 5 seconds, saved as picture.png:\n"
     )
     console.print(
-        f"curl {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
-        f'  -d \'{{"prompt": "a red circle above a blue square", "size": "{size}", "slo_ms": 5000}}\' \\\n'
-        "  | python3 -c 'import base64, json, sys; d = json.load(sys.stdin)[\"data\"][0];"
-        ' open("picture.png", "wb").write(base64.b64decode(d["b64_json"])); print(d["schedule"])\'',
+        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f'  -d \'{{"prompt": "a red circle above a blue square", "size": "{card.sizes[0]}", "slo_ms": 5000}}\' \\\n'
+        "  | python3 -c 'import base64, json, sys; image = json.load(sys.stdin)[\"data\"][0]; "
+        'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',
         soft_wrap=True,
         markup=False,
     )

@@ -115,4 +115,3 @@ class EngineConfig:
 
 def _listed(values: tuple[int, ...]) -> str:
     return ",".join(map(str, values))
-

@@ -57,9 +57,7 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent 
         if profile is None:
             profile = await _measure(executor, card, config.pool, progress)
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, config.pool.degrees))
-        policy = make_policy(
-            config.scheduling.policy, cost, num_ranks=config.pool.num_ranks, shapes=profile.shapes
-        )
+        policy = make_policy(config.scheduling.policy, cost, num_ranks=config.pool.num_ranks, shapes=profile.shapes)
     except BaseException:
         await executor.stop()
         raise

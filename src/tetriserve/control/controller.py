@@ -98,9 +98,7 @@ class Controller:
         record = self._tracker.records[task.request_id]
         end_s = now + self.cost.switch_s + self._work_s(task, record.request)
         task_id = self._tracker.take_off(task, now, end_s)
-        return StartTask(
-            task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents
-        )
+        return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
 
     def _work_s(self, task: Task, request: Request) -> float:
         match task.stage:

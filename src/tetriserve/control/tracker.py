@@ -56,9 +56,7 @@ class Tracker:
 
     def state(self, cost: CostModel) -> State:
         return State(
-            trajectories=tuple(
-                record.trajectory for record in self.records.values() if not record.is_cancelled
-            ),
+            trajectories=tuple(record.trajectory for record in self.records.values() if not record.is_cancelled),
             in_flight=tuple(self.in_flight.values()),
             ranks=tuple(sorted(self.ranks)),
             cost=cost,

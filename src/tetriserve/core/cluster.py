@@ -15,5 +15,5 @@ def aligned_groups(num_ranks: int, degree: int) -> tuple[tuple[int, ...], ...]:
 
 
 def warm_groups(num_ranks: int, degrees: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The aligned groups of every degree above 1, narrow ones first: few enough to warm at start (TetriServe, section 5)."""
+    """The aligned groups of every degree above 1, narrow ones first: few enough to warm at start (section 5)."""
     return tuple(group for degree in sorted(degrees) if degree > 1 for group in aligned_groups(num_ranks, degree))

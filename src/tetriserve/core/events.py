@@ -77,6 +77,7 @@ class TimerFired:
 
 Event = Submitted | Cancelled | TaskFinished | TaskFailed | WorkerLost | WorkerJoined | TimerFired
 
+
 @dataclass(frozen=True, slots=True)
 class StartTask:
     """Run `task` from step `steps_done`; ranks that lack the request's state load it from the references."""

@@ -76,7 +76,8 @@ class Intake:
         )
         slo_s = self._default_slo_s(request) if generation.slo_s is None else generation.slo_s
         if not 0 < slo_s <= MAX_SLO_S:
-            raise InvalidRequest(f"slo_ms is {slo_s * 1000:g}; allowed: above 0, at most {MAX_SLO_S * 1000:g}", "slo_ms")
+            allowed = f"allowed: above 0, at most {MAX_SLO_S * 1000:g}"
+            raise InvalidRequest(f"slo_ms is {slo_s * 1000:g}; {allowed}", "slo_ms")
         return replace(request, deadline_s=now + slo_s)
 
     def _shape(self, size: str | None) -> Shape:

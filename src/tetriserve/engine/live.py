@@ -138,7 +138,10 @@ class LiveEngine:
         return (await self.generate_all([generation]))[0]
 
     async def generate_all(self, generations: Sequence[Generation]) -> list[GeneratedImage]:
-        """Several images, admitted together or not at all; when one fails, the others are cancelled. Raises as above."""
+        """Several images, admitted together or not at all; when one fails, the others are cancelled.
+
+        Raises: as `generate`.
+        """
         clients = self._admit(generations)
         try:
             return list(await asyncio.gather(*(client.image for client in clients)))
@@ -160,9 +163,7 @@ class LiveEngine:
             raise ShuttingDown("the server is shutting down")
         now = self.now
         requests = [
-            self.intake.request(
-                generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now
-            )
+            self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
             for generation in generations
         ]
         num_waiting = len(self.state.waiting)

@@ -114,22 +114,22 @@ class LocalExecutor:
 
     async def start(self, on_progress: Callable[[str], None]) -> None:
         self._started = asyncio.get_running_loop().create_future()
-        on_progress(f"starting {self._pool.num_ranks} workers")
-        await asyncio.gather(*(self._spawn(rank) for rank in range(self._pool.num_ranks)))
-        on_progress("loading the model")
         try:
+            on_progress(f"starting {self._pool.num_ranks} workers")
+            await asyncio.gather(*(self._spawn(rank) for rank in range(self._pool.num_ranks)))
+            on_progress("loading the model")
             await asyncio.wait_for(self._started, self._pool.start_timeout_s)
+            self._watch = asyncio.create_task(self._watch_heartbeats())
+            on_progress("warming groups")
+            await self._warm_groups()
         except TimeoutError:
             await self.stop()
             raise ConfigError(
                 f"workers were not ready within {self._pool.start_timeout_s:g} s; see the log, or raise --start-timeout"
             ) from None
-        except ConfigError:
+        except BaseException:
             await self.stop()
             raise
-        self._watch = asyncio.create_task(self._watch_heartbeats())
-        on_progress("warming groups")
-        await self._warm_groups()
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
@@ -362,4 +362,3 @@ def _failure(running: _Running) -> TaskFailed:
         return TaskFailed(task_id, FailureKind.LOST, running.lost_reason)
     first = min(running.errors, key=lambda error: error.failed_at)
     return TaskFailed(task_id, first.kind, first.message)
-

@@ -39,7 +39,9 @@ def _environment(pool: PoolConfig) -> Iterator[None]:
         "OMP_NUM_THREADS": str(pool.num_threads),
         "OMP_WAIT_POLICY": "passive",  # spinning threads steal the cores that other ranks need: up to 14x slower
         "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",  # it would tell every worker that torchvision is missing
+        # diffusers calls a collective by a name that torch is about to retire; the pinned pair works.
+        "PYTHONWARNINGS": "ignore::FutureWarning:diffusers.hooks.context_parallel",
         "HF_HUB_OFFLINE": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # ranks of this host meet on loopback
     }

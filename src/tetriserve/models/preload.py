@@ -1,10 +1,5 @@
 """What the fork server loads once, so that each worker starts with it: seconds and memory saved per worker."""
 
-import warnings
-
-# diffusers calls a collective by a name that torch is about to retire; the pinned pair works.
-warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-
 import diffusers.hooks.context_parallel  # noqa: F401
 import torch.distributed.device_mesh
 import torch.testing._internal.distributed.fake_pg

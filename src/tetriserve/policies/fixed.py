@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
 from tetriserve.core.plan import CostModel, Plan, State, Task
@@ -15,7 +15,7 @@ CHUNK_S = 0.5
 Block = tuple[int, ...]
 
 
-class BlockPolicy:
+class BlockPolicy(ABC):
     """First come first served over disjoint blocks of ranks, non-preemptive.
 
     A request holds its block from encode to decode, although encode and decode run on the block's first rank alone.
@@ -39,14 +39,15 @@ class BlockPolicy:
         free = [block for block in blocks if block not in owners.values() and idle.issuperset(block)]
         tasks = []
         for trajectory in sorted(state.waiting, key=lambda trajectory: not _has_started(trajectory)):
-            block = owners.get(trajectory.request_id)
-            if block is None:
-                if not free:
-                    continue
-                block = free.pop(0)
-            # A block is briefly busy under its owner when a rank returns and two narrow blocks become one again.
-            if idle.issuperset(block) and (task := self._next_task(trajectory, block, state.cost)) is not None:
+            block = owners.get(trajectory.request_id) or next(iter(free), None)
+            # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
+            if block is None or not idle.issuperset(block):
+                continue
+            task = self._next_task(trajectory, block, state.cost)
+            if task is not None:
                 tasks.append(task)
+                idle.difference_update(block)
+                free = [other for other in free if other != block]
         return Plan(tuple(tasks))
 
     def _owners(self, state: State, blocks: tuple[Block, ...]) -> dict[str, Block]:

@@ -1,7 +1,8 @@
 """The profile file: versioned JSON with units in its names, validated in full before anything uses it.
 
 ```
-{"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ..., "source": ..., "created": ...,
+{"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
+ "source": ..., "created": "2026-11-20",
  "encode_s": 0.02, "switch_s": 0.001,
  "denoise": [{"height", "width", "frames", "tokens", "degree", "batch", "step_s", "cv"}, ...],
  "decode": [{"height", "width", "frames", "decode_s"}, ...]}

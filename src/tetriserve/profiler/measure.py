@@ -169,7 +169,8 @@ class _Bench:
     async def _run(self, request: Request, task: Task) -> TaskFinished:
         task_id = next(self._ids)
         progress = self._progress[request.request_id]
-        future = self._waiting[task_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[TaskFinished] = asyncio.get_running_loop().create_future()
+        self._waiting[task_id] = future
         started_at = time.monotonic()
         self.executor.start_task(
             StartTask(task_id, task, request, progress.steps_done, progress.embeds, progress.latents)

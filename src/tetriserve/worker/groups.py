@@ -67,13 +67,19 @@ class Groups:
         group = self._groups.pop(name, None)
         if group is not None:
             with contextlib.suppress(RuntimeError):
-                c10d._abort_process_group(group.process_group)  # type: ignore[attr-defined]
+                c10d._abort_process_group(group.process_group)
 
     def _form(self, name: str, ranks: list[int]) -> Group:
-        store = dist.FileStore(str(self._rendezvous / name), len(ranks))
+        store = dist.FileStore(str(self._rendezvous / name), len(ranks))  # type: ignore[attr-defined]
         store.set_timeout(self._timeout)
-        process_group, _ = c10d._new_process_group_helper(  # type: ignore[attr-defined]
-            len(ranks), ranks.index(self._rank), ranks, dist.Backend(self._backend), store, name, timeout=self._timeout
+        process_group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(self._rank),
+            ranks,
+            dist.Backend(self._backend),
+            store,
+            c10d.GroupName(name),
+            timeout=self._timeout,
         )
         c10d._world.pg_group_ranks[process_group] = {rank: index for index, rank in enumerate(ranks)}
         return Group(process_group, DeviceMesh.from_group(process_group, self._device.type))

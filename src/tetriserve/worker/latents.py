@@ -46,13 +46,15 @@ class TensorStore:
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
-        return load_file(self._path(ref.key), device=device)
+        tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key), device=device)
+        return tensors
 
     def load_numpy(self, ref: TensorRef) -> dict[str, np.ndarray]:
         """Without torch, for the server."""
         from safetensors.numpy import load_file
 
-        return load_file(self._path(ref.key))
+        tensors: dict[str, np.ndarray] = load_file(self._path(ref.key))
+        return tensors
 
     def drop(self, ref: TensorRef) -> None:
         self._path(ref.key).unlink(missing_ok=True)

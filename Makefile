@@ -1,0 +1,53 @@
+# Two commands to start with: `make serve` and `make test`. Everything they need lands in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve profile test lint types contracts check bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/.run ## Serve the bundled small model on the CPU (options: make serve ARGS="--ranks 4")
+	@$(BIN)/tetriserve serve $(ARGS)
+
+profile: $(VENV)/.run ## Measure a profile of the bundled model
+	@$(BIN)/tetriserve profile $(ARGS)
+
+test: $(VENV)/.dev ## Run the whole test suite
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.dev ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## Types
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev ## Import contracts
+	$(BIN)/lint-imports
+
+check: lint types contracts test ## Everything that CI runs
+
+bench: $(VENV)/.run ## Speed, as ratios measured in one run
+	$(BIN)/python benchmarks/policy_decision.py
+	$(BIN)/python benchmarks/execution.py
+
+clean: ## Remove the virtual environment
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TetriServe needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# What serving needs, and on top of it what developing needs.
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	@touch $@ $(VENV)/.run

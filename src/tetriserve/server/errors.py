@@ -1,0 +1,153 @@
+"""From errors to HTTP: the one place that knows status codes, in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from tetriserve.core.errors import (
+    DeadlineInfeasible,
+    InvalidRequest,
+    QueueFull,
+    RequestFailed,
+    ShuttingDown,
+    TetriServeError,
+    UnknownModel,
+)
+from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
+from tetriserve.server.slot import NotReady
+
+logger = logging.getLogger(__name__)
+
+RESTART_S = 5.0
+"""When to come back to a server that starts or shuts down."""
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorEnvelope, "description": "The request is at fault; `param` names the field."},
+    413: {"model": ErrorEnvelope, "description": "The body is too large."},
+    429: {"model": ErrorEnvelope, "description": "Not admitted (queue_full, deadline_infeasible); see Retry-After."},
+    500: {"model": ErrorEnvelope, "description": "The request was accepted and failed."},
+    503: {"model": ErrorEnvelope, "description": "The server is starting or shutting down; see Retry-After."},
+    "default": {"model": ErrorEnvelope, "description": "Any other error."},
+}
+"""For `/openapi.json`."""
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` in the envelope. What no handler knows ends in `exchange.ExchangeMiddleware`."""
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, TetriServeError)
+        response = _response(error)
+        if response.status_code == 500:
+            logger.error("request %s failed: %s", request.state.exchange.request_id, error)
+        return response
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        message, param = _explain(error.errors()[0])
+        return envelope(400, message, "invalid_value", param)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        match error.status_code:
+            case 404:
+                message = f"there is no {request.method} {request.url.path} here; /openapi.json lists what there is"
+            case 405:
+                message = f"{request.url.path} does not answer {request.method}"
+            case 400:
+                message = "the body is not valid JSON"
+            case _:
+                message = str(error.detail)
+        code = _HTTP_CODES.get(error.status_code, "invalid_value")
+        return envelope(error.status_code, message, code, headers=error.headers)
+
+    app.add_exception_handler(TetriServeError, on_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+
+
+def envelope(
+    status: int,
+    message: str,
+    code: str,
+    param: str | None = None,
+    *,
+    retry_after_s: float | None = None,
+    earliest_finish_ms: float | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error as OpenAI writes it. `retry_after_s` becomes a header of whole seconds, at least 1."""
+    all_headers = dict(headers or {})
+    if retry_after_s is not None:
+        all_headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
+    if earliest_finish_ms is not None:
+        error["earliest_finish_ms"] = earliest_finish_ms
+    # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
+    return Response(json.dumps({"error": error}), status, all_headers, media_type="application/json")
+
+
+def _response(error: TetriServeError) -> Response:
+    message = str(error)
+    match error:
+        case UnknownModel():
+            return envelope(400, message, "model_not_found", error.param)
+        case InvalidRequest():
+            return envelope(400, message, "invalid_value", error.param)
+        case QueueFull():
+            return envelope(429, message, "queue_full", retry_after_s=error.retry_after_s)
+        case DeadlineInfeasible():
+            return envelope(
+                429,
+                message,
+                "deadline_infeasible",
+                "slo_ms",
+                retry_after_s=error.retry_after_s,
+                earliest_finish_ms=round(error.earliest_finish_s * 1000, 3),
+            )
+        case ShuttingDown():
+            return envelope(503, message, "shutting_down", retry_after_s=RESTART_S)
+        case NotReady():
+            return envelope(503, message, "not_ready", retry_after_s=RESTART_S)
+        case RequestFailed():
+            return envelope(500, message, "generation_failed")
+        case _:
+            return envelope(500, message, "internal_error")
+
+
+def _explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """One pydantic error as a sentence and the field's name; None for the body as a whole."""
+    kind, location, value = error["type"], error["loc"], error.get("input")
+    if kind == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']} at character {location[1]}", None
+    if len(location) < 2:
+        if isinstance(value, bytes):
+            return "send the body as JSON, with the header Content-Type: application/json", None
+        return "the body must be a JSON object", None
+    param = str(location[1])
+    match kind:
+        case "missing":
+            return f"{param} is required", param
+        case "extra_forbidden":
+            return f"unknown field {_repr.repr(param)}; allowed: {', '.join(ImagesRequest.model_fields)}", param
+        case "literal_error":
+            return f"{param} is {_repr.repr(value)}; served: {error['ctx']['expected']}", param
+        case "string_pattern_mismatch":
+            return f"{param} is {_repr.repr(value)}; allowed: 1 to 128 printable ASCII characters", param
+        case _:
+            reason = error["msg"][0].lower() + error["msg"][1:]
+            return f"{param} is {_repr.repr(value)}; {reason}", param

@@ -1,0 +1,106 @@
+"""What happens around every HTTP exchange: a request id, a limit on the body, one line in the log, a last resort."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tetriserve.server.errors import envelope
+from tetriserve.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 2**20
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the log and the metrics when the client went away; nobody receives it."""
+
+_CLIENT_ID = re.compile(r"[ -~]{1,128}")
+
+
+@dataclass
+class Exchange:
+    """Known of one exchange while it lasts, as `request.state.exchange`; handlers add what they learn.
+
+    facts: what the log line says beyond method, path, status and time.
+    """
+
+    request_id: str
+    facts: dict[str, object] = field(default_factory=dict)
+    status: int | None = None
+
+
+class ExchangeMiddleware:
+    """Outermost of the app, so that whatever happens inside ends in an answer, a metric and a line of log."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(_request_id(scope))
+        scope.setdefault("state", {})["exchange"] = exchange
+        start = time.monotonic()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, _limited(receive), send_named)
+        except Exception:
+            logger.exception("request %s failed unexpectedly", exchange.request_id)
+            if exchange.status is not None:
+                raise  # half an answer is out: only breaking the connection tells the client
+            response = envelope(500, f"internal error; the log names it by {exchange.request_id}", "internal_error")
+            await response(scope, receive, send_named)
+        finally:
+            self._note(scope, exchange, time.monotonic() - start)
+
+    def _note(self, scope: Scope, exchange: Exchange, elapsed_s: float) -> None:
+        status = exchange.status or CLIENT_CLOSED_REQUEST
+        # An unknown path is one label, whatever its text: clients choose paths, and labels live for ever.
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.count_exchange(route, scope["method"], status)
+        logger.log(
+            logging.INFO if scope["path"].startswith("/v1/") else logging.DEBUG,
+            "%s %s %s %d in %.3f s%s",
+            exchange.request_id,
+            scope["method"],
+            scope["path"],
+            status,
+            elapsed_s,
+            "".join(f" {name}={value}" for name, value in exchange.facts.items()),
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id when it is usable, else a new one."""
+    claimed = Headers(scope=scope).get("x-request-id", "")
+    return claimed if _CLIENT_ID.fullmatch(claimed) else f"req-{uuid.uuid4().hex}"
+
+
+def _limited(receive: Receive) -> Receive:
+    """`receive`, which refuses a body of more than `MAX_BODY_BYTES` as soon as that many have come."""
+    num_bytes = 0
+
+    async def receive_limited() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        return message
+
+    return receive_limited

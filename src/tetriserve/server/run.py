@@ -1,0 +1,169 @@
+"""Runs the app: listen at once, launch the engine meanwhile, finish what was accepted before going."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from typing import Any
+
+import uvicorn
+
+from tetriserve.config import ServerConfig
+from tetriserve.core.errors import ConfigError
+from tetriserve.engine import LiveEngine
+from tetriserve.server.app import create_app
+from tetriserve.server.slot import EngineSlot
+
+logger = logging.getLogger(__name__)
+
+OnReady = Callable[[str, LiveEngine], None]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LAST_ANSWERS_S = 5
+"""How long clients may take to read their answers once the engine has stopped."""
+
+
+def _log_ready(url: str, engine: LiveEngine) -> None:
+    logger.info("serving %s on %s", engine.intake.card.name, url)
+
+
+async def serve(
+    config: ServerConfig,
+    launch: Callable[[], Awaitable[LiveEngine]],
+    *,
+    on_ready: Callable[[str, LiveEngine], None] = lambda url, engine: logger.info("serving on %s", url),
+) -> int:
+    """Serve until a signal says stop; the exit code. Call it on the main thread, which receives signals.
+
+    The port is open before `launch` begins, and answers 503 until it is done; then `on_ready` hears its URL and the engine.
+    The first SIGTERM or SIGINT ends admission, waits up to `config.shutdown_timeout_s` for accepted requests, and leads
+    to 0. A second one ends at once, and leads to 128 plus its number.
+
+    Raises:
+        ConfigError: the port cannot be had, or `launch` raised it.
+    """
+    listener = listen(config.host, config.port)
+    slot = EngineSlot()
+    server = _Server(
+        uvicorn.Config(
+            create_app(slot),
+            log_config=None,
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        )
+    )
+    with _caught_signals() as signals:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            engine = await _launched(launch, signals)
+            if engine is None:
+                return 0
+            try:
+                slot.put(engine)
+                on_ready(url_of(listener), engine)
+                await signals.get()
+            finally:
+                hurried_by = await _drain(engine, config.shutdown_timeout_s, signals)
+            server.force_exit = hurried_by is not None
+            return 0 if hurried_by is None else 128 + hurried_by
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def run_server(
+    config: ServerConfig, launch: Callable[[], Awaitable[LiveEngine]], *, on_ready: OnReady = _log_ready
+) -> int:
+    """`serve` on an event loop of its own."""
+    return asyncio.run(serve(config, launch, on_ready=on_ready))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: one line says why not and how to mend it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} on {host} is in use; stop what uses it or choose another with --port (0: a free one)"
+        elif error.errno == errno.EACCES:
+            reason = f"port {port} on {host} is not allowed to this user; choose one above 1023 with --port"
+        else:
+            reason = f"cannot listen on {host} port {port}: {error.strerror}; give an address of this machine as --host"
+        raise ConfigError(reason) from None
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine reaches it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Without uvicorn's signal handlers: they close the port while accepted requests still run."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[asyncio.Queue[int]]:
+    """Signals to stop, in order of arrival, while the context lasts."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        yield signals
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asyncio.Queue[int]) -> LiveEngine | None:
+    """The engine; None when a signal came first, and then nothing is left of it."""
+    launching = asyncio.ensure_future(launch())
+    if await _signal_during(launching, signals) is None:
+        return launching.result()
+    logger.info("stopped while starting")
+    launching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await (await launching).stop()  # the signal came just after it was done
+    return None
+
+
+async def _drain(engine: LiveEngine, timeout_s: float, signals: asyncio.Queue[int]) -> int | None:
+    """Stop the engine; the signal that hurried it, if one did."""
+    logger.info("shutting down; accepted requests have %g s to finish", timeout_s)
+    stopping = asyncio.create_task(engine.stop(timeout_s))
+    number = await _signal_during(stopping, signals)
+    if number is not None:
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        await engine.stop()
+    return number
+
+
+async def _signal_during(task: asyncio.Future[Any], signals: asyncio.Queue[int]) -> int | None:
+    """The signal that arrives before `task` is done; None if it is done first."""
+    signalled = asyncio.create_task(signals.get())
+    try:
+        await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
+        return signalled.result() if signalled.done() else None
+    finally:
+        signalled.cancel()

@@ -1,0 +1,160 @@
+"""What goes over the wire: OpenAI's images and models, with what TetriServe adds to them.
+
+Types are strict: a field of the wrong JSON type is refused, never converted. Ranges that the Python API shares are
+checked by `engine.intake`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+
+def _check_text(text: str) -> str:
+    r"""JSON can escape half of a surrogate pair (`"\ud800"`), which is no character and cannot be written out again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("text", "character {at} is half of a surrogate pair", {"at": error.start}) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+ClientId = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,128}$")]
+"""A client's own name for a request: 1 to 128 printable ASCII characters."""
+
+
+class ImagesRequest(BaseModel):
+    """Body of `POST /v1/images/generations`. A field that is null is a field that is absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Text = Field(description="What to draw.")
+    model: str | None = Field(None, description="The served model's name, as `/v1/models` lists it.")
+    n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
+    size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto": the model\'s first size.')
+    seed: int | None = Field(None, description="Seed of the first image; the others take the numbers after it.")
+    num_inference_steps: int | None = Field(None, description="Denoise steps; the model's own number by default.")
+    guidance_scale: float | None = Field(None, description="Distilled guidance; the model's own by default.")
+    negative_prompt: Text | None = Field(None, description="What not to draw; each step then takes two passes.")
+    true_cfg_scale: float | None = Field(None, description="Classifier-free guidance towards `prompt`.")
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a jpeg or webp image, 0 to 100 (the default)."
+    )
+    slo_ms: float | None = Field(
+        None,
+        description="Deadline in milliseconds after arrival; wins over the header X-SLO-Ms. By default a multiple of "
+        "what the request takes alone on one rank.",
+    )
+    priority: int | None = Field(None, description="Class of the request: lower is served earlier, 0 by default.")
+    deadline_policy: Literal["best_effort", "reject"] | None = Field(
+        None, description="`reject` refuses with 429 a request whose deadline cannot be met; best_effort by default."
+    )
+    request_id: ClientId | None = Field(
+        None, description="The client's own id, echoed in `id` and X-Request-Id; wins over the header X-Request-Id."
+    )
+    user: Text | None = Field(None, description="Echoed.")
+    quality: Literal["auto", "standard"] | None = Field(None, description="One quality is served.")
+    style: Literal["auto"] | None = Field(None, description="Not served.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="Backgrounds are opaque.")
+    moderation: Literal["auto"] | None = Field(None, description="Not served.")
+    stream: Literal[False] | None = Field(None, description="Not served.")
+    partial_images: Literal[0] | None = Field(None, description="Not served.")
+
+
+class Run(BaseModel):
+    """One task of the request: a stage, or a run of denoise steps, on a set of ranks."""
+
+    stage: str
+    ranks: list[int]
+    degree: int
+    num_steps: int = Field(description="Denoise steps in this run; 0 in other stages.")
+    start_s: float
+    end_s: float
+
+
+class Schedule(BaseModel):
+    """What happened to one image. Times are seconds after its arrival, image encoding not included."""
+
+    attained: bool
+    slo_ms: float
+    latency_s: float
+    queued_s: float = Field(description="Time in which no rank worked for it.")
+    predicted_finish_s: float = Field(description="As predicted at admission.")
+    finish_s: float
+    gpu_time_s: float = Field(description="Rank-seconds spent.")
+    degrees: list[int] = Field(description="Degree of every denoise step.")
+    runs: list[Run]
+
+
+class ImageData(BaseModel):
+    b64_json: str
+    seed: int
+    schedule: Schedule
+
+
+class ImagesResponse(BaseModel):
+    id: str
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    size: str
+    output_format: Literal["png", "jpeg", "webp"]
+    data: list[ImageData]
+    user: str | None = None
+
+
+class SizeRange(BaseModel):
+    """Which other sizes are served: both sides multiples of `multiple`, pixels between those of the two sizes."""
+
+    smallest: str
+    largest: str
+    multiple: int
+
+
+class ModelObject(BaseModel):
+    """OpenAI's model object, and what a client of this server may want to know."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["tetriserve"] = "tetriserve"
+    sizes: list[str] = Field(description="The model's own sizes, the default first.")
+    size_range: SizeRange
+    degrees: dict[str, list[int]] = Field(description="Degrees of sequence parallelism that each size can run at.")
+    default_num_inference_steps: int
+    max_num_inference_steps: int
+    default_guidance_scale: float
+    has_guidance: bool
+    has_negative_prompt: bool
+    dtype: str
+    policy: str
+    num_ranks: int = Field(description="Ranks that are up.")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class Probe(BaseModel):
+    status: Literal["alive", "ready"]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="The field at fault, as the client spelt it.")
+    code: str
+    earliest_finish_ms: float | None = Field(
+        None, description="With code deadline_infeasible: milliseconds from now to the earliest finish expected."
+    )
+
+
+class ErrorEnvelope(BaseModel):
+    """OpenAI's error envelope: every answer that is not a success has this form."""
+
+    error: ErrorBody

@@ -1,0 +1,169 @@
+"""A real engine over an executor that only waits: asyncio timers for ranks, noise for pictures, no torch.
+
+Run as a program, it serves on a free port, prints the URL, and exits as the server does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tetriserve.config import ServerConfig
+from tetriserve.control import Controller
+from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.request import Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.engine import Intake, LiveEngine
+from tetriserve.executor.protocol import OnEvent
+from tetriserve.models.card import ModelCard
+from tetriserve.policies import make_policy
+from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+
+ENCODE_S = DECODE_S = 0.002
+STEP_S = 0.004
+SIDES = (64, 128, 256)
+FAILING = "make it fail"
+"""A prompt whose denoising fails."""
+
+CARD = ModelCard(
+    name="tiny/flux",
+    path=Path("tiny"),
+    pipeline_class="FluxPipeline",
+    dtype="float32",
+    size_multiple=16,
+    pixels_per_token=16,
+    num_heads=4,
+    num_text_tokens=64,
+    default_num_steps=4,
+    default_guidance_scale=3.5,
+    has_guidance=True,
+    has_negative_prompt=True,
+    sizes=(Shape(128, 128), Shape(64, 64), Shape(256, 256)),
+    fingerprint="0123456789ab",
+)
+
+
+def step_s(shape: Shape, degree: int) -> float:
+    """Linear in tokens, with 80 % efficiency per doubling of the degree."""
+    return STEP_S * CARD.num_tokens(shape) / 64 / {1: 1.0, 2: 1.6}[degree]
+
+
+PROFILE = Profile(
+    model=CARD.name,
+    hardware="timers",
+    dtype="float32",
+    source="made up",
+    created="2026-01-01",
+    encode_s=ENCODE_S,
+    switch_s=0.001,
+    denoise=tuple(
+        DenoiseRow(
+            height=side,
+            width=side,
+            tokens=CARD.num_tokens(Shape(side, side)),
+            degree=degree,
+            step_s=step_s(Shape(side, side), degree),
+        )
+        for side in SIDES
+        for degree in (1, 2)
+    ),
+    decode=tuple(DecodeRow(height=side, width=side, decode_s=DECODE_S) for side in SIDES),
+)
+
+
+class FakeExecutor:
+    """Tasks take the time the profile says. While `gate` is clear no task ends."""
+
+    def __init__(self, num_ranks: int = 2) -> None:
+        self.ranks = frozenset(range(num_ranks))
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.forgotten: list[str] = []
+        self.is_stopped = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pixels: dict[str, np.ndarray] = {}
+        self._on_event: OnEvent = lambda event: None
+
+    def subscribe(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    async def start(self, on_progress: Callable[[str], None]) -> None:
+        on_progress("nothing to start")
+
+    def start_task(self, command: StartTask) -> None:
+        task = asyncio.create_task(self._run(command))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, command: StartTask) -> None:
+        task, request = command.task, command.request
+        is_denoise = task.stage is Stage.DENOISE
+        elapsed_s = task.num_steps * step_s(request.shape, task.degree) if is_denoise else ENCODE_S
+        await asyncio.sleep(elapsed_s)
+        await self.gate.wait()
+        if is_denoise and request.prompt == FAILING:
+            self._on_event(TaskFailed(command.task_id, FailureKind.STEP, "latents are not finite"))
+            return
+        key = f"{request.request_id}/{task.stage}"
+        if task.stage is Stage.DECODE:
+            self._pixels[key] = picture(request.prompt, request.seed, request.shape)
+        self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1)))
+
+    def read_pixels(self, ref: TensorRef) -> np.ndarray:
+        return self._pixels.pop(ref.key)
+
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+        for task in self._tasks:
+            task.cancel()
+
+
+def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
+    """Smooth colours that depend on prompt and seed alone."""
+    generator = np.random.default_rng([seed, zlib.crc32(prompt.encode())])
+    corners = generator.uniform(0, 255, (2, 2, 3))
+    rows, columns = np.linspace(0, 1, shape.height)[:, None, None], np.linspace(0, 1, shape.width)[None, :, None]
+    top, bottom = (corners[i, 0] * (1 - columns) + corners[i, 1] * columns for i in (0, 1))
+    return (top * (1 - rows) + bottom * rows).astype(np.uint8)
+
+
+def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
+    """A started engine; call it on the loop that it will run on."""
+    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, (1, 2)))
+    controller = Controller(make_policy(policy, cost, num_ranks=2, shapes=PROFILE.shapes), cost)
+    engine = LiveEngine(controller, executor, Intake(card=CARD, cost=cost), max_queue=max_queue)
+    engine.start()
+    return engine
+
+
+def main() -> int:
+    from tetriserve.server import run_server
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shutdown-timeout", type=float, default=10.0)
+    parser.add_argument("--launch-time", type=float, default=0.0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+
+    async def launch() -> LiveEngine:
+        print("launching", flush=True)
+        await asyncio.sleep(arguments.launch_time)
+        return make_engine(FakeExecutor())
+
+    config = ServerConfig(port=0, shutdown_timeout_s=arguments.shutdown_timeout)
+    return run_server(config, launch, on_ready=lambda url, engine: print(url, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Every policy through the same invariants; `drive` asserts the contract at every plan."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tetriserve.core.plan import Plan, State
+
+POLICIES = [
+    "fcfs",
+    "fixed:1",
+    "fixed:2",
+    "tetriserve",
+    "tetriserve:placement=off",
+    "tetriserve:scale_up=off",
+    "tetriserve:fill=off",
+    "tetriserve:step_granularity=1",
+    "tetriserve:step_granularity=2,placement=off,scale_up=off,fill=off",
+]
+every_policy = pytest.mark.parametrize("spec", POLICIES)
+# Fixtures of the session hold no state between examples.
+quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+HEIGHTS = (256, 512, 1024)
+seconds = st.floats(0.002, 2.0)
+
+
+@st.composite
+def step_tables(draw: st.DrawFn) -> dict[int, dict[int, float]]:
+    """Any step times: also slower at wider degrees, also a shape that stays at degree 1."""
+    degrees = st.sampled_from([(1,), (1, 2), (1, 2, 4), (1, 2, 4, 8)])
+    tables = {height: {degree: draw(seconds) for degree in draw(degrees)} for height in HEIGHTS}
+    return tables | {256: {1: draw(seconds), 2: draw(seconds)}}
+
+
+@st.composite
+def workloads(draw: st.DrawFn, request_of, max_size: int = 10):
+    """Arrivals in bursts, deadlines from long past to far away, three priority classes, one step to ten."""
+    requests = []
+    now = 0.0
+    for index in range(draw(st.integers(1, max_size))):
+        now += draw(st.sampled_from([0.0, 0.0, 0.05, 0.4, 3.0]))
+        requests.append(
+            request_of(
+                draw(st.sampled_from(HEIGHTS)),
+                request_id=f"r{index}",
+                arrival_s=now,
+                deadline_s=now + draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 5.0, 20.0, 1e4])),
+                num_steps=draw(st.integers(1, 10)),
+                priority=draw(st.integers(0, 2)),
+            )
+        )
+    return requests
+
+
+@every_policy
+def test_every_request_completes_on_any_profile(spec, drive, make, request_of, table_cost):
+    @quick
+    @given(data=st.data())
+    def check(data):
+        steps = data.draw(step_tables())
+        decode = {height: data.draw(seconds) for height in HEIGHTS}
+        cost = table_cost(steps, decode, encode=data.draw(seconds), switch_s=data.draw(st.sampled_from([1e-4, 0.02])))
+        num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
+        requests = data.draw(workloads(request_of))
+        run = drive(make(spec, cost, num_ranks), requests, cost, num_ranks=num_ranks)
+        assert set(run.finish_s) == {request.request_id for request in requests}
+
+    check()
+
+
+@every_policy
+def test_every_request_completes_with_jitter_and_dying_ranks(spec, drive, make, request_of, flux, death):
+    @quick
+    @given(data=st.data())
+    def check(data):
+        requests = data.draw(workloads(request_of))
+        times = st.floats(0.0, 4.0)
+        deaths = [
+            death(at := data.draw(times), rank, at + data.draw(times))
+            for rank in data.draw(st.lists(st.integers(0, 7), max_size=8, unique=True))
+        ]
+        run = drive(
+            make(spec, flux),
+            requests,
+            flux,
+            jitter=data.draw(st.sampled_from([0.0, 0.02, 0.3])),
+            timer_jitter_s=data.draw(st.sampled_from([0.0, 0.003, 0.05])),
+            seed=data.draw(st.integers(0, 9)),
+            deaths=deaths,
+        )
+        assert set(run.finish_s) == {request.request_id for request in requests}
+
+    check()
+
+
+@every_policy
+@pytest.mark.parametrize("height", [256, 2048])
+@pytest.mark.parametrize("deadline_s", [-1.0, 6.0, 1e5])
+def test_a_lone_request_completes(spec, height, deadline_s, drive, make, request_of, flux):
+    run = drive(make(spec, flux), [request_of(height, arrival_s=0.3, deadline_s=deadline_s)], flux)
+    assert len(run.finish_s) == 1
+
+
+@every_policy
+def test_all_late_under_heavy_overload_complete(spec, drive, make, request_of, flux):
+    requests = [
+        request_of((256, 512, 1024, 2048)[index % 4], request_id=f"r{index}", arrival_s=0.01 * index, deadline_s=-1.0)
+        for index in range(60)
+    ]
+    run = drive(make(spec, flux), requests, flux, jitter=0.01, is_pure_checked=False)
+    assert len(run.finish_s) == 60
+
+
+@every_policy
+def test_overload_with_deadlines_completes(spec, drive, make, poisson, flux):
+    requests = poisson(240, 60, seed=3)
+    run = drive(make(spec, flux), requests, flux, jitter=0.02, timer_jitter_s=0.003)
+    assert len(run.finish_s) == 60
+
+
+@every_policy
+def test_nothing_to_do_asks_for_no_timer(spec, make, flux):
+    assert make(spec, flux).plan(State((), (), tuple(range(8)), flux), 12.3) == Plan()

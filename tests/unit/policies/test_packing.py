@@ -1,0 +1,58 @@
+"""Algorithm 1 against enumeration of every choice, and its tie-breaks by hand."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetriserve.policies.packing import Group, Option, objective, pack_round
+
+options = st.lists(st.builds(Option, st.sampled_from([1, 2, 3, 4, 8]), st.booleans()), max_size=3)
+groups_of_requests = st.lists(st.builds(Group, options, st.booleans()), max_size=5)
+
+
+def width(groups, chosen):
+    return sum(group.options[index].width for group, index in zip(groups, chosen, strict=True) if index is not None)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(groups=groups_of_requests, capacity=st.integers(0, 9))
+def test_equals_enumeration_in_objective(groups, capacity):
+    chosen = pack_round(groups, capacity)
+    assert width(groups, chosen) <= capacity
+    choices = product(*[[None, *range(len(group.options))] for group in groups])
+    best = max(objective(groups, choice, capacity) for choice in choices if width(groups, choice) <= capacity)
+    assert objective(groups, chosen, capacity) == best
+
+
+def test_two_survivors_beat_one_wide_request():
+    wide = Group([Option(8, True)], survives_deferred=False)
+    narrow = Group([Option(4, True)], survives_deferred=False)
+    assert pack_round([wide, narrow, narrow], 8) == (None, 0, 0)
+
+
+def test_the_one_that_deferring_would_lose_goes_before_those_it_would_not():
+    patient = Group([Option(4, True)], survives_deferred=True)
+    pressed = Group([Option(8, True)], survives_deferred=False)
+    assert pack_round([patient, patient, pressed], 8) == (None, None, 0)
+
+
+def test_running_is_preferred_when_deferring_survives_too():
+    assert pack_round([Group([Option(1, True)], survives_deferred=True)], 8) == (0,)
+
+
+def test_the_more_urgent_of_equals_runs():
+    group = Group([Option(8, True)], survives_deferred=True)
+    assert pack_round([group, group, group], 8) == (0, None, None)
+
+
+def test_of_two_options_that_survive_the_narrower_is_taken():
+    assert pack_round([Group([Option(8, True), Option(4, True)], survives_deferred=True)], 8) == (1,)
+    assert pack_round([Group([Option(8, True), Option(4, False)], survives_deferred=True)], 8) == (0,)
+
+
+def test_no_capacity_or_no_request():
+    assert pack_round([Group([Option(1, True)], survives_deferred=False)], 0) == (None,)
+    assert pack_round([], 8) == ()

@@ -1,0 +1,54 @@
+"""Ranks left over widen what runs."""
+
+from __future__ import annotations
+
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.scale_up import Choice, scale_up
+
+NON_MONOTONE = {1: 1.18, 2: 1.23, 4: 1.01, 8: 0.77}
+SCALING = {1: 0.4, 2: 0.2, 4: 0.1, 8: 0.06}
+FLAT = {1: 0.02, 2: 0.02, 4: 0.021, 8: 0.025}
+
+
+def choice(times, degree, num_steps, remaining):
+    request = Request(
+        request_id="r", prompt="", shape=Shape(512, 512), num_steps=remaining, seed=0, arrival_s=0.0, deadline_s=9.0
+    )
+    return Choice(Trajectory(request, is_encoded=True), times, degree, num_steps)
+
+
+def fit(available_s):
+    return lambda step_s: int(available_s / step_s)
+
+
+def widths(choices):
+    return [(each.degree, each.num_steps) for each in choices]
+
+
+def test_looks_past_a_degree_that_is_slower():
+    widened, spare = scale_up([choice(NON_MONOTONE, 1, 3, 20)], 7, fit(4.0))
+    assert (widths(widened), spare) == ([(8, 5)], 0)
+    widened, spare = scale_up([choice(NON_MONOTONE, 1, 3, 20)], 3, fit(4.1))
+    assert (widths(widened), spare) == ([(4, 4)], 0)
+    widened, spare = scale_up([choice(NON_MONOTONE, 1, 3, 20)], 2, fit(4.0))
+    assert (widths(widened), spare) == ([(1, 3)], 2)
+
+
+def test_goes_to_the_one_that_benefits_most():
+    widened, spare = scale_up([choice(FLAT, 1, 20, 20), choice(SCALING, 1, 1, 20)], 3, fit(0.4))
+    assert (widths(widened), spare) == ([(1, 20), (4, 4)], 0)
+
+
+def test_what_one_leaves_goes_to_the_next():
+    widened, spare = scale_up([choice(SCALING, 4, 4, 20), choice(SCALING, 1, 1, 20)], 5, fit(0.4))
+    assert (widths(widened), spare) == ([(4, 4), (4, 4)], 2)
+
+
+def test_steps_are_never_more_than_remain():
+    widened, _ = scale_up([choice(SCALING, 1, 1, 3)], 7, fit(1.0))
+    assert widths(widened) == [(8, 3)]
+
+
+def test_ranks_stay_free_when_nobody_gets_faster():
+    assert scale_up([choice(FLAT, 1, 20, 20)], 7, fit(0.4)) == ([choice(FLAT, 1, 20, 20)], 7)

@@ -1,0 +1,204 @@
+"""What the round policy promises, with numbers: the pitfalls, priority classes, and the grid."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from tetriserve.core.plan import InFlight, Plan, State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+
+ROUND_S = 5 * 0.1218 + 0.001
+RANKS = tuple(range(8))
+
+
+def encoded(request, steps_done=0, holders=(), *, is_running=False):
+    return Trajectory(request, True, steps_done, holders, is_running)
+
+
+def denoise_tasks(plan):
+    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is Stage.DENOISE}
+
+
+def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
+    """Pitfall 1: six late ones, all with earlier deadlines, against one that needs 8 ranks now."""
+    late = [encoded(request_of(1024, request_id=f"late{i}", deadline_s=1.0)) for i in range(6)]
+    pressed = encoded(request_of(2048, request_id="pressed", deadline_s=3.8))
+    policy = make("tetriserve", flux)
+    plan = policy.plan(State((*late, pressed), (), RANKS, flux), 0.0)
+    assert denoise_tasks(plan) == {"pressed": (8, 5)}
+
+    on_time = encoded(request_of(1024, request_id="on_time", deadline_s=2.5))
+    plan = policy.plan(State((*late, on_time), (), RANKS, flux), 0.0)
+    assert denoise_tasks(plan) == {"on_time": (2, 6)} | {f"late{i}": (1, 4) for i in range(6)}
+
+
+def test_late_requests_widen_only_into_ranks_that_would_idle(make, request_of, flux):
+    late = encoded(request_of(1024, request_id="late", deadline_s=1.0))
+    state = State((late,), (), RANKS, flux)
+    assert denoise_tasks(make("tetriserve", flux).plan(state, 0.0)) == {"late": (8, 15)}
+    assert denoise_tasks(make("tetriserve:scale_up=off", flux).plan(state, 0.0)) == {"late": (1, 4)}
+
+
+def test_eight_ranks_assemble_for_the_one_that_needs_them(drive, make, request_of, flux):
+    """Pitfall 2: a 2048 needs degree 8 for 3.4 of its 4.6 s, amid narrow requests that would refill what they free."""
+    narrow = [
+        request_of(512, request_id=f"n{i}", arrival_s=0.13 * i, deadline_s=0.13 * i + 12.0) for i in range(40)
+    ]
+    wide = request_of(2048, request_id="wide", arrival_s=1.0, deadline_s=5.8)
+    run = drive(make("tetriserve", flux), [*narrow, wide], flux)
+    assert run.finish_s["wide"] <= 5.8
+    assert run.mean_degree("wide") >= 7
+    assert run.attained(narrow) >= 0.9
+
+
+def test_a_short_request_waits_for_no_boundary(drive, make, request_of, flux):
+    """Pitfall 3: encode 20 ms, 28 steps of 17.5 ms, decode 5 ms, four starts of 1 ms, across one boundary."""
+    for arrival_s in (0.0, 0.1, 0.3, 0.55):
+        run = drive(make("tetriserve", flux), [request_of(256, arrival_s=arrival_s, deadline_s=arrival_s + 1.5)], flux)
+        assert run.finish_s["r"] - arrival_s <= 0.02 + 28 * 0.0175 + 0.005 + 4 * 0.001 + 0.025
+
+
+def test_decode_starts_at_once_in_mid_round_on_a_rank_that_holds_the_latents(make, request_of, flux):
+    done = Trajectory(request_of(256, deadline_s=1.5), True, 28, (5,))
+    plan = make("tetriserve", flux).plan(State((done,), (), RANKS, flux), 0.4)
+    assert plan.tasks == (Task("r", Stage.DECODE, (5,)),)
+
+
+def test_a_step_longer_than_a_round_starts_at_any_event(drive, make, request_of, flux):
+    """Pitfall 4: seven of eight ranks are gone; a step of the largest shape takes 0.76 s, a round 0.61 s."""
+    policy = make("tetriserve", flux)
+    state = State((encoded(request_of(2048, deadline_s=60.0)),), (), (3,), flux)
+    for now in (0.0, 0.25, 0.6):
+        assert policy.plan(state, now).tasks == (Task("r", Stage.DENOISE, (3,), 1),)
+    run = drive(policy, [request_of(2048)], flux, num_ranks=1)
+    assert run.finish_s["r"] == pytest.approx(0.021 + 28 * 0.761 + 0.251)
+
+
+def test_a_degree_whose_step_spans_rounds_is_left_alone_when_others_fit(drive, make, request_of, flux):
+    """Late, it runs as narrow as it can: at 2, because a step at 1 takes 0.76 s and a round 0.61 s."""
+    run = drive(make("tetriserve:scale_up=off", flux), [request_of(2048, deadline_s=1.0)], flux)
+    assert {task.degree for task in run.denoise("r")} == {2}
+
+
+def test_a_step_that_fits_a_round_but_not_the_rest_of_this_one_waits_for_the_boundary(make, request_of, flux):
+    state = State((encoded(request_of(2048, deadline_s=60.0)),), (), RANKS, flux)
+    plan = make("tetriserve", flux).plan(state, 0.55)
+    assert plan == Plan(wake_at=pytest.approx(ROUND_S))
+
+
+def test_the_survival_of_a_step_across_rounds_counts_its_real_end(make, request_of, table_cost):
+    """A takes 0.9 s a step and B 0.1 s; the round is 0.5 s. A's only step would end at 0.9 s, B must start by 0.5 s."""
+    cost = table_cost({256: {1: 0.9}, 512: {1: 0.1}}, {256: 0.0, 512: 0.0}, switch_s=0.0)
+    policy = make("tetriserve", cost, 1)
+    assert policy.clock.round_s == pytest.approx(0.5)
+    lost = encoded(request_of(256, request_id="lost", deadline_s=1.7, num_steps=2))
+    kept = encoded(request_of(512, request_id="kept", deadline_s=0.55, num_steps=5))
+    plan = policy.plan(State((lost, kept), (), (0,), cost), 0.0)
+    assert denoise_tasks(plan) == {"kept": (1, 5)}
+
+
+def test_slack_is_not_slept_away(drive, make, request_of, flux):
+    """Pitfall 5: with deadlines an hour away all of it runs at once, none waits for its last moment."""
+    requests = [request_of(1024, request_id=f"r{i}", deadline_s=3600.0) for i in range(8)]
+    run = drive(make("tetriserve", flux), requests, flux)
+    assert max(run.finish_s.values()) <= 7.0
+
+
+def test_scale_up_looks_past_slower_degrees(make, request_of, table_cost):
+    """Pitfall 6: 512x512 at 1.18, 1.23, 1.01 and 0.77 s."""
+    cost = table_cost({512: {1: 1.18, 2: 1.23, 4: 1.01, 8: 0.77}}, {512: 0.01})
+    state = State((encoded(request_of(512)),), (), RANKS, cost)
+    assert denoise_tasks(make("tetriserve", cost).plan(state, 0.0)) == {"r": (8, 5)}
+    assert denoise_tasks(make("tetriserve:scale_up=off", cost).plan(state, 0.0)) == {"r": (1, 3)}
+
+
+def test_a_lower_priority_class_goes_first_although_the_other_is_more_urgent(make, request_of, flux):
+    first = encoded(request_of(2048, request_id="first", deadline_s=4.2, priority=0))
+    second = encoded(request_of(2048, request_id="second", deadline_s=3.8, priority=1))
+    policy = make("tetriserve", flux)
+    assert set(denoise_tasks(policy.plan(State((second, first), (), RANKS, flux), 0.0))) == {"first"}
+    same_class = encoded(request_of(2048, request_id="first", deadline_s=4.2, priority=1))
+    assert set(denoise_tasks(policy.plan(State((second, same_class), (), RANKS, flux), 0.0))) == {"second"}
+
+
+def test_priority_orders_encode_too(make, request_of, flux):
+    requests = [request_of(256, request_id=f"p{p}", deadline_s=9.0 - p, priority=p) for p in (2, 0, 1)]
+    plan = make("tetriserve", flux, 2).plan(State(tuple(map(Trajectory, requests)), (), (0, 1), flux), 0.0)
+    assert [task.request_id for task in plan.tasks] == ["p0", "p1"]
+
+
+def test_a_request_stays_on_its_ranks_while_its_degree_stays(drive, make, poisson, flux):
+    requests = poisson(36, 80, seed=4)
+
+    def kept_share(spec):
+        run = drive(make(spec, flux), requests, flux, is_pure_checked=False)
+        pairs = [
+            (one.ranks, two.ranks)
+            for request in requests
+            for one, two in pairwise(run.denoise(request.request_id))
+            if one.degree == two.degree < 8
+        ]
+        assert len(pairs) >= 30
+        return sum(one == two for one, two in pairs) / len(pairs)
+
+    preserved = kept_share("tetriserve")
+    assert preserved >= 0.9
+    assert kept_share("tetriserve:placement=off") <= preserved - 0.1
+
+
+def test_tasks_end_by_the_boundary_whenever_they_start(drive, make, poisson, flux):
+    run = drive(make("tetriserve", flux), poisson(45, 60, seed=2), flux, jitter=0.01, timer_jitter_s=0.003)
+    clock = make("tetriserve", flux).clock
+    for start, end, task in run.tasks:
+        if task.stage is Stage.DENOISE:
+            assert end <= clock.round_at(start).end_s + clock.overrun_s + 1e-9
+
+
+def test_after_a_boundary_ranks_about_to_come_free_are_waited_for(make, request_of, flux):
+    policy = make("tetriserve", flux)
+    wide = encoded(request_of(2048, request_id="wide", deadline_s=6.0))
+    running = encoded(request_of(512, request_id="running"), 5, (0,), is_running=True)
+
+    def state(end_s):
+        flight = InFlight(0, Task("running", Stage.DENOISE, (0,), 14), 0.0, end_s)
+        return State((running, wide), (flight,), RANKS, flux)
+
+    grace_end_s = pytest.approx(1.1 * ROUND_S)
+    assert policy.plan(state(ROUND_S + 0.004), ROUND_S + 0.002) == Plan(wake_at=grace_end_s)
+    assert policy.plan(state(ROUND_S - 0.004), ROUND_S + 0.002) == Plan(wake_at=grace_end_s)
+    assert policy.plan(state(ROUND_S + 0.3), ROUND_S + 0.002).tasks
+    assert policy.plan(state(ROUND_S + 0.004), 1.11 * ROUND_S).tasks
+
+
+def test_a_timer_a_little_early_starts_the_round_that_it_was_set_for(make, request_of, flux):
+    state = State((encoded(request_of(2048, deadline_s=3.8 + ROUND_S)),), (), RANKS, flux)
+    for now in (ROUND_S - 0.005, ROUND_S, ROUND_S + 0.02):
+        plan = make("tetriserve", flux).plan(state, now)
+        assert denoise_tasks(plan) == {"r": (8, 5)}
+        assert plan.wake_at == pytest.approx(2 * ROUND_S)
+
+
+@pytest.mark.parametrize("is_skewed", [False, True])
+@pytest.mark.parametrize("rate_per_min", [24, 36])
+def test_attains_more_than_every_fixed_degree_and_fcfs(rate_per_min, is_skewed, drive, make, poisson, flux):
+    requests = poisson(rate_per_min, 150, seed=11, is_skewed=is_skewed)
+    attained = {
+        spec: drive(make(spec, flux), requests, flux, is_pure_checked=False).attained(requests)
+        for spec in ("tetriserve", "fixed:1", "fixed:2", "fixed:8", "fcfs")
+    }
+    best_other = max(value for spec, value in attained.items() if spec != "tetriserve")
+    assert attained["tetriserve"] >= best_other + 0.05
+
+
+def test_every_mechanism_earns_its_place(drive, make, poisson, flux):
+    """Uniform mix at 36 per minute, two seeds: switching scale-up or fill off costs attainment."""
+
+    def attained(spec):
+        runs = [poisson(36, 150, seed=seed) for seed in (1, 2)]
+        return sum(drive(make(spec, flux), run, flux, is_pure_checked=False).attained(run) for run in runs) / 2
+
+    full = attained("tetriserve")
+    assert full > attained("tetriserve:scale_up=off")
+    assert full > attained("tetriserve:fill=off")

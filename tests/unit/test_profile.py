@@ -1,0 +1,318 @@
+"""The profile file and what is read off it: every mistake is named, nothing is guessed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetriserve.core.errors import ProfileError
+from tetriserve.core.request import Request, Shape
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, load_profile, save_profile
+from tetriserve.profile.table import FORMAT
+
+
+def denoise_row(side: int, degree: int, step_s: float, **rest: Any) -> DenoiseRow:
+    return DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s, **rest)
+
+
+PROFILE = Profile(
+    model="tiny",
+    fingerprint="abc",
+    hardware="4 cores",
+    dtype="float32",
+    source="by hand",
+    created="2026-01-01",
+    encode_s=0.02,
+    switch_s=0.001,
+    denoise=(
+        denoise_row(256, 1, 0.1, cv=0.05),
+        denoise_row(512, 1, 0.4),
+        denoise_row(1024, 1, 2.8),
+        denoise_row(256, 2, 0.06),
+        denoise_row(512, 2, 0.22),
+        denoise_row(1024, 2, 1.5),
+    ),
+    decode=(
+        DecodeRow(height=256, width=256, decode_s=0.2),
+        DecodeRow(height=512, width=512, decode_s=0.8),
+        DecodeRow(height=1024, width=1024, decode_s=3.5),
+    ),
+)
+DOCUMENT: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(PROFILE)}
+
+
+def request(height: int, width: int, **rest: Any) -> Request:
+    return Request(
+        request_id="r", prompt="p", shape=Shape(height, width), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0,
+        **rest,
+    )  # fmt: skip
+
+
+def test_a_saved_profile_loads_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "directory" / "p.json"
+    save_profile(PROFILE, path)
+    assert load_profile(path) == PROFILE
+    assert [file.name for file in path.parent.iterdir()] == ["p.json"]
+
+
+def test_a_profile_lists_its_degrees_and_its_shapes_smallest_first() -> None:
+    assert PROFILE.degrees == (1, 2)
+    assert PROFILE.shapes == (Shape(256, 256), Shape(512, 512), Shape(1024, 1024))
+
+
+def test_optional_fields_may_be_left_out(tmp_path: Path) -> None:
+    document = copy.deepcopy(DOCUMENT)
+    del document["fingerprint"]
+    for row in document["denoise"]:
+        del row["frames"], row["batch"], row["cv"]
+    for row in document["decode"]:
+        del row["frames"]
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    loaded = load_profile(tmp_path / "p.json")
+    assert loaded.fingerprint == ""
+    assert {(row.frames, row.batch, row.cv) for row in loaded.denoise} == {(1, 1, None)}
+    assert {row.frames for row in loaded.decode} == {1}
+
+
+DELETE = object()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (["format"], "tetriserve-profile/2", "format is 'tetriserve-profile/2'; this version reads 'tetriserve-profile/1'"),
+        (["format"], DELETE, "format is None; this version reads 'tetriserve-profile/1'"),
+        (["model"], DELETE, "profile lacks the field 'model'"),
+        (["encode_s"], DELETE, "profile lacks the field 'encode_s'"),
+        (["speed"], 1, "profile has the unknown field 'speed'"),
+        (["model"], 3, "model must be a string"),
+        (["fingerprint"], None, "fingerprint must be a string"),
+        (["encode_s"], "fast", "encode_s is 'fast'; it must be a positive number of seconds"),
+        (["encode_s"], -0.5, "encode_s is -0.5; it must be a positive number of seconds"),
+        (["switch_s"], 0, "switch_s is 0; it must be a positive number of seconds"),
+        (["switch_s"], True, "switch_s is True; it must be a positive number of seconds"),
+        (["switch_s"], float("nan"), "switch_s is nan; it must be a positive number of seconds"),
+        (["switch_s"], float("inf"), "switch_s is inf; it must be a positive number of seconds"),
+        (["denoise"], DELETE, "denoise must be a list of rows"),
+        (["denoise"], {}, "denoise must be a list of rows"),
+        (["denoise"], [], "profile has no denoise rows"),
+        (["decode"], [], "profile has no decode rows"),
+        (["denoise", 2], 7, "denoise[2] must be an object"),
+        (["denoise", 2, "tokens"], DELETE, "denoise[2] lacks the field 'tokens'"),
+        (["denoise", 2, "step_ms"], 5, "denoise[2] has the unknown field 'step_ms'"),
+        (["denoise", 2, "step_s"], float("nan"), "denoise[2].step_s is nan; it must be a positive number of seconds"),
+        (["denoise", 2, "step_s"], 10**400, "denoise[2].step_s is "),
+        (["denoise", 2, "step_s"], None, "denoise[2].step_s is None; it must be a positive number of seconds"),
+        (["denoise", 2, "degree"], 0, "denoise[2].degree is 0; it must be a whole number of at least 1"),
+        (["denoise", 2, "height"], 1.5, "denoise[2].height is 1.5; it must be a whole number of at least 1"),
+        (["denoise", 2, "batch"], "1", "denoise[2].batch is '1'; it must be a whole number of at least 1"),
+        (["denoise", 2, "cv"], "low", "denoise[2].cv is 'low'; it must be null or a number that is not negative"),
+        (["denoise", 2, "cv"], -1.0, "denoise[2].cv is -1.0; it must be null or a number that is not negative"),
+        (["denoise", 2], DOCUMENT["denoise"][1], "profile has two denoise rows for 512x512 at degree 1, batch 1"),
+        (["decode", 1, "decode_s"], -1, "decode[1].decode_s is -1; it must be a positive number of seconds"),
+        (["decode", 1, "width"], False, "decode[1].width is False; it must be a whole number of at least 1"),
+        (["decode", 1], DOCUMENT["decode"][0], "profile has two decode rows for 256x256"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_one_line_with_file_and_field(
+    tmp_path: Path, where: list[Any], value: Any, message: str
+) -> None:
+    document = copy.deepcopy(DOCUMENT)
+    parent = document
+    for key in where[:-1]:
+        parent = parent[key]
+    if value is DELETE:
+        del parent[where[-1]]
+    else:
+        parent[where[-1]] = value
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"profile {path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON: Expecting value"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b"\xff\xfe\x00", "is not JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "is not JSON: "),
+        (b"[]", "format is 'list'"),
+        (b"null", "format is 'NoneType'"),
+    ],
+)
+def test_a_file_that_is_no_profile_at_all_is_one_line_with_its_name(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match=re.escape(message)) as caught:
+        load_profile(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_a_directory_is_one_line_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=re.escape(f"profile {tmp_path / 'no'} cannot be read: No such file")):
+        load_profile(tmp_path / "no")
+    with pytest.raises(ProfileError, match=re.escape(f"profile {tmp_path} cannot be read: Is a directory")):
+        load_profile(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(min_value=10**320) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def paths_into(value: Any) -> list[tuple[Any, ...]]:
+    """The way to every part of a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(), *((key, *rest) for key, inner in items for rest in paths_into(inner))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    changed = copy.copy(value)
+    changed[path[0]] = replaced(value[path[0]], path[1:], new)
+    return changed
+
+
+@given(path=st.sampled_from(paths_into(DOCUMENT)), new=json_values)
+def test_any_json_is_a_profile_or_a_profile_error(
+    tmp_path_factory: pytest.TempPathFactory, path: tuple[Any, ...], new: Any
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_text(json.dumps(replaced(DOCUMENT, path, new)))
+    try:
+        profile = load_profile(file)
+    except ProfileError as error:
+        assert str(error).startswith(f"profile {file}")
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert isinstance(profile, Profile)
+        assert all(0 < row.step_s < float("inf") for row in profile.denoise)
+
+
+def test_measured_shapes_are_looked_up_exactly() -> None:
+    cost = ProfileCost(PROFILE)
+    assert dict(cost.step_times(request(256, 256))) == {1: 0.1, 2: 0.06}
+    assert dict(cost.step_times(request(1024, 1024))) == {1: 2.8, 2: 1.5}
+    assert (cost.encode_s(request(256, 256)), cost.switch_s) == (0.02, 0.001)
+    assert [cost.decode_s(request(side, side)) for side in (256, 512, 1024)] == [0.2, 0.8, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "step_s", "decode_s"),
+    [
+        (256, 512, 0.1 + 0.3 * 64 / 192, 0.2 + 0.6 / 3),  # 128 tokens, between 64 and 256
+        (512, 256, 0.1 + 0.3 * 64 / 192, 0.2 + 0.6 / 3),
+        (512, 1024, 0.4 + 2.4 * 256 / 768, 0.8 + 2.7 / 3),  # 512 tokens, between 256 and 1024
+        (128, 512, 0.1, 0.2),  # as many tokens as 256x256
+        (768, 768, 0.4 + 2.4 * 320 / 768, 0.8 + 2.7 * 327680 / 786432),  # 576 tokens
+    ],
+)
+def test_in_between_times_are_linear_in_tokens_whatever_the_aspect(
+    height: int, width: int, step_s: float, decode_s: float
+) -> None:
+    cost = ProfileCost(PROFILE)
+    assert cost.step_times(request(height, width))[1] == pytest.approx(step_s)
+    assert cost.decode_s(request(height, width)) == pytest.approx(decode_s)
+
+
+@pytest.mark.parametrize("side", [128, 224, 1056, 2048])
+def test_outside_the_measured_range_is_an_error_that_names_it(side: int) -> None:
+    cost, tokens = ProfileCost(PROFILE), side * side // 1024
+    message = f"a step of {side}x{side} at degree 1 is {tokens} tokens, outside the profile's range 64 to 1024"
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        cost.step_times(request(side, side))
+    message = f"decode of {side}x{side} is {side * side:g} pixels, outside the profile's range 65536 to 1.04858e+06"
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        cost.decode_s(request(side, side))
+
+
+def test_a_degree_that_is_allowed_but_not_in_the_profile_is_an_error_not_a_guess() -> None:
+    cost = ProfileCost(PROFILE, lambda shape: (1, 4))
+    with pytest.raises(ProfileError, match=re.escape("profile has no row at degree 4; it has [1, 2]")):
+        cost.step_times(request(256, 256))
+
+
+def test_a_shape_runs_only_at_the_degrees_allowed_for_it() -> None:
+    cost = ProfileCost(PROFILE, lambda shape: (1,) if shape.width == 256 else (1, 2))
+    assert list(cost.step_times(request(256, 256))) == [1]
+    assert list(cost.step_times(request(512, 512))) == [1, 2]
+    with pytest.raises(ProfileError, match=re.escape("256x256 can run at none of the degrees [1, 2]")):
+        ProfileCost(PROFILE, lambda shape: ()).step_times(request(256, 256))
+
+
+def test_a_degree_measured_only_for_other_sizes_is_left_out_of_a_shape_beyond_them() -> None:
+    narrow = dataclasses.replace(
+        PROFILE, denoise=(*PROFILE.denoise[:3], denoise_row(512, 2, 0.22), denoise_row(1024, 2, 1.5))
+    )
+    assert list(ProfileCost(narrow).step_times(request(256, 512))) == [1]
+    assert list(ProfileCost(narrow).step_times(request(512, 1024))) == [1, 2]
+
+
+def test_two_forwards_per_step_double_steps_and_encode_but_not_decode() -> None:
+    cost = ProfileCost(PROFILE)
+    guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
+    assert dict(cost.step_times(guided)) == {1: 0.2, 2: 0.12}
+    assert cost.encode_s(guided) == 0.04
+    assert cost.decode_s(guided) == 0.2
+    assert dict(cost.step_times(request(256, 256))) == {1: 0.1, 2: 0.06}
+
+
+def test_batched_rows_do_not_stand_in_for_single_requests() -> None:
+    batched = dataclasses.replace(PROFILE, denoise=(*PROFILE.denoise, denoise_row(256, 1, 0.15, batch=2)))
+    assert ProfileCost(batched).step_times(request(256, 256))[1] == 0.1
+
+
+def test_an_observation_moves_the_estimate_a_fifth_of_the_way_and_leaves_the_original_unchanged() -> None:
+    before, small = ProfileCost(PROFILE), request(256, 256)
+    before.step_times(small)
+    once = before.observed(small, 1, 0.2)
+    twice = once.observed(small, 1, 0.2)
+    assert before.step_times(small)[1] == 0.1
+    assert once.step_times(small)[1] == pytest.approx(0.1 * 1.2)
+    assert twice.step_times(small)[1] == pytest.approx(0.1 * (1.2 + 0.2 * 0.8))
+    assert before.corrections == {}
+
+
+def test_a_degree_never_observed_shares_the_mean_correction_of_the_shape_and_other_shapes_none() -> None:
+    small, large = request(256, 256), request(512, 512)
+    cost = ProfileCost(PROFILE).observed(small, 1, 0.2)
+    assert cost.step_times(small)[2] == pytest.approx(0.06 * 1.2)
+    assert dict(cost.step_times(large)) == {1: 0.4, 2: 0.22}
+    cost = cost.observed(small, 2, 0.06)  # starts from the shared 1.2, not from 1
+    assert cost.step_times(small)[2] == pytest.approx(0.06 * (1.2 - 0.2 * 0.2))
+    assert cost.step_times(small)[1] == pytest.approx(0.12)
+
+
+def test_repeated_observations_converge_and_one_outlier_is_bounded() -> None:
+    small = request(256, 256)
+    cost = ProfileCost(PROFILE)
+    for _ in range(40):
+        cost = cost.observed(small, 1, 0.03)
+    assert cost.step_times(small)[1] == pytest.approx(0.03, rel=1e-3)
+    assert ProfileCost(PROFILE).observed(small, 1, 1000.0).step_times(small)[1] == pytest.approx(0.1 * 2.8)
+    assert ProfileCost(PROFILE).observed(small, 1, 1e-9).step_times(small)[1] == pytest.approx(0.1 * 0.82)
+
+
+def test_an_observed_step_of_two_forwards_corrects_the_time_of_one() -> None:
+    guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
+    cost = ProfileCost(PROFILE).observed(guided, 1, 0.4)
+    assert cost.step_times(guided)[1] == pytest.approx(0.24)
+    assert cost.step_times(request(256, 256))[1] == pytest.approx(0.12)

@@ -1,0 +1,79 @@
+"""Requests, shapes and trajectories: what is stored, and what is derived from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tetriserve.core.cluster import aligned_groups, warm_groups
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage, Trajectory
+
+REQUEST = Request(
+    request_id="r", prompt="p", shape=Shape(256, 512), num_steps=3, seed=0, arrival_s=1.0, deadline_s=2.0
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ("512x256", Shape(height=256, width=512)),
+        ("1x999999", Shape(height=999999, width=1)),
+        ("0064x0128", Shape(height=128, width=64)),
+    ],
+)
+def test_a_size_is_read_width_first(size: str, shape: Shape) -> None:
+    assert Shape.parse(size) == shape
+
+
+@pytest.mark.parametrize(
+    "size", ["", "x", "512", "512x", "x512", "0x512", "512x0", "512X512", "-1x2", "1.5x2", " 1x2", "1x2 ", "1x2x3",
+             "1x2\n", "1000000x1", "big", "auto"]
+)  # fmt: skip
+def test_anything_else_is_refused_with_the_value_and_an_example(size: str) -> None:
+    with pytest.raises(ValueError, match="is not of the form WIDTHxHEIGHT, such as 512x512") as caught:
+        Shape.parse(size)
+    assert repr(size) in str(caught.value)
+
+
+def test_a_shape_is_written_as_it_is_read_and_counts_its_pixels() -> None:
+    assert str(Shape(256, 512)) == "512x256"
+    assert Shape.parse(str(Shape(256, 512))) == Shape(256, 512)
+    assert str(Shape(256, 512, frames=9)) == "512x256x9"
+    assert Shape(256, 512).num_pixels == 131072
+    assert Shape(256, 512, frames=9).num_pixels == 9 * 131072
+
+
+@pytest.mark.parametrize(
+    ("negative_prompt", "true_cfg_scale", "num_passes"),
+    [(None, 1.0, 1), (None, 4.0, 1), ("blurry", 1.0, 1), ("blurry", 1.5, 2), ("", 4.0, 2)],
+)
+def test_a_step_takes_two_forwards_only_with_a_negative_prompt_and_a_scale_above_1(
+    negative_prompt: str | None, true_cfg_scale: float, num_passes: int
+) -> None:
+    request = dataclasses.replace(REQUEST, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale)
+    assert request.num_passes == num_passes
+
+
+def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:
+    trajectory = Trajectory(REQUEST)
+    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.ENCODE, 3)
+    trajectory = dataclasses.replace(trajectory, is_encoded=True)
+    assert trajectory.stage is Stage.DENOISE
+    trajectory = dataclasses.replace(trajectory, steps_done=2)
+    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.DENOISE, 1)
+    trajectory = dataclasses.replace(trajectory, steps_done=3)
+    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.DECODE, 0)
+
+
+def test_a_trajectory_is_late_only_after_its_deadline() -> None:
+    assert not Trajectory(REQUEST).is_late(2.0)
+    assert Trajectory(REQUEST).is_late(2.001)
+
+
+def test_warm_groups_are_the_aligned_blocks_of_every_degree_above_1_narrow_ones_first() -> None:
+    assert aligned_groups(4, 1) == ((0,), (1,), (2,), (3,))
+    assert aligned_groups(5, 2) == ((0, 1), (2, 3))
+    assert warm_groups(4, (4, 1, 2)) == ((0, 1), (2, 3), (0, 1, 2, 3))
+    assert warm_groups(1, (1,)) == ()
