@@ -268,7 +268,8 @@ def _progress() -> Iterator[Progress]:
     try:
         yield Progress(step=lambda text: console.print(f"  {text}"), measured=on_measured)
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping one that never started prints an empty line
+            bar.stop()
 
 
 def _say_ready(url: str, engine: LiveEngine) -> None:

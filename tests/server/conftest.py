@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -13,6 +13,9 @@ from tetriserve.server import EngineSlot, create_app
 sys.path.insert(0, str(Path(__file__).parent))  # for `fake_engine`, which is also run as a program
 
 from fake_engine import FakeExecutor, make_engine  # noqa: E402
+
+Connect = Callable[[EngineSlot], httpx.AsyncClient]
+Draw = Callable[..., Awaitable[httpx.Response]]
 
 
 @pytest.fixture
@@ -29,8 +32,27 @@ async def engine(executor: FakeExecutor) -> AsyncIterator[LiveEngine]:
 
 
 @pytest.fixture
-async def client(engine: LiveEngine) -> AsyncIterator[httpx.AsyncClient]:
-    """Talks to the app without a socket."""
-    transport = httpx.ASGITransport(create_app(EngineSlot(engine)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+def connect() -> Connect:
+    """A client of an app, without a socket between them."""
+
+    def connect(slot: EngineSlot) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(slot)), base_url="http://server")
+
+    return connect
+
+
+@pytest.fixture
+async def client(engine: LiveEngine, connect: Connect) -> AsyncIterator[httpx.AsyncClient]:
+    async with connect(EngineSlot(engine)) as client:
         yield client
+
+
+@pytest.fixture
+def draw(client: httpx.AsyncClient) -> Draw:
+    """Post an image request with these fields."""
+
+    async def draw(headers: dict[str, str] | None = None, **fields: object) -> httpx.Response:
+        body = {"prompt": "a lighthouse", "size": "64x64", **fields}
+        return await client.post("/v1/images/generations", json=body, headers=headers)
+
+    return draw

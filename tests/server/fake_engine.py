@@ -80,16 +80,17 @@ PROFILE = Profile(
 
 
 class FakeExecutor:
-    """Tasks take the time the profile says. While `gate` is clear no task ends."""
+    """Tasks take the time the profile says, or none at all. While `gate` is clear no task ends."""
 
-    def __init__(self, num_ranks: int = 2) -> None:
-        self.ranks = frozenset(range(num_ranks))
+    def __init__(self, *, takes_time: bool = True) -> None:
+        self.ranks = frozenset((0, 1))
+        self.takes_time = takes_time
         self.gate = asyncio.Event()
         self.gate.set()
         self.forgotten: list[str] = []
         self.is_stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pixels: dict[str, np.ndarray] = {}
+        self.pixels: dict[str, np.ndarray] = {}
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -107,18 +108,18 @@ class FakeExecutor:
         task, request = command.task, command.request
         is_denoise = task.stage is Stage.DENOISE
         elapsed_s = task.num_steps * step_s(request.shape, task.degree) if is_denoise else ENCODE_S
-        await asyncio.sleep(elapsed_s)
+        await asyncio.sleep(elapsed_s if self.takes_time else 0)
         await self.gate.wait()
         if is_denoise and request.prompt == FAILING:
             self._on_event(TaskFailed(command.task_id, FailureKind.STEP, "latents are not finite"))
             return
         key = f"{request.request_id}/{task.stage}"
         if task.stage is Stage.DECODE:
-            self._pixels[key] = picture(request.prompt, request.seed, request.shape)
+            self.pixels[key] = picture(request.prompt, request.seed, request.shape)
         self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1)))
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        return self._pixels.pop(ref.key)
+        return self.pixels.pop(ref.key)
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)

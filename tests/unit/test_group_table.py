@@ -21,9 +21,17 @@ def test_beyond_the_cap_the_least_recently_used_goes_first() -> None:
     table = GroupTable(2)
     names = {ranks: table.name(ranks) for ranks in ((0, 1), (1, 2), (2, 3))}
     table.name((0, 1))
-    assert table.surplus() == [((1, 2), names[1, 2])]
-    assert table.surplus() == []
+    assert table.surplus(()) == [((1, 2), names[1, 2])]
+    assert table.surplus(()) == []
     assert (table.name((0, 1)), table.name((2, 3))) == (names[0, 1], names[2, 3])
+
+
+def test_a_group_in_use_is_kept_beyond_the_cap() -> None:
+    table = GroupTable(1)
+    for ranks in ((0, 1), (2, 3), (4, 5)):
+        table.name(ranks)
+    assert [ranks for ranks, _ in table.surplus({(0, 1), (4, 5)})] == [(2, 3)]
+    assert [ranks for ranks, _ in table.surplus({(4, 5)})] == [(0, 1)]
 
 
 def test_a_dead_rank_breaks_exactly_its_groups() -> None:
@@ -43,6 +51,6 @@ def test_a_group_formed_again_gets_a_name_of_its_own() -> None:
     assert table.discard((0, 1)) is None
     used.add(table.name((0, 1)))
     table.name((2, 3))
-    assert [ranks for ranks, _ in table.surplus()] == [(0, 1)]
+    assert [ranks for ranks, _ in table.surplus(())] == [(0, 1)]
     used.add(table.name((0, 1)))
     assert len(used) == 4

@@ -46,7 +46,7 @@ PROFILE = Profile(
         DecodeRow(height=1024, width=1024, decode_s=3.5),
     ),
 )
-DOCUMENT: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(PROFILE)}
+DOCUMENT: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(PROFILE)}))
 
 
 def request(height: int, width: int, **rest: Any) -> Request:
@@ -88,7 +88,7 @@ DELETE = object()
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (["format"], "tetriserve-profile/2", "format is 'tetriserve-profile/2'; this version reads 'tetriserve-profile/1'"),
+        (["format"], "other/1", "format is 'other/1'; this version reads 'tetriserve-profile/1'"),
         (["format"], DELETE, "format is None; this version reads 'tetriserve-profile/1'"),
         (["model"], DELETE, "profile lacks the field 'model'"),
         (["encode_s"], DELETE, "profile lacks the field 'encode_s'"),

@@ -42,7 +42,7 @@ class Controller:
     """Drives requests through a pool of ranks as `policy` says.
 
     `cost` is corrected by every denoise task that finishes. A request whose workers die more than `max_losses` times
-    is failed alone: it may be what kills them.
+    in a row is failed alone: it may be what kills them.
     """
 
     def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 3) -> None:

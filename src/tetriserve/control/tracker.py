@@ -12,7 +12,11 @@ from tetriserve.core.trajectory import Stage, Trajectory
 
 @dataclass(slots=True)
 class Record:
-    """One unfinished request. `embeds` and `latents` name the last copies of its state in the store."""
+    """One unfinished request.
+
+    embeds, latents: the last copies of its state in the store.
+    num_losses: tasks lost since the last one that finished.
+    """
 
     trajectory: Trajectory
     predicted_finish_s: float
@@ -29,6 +33,7 @@ class Record:
     def advance(self, run: Run, result: TensorRef) -> None:
         """Take in a finished task."""
         self.runs.append(run)
+        self.num_losses = 0
         trajectory, task = self.trajectory, run.task
         match task.stage:
             case Stage.ENCODE:

@@ -61,7 +61,7 @@ class Intake:
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         request = Request(
             request_id=request_id,
-            prompt=self._prompt("prompt", generation.prompt),
+            prompt=self._prompt(generation.prompt),
             shape=shape,
             num_steps=int(num_steps),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
@@ -107,14 +107,17 @@ class Intake:
     def shapes(self) -> tuple[Shape, ...]:
         return self.cost.profile.shapes
 
-    def _prompt(self, param: str, prompt: str) -> str:
+    def _prompt(self, prompt: str) -> str:
         if not prompt.strip():
-            raise InvalidRequest(f"{param} is empty; say what to draw", param)
-        if len(prompt) > self.max_prompt_chars:
+            raise InvalidRequest("prompt is empty; say what to draw", "prompt")
+        return self._short_enough("prompt", prompt)
+
+    def _short_enough(self, param: str, text: str) -> str:
+        if len(text) > self.max_prompt_chars:
             raise InvalidRequest(
-                f"{param} has {len(prompt)} characters; allowed: at most {self.max_prompt_chars}", param
+                f"{param} has {len(text)} characters; allowed: at most {self.max_prompt_chars}", param
             )
-        return prompt
+        return text
 
     def _guidance_pair(self, generation: Generation) -> tuple[str | None, float]:
         """Classifier-free guidance takes a negative prompt and a scale above 1; one without the other does nothing."""
@@ -122,11 +125,11 @@ class Intake:
         if negative is None and scale is None:
             return None, 1.0
         if not self.card.has_negative_prompt:
-            raise InvalidRequest(f"{self.card.name} has no negative prompt", "negative_prompt")
+            param = "true_cfg_scale" if negative is None else "negative_prompt"
+            raise InvalidRequest(f"{self.card.name} has no negative prompt", param)
         if negative is None:
             raise InvalidRequest("true_cfg_scale needs a negative_prompt", "true_cfg_scale")
-        if len(negative) > self.max_prompt_chars:
-            self._prompt("negative_prompt", negative)
+        negative = self._short_enough("negative_prompt", negative)
         return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 1.0, 100.0)
 
     def _default_slo_s(self, request: Request) -> float:
@@ -142,5 +145,5 @@ def _in_range(param: str, value: float | None, default: float, low: float, high:
     if value is None:
         return default
     if not low <= value <= high:
-        raise InvalidRequest(f"{param} is {value:g}; allowed: {low:g} to {high:g}", param)
+        raise InvalidRequest(f"{param} is {value}; allowed: {low} to {high}", param)
     return value

@@ -108,6 +108,7 @@ class LiveEngine:
         for client in self._clients.values():
             if not client.image.done():
                 client.image.set_exception(ShuttingDown("the server shut down before the image was finished"))
+        self._executor.subscribe(lambda event: None)  # nothing more is planned on ranks that go away
         await self._executor.stop()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 
 class GroupTable:
     """Names of live groups by their ranks, least recently used first.
 
-    Live groups cost threads and file descriptors in every member, so at most `max_groups` are kept. A name is never
-    used twice: a group formed again after it broke or was dropped meets under a name of its own.
+    Live groups cost threads and file descriptors in every member, so at most `max_groups` are kept, or as many as are
+    in use at once if those are more. A name is never used twice: a group formed again after it broke or was dropped meets under a name of its own.
     """
 
     def __init__(self, max_groups: int) -> None:
@@ -25,10 +26,14 @@ class GroupTable:
         self._names.move_to_end(ranks)
         return self._names[ranks]
 
-    def surplus(self) -> list[tuple[tuple[int, ...], str]]:
-        """Take out what exceeds the cap: (ranks, name) of each group that its members shall drop."""
+    def surplus(self, in_use: Collection[tuple[int, ...]]) -> list[tuple[tuple[int, ...], str]]:
+        """Take out what exceeds the cap: (ranks, name) of each group that its members shall drop.
+
+        Groups `in_use` stay: some of their members may still be on the way to form them.
+        """
         num_surplus = max(0, len(self._names) - self._max_groups)
-        return [self._names.popitem(last=False) for _ in range(num_surplus)]
+        dropped = [ranks for ranks in self._names if ranks not in in_use][:num_surplus]
+        return [(ranks, self._names.pop(ranks)) for ranks in dropped]
 
     def broken(self, rank: int) -> list[tuple[tuple[int, ...], str]]:
         """Take out every group that `rank` belongs to."""

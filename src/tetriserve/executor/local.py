@@ -133,12 +133,13 @@ class LocalExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
+        self._running[command.task_id] = running = _Running(command, set(task.ranks))
         group = None
         if task.degree > 1:
             group = self._groups.name(task.ranks)
-            for ranks, name in self._groups.surplus():
+            in_use = {other.start.task.ranks for other in self._running.values()}
+            for ranks, name in self._groups.surplus(in_use):
                 self._drop_group(ranks, name)
-        self._running[command.task_id] = running = _Running(command, set(task.ranks))
         for rank in task.ranks:
             worker = self._workers.get(rank)
             if worker is None:  # died between the plan and now
@@ -202,11 +203,15 @@ class LocalExecutor:
     def _read(self, rank: int) -> None:
         """Take in what a worker wrote; end-of-file is its death."""
         worker = self._workers[rank]
-        try:
-            while worker.connection.poll():
-                self._take(rank, worker, worker.connection.recv())
-        except (EOFError, OSError):
-            self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
+        while True:
+            try:
+                if not worker.connection.poll():
+                    return
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
+                return
+            self._take(rank, worker, message)
 
     def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
         worker.last_sign_s = time.monotonic()

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.request import Request, Shape
-from tetriserve.profile.table import Profile
+from tetriserve.profile.table import DenoiseRow, Profile
 
 _LEARNING_RATE = 0.2
 _CORRECTION_RANGE = (0.1, 10.0)
@@ -49,12 +49,16 @@ class ProfileCost:
         return times
 
     def profiled_step_times(self, shape: Shape) -> Mapping[int, float]:
-        """One forward per degree as the profile has it, without correction."""
+        """One forward per degree as the profile has it, without correction.
+
+        A degree measured only for other sizes, all of them larger or all smaller, is left out. If that leaves none, it
+        is an error that names the range of the narrowest.
+        """
         allowed = self.profile.degrees if self.degrees_of is None else self.degrees_of(shape)
-        times = {degree: self._step_s(shape, degree) for degree in allowed}
-        if not times:
+        if not allowed:
             raise ProfileError(f"{shape} can run at none of the degrees {list(self.profile.degrees)}")
-        return times
+        covered = [degree for degree in allowed if self._covers(shape, degree)]
+        return {degree: self._step_s(shape, degree) for degree in covered or allowed[:1]}
 
     def encode_s(self, request: Request) -> float:
         return self.profile.encode_s * request.num_passes
@@ -86,17 +90,30 @@ class ProfileCost:
         return sum(others) / len(others) if others else 1.0
 
     def _step_s(self, shape: Shape, degree: int) -> float:
-        rows = [row for row in self.profile.denoise if row.degree == degree and row.batch == 1]
-        if not rows:
-            raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
+        rows = self._rows(degree)
         for row in rows:
             if row.shape == shape:
                 return row.step_s
-        tokens_per_pixel = rows[0].tokens / rows[0].shape.num_pixels
         points = sorted({row.tokens: row.step_s for row in rows}.items())
-        return _interpolate(
-            points, shape.num_pixels * tokens_per_pixel, f"a step of {shape} at degree {degree}", "tokens"
+        return _interpolate(points, _num_tokens(shape, rows[0]), f"a step of {shape} at degree {degree}", "tokens")
+
+    def _covers(self, shape: Shape, degree: int) -> bool:
+        rows = self._rows(degree)
+        measured = [row.tokens for row in rows]
+        return any(row.shape == shape for row in rows) or (
+            min(measured) <= _num_tokens(shape, rows[0]) <= max(measured)
         )
+
+    def _rows(self, degree: int) -> list[DenoiseRow]:
+        rows = [row for row in self.profile.denoise if row.degree == degree and row.batch == 1]
+        if not rows:
+            raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
+        return rows
+
+
+def _num_tokens(shape: Shape, row: DenoiseRow) -> float:
+    """Tokens of `shape`, as many per pixel as `row` has."""
+    return shape.num_pixels * row.tokens / row.shape.num_pixels
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float, what: str, unit: str) -> float:

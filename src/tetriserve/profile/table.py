@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 import tempfile
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -82,6 +82,7 @@ class Profile:
         for number, row in enumerate(self.denoise):
             _check_seconds(row.step_s, f"denoise[{number}].step_s")
             _check_positive(f"denoise[{number}]", row, ("height", "width", "frames", "tokens", "degree", "batch"))
+            _check_variation(row.cv, f"denoise[{number}].cv")
         for number, decode_row in enumerate(self.decode):
             _check_seconds(decode_row.decode_s, f"decode[{number}].decode_s")
             _check_positive(f"decode[{number}]", decode_row, ("height", "width", "frames"))
@@ -89,6 +90,10 @@ class Profile:
         if len(set(keys)) < len(keys):
             shape, degree, batch = next(key for key in keys if keys.count(key) > 1)
             raise ProfileError(f"profile has two denoise rows for {shape} at degree {degree}, batch {batch}")
+        decoded = [decode_row.shape for decode_row in self.decode]
+        if len(set(decoded)) < len(decoded):
+            twice = next(shape for shape in decoded if decoded.count(shape) > 1)
+            raise ProfileError(f"profile has two decode rows for {twice}")
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -111,7 +116,7 @@ def load_profile(path: Path) -> Profile:
         document = json.loads(path.read_text())
     except OSError as error:
         raise ProfileError(f"profile {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"profile {path} is not JSON: {error}") from error
     try:
         return _from_document(document)
@@ -163,8 +168,15 @@ def _check_names(kind: type[Any], values: dict[str, Any], where: str) -> None:
 
 
 def _check_seconds(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ProfileError(f"{name} is {value!r}; it must be a positive number of seconds")
+
+
+def _check_variation(value: object, name: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        raise ProfileError(f"{name} is {value!r}; it must be null or a number that is not negative")
 
 
 def _check_positive(where: str, row: object, names: tuple[str, ...]) -> None:

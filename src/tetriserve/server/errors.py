@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import reprlib
 from collections.abc import Mapping
@@ -24,8 +23,6 @@ from tetriserve.core.errors import (
 )
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
-
-logger = logging.getLogger(__name__)
 
 RESTART_S = 5.0
 """When to come back to a server that starts or shuts down."""
@@ -50,15 +47,12 @@ def install(app: FastAPI) -> None:
 
     async def on_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, TetriServeError)
-        response = _response(error)
-        if response.status_code == 500:
-            logger.error("request %s failed: %s", request.state.exchange.request_id, error)
-        return response
+        return _noted(request, str(error), _response(error))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         message, param = _explain(error.errors()[0])
-        return envelope(400, message, "invalid_value", param)
+        return _noted(request, message, envelope(400, message, "invalid_value", param))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -72,7 +66,7 @@ def install(app: FastAPI) -> None:
             case _:
                 message = str(error.detail)
         code = _HTTP_CODES.get(error.status_code, "invalid_value")
-        return envelope(error.status_code, message, code, headers=error.headers)
+        return _noted(request, message, envelope(error.status_code, message, code, headers=error.headers))
 
     app.add_exception_handler(TetriServeError, on_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -99,6 +93,12 @@ def envelope(
         error["earliest_finish_ms"] = earliest_finish_ms
     # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
     return Response(json.dumps({"error": error}), status, all_headers, media_type="application/json")
+
+
+def _noted(request: Request, message: str, response: Response) -> Response:
+    """`response`, once the log line of this exchange knows `message`."""
+    request.state.exchange.facts["error"] = message
+    return response
 
 
 def _response(error: TetriServeError) -> Response:

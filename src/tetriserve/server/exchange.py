@@ -74,15 +74,27 @@ class ExchangeMiddleware:
         route = getattr(scope.get("route"), "path", "unknown")
         self._metrics.count_exchange(route, scope["method"], status)
         logger.log(
-            logging.INFO if scope["path"].startswith("/v1/") else logging.DEBUG,
+            _level(scope["path"], status),
             "%s %s %s %d in %.3f s%s",
             exchange.request_id,
             scope["method"],
-            scope["path"],
+            _one_line(scope["path"]),
             status,
             elapsed_s,
-            "".join(f" {name}={value}" for name, value in exchange.facts.items()),
+            "".join(f" {name}={_one_line(value)}" for name, value in exchange.facts.items()),
         )
+
+
+def _level(path: str, status: int) -> int:
+    """Requests for work are news, probes are not; failures are for the operator, refusals for the client."""
+    if status == 500:
+        return logging.ERROR
+    return logging.INFO if path.startswith("/v1/") else logging.DEBUG
+
+
+def _one_line(text: object) -> str:
+    """`text` for the log: clients choose some of it, and must not write lines of their own."""
+    return ascii(str(text)[:300])[1:-1]
 
 
 def _request_id(scope: Scope) -> str:

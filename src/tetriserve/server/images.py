@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 _PNG_LEVEL = 1
-"""zlib's fastest: the higher levels take several times as long and make photographs a few percent smaller."""
+"""zlib's fastest: its default takes about three times as long for a file a fifth smaller, and a client waits."""
 
 
 def image_data(image: GeneratedImage, output_format: OutputFormat, quality: int) -> ImageData:

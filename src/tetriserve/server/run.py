@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 OnReady = Callable[[str, LiveEngine], None]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_IDLE_S = 75
+"""A connection without a request is kept this long: longer than clients keep theirs, so that they close first."""
 _LAST_ANSWERS_S = 5
 """How long clients may take to read their answers once the engine has stopped."""
 
@@ -36,12 +38,12 @@ async def serve(
     config: ServerConfig,
     launch: Callable[[], Awaitable[LiveEngine]],
     *,
-    on_ready: Callable[[str, LiveEngine], None] = lambda url, engine: logger.info("serving on %s", url),
+    on_ready: OnReady = _log_ready,
 ) -> int:
     """Serve until a signal says stop; the exit code. Call it on the main thread, which receives signals.
 
-    The port is open before `launch` begins, and answers 503 until it is done; then `on_ready` hears its URL and the engine.
-    The first SIGTERM or SIGINT ends admission, waits up to `config.shutdown_timeout_s` for accepted requests, and leads
+    The port is open before `launch` begins, and answers 503 until it is done; then `on_ready` hears URL and engine. The
+    first SIGTERM or SIGINT ends admission, waits up to `config.shutdown_timeout_s` for accepted requests, and leads
     to 0. A second one ends at once, and leads to 128 plus its number.
 
     Raises:
@@ -58,6 +60,7 @@ async def serve(
             server_header=False,
             lifespan="off",
             ws="none",
+            timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
     )

@@ -1,0 +1,82 @@
+"""FLUX with faults to order: marks in a request's prompt say what goes wrong with it.
+
+Workers import this module by name (`adapter="faulty_flux:FaultyFlux"`); the conftest puts its directory on the path.
+In a split group it is the last member alone that misbehaves, so that the others are left waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tetriserve.core.request import Request
+from tetriserve.models.adapter import DenoiseLoop, Embeds
+from tetriserve.models.card import ModelCard
+from tetriserve.models.flux import FluxAdapter
+
+FAIL_MEMORY, FAIL_RUNTIME, NAN, KILL, SLOW = "[memory]", "[runtime]", "[nan]", "[kill]", "[slow]"
+SLOW_STAGE_S, SLOW_STEP_S = 0.4, 0.05
+
+
+class FaultyFlux(FluxAdapter):
+    """Computes what `FluxAdapter` does, unless a mark says otherwise; `[slow]` changes no number."""
+
+    is_last_member = True
+
+    def use_mesh(self, mesh: DeviceMesh | None) -> None:
+        self.is_last_member = mesh is None or mesh.get_local_rank() == mesh.size() - 1
+        super().use_mesh(mesh)
+
+    def encode(self, request: Request) -> Embeds:
+        if SLOW in request.prompt:
+            time.sleep(SLOW_STAGE_S)
+        return super().encode(request)
+
+    def denoise_loop(self, request: Request, embeds: Embeds, steps_done: int) -> DenoiseLoop:
+        return FaultyLoop(self, request, super().denoise_loop(request, embeds, steps_done))
+
+    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
+        if SLOW in request.prompt:
+            time.sleep(SLOW_STAGE_S)
+        return super().decode(request, latents)
+
+
+class FaultyLoop:
+    def __init__(self, adapter: FaultyFlux, request: Request, loop: DenoiseLoop) -> None:
+        self._adapter = adapter
+        self._prompt = request.prompt
+        self._loop = loop
+
+    def step(self, latents: torch.Tensor) -> torch.Tensor:
+        if SLOW in self._prompt:
+            time.sleep(SLOW_STEP_S)
+        if self._adapter.is_last_member:
+            if FAIL_MEMORY in self._prompt:
+                raise MemoryError("no room for another tensor")
+            if FAIL_RUNTIME in self._prompt:
+                raise RuntimeError("expected 3 dimensions, got 4")
+            if KILL in self._prompt:
+                os.kill(os.getpid(), signal.SIGKILL)
+        latents = self._loop.step(latents)
+        if NAN in self._prompt and self._adapter.is_last_member:
+            latents = latents.clone()
+            latents[0, 0, 0] = torch.nan
+        return latents
+
+
+class Unloadable:
+    """A model that fails to load with an error that nobody foresaw."""
+
+    error: Exception = RuntimeError("weights of another planet")
+
+    def __init__(self, card: ModelCard, device: torch.device | str) -> None:
+        raise self.error
+
+
+class Unreadable(Unloadable):
+    error = PermissionError(13, "Permission denied", "/models/weights")

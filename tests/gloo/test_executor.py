@@ -1,0 +1,298 @@
+"""The local executor on real processes: whatever ranks and degrees a request runs on, its image is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tetriserve.config import PoolConfig
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.executor.local import LocalExecutor
+from tetriserve.models.card import ModelCard
+from tetriserve.models.flux import FluxAdapter
+from tetriserve.profiler import measure
+from tetriserve.worker.latents import TensorStore
+
+NUM_RANKS, MAX_GROUPS = 4, 2
+LATENTS_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 1
+
+Ranks = tuple[int, ...]
+Plan = Sequence[tuple[Ranks, int]]
+"""Denoise tasks in order: the ranks, and how many steps."""
+
+
+def make_request(prompt: str, num_steps: int = 5, shape: Shape = Shape(256, 256), **rest: object) -> Request:  # noqa: B008
+    return Request(
+        request_id="r", prompt=prompt, shape=shape, num_steps=num_steps, seed=len(prompt), arrival_s=0.0,
+        deadline_s=0.0, **rest,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+REQUESTS = (
+    make_request("a red circle"),
+    make_request("a blue square on sand", 6),
+    make_request("a long river", 4, Shape(height=128, width=256)),
+    make_request("a green tree", 3, negative_prompt="blurry", true_cfg_scale=3.0),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    latents: torch.Tensor
+    pixels: np.ndarray
+
+
+class Driver:
+    """Carries requests through an executor by plans of its own; tasks that want a busy rank wait for it."""
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self.executor = executor
+        self.store = TensorStore(self.directory)
+        self._ids = itertools.count()
+        self._ended: dict[int, asyncio.Future[TaskFinished]] = {}
+        self._rank_locks = [asyncio.Lock() for _ in range(NUM_RANKS)]
+        executor.subscribe(self._on_event)
+
+    @property
+    def directory(self) -> Path:
+        return self.executor._directory.path
+
+    def files(self, request_id: str) -> list[str]:
+        """What the store holds of a request."""
+        return sorted(path.name for path in self.directory.glob(f"{request_id}.*"))
+
+    async def carry(self, request: Request, plan: Plan, encode_rank: int = 0, decode_rank: int = 0) -> Result:
+        """All of a request, its steps as `plan` says."""
+        assert sum(num_steps for _, num_steps in plan) == request.num_steps
+        request = dataclasses.replace(request, request_id=f"request-{next(self._ids)}")
+        request_id = request.request_id
+        embeds = (await self.run(request, Task(request_id, Stage.ENCODE, (encode_rank,)))).result
+        latents, steps_done = None, 0
+        for ranks, num_steps in plan:
+            task = Task(request_id, Stage.DENOISE, ranks, num_steps)
+            latents = (await self.run(request, task, steps_done, embeds, latents)).result
+            steps_done += num_steps
+            assert self.files(request_id) == [f"{embeds.key}.safetensors", f"{latents.key}.safetensors"]
+        assert latents is not None
+        decode = Task(request_id, Stage.DECODE, (decode_rank,))
+        pixels = (await self.run(request, decode, steps_done, embeds, latents)).result
+        result = Result(self.store.load(latents, "cpu")["latents"], self.executor.read_pixels(pixels).copy())
+        self.executor.forget(request_id)
+        assert self.files(request_id) == []
+        return result
+
+    async def run(
+        self,
+        request: Request,
+        task: Task,
+        steps_done: int = 0,
+        embeds: TensorRef | None = None,
+        latents: TensorRef | None = None,
+    ) -> TaskFinished:
+        async with contextlib.AsyncExitStack() as stack:
+            for rank in sorted(task.ranks):
+                await stack.enter_async_context(self._rank_locks[rank])
+            task_id = next(self._ids)
+            self._ended[task_id] = asyncio.get_running_loop().create_future()
+            self.executor.start_task(StartTask(task_id, task, request, steps_done, embeds, latents))
+            return await asyncio.wait_for(self._ended[task_id], 120)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, TaskFinished):
+            self._ended.pop(event.task_id).set_result(event)
+        elif isinstance(event, TaskFailed):
+            self._ended.pop(event.task_id).set_exception(RuntimeError(event.message))
+
+
+@pytest.fixture(scope="module")
+async def driver(bundled_card: ModelCard) -> AsyncIterator[Driver]:
+    """Four ranks with room for two groups only, so that groups are dropped and formed again all the time."""
+    pool = PoolConfig(num_ranks=NUM_RANKS, max_groups=MAX_GROUPS, heartbeat_timeout_s=60.0)
+    executor = LocalExecutor(bundled_card, pool)
+    await executor.start(lambda text: None)
+    driver = Driver(executor)
+    yield driver
+    pids = executor.pids
+    assert executor.num_restarts == 0
+    await executor.stop()
+    assert not driver.directory.exists()
+    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.fixture(scope="module")
+def alone(reference: FluxAdapter) -> list[Result]:
+    """Every request of `REQUESTS` at degree 1 in this process."""
+    results = []
+    for request in REQUESTS:
+        loop = reference.denoise_loop(request, reference.encode(request), 0)
+        latents = reference.initial_latents(request)
+        for _ in range(request.num_steps):
+            latents = loop.step(latents)
+        results.append(Result(latents, reference.decode(request, latents)))
+    return results
+
+
+def assert_same(result: Result, expected: Result) -> None:
+    assert result.latents.shape == expected.latents.shape
+    assert (result.latents - expected.latents).abs().max().item() < LATENTS_TOLERANCE
+    assert result.pixels.shape == expected.pixels.shape
+    assert np.abs(result.pixels.astype(int) - expected.pixels).max() <= PIXEL_TOLERANCE
+
+
+def random_plan(rng: random.Random, num_steps: int) -> Plan:
+    """Tasks on any sets of ranks, aligned or not, in any order of degrees."""
+    plan: list[tuple[Ranks, int]] = []
+    while num_steps:
+        steps = rng.randint(1, min(3, num_steps))
+        plan.append((tuple(sorted(rng.sample(range(NUM_RANKS), rng.choice([1, 2, 2, 4])))), steps))
+        num_steps -= steps
+    return plan
+
+
+async def test_degree_1_is_bit_identical_to_the_pipeline(driver: Driver, bundled_dir: Path) -> None:
+    from diffusers import FluxPipeline
+
+    request = REQUESTS[3]
+    result = await driver.carry(request, [((2,), 2), ((0,), 1)], encode_rank=1, decode_rank=3)
+    pipeline = FluxPipeline.from_pretrained(bundled_dir, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    latents, images = (
+        pipeline(
+            prompt=request.prompt, negative_prompt=request.negative_prompt, true_cfg_scale=request.true_cfg_scale,
+            height=request.shape.height, width=request.shape.width, num_inference_steps=request.num_steps,
+            guidance_scale=request.guidance_scale, max_sequence_length=64, output_type=output_type,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+        ).images
+        for output_type in ("latent", "pil")
+    )  # fmt: skip
+    assert torch.equal(result.latents, latents)
+    assert np.array_equal(result.pixels, np.asarray(images[0]))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [((0, 2), 2), ((1, 3), 3)],
+        [((0, 1, 2, 3), 5)],
+        [((2,), 1), ((1, 2), 1), ((0, 1, 2, 3), 1), ((0, 3), 1), ((3,), 1)],
+        [((0, 1), 1), ((0,), 1), ((0, 1), 1), ((1,), 1), ((0, 1), 1)],
+        [((3, 1), 2), ((1, 3), 1), ((2, 0, 3, 1), 2)],
+    ],
+    ids=str,
+)
+async def test_any_sets_of_ranks_give_the_image_of_degree_1(driver: Driver, alone: list[Result], plan: Plan) -> None:
+    assert_same(await driver.carry(REQUESTS[0], plan, encode_rank=plan[0][0][0], decode_rank=plan[-1][0][-1]), alone[0])
+
+
+@pytest.mark.parametrize("seed", range(15))
+async def test_random_plans_of_interleaved_requests_give_the_images_of_degree_1(
+    driver: Driver, alone: list[Result], seed: int
+) -> None:
+    rng = random.Random(seed)
+    chosen = rng.choices(range(len(REQUESTS)), k=rng.randint(1, 3))
+    results = await asyncio.gather(
+        *(
+            driver.carry(
+                REQUESTS[index],
+                random_plan(rng, REQUESTS[index].num_steps),
+                encode_rank=rng.randrange(NUM_RANKS),
+                decode_rank=rng.randrange(NUM_RANKS),
+            )
+            for index in chosen
+        )
+    )
+    for index, result in zip(chosen, results, strict=True):
+        assert_same(result, alone[index])
+
+
+async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Driver, alone: list[Result]) -> None:
+    pairs = [(ranks, tuple(sorted({0, 1, 2, 3} - set(ranks)))) for ranks in ((0, 1), (0, 2), (0, 3))]
+    for pair in (*pairs, *pairs):
+        results = await asyncio.gather(
+            *(driver.carry(REQUESTS[2], [(ranks, 4)], ranks[0], ranks[0]) for ranks in pair)
+        )
+        for result in results:
+            assert_same(result, alone[2])
+
+
+async def test_groups_do_not_pile_up_in_workers(driver: Driver) -> None:
+    request = dataclasses.replace(REQUESTS[2], num_steps=12)
+    sets = [*itertools.combinations(range(NUM_RANKS), 2), *itertools.combinations(range(NUM_RANKS), 2)]
+
+    def num_files() -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in driver.executor.pids.values()]
+
+    await driver.carry(request, [(ranks, 1) for ranks in sets])
+    before = num_files()
+    await driver.carry(request, [(ranks, 1) for ranks in sets])
+    await driver.carry(request, [(ranks, 1) for ranks in sets])
+    assert len(driver.executor._groups._names) == MAX_GROUPS
+    assert len(list(driver.directory.glob("group-*"))) <= MAX_GROUPS
+    # 24 more groups of two ranks were formed: 12 more per rank.
+    assert max(now - then for now, then in zip(num_files(), before, strict=True)) < 6
+
+
+async def test_the_store_holds_nothing_of_a_forgotten_request_and_forgetting_again_is_no_error(driver: Driver) -> None:
+    request = dataclasses.replace(REQUESTS[2], request_id="forgotten")
+    other = dataclasses.replace(REQUESTS[2], request_id="forgotten-2")
+    for asked in (request, other):
+        await driver.run(asked, Task(asked.request_id, Stage.ENCODE, (0,)))
+    driver.executor.forget("forgotten")
+    driver.executor.forget("forgotten")
+    assert driver.files("forgotten") == []
+    assert driver.files("forgotten-2") == ["forgotten-2.embeds.safetensors"]
+    driver.executor.forget("forgotten-2")
+
+
+async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bundled_card: ModelCard) -> None:
+    heard: list[tuple[int, int]] = []
+    pool = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2))
+    try:
+        profile = await measure(
+            driver.executor, bundled_card, pool, [Shape(256, 256)], lambda done, total, text: heard.append((done, total))
+        )
+    finally:
+        driver.executor.subscribe(driver._on_event)
+    assert [(row.degree, row.tokens, row.shape) for row in profile.denoise] == [
+        (1, 64, Shape(256, 256)),
+        (2, 64, Shape(256, 256)),
+    ]
+    assert all(row.step_s > 0 and row.cv is not None and row.cv >= 0 for row in profile.denoise)
+    assert [(row.shape, row.decode_s > 0) for row in profile.decode] == [(Shape(256, 256), True)]
+    assert (profile.model, profile.fingerprint) == (bundled_card.name, bundled_card.fingerprint)
+    assert profile.encode_s > 0
+    assert profile.switch_s > 0
+    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert list(driver.directory.glob("profile-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("faulty_flux:Unloadable", "RuntimeError: weights of another planet"),
+        ("faulty_flux:Unreadable", "PermissionError: .*Permission denied: '/models/weights'"),
+    ],
+)
+async def test_workers_that_cannot_load_end_the_start_with_one_line_that_says_why(
+    bundled_card: ModelCard, adapter: str, message: str
+) -> None:
+    executor = LocalExecutor(bundled_card, PoolConfig(num_ranks=2), adapter=adapter)
+    with pytest.raises(ConfigError, match=message) as caught:
+        await executor.start(lambda text: None)
+    assert "\n" not in str(caught.value)
+    assert executor.pids == {}

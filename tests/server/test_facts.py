@@ -1,0 +1,137 @@
+"""What the server says of itself: models, metrics, the API's description, the log."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fake_engine import CARD, FAILING
+from prometheus_client.parser import text_string_to_metric_families
+
+from tetriserve.server import EngineSlot
+
+
+async def samples(client):
+    """Every sample of `/metrics` by name and label values."""
+    response = await client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["Content-Type"].startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+async def test_models_lists_what_can_be_asked(client):
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    (model,) = listed["data"]
+    assert (await client.get(f"/v1/models/{CARD.name}")).json() == model
+    assert (model["id"], model["object"], model["owned_by"]) == ("tiny/flux", "model", "tetriserve")
+    assert model["sizes"] == ["128x128", "64x64", "256x256"]
+    assert model["size_range"] == {"smallest": "64x64", "largest": "256x256", "multiple": 16}
+    assert model["degrees"] == {"128x128": [1, 2], "64x64": [1, 2], "256x256": [1, 2]}
+    assert (model["default_num_inference_steps"], model["max_num_inference_steps"]) == (4, 200)
+    assert model["default_guidance_scale"] == 3.5
+    assert model["has_negative_prompt"] is True
+    assert model["num_ranks"] == 2
+    assert model["policy"]
+
+
+async def test_another_model_is_a_404(client):
+    response = await client.get("/v1/models/gpt-image-1")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_metrics_count_what_happened(client, draw):
+    assert (await draw(n=2, slo_ms=5000)).status_code == 200
+    assert (await draw(size="128x128", num_inference_steps=6, slo_ms=1)).status_code == 200
+    assert (await draw(prompt=FAILING)).status_code == 500
+    assert (await draw(size="80x64", slo_ms=5000)).status_code == 200
+    assert (await draw(n=0)).status_code == 400
+    await client.get("/no/such/path")
+    await client.get("/v1/images/generations")
+
+    found = await samples(client)
+    assert found["tetriserve_requests_total", "64x64", "finished"] == 2
+    assert found["tetriserve_requests_total", "128x128", "finished"] == 1
+    assert found["tetriserve_requests_total", "64x64", "failed"] == 1
+    assert found["tetriserve_requests_total", "other", "finished"] == 1
+    assert found["tetriserve_requests_attained_total", "64x64"] == 2
+    assert found["tetriserve_requests_missed_total", "64x64"] == 1
+    assert found["tetriserve_requests_missed_total", "128x128"] == 1
+    assert ("tetriserve_requests_attained_total", "128x128") not in found
+    assert found["tetriserve_request_latency_seconds_count", "64x64"] == 2
+    assert found["tetriserve_request_queued_seconds_count", "64x64"] == 2
+    assert found["tetriserve_deadline_slack_seconds_bucket", "0.0", "128x128"] == 1
+    assert found["tetriserve_deadline_slack_seconds_bucket", "0.0", "64x64"] == 0
+    assert found["tetriserve_deadline_slack_seconds_bucket", "5.0", "64x64"] == 2
+    assert found["tetriserve_steps_total", "2"] == 2 * 4 + 6 + 4
+    assert found["tetriserve_rank_seconds_total", "denoise"] > found["tetriserve_rank_seconds_total", "encode"] > 0
+    assert found["tetriserve_requests_waiting",] == found["tetriserve_requests_running",] == 0
+    assert found["tetriserve_ranks_up",] == 2
+    assert found["tetriserve_ranks_busy",] == 0
+    assert found["tetriserve_http_requests_total", "POST", "/v1/images/generations", "200"] == 3
+    assert found["tetriserve_http_requests_total", "POST", "/v1/images/generations", "400"] == 1
+    assert found["tetriserve_http_requests_total", "POST", "/v1/images/generations", "500"] == 1
+    assert found["tetriserve_http_requests_total", "GET", "unknown", "404"] == 1
+    assert found["tetriserve_http_requests_total", "GET", "/v1/images/generations", "405"] == 1
+    assert any(key[0] == "tetriserve_model_info" and "tiny/flux" in key for key in found)
+
+
+async def test_metrics_show_what_waits_and_runs_now(client, draw, engine, executor):
+    executor.gate.clear()
+    pending = asyncio.gather(*(draw() for _ in range(3)))
+    while len(engine.state.trajectories) < 3:
+        await asyncio.sleep(0.001)
+    found = await samples(client)
+    assert (found["tetriserve_requests_running",], found["tetriserve_requests_waiting",]) == (1, 2)
+    assert found["tetriserve_ranks_busy",] == 1
+    executor.gate.set()
+    await pending
+
+
+async def test_every_metric_of_ours_is_named_by_the_rules(client, draw):
+    await draw()
+    families = list(text_string_to_metric_families((await client.get("/metrics")).text))
+    assert families
+    for family in families:
+        assert family.name.startswith("tetriserve_")
+        assert family.documentation
+
+
+async def test_metrics_come_as_openmetrics_when_asked(client):
+    response = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+async def test_two_apps_count_apart(client, draw, connect):
+    await draw()
+    async with connect(EngineSlot()) as other:
+        assert not any(key[0] == "tetriserve_requests_total" for key in await samples(other))
+
+
+async def test_the_description_documents_errors_and_fields(client):
+    description = (await client.get("/openapi.json")).json()
+    operation = description["paths"]["/v1/images/generations"]["post"]
+    assert {"200", "400", "413", "429", "500", "503"} <= set(operation["responses"])
+    assert "422" not in operation["responses"]
+    fields = description["components"]["schemas"]["ImagesRequest"]["properties"]
+    assert {"prompt", "slo_ms", "deadline_policy", "num_inference_steps"} <= set(fields)
+    parameters = {parameter["name"] for parameter in operation["parameters"]}
+    assert parameters == {"X-SLO-Ms", "X-Request-Id"}
+
+
+async def test_one_line_of_log_per_request(draw, client, caplog):
+    with caplog.at_level("INFO", "tetriserve.server"):
+        await draw(n=2, size="64x64", slo_ms=5000, request_id="r1")
+        await draw(n=0, request_id="r2")
+        await client.get("/health")
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.startswith("r1 POST /v1/images/generations 200 in ")
+    assert "size=64x64 n=2 latency_s=0." in first
+    assert first.endswith("attained=2/2")
+    assert " 400 in " in second
+    assert "error=n is 0" in second

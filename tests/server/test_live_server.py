@@ -1,0 +1,326 @@
+"""A real server on a real port: clients that go away, the openai package, signals, launches that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from fake_engine import CARD, make_engine
+
+from tetriserve.config import ServerConfig
+from tetriserve.core.errors import CheckpointError, ConfigError
+from tetriserve.server import run, serve
+from tetriserve.server.run import listen, url_of
+
+URL = "/v1/images/generations"
+BODY = {"prompt": "a lighthouse", "size": "64x64"}
+PNG = b"\x89PNG"
+
+
+async def until(condition, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Live:
+    """A server in this process. `stop` sends it SIGTERM and gives its exit code."""
+
+    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0):
+        self.engine = None
+        self.url = asyncio.get_running_loop().create_future()
+
+        async def launch():
+            await asyncio.sleep(launch_time_s)
+            self.engine = make_engine(executor, max_queue=max_queue)
+            return self.engine
+
+        config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s)
+        self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))
+
+    async def stop(self):
+        if not self.serving.done():
+            signal.raise_signal(signal.SIGTERM)
+        return await self.serving
+
+
+@pytest.fixture
+async def live(executor):
+    server = Live(executor, max_queue=4)
+    await server.url
+    yield server
+    executor.gate.set()
+    await server.stop()
+
+
+@pytest.fixture
+async def http(live):
+    async with httpx.AsyncClient(base_url=await live.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+async def ai(live):
+    async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def test_a_client_that_goes_away_frees_its_ranks_and_disturbs_nobody(live, http, executor):
+    executor.gate.clear()
+    ends = []
+    live.engine.subscribe(ends.append)
+    leaving = asyncio.create_task(http.post(URL, json={**BODY, "seed": 1}))
+    await until(lambda: len(live.engine.state.in_flight) == 1)
+    staying = asyncio.create_task(http.post(URL, json={**BODY, "seed": 2}))
+    await until(lambda: len(live.engine.state.trajectories) == 2)
+
+    leaving.cancel()
+    await until(lambda: len(live.engine.state.trajectories) == 1)
+    executor.gate.set()
+    response = await staying
+    assert response.status_code == 200
+    assert response.json()["data"][0]["seed"] == 2
+    assert [(end.request.seed, end.status.value) for end in ends] == [(1, "cancelled"), (2, "finished")]
+    assert len(live.engine.state.idle_ranks) == 2
+    assert set(executor.forgotten) == {end.request.request_id for end in ends}
+    assert len(executor.pixels) == 0
+    assert 'status="499"} 1.0' in (await http.get("/metrics")).text
+
+
+async def test_a_client_of_several_images_that_goes_away_cancels_them_all(live, http, executor):
+    executor.gate.clear()
+    leaving = asyncio.create_task(http.post(URL, json={**BODY, "n": 4}))
+    await until(lambda: len(live.engine.state.trajectories) == 4)
+    leaving.cancel()
+    await until(lambda: not live.engine.state.trajectories)
+    executor.gate.set()
+    await until(lambda: len(executor.forgotten) == 4)
+
+
+async def test_a_client_that_goes_away_while_it_sends_its_body_leaves_nothing(live, http):
+    host, port = (await live.url).removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 100\r\n\r\n{"prompt": '
+    )
+    await writer.drain()
+    writer.close()
+    await asyncio.sleep(0.05)
+    assert (await http.get("/health")).status_code == 200
+    assert live.engine.state.trajectories == ()
+
+
+async def test_the_openai_package_draws(ai):
+    answer = await ai.images.generate(
+        prompt="a lighthouse",
+        model=CARD.name,
+        size="64x64",
+        n=2,
+        response_format="b64_json",
+        user="ada",
+        extra_body={"slo_ms": 5000, "seed": 3, "num_inference_steps": 2, "negative_prompt": "fog"},
+        extra_headers={"X-Request-Id": "from-openai"},
+    )
+    assert [base64.b64decode(item.b64_json)[:4] for item in answer.data] == [PNG, PNG]
+    assert answer.data[1].seed == 4
+    assert answer.data[0].schedule["attained"] is True
+    assert len(answer.data[0].schedule["degrees"]) == 2
+    assert answer._request_id == "from-openai"
+
+
+async def test_the_openai_package_lists_models(ai):
+    models = await ai.models.list()
+    assert [model.id for model in models.data] == [CARD.name]
+    assert (await ai.models.retrieve(CARD.name)).sizes == [str(size) for size in CARD.sizes]
+    with pytest.raises(openai.NotFoundError):
+        await ai.models.retrieve("dall-e-3")
+
+
+async def test_the_openai_package_raises_its_own_errors(ai, executor, live):
+    with pytest.raises(openai.BadRequestError) as bad:
+        await ai.images.generate(prompt="a lighthouse", size="3x3")
+    assert (bad.value.param, bad.value.code, bad.value.type) == ("size", "invalid_value", "invalid_request_error")
+    assert "multiples of 16" in bad.value.message
+
+    with pytest.raises(openai.RateLimitError) as late:
+        await ai.images.generate(
+            prompt="a lighthouse", size="64x64", extra_body={"slo_ms": 2, "deadline_policy": "reject"}
+        )
+    assert late.value.code == "deadline_infeasible"
+    assert int(late.value.response.headers["retry-after"]) >= 1
+    assert late.value.body["earliest_finish_ms"] > 2
+
+    executor.gate.clear()
+    accepted = []
+    for number in range(5):  # one runs, four wait
+        accepted.append(asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64")))
+        await until(lambda number=number: len(live.engine.state.trajectories) == number + 1)
+    with pytest.raises(openai.RateLimitError) as full:
+        await ai.images.generate(prompt="a lighthouse", size="64x64")
+    assert full.value.code == "queue_full"
+    executor.gate.set()
+    await asyncio.gather(*accepted)
+
+
+async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):
+    seen = {}
+
+    def listen_and_tell(host, port):
+        listener = listen(host, port)
+        seen["url"] = url_of(listener)
+        return listener
+
+    monkeypatch.setattr(run, "listen", listen_and_tell)
+    server = Live(executor, launch_time_s=0.3)
+    await until(lambda: seen)
+    async with httpx.AsyncClient(base_url=seen["url"]) as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.post(URL, json=BODY)).status_code == 503
+        assert await server.url == seen["url"]
+        assert (await client.get("/ready")).status_code == 200
+    assert await server.stop() == 0
+
+
+async def test_a_launch_that_fails_is_raised_and_the_port_is_free_again():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    async def launch():
+        raise CheckpointError("no model here")
+
+    with pytest.raises(CheckpointError, match="no model here"):
+        await serve(ServerConfig(port=port), launch)
+    listen("127.0.0.1", port).close()
+
+
+async def test_a_port_in_use_is_one_clear_line_before_anything_is_launched():
+    async def launch():
+        raise AssertionError("launched all the same")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use.*--port") as error:
+            await serve(ServerConfig(port=port), launch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("host", "start"), [("0.0.0.0", "http://127.0.0.1:"), ("127.0.0.1", "http://127.0.0.1:")])
+def test_the_url_is_one_that_a_client_here_can_use(host, start):
+    with listen(host, 0) as listener:
+        assert url_of(listener).startswith(start)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "fe80::nonsense"])
+def test_an_address_that_is_not_ours_is_a_config_error(host):
+    with pytest.raises(ConfigError, match="--host"):
+        listen(host, 0)
+
+
+async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(executor):
+    server = Live(executor)
+    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+        executor.gate.clear()
+        accepted = asyncio.create_task(client.post(URL, json=BODY))
+        await until(lambda: server.engine.state.trajectories)
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: not server.engine.is_ready)
+        refused = await client.post(URL, json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+        executor.gate.set()
+        assert (await accepted).status_code == 200
+        assert await server.serving == 0
+    assert executor.is_stopped
+
+
+async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(executor):
+    server = Live(executor, shutdown_timeout_s=0.1)
+    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+        executor.gate.clear()
+        accepted = asyncio.create_task(client.post(URL, json=BODY))
+        await until(lambda: server.engine.state.trajectories)
+        signal.raise_signal(signal.SIGINT)
+        response = await accepted
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert await server.serving == 0
+
+
+async def test_a_second_signal_ends_at_once(executor):
+    server = Live(executor, shutdown_timeout_s=60)
+    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+        executor.gate.clear()
+        accepted = asyncio.create_task(client.post(URL, json=BODY))
+        await until(lambda: server.engine.state.trajectories)
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: not server.engine.is_ready)
+        start = time.monotonic()
+        signal.raise_signal(signal.SIGINT)
+        assert await server.serving == 128 + signal.SIGINT
+        assert time.monotonic() - start < 2
+        await asyncio.gather(accepted, return_exceptions=True)
+    assert executor.is_stopped
+
+
+async def test_a_signal_while_launching_stops_the_launch():
+    was_cancelled = False
+
+    async def launch():
+        nonlocal was_cancelled
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            was_cancelled = True
+            raise
+
+    serving = asyncio.create_task(serve(ServerConfig(port=0), launch))
+    await asyncio.sleep(0.1)
+    signal.raise_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(serving, 2) == 0
+    assert was_cancelled
+
+
+async def test_one_server_after_another_on_the_same_port(executor):
+    first = Live(executor)
+    url = await first.url
+    async with httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post(URL, json=BODY)).status_code == 200
+    assert await first.stop() == 0
+    listen("127.0.0.1", int(url.rsplit(":", 1)[1])).close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_as_a_program_it_drains_on_a_signal(number):
+    command = [sys.executable, str(Path(__file__).parent / "fake_engine.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline() == "launching\n"
+        url = program.stdout.readline().strip()
+        with httpx.Client(base_url=url, timeout=20) as client:
+            assert client.get("/ready").status_code == 200
+            request = client.build_request("POST", URL, json={**BODY, "size": "256x256", "num_inference_steps": 100})
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(client.send(request)))
+            thread.start()
+            with httpx.Client(base_url=url) as other:
+                while "tetriserve_requests_running 1.0" not in other.get("/metrics").text:
+                    time.sleep(0.01)
+            program.send_signal(number)
+            thread.join()
+        assert program.wait(timeout=10) == 0
+        log = program.stderr.read()
+    assert [answer.status_code for answer in answers] == [200]
+    assert len(answers[0].json()["data"][0]["schedule"]["degrees"]) == 100
+    assert "Traceback" not in log
+    assert "POST /v1/images/generations 200" in log

@@ -1,0 +1,543 @@
+"""The controller alone: events in, commands out, driven by scripted policies and by a small random pool of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetriserve.control import Controller
+from tetriserve.control.controller import PolicyError
+from tetriserve.core.events import (
+    Cancelled,
+    Command,
+    Event,
+    FailRequest,
+    FailureKind,
+    FinishRequest,
+    ForgetRequest,
+    Run,
+    StartTask,
+    Submitted,
+    TaskFailed,
+    TaskFinished,
+    TensorRef,
+    TimerFired,
+    WakeAt,
+    WorkerJoined,
+    WorkerLost,
+)
+from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.policies.policy import Policy
+from tetriserve.policies.registry import make_policy
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+
+STEP_S = {256: {1: 0.1, 2: 0.06, 4: 0.04}, 512: {1: 0.4, 2: 0.22, 4: 0.13}}
+DECODE_S = {256: 0.2, 512: 0.8}
+COST = ProfileCost(
+    Profile(
+        model="m", hardware="h", dtype="float32", source="s", created="c", encode_s=0.02, switch_s=0.001,
+        denoise=tuple(
+            DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
+            for side, times in STEP_S.items()
+            for degree, step_s in times.items()
+        ),
+        decode=tuple(DecodeRow(height=side, width=side, decode_s=seconds) for side, seconds in DECODE_S.items()),
+    )
+)  # fmt: skip
+
+
+def make_request(request_id: str = "a", side: int = 256, num_steps: int = 4, deadline_s: float = 10.0) -> Request:
+    return Request(
+        request_id=request_id, prompt=f"prompt of {request_id}", shape=Shape(side, side), num_steps=num_steps, seed=0,
+        arrival_s=0.0, deadline_s=deadline_s,
+    )  # fmt: skip
+
+
+class Script:
+    """A policy that plans what it was told to, once."""
+
+    def __init__(self) -> None:
+        self.next = Plan()
+        self.seen: list[tuple[State, float]] = []
+
+    def plan(self, state: State, now: float) -> Plan:
+        self.seen.append((state, now))
+        plan, self.next = self.next, Plan()
+        return plan
+
+
+class Bench:
+    """A controller with a scripted policy, one request `a` submitted, and four ranks."""
+
+    def __init__(self, *, max_losses: int = 3) -> None:
+        self.policy = Script()
+        self.controller = Controller(self.policy, COST, max_losses=max_losses)
+        for rank in range(4):
+            assert self.send(WorkerJoined(rank)) == []
+        self.request = make_request()
+        assert self.send(Submitted(self.request)) == []
+
+    def send(self, event: Event, now: float = 0.0, *, plan: Iterable[Task] = ()) -> list[Command]:
+        self.policy.next = Plan(tuple(plan))
+        return self.controller.handle(event, now)
+
+    def start(self, *tasks: Task, now: float = 0.0) -> StartTask:
+        """Plan tasks at a timer; the last one's command."""
+        commands = self.send(TimerFired(), now, plan=tasks)
+        assert [type(command) for command in commands] == [StartTask] * len(tasks)
+        last = commands[-1]
+        assert isinstance(last, StartTask)
+        return last
+
+    def encoded(self) -> TensorRef:
+        """Carry `a` past encode."""
+        start, ref = self.start(Task("a", Stage.ENCODE, (0,))), TensorRef("a.embeds", 10)
+        assert self.send(TaskFinished(start.task_id, 0.02, ref)) == []
+        return ref
+
+    def denoised(self, num_steps: int, *ranks: int) -> TensorRef:
+        """Carry `a` `num_steps` steps further."""
+        start = self.start(Task("a", Stage.DENOISE, ranks, num_steps))
+        ref = TensorRef(f"a.latents.{start.steps_done + num_steps}", 20)
+        assert self.send(TaskFinished(start.task_id, 0.1, ref)) == []
+        return ref
+
+
+def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_that_tasks_left() -> None:
+    bench = Bench()
+    embeds, latents, pixels = (TensorRef(key, 1) for key in ("e", "l", "p"))
+    encode = Task("a", Stage.ENCODE, (2,))
+    first, second = Task("a", Stage.DENOISE, (0, 1), 3), Task("a", Stage.DENOISE, (3,), 1)
+    decode = Task("a", Stage.DECODE, (3,))
+
+    assert bench.send(TimerFired(), 1.0, plan=[encode]) == [StartTask(0, encode, bench.request, 0, None, None)]
+    assert bench.send(TaskFinished(0, 0.02, embeds), 2.0, plan=[first]) == [
+        StartTask(1, first, bench.request, 0, embeds, None)
+    ]
+    assert bench.send(TaskFinished(1, 0.2, latents), 3.0, plan=[second]) == [
+        StartTask(2, second, bench.request, 3, embeds, latents)
+    ]
+    final = TensorRef("l2", 1)
+    assert bench.send(TaskFinished(2, 0.1, final), 4.0, plan=[decode]) == [
+        StartTask(3, decode, bench.request, 4, embeds, final)
+    ]
+    runs = (Run(encode, 1.0, 2.0), Run(first, 2.0, 3.0), Run(second, 3.0, 4.0), Run(decode, 4.0, 5.0))
+    predicted_finish_s = 0.02 + 4 * 0.04 + 0.2
+    finish, forget = bench.send(TaskFinished(3, 0.2, pixels), 5.0)
+    assert isinstance(finish, FinishRequest)
+    assert finish.predicted_finish_s == pytest.approx(predicted_finish_s)
+    assert dataclasses.replace(finish, predicted_finish_s=0.0) == FinishRequest(bench.request, runs, 0.0, pixels)
+    assert forget == ForgetRequest("a")
+    assert bench.controller.state == State((), (), (0, 1, 2, 3), bench.controller.cost)
+
+
+def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> None:
+    bench = Bench()
+    bench.encoded()
+    bench.start(Task("a", Stage.DENOISE, (1, 3), 2), now=7.0)
+    state = bench.controller.state
+    (flight,) = state.in_flight
+    assert (flight.start_s, flight.end_s) == (7.0, pytest.approx(7.0 + 0.001 + 2 * 0.06))
+    assert (state.idle_ranks, state.waiting) == ((0, 2), ())
+    assert state.trajectories[0].is_running
+    assert state.trajectories[0].holders == (0,)
+    bench.send(TaskFinished(flight.task_id, 0.12, TensorRef("l", 1)), 8.0)
+    state, now = bench.policy.seen[-1]
+    assert now == 8.0
+    assert (state.idle_ranks, state.in_flight) == ((0, 1, 2, 3), ())
+    (trajectory,) = state.waiting
+    assert (trajectory.stage, trajectory.remaining_steps, trajectory.holders) == (Stage.DENOISE, 2, (1, 3))
+
+
+def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() -> None:
+    bench = Bench()
+    num_asked = len(bench.policy.seen)
+    for event in (TimerFired(), Cancelled("nobody"), WorkerLost(0, "died"), WorkerJoined(0)):
+        bench.policy.next = Plan(wake_at=12.5)
+        assert bench.controller.handle(event, 1.0) == [WakeAt(12.5)]
+    assert len(bench.policy.seen) == num_asked + 4
+    assert bench.send(TimerFired(), 2.0) == []
+
+
+def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
+    bench = Bench()
+    bench.encoded()
+    start = bench.start(Task("a", Stage.DENOISE, (0,), 2))
+    bench.send(TaskFinished(start.task_id, 2 * 0.2, TensorRef("l", 1)))
+    cost = bench.policy.seen[-1][0].cost
+    assert cost.step_times(bench.request)[1] == pytest.approx(0.1 * 1.2)
+    assert COST.step_times(bench.request)[1] == 0.1
+
+
+def test_a_request_cancelled_before_it_starts_is_forgotten_at_once() -> None:
+    bench = Bench()
+    assert bench.send(Cancelled("a")) == [ForgetRequest("a")]
+    assert bench.controller.state.trajectories == ()
+    assert bench.send(Cancelled("a")) == []
+
+
+def test_a_request_cancelled_between_tasks_is_forgotten_at_once() -> None:
+    bench = Bench()
+    bench.encoded()
+    assert bench.send(Cancelled("a")) == [ForgetRequest("a")]
+
+
+@pytest.mark.parametrize("is_lost", [None, True, False])
+def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends(is_lost: bool | None) -> None:
+    bench = Bench()
+    bench.encoded()
+    start = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    assert bench.send(Cancelled("a")) == []
+    assert bench.send(Cancelled("a")) == []
+    state = bench.controller.state
+    assert (state.trajectories, state.idle_ranks) == ((), (2, 3))
+    end: Event = TaskFinished(start.task_id, 0.1, TensorRef("l", 1))
+    if is_lost is not None:
+        end = TaskFailed(start.task_id, FailureKind.LOST if is_lost else FailureKind.STEP, "broken")
+    assert bench.send(end) == [ForgetRequest("a")]
+    assert bench.controller.state.idle_ranks == (0, 1, 2, 3)
+
+
+def test_a_request_cancelled_during_decode_finishes_nothing() -> None:
+    bench = Bench()
+    bench.encoded()
+    bench.denoised(4, 0)
+    start = bench.start(Task("a", Stage.DECODE, (0,)))
+    bench.send(Cancelled("a"))
+    assert bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1))) == [ForgetRequest("a")]
+
+
+def test_cancelling_somebody_unknown_or_finished_does_nothing() -> None:
+    bench = Bench()
+    before = bench.controller.state
+    assert bench.send(Cancelled("nobody")) == []
+    assert bench.controller.state == before
+
+
+def test_a_step_that_fails_ends_that_request_alone() -> None:
+    bench = Bench()
+    bench.encoded()
+    other = make_request("b")
+    bench.send(Submitted(other))
+    start = bench.start(Task("b", Stage.ENCODE, (2,)), Task("a", Stage.DENOISE, (0, 1), 2))
+    fail, forget = bench.send(TaskFailed(start.task_id, FailureKind.STEP, "out of memory"), 3.0)
+    assert isinstance(fail, FailRequest)
+    assert (fail.request, fail.message) == (bench.request, "out of memory")
+    assert [run.task.stage for run in fail.runs] == [Stage.ENCODE]
+    assert forget == ForgetRequest("a")
+    state = bench.controller.state
+    assert [trajectory.request_id for trajectory in state.trajectories] == ["b"]
+    assert state.idle_ranks == (0, 1, 3)
+
+
+def test_a_lost_task_is_tried_again_from_the_last_finished_step() -> None:
+    bench = Bench()
+    embeds = bench.encoded()
+    latents = bench.denoised(2, 0, 1)
+    lost = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    assert bench.send(WorkerLost(1, "killed")) == []
+    retry = Task("a", Stage.DENOISE, (0,), 2)
+    assert bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[retry]) == [
+        StartTask(lost.task_id + 1, retry, bench.request, 2, embeds, latents)
+    ]
+
+
+@pytest.mark.parametrize("max_losses", [0, 2])
+def test_a_request_that_loses_its_workers_too_often_fails_and_says_so(max_losses: int) -> None:
+    bench = Bench(max_losses=max_losses)
+    for _ in range(max_losses):
+        start = bench.start(Task("a", Stage.ENCODE, (0,)))
+        assert bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died")) == []
+    start = bench.start(Task("a", Stage.ENCODE, (1,)))
+    fail, forget = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 1 died"))
+    assert isinstance(fail, FailRequest)
+    assert f"lost {max_losses + 1} times in a row" in fail.message
+    assert "rank 1 died" in fail.message
+    assert forget == ForgetRequest("a")
+    assert bench.controller.state.trajectories == ()
+
+
+def test_losses_count_only_in_a_row() -> None:
+    bench = Bench(max_losses=1)
+    bench.encoded()
+    for _ in range(3):
+        start = bench.start(Task("a", Stage.DENOISE, (0,), 1))
+        assert bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died")) == []
+        bench.denoised(1, 1)
+
+
+def test_a_lost_worker_holds_nothing_and_comes_back_empty() -> None:
+    bench = Bench()
+    bench.encoded()
+    bench.denoised(2, 1, 2)
+    bench.send(WorkerLost(1, "killed"))
+    state = bench.controller.state
+    assert (state.ranks, state.idle_ranks) == ((0, 2, 3), (0, 2, 3))
+    assert state.trajectories[0].holders == (2,)
+    bench.send(WorkerJoined(1))
+    state = bench.controller.state
+    assert (state.ranks, state.trajectories[0].holders) == ((0, 1, 2, 3), (2,))
+
+
+def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None:
+    bench = Bench()
+    bench.encoded()
+    start = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    bench.send(WorkerLost(1, "killed"))
+    assert bench.controller.state.idle_ranks == (2, 3)
+    bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 1 died"))
+    assert bench.controller.state.idle_ranks == (0, 2, 3)
+
+
+WRONG_PLANS = {
+    "unknown request": (Task("z", Stage.ENCODE, (0,)), "for z, which is not waiting"),
+    "request that runs": (Task("busy", Stage.DENOISE, (0,), 1), "for busy, which is not waiting"),
+    "cancelled request": (Task("gone", Stage.ENCODE, (0,)), "for gone, which is not waiting"),
+    "no ranks": (Task("a", Stage.DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
+    "a rank twice": (Task("a", Stage.DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
+    "busy rank": (Task("a", Stage.DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
+    "rank that is not there": (Task("a", Stage.DENOISE, (9,), 1), r"ranks \(9,\); idle are"),
+    "stage that is over": (Task("a", Stage.ENCODE, (0,)), "planned encode for a, which is at denoise"),
+    "stage too early": (Task("a", Stage.DECODE, (0,)), "planned decode for a, which is at denoise"),
+    "no steps": (Task("a", Stage.DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
+    "too many steps": (Task("a", Stage.DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
+    "degree without a profile": (Task("a", Stage.DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
+    "wide encode": (Task("new", Stage.ENCODE, (0, 1)), "planned encode at degree 2; it runs at 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PLANS)
+def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
+    bench = Bench()
+    bench.encoded()
+    for request_id in ("busy", "gone", "new"):
+        bench.send(Submitted(make_request(request_id)))
+    bench.send(Cancelled("gone"))
+    bench.start(Task("busy", Stage.ENCODE, (3,)))
+    task, message = WRONG_PLANS[case]
+    with pytest.raises(PolicyError, match=message) as caught:
+        bench.send(TimerFired(), plan=[task])
+    assert "Script planned" in str(caught.value)
+
+
+def test_two_tasks_of_one_plan_may_not_share_a_rank_or_a_request() -> None:
+    for second in (Task("b", Stage.ENCODE, (0,)), Task("a", Stage.ENCODE, (1,))):
+        bench = Bench()
+        bench.send(Submitted(make_request("b")))
+        with pytest.raises(PolicyError):
+            bench.send(TimerFired(), plan=[Task("a", Stage.ENCODE, (0,)), second])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather:
+    """What may happen to a random run."""
+
+    num_requests: int
+    death_rate: float = 0.0
+    cancel_rate: float = 0.0
+    failure_rate: float = 0.0
+
+
+@dataclass
+class Pool:
+    """Ranks that run tasks on a virtual clock, die, and come back, as the executor's do; checks every command."""
+
+    controller: Controller
+    rng: random.Random
+    weather: Weather
+    num_ranks: int = 4
+    now: float = 0.0
+    log: list[tuple[float, Event, list[Command]]] = field(default_factory=list)
+    ends: Counter[str] = field(default_factory=Counter)
+    forgotten: Counter[str] = field(default_factory=Counter)
+    cancelled: set[str] = field(default_factory=set)
+    steps_done: Counter[str] = field(default_factory=Counter)
+    _heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _count: itertools.count[int] = field(default_factory=itertools.count)
+    _busy: dict[int, StartTask] = field(default_factory=dict)
+    _living: set[int] = field(default_factory=set)
+    _running: set[int] = field(default_factory=set)
+    _timer: int = 0
+
+    def run(self, requests: list[Request]) -> None:
+        for rank in range(self.num_ranks):
+            self._later(0.0, lambda rank=rank: self._join(rank))
+        for request in requests:
+            self._later(request.arrival_s, lambda request=request: self._send(Submitted(request)))
+            if self.rng.random() < self.weather.cancel_rate:
+                self._later(request.arrival_s + self.rng.uniform(0.0, 3.0), lambda r=request: self._cancel(r))
+        while self._heap:
+            assert len(self.log) < 20_000, "the run does not end"
+            self.now, _, act = heapq.heappop(self._heap)
+            act()
+
+    def _later(self, time_s: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (time_s, next(self._count), act))
+
+    def _send(self, event: Event) -> None:
+        commands = self.controller.handle(event, self.now)
+        self.log.append((self.now, event, commands))
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case StartTask():
+                self._start(command)
+            case WakeAt(time_s):
+                assert time_s > self.now, "a wish to wake at once would never end"
+                self._timer += 1
+                self._later(time_s, lambda number=self._timer: self._fire(number))
+            case FinishRequest(request, runs):
+                assert self.steps_done[request.request_id] == request.num_steps
+                assert sum(run.task.num_steps for run in runs) == request.num_steps
+                self._end(request.request_id)
+            case FailRequest(request):
+                self._end(request.request_id)
+            case ForgetRequest(request_id):
+                assert request_id not in {start.request.request_id for start in self._busy.values()}
+                self.forgotten[request_id] += 1
+
+    def _end(self, request_id: str) -> None:
+        assert request_id not in self.cancelled
+        assert not self.forgotten[request_id]
+        self.ends[request_id] += 1
+
+    def _start(self, start: StartTask) -> None:
+        task, request_id = start.task, start.request.request_id
+        assert self._living.issuperset(task.ranks)
+        assert self._busy.keys().isdisjoint(task.ranks), "a rank is in one task at a time"
+        assert request_id not in {other.request.request_id for other in self._busy.values()}
+        assert start.steps_done == self.steps_done[request_id]
+        assert (start.embeds is None) == (task.stage is Stage.ENCODE)
+        assert (start.latents is None) == (start.steps_done == 0)
+        if start.latents is not None:
+            assert start.latents.key == f"{request_id}.latents.{start.steps_done}"
+        self._busy |= dict.fromkeys(task.ranks, start)
+        self._running.add(start.task_id)
+        seconds = {
+            Stage.ENCODE: 0.02,
+            Stage.DENOISE: task.num_steps * STEP_S[start.request.shape.height][task.degree],
+            Stage.DECODE: DECODE_S[start.request.shape.height],
+        }[task.stage] * self.rng.uniform(0.8, 1.5)
+        if self.rng.random() < self.weather.death_rate:
+            rank = self.rng.choice(task.ranks)
+            self._later(self.now + self.rng.uniform(0.0, seconds), lambda: self._die(rank))
+        self._later(self.now + seconds, lambda: self._land(start, seconds))
+
+    def _land(self, start: StartTask, seconds: float) -> None:
+        if start.task_id not in self._running:
+            return
+        self._free(start)
+        if self.rng.random() < self.weather.failure_rate:
+            self._send(TaskFailed(start.task_id, FailureKind.STEP, "it failed"))
+            return
+        request_id = start.request.request_id
+        self.steps_done[request_id] += start.task.num_steps
+        left = {
+            Stage.ENCODE: "embeds",
+            Stage.DENOISE: f"latents.{self.steps_done[request_id]}",
+            Stage.DECODE: "pixels",
+        }[start.task.stage]
+        self._send(TaskFinished(start.task_id, seconds, TensorRef(f"{request_id}.{left}", 1)))
+
+    def _die(self, rank: int) -> None:
+        if rank not in self._living:
+            return
+        self._living.remove(rank)
+        self._later(self.now + self.rng.uniform(0.1, 2.0), lambda: self._join(rank))
+        self._send(WorkerLost(rank, "killed"))
+        start = self._busy.get(rank)
+        if start is not None:
+            self._free(start)
+            self._send(TaskFailed(start.task_id, FailureKind.LOST, f"rank {rank} died"))
+
+    def _free(self, start: StartTask) -> None:
+        self._running.remove(start.task_id)
+        for rank in start.task.ranks:
+            del self._busy[rank]
+
+    def _join(self, rank: int) -> None:
+        self._living.add(rank)
+        self._send(WorkerJoined(rank))
+
+    def _fire(self, number: int) -> None:
+        if number == self._timer:
+            self._send(TimerFired())
+
+    def _cancel(self, request: Request) -> None:
+        request_id = request.request_id
+        if not self.ends[request_id]:
+            self.cancelled.add(request_id)
+        self._send(Cancelled(request_id))
+
+
+class Erratic:
+    """A policy whose plans are legal and otherwise arbitrary, yet a function of state and time alone."""
+
+    def plan(self, state: State, now: float) -> Plan:
+        rng = random.Random(f"{now}{state.idle_ranks}{len(state.trajectories)}")
+        free = list(state.idle_ranks)
+        rng.shuffle(free)
+        tasks = []
+        for trajectory in state.waiting:
+            degree = rng.choice([1, 2, 4]) if trajectory.stage is Stage.DENOISE else 1
+            if len(free) < degree or rng.random() < 0.2:
+                continue
+            num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage is Stage.DENOISE else 0
+            ranks = tuple(free.pop() for _ in range(degree))
+            tasks.append(Task(trajectory.request_id, trajectory.stage, ranks, num_steps))
+        return Plan(tuple(tasks), wake_at=now + 0.1 if state.waiting else None)
+
+
+def new_policy(name: str) -> Policy:
+    return Erratic() if name == "erratic" else make_policy(name, COST, num_ranks=4, shapes=COST.profile.shapes)
+
+
+weathers = st.builds(
+    Weather,
+    num_requests=st.integers(1, 12),
+    death_rate=st.sampled_from([0.0, 0.05, 0.3]),
+    cancel_rate=st.sampled_from([0.0, 0.3]),
+    failure_rate=st.sampled_from([0.0, 0.05]),
+)
+
+
+@pytest.mark.parametrize("policy", ["erratic", "fcfs", "fixed:2", "tetriserve"])
+@given(weather=weathers, seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_in_any_weather_every_request_ends_exactly_once_and_a_replay_gives_the_same_commands(
+    policy: str, weather: Weather, seed: int
+) -> None:
+    rng = random.Random(seed)
+    arrivals = sorted(rng.uniform(0.0, 4.0) for _ in range(weather.num_requests))
+    requests = [
+        dataclasses.replace(
+            make_request(f"r{number}", rng.choice([256, 256, 512]), rng.randint(1, 12)),
+            arrival_s=arrival_s, deadline_s=arrival_s + rng.uniform(0.3, 8.0), priority=rng.choice([0, 0, 1]),
+        )
+        for number, arrival_s in enumerate(arrivals)
+    ]  # fmt: skip
+    pool = Pool(Controller(new_policy(policy), COST), rng, weather)
+    pool.run(requests)
+
+    state = pool.controller.state
+    assert (state.trajectories, state.in_flight, state.ranks) == ((), (), (0, 1, 2, 3))
+    for request in requests:
+        assert pool.forgotten[request.request_id] == 1
+        assert pool.ends[request.request_id] == (0 if request.request_id in pool.cancelled else 1)
+
+    again = Controller(new_policy(policy), COST)
+    for now, event, commands in pool.log:
+        assert again.handle(event, now) == commands

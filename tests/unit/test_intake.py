@@ -1,0 +1,128 @@
+"""From a client's words to a request: defaults, and every mistake with its field and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetriserve.core.errors import InvalidRequest
+from tetriserve.core.request import Request, Shape
+from tetriserve.engine.intake import Generation, Intake
+from tetriserve.models.card import ModelCard
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+
+CARD = ModelCard(
+    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
+    has_guidance=True, has_negative_prompt=True, sizes=(Shape(512, 512), Shape(256, 256)), fingerprint="abc",
+)  # fmt: skip
+PROFILE = Profile(
+    model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.5, switch_s=0.001,
+    denoise=tuple(
+        DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
+        for side, degree, step_s in ((256, 1, 0.1), (256, 2, 0.06), (512, 1, 0.4), (512, 2, 0.22))
+    ),
+    decode=(DecodeRow(height=256, width=256, decode_s=0.2), DecodeRow(height=512, width=512, decode_s=0.8)),
+)  # fmt: skip
+INTAKE = Intake(card=CARD, cost=ProfileCost(PROFILE), default_slo_scale=3.0, max_steps=100, max_prompt_chars=50)
+
+
+def take(intake: Intake = INTAKE, **options: Any) -> Request:
+    return intake.request(Generation(**{"prompt": "a cat", **options}), request_id="id", seed=77, now=1000.0)
+
+
+def test_a_prompt_alone_gets_the_models_defaults() -> None:
+    request = take()
+    assert request == Request(
+        request_id="id", prompt="a cat", shape=Shape(512, 512), num_steps=20, seed=77, arrival_s=1000.0,
+        deadline_s=request.deadline_s, guidance_scale=3.5, negative_prompt=None, true_cfg_scale=1.0, priority=0,
+    )  # fmt: skip
+
+
+def test_the_default_deadline_is_a_multiple_of_the_time_alone_at_degree_1() -> None:
+    assert take().deadline_s == pytest.approx(1000.0 + 3.0 * (0.5 + 20 * 0.4 + 0.8))
+    small = {"size": "256x256", "num_steps": 2, "negative_prompt": "blurry"}
+    assert take(**small).deadline_s == pytest.approx(1000.0 + 3.0 * (2 * 0.5 + 2 * 2 * 0.1 + 0.2))
+    twice = dataclasses.replace(INTAKE, default_slo_scale=1.5)
+    assert take(twice, size="256x256", num_steps=1).deadline_s == pytest.approx(1000.0 + 1.5 * 0.8)
+
+
+def test_everything_a_client_says_is_taken() -> None:
+    request = take(
+        size="512x256", seed=2**63 - 1, num_steps=100, guidance_scale=0.0, negative_prompt="", true_cfg_scale=2.5,
+        slo_s=0.25, priority=-3,
+    )  # fmt: skip
+    assert (request.shape, request.seed, request.num_steps) == (Shape(height=256, width=512), 2**63 - 1, 100)
+    assert (request.guidance_scale, request.negative_prompt, request.true_cfg_scale) == (0.0, "", 2.5)
+    assert (request.deadline_s, request.priority, request.num_passes) == (1000.25, -3, 2)
+
+
+def test_auto_is_the_models_first_size() -> None:
+    assert take(size="auto").shape == Shape(512, 512)
+
+
+def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
+    request = take(negative_prompt="blurry")
+    assert (request.true_cfg_scale, request.num_passes) == (4.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "message"),
+    [
+        ({"prompt": ""}, "prompt", "prompt is empty; say what to draw"),
+        ({"prompt": " \n\t"}, "prompt", "prompt is empty; say what to draw"),
+        ({"prompt": "x" * 51}, "prompt", "prompt has 51 characters; allowed: at most 50"),
+        ({"size": "big"}, "size", "size 'big' is not of the form WIDTHxHEIGHT, such as 512x512"),
+        ({"size": "0x256"}, "size", "size '0x256' is not of the form WIDTHxHEIGHT, such as 512x512"),
+        ({"size": "250x256"}, "size", "size '250x256': width and height must be multiples of 32"),
+        ({"size": "256x300"}, "size", "size '256x300': width and height must be multiples of 32"),
+        ({"size": "128x128"}, "size", "allowed: 65536 (256x256) to 262144 (512x512)"),
+        ({"size": "544x512"}, "size", "allowed: 65536 (256x256) to 262144 (512x512)"),
+        ({"size": "32x2080"}, "size", "size '32x2080': no side may be longer than 1024"),
+        ({"num_steps": 0}, "num_inference_steps", "num_inference_steps is 0; allowed: 1 to 100"),
+        ({"num_steps": 101}, "num_inference_steps", "num_inference_steps is 101; allowed: 1 to 100"),
+        ({"seed": -1}, "seed", "seed is -1; allowed: 0 to 9223372036854775807"),
+        ({"seed": 2**63}, "seed", "seed is 9223372036854775808; allowed: 0 to 9223372036854775807"),
+        ({"guidance_scale": -0.5}, "guidance_scale", "guidance_scale is -0.5; allowed: 0.0 to 100.0"),
+        ({"guidance_scale": math.nan}, "guidance_scale", "guidance_scale is nan; allowed: 0.0 to 100.0"),
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale", "true_cfg_scale needs a negative_prompt"),
+        ({"negative_prompt": "n", "true_cfg_scale": 0.5}, "true_cfg_scale", "is 0.5; allowed: 1.0 to 100.0"),
+        ({"negative_prompt": "n" * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
+        ({"negative_prompt": " " * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
+        ({"slo_s": 0.0}, "slo_ms", "slo_ms is 0; allowed: above 0, at most 8.64e+07"),
+        ({"slo_s": -1.0}, "slo_ms", "slo_ms is -1000; allowed: above 0"),
+        ({"slo_s": math.inf}, "slo_ms", "slo_ms is inf; allowed: above 0"),
+        ({"slo_s": math.nan}, "slo_ms", "slo_ms is nan; allowed: above 0"),
+        ({"priority": 1_000_001}, "priority", "priority is 1000001; allowed: -1000000 to 1000000"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field_and_what_is_allowed(
+    options: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        take(**options)
+    assert caught.value.param == param
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"negative_prompt": "n"}, {"true_cfg_scale": 2.0}])
+def test_a_model_without_a_negative_prompt_refuses_it(options: dict[str, Any]) -> None:
+    plain = dataclasses.replace(INTAKE, card=dataclasses.replace(CARD, has_negative_prompt=False))
+    with pytest.raises(InvalidRequest, match="tiny has no negative prompt") as caught:
+        take(plain, **options)
+    assert caught.value.param in options
+
+
+def test_any_aspect_within_the_measured_range_is_served() -> None:
+    assert take(size="128x512").shape == Shape(height=512, width=128)
+    assert take(size="256x1024").shape == Shape(height=1024, width=256)
+
+
+def test_a_size_that_a_wider_degree_was_not_measured_for_is_still_served() -> None:
+    narrow = dataclasses.replace(PROFILE, denoise=tuple(row for row in PROFILE.denoise if row.step_s != 0.06))
+    request = take(dataclasses.replace(INTAKE, cost=ProfileCost(narrow)), size="256x512", num_steps=1)
+    assert request.deadline_s == pytest.approx(1000.0 + 3.0 * (0.5 + 0.2 + 0.4))

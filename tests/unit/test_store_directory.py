@@ -1,0 +1,76 @@
+"""The tensor store's directory lives as long as its owner, and what a killed owner left is removed by the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tetriserve.core.events import TensorRef
+from tetriserve.worker.latents import StoreDirectory, TensorStore
+
+OWNER = """
+import sys
+from tetriserve.worker.latents import StoreDirectory
+directory = StoreDirectory()
+(directory.path / "r.latents.1.safetensors").write_text("state")
+print(directory.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Another server's process with a store directory of its own."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER], stdin=-1, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process, Path(process.stdout.readline().strip())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_living_owners_directory_is_kept_and_a_killed_owners_is_removed_by_the_next(
+    owner: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, theirs = owner
+    ours = StoreDirectory()
+    assert theirs.is_dir()
+    assert ours.path.parent == theirs.parent
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (theirs / "r.latents.1.safetensors").read_text() == "state"
+    third = StoreDirectory()
+    assert not theirs.exists()
+    assert ours.path.is_dir()
+    for directory in (ours, third):
+        directory.remove()
+        assert not directory.path.exists()
+
+
+def test_an_owner_keeps_its_directory_while_others_of_its_process_come_and_go() -> None:
+    ours, other = StoreDirectory(), StoreDirectory()
+    other.remove()
+    StoreDirectory().remove()
+    assert ours.path.is_dir()
+    ours.remove()
+
+
+def test_dropping_a_request_drops_its_files_and_nobody_elses(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    kept = ["ab.latents.3.safetensors", "b.embeds.safetensors", "lock", "group-1-0-1"]
+    dropped = ["a.embeds.safetensors", "a.latents.3.safetensors", f"a.pixels.{os.getpid()}.tmp.safetensors"]
+    for name in (*kept, *dropped):
+        (tmp_path / name).touch()
+    store.drop_request("a")
+    store.drop_request("a")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
+    store.drop(TensorRef("b.embeds", 0))
+    store.drop(TensorRef("b.embeds", 0))
+    assert not (tmp_path / "b.embeds.safetensors").exists()
