@@ -28,7 +28,7 @@ from tetriserve.models.flux import FluxAdapter
 from tetriserve.profiler import measure
 from tetriserve.worker.latents import TensorStore
 
-NUM_RANKS, MAX_GROUPS = 4, 2
+NUM_RANKS, MAX_GROUPS = 4, 1
 LATENTS_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 1
 
 Ranks = tuple[int, ...]
@@ -121,7 +121,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 async def driver(bundled_card: ModelCard) -> AsyncIterator[Driver]:
-    """Four ranks with room for two groups only, so that groups are dropped and formed again all the time."""
+    """Four ranks with room for one idle group only, so that groups are dropped and formed again all the time."""
     pool = PoolConfig(num_ranks=NUM_RANKS, max_groups=MAX_GROUPS, heartbeat_timeout_s=60.0)
     executor = LocalExecutor(bundled_card, pool)
     await executor.start(lambda text: None)

@@ -41,9 +41,7 @@ def deadline_aware_allocation(
     return cheapest_mix(num_steps, budget_s, efficient_degrees(step_times))
 
 
-def cheapest_mix(
-    num_steps: int, budget_s: float, efficient: Sequence[EfficientDegree]
-) -> tuple[Segment, ...] | None:
+def cheapest_mix(num_steps: int, budget_s: float, efficient: Sequence[EfficientDegree]) -> tuple[Segment, ...] | None:
     """`deadline_aware_allocation` over degrees that are already reduced to the efficient ones, cheapest first.
 
     A mix of two degrees is needed only between one that alone misses the budget and one that alone meets it: the steps

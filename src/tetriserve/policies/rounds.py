@@ -51,7 +51,7 @@ class RoundClock:
 
     def steps_that_fit(self, available_s: float, step_s: float) -> int:
         """Whole steps that end within `available_s`, the overrun allowed."""
-        return int((available_s + min(self.overrun_s, 0.25 * step_s)) / step_s)
+        return max(0, int((available_s + min(self.overrun_s, 0.25 * step_s)) / step_s))
 
     def is_within_round(self, duration_s: float) -> bool:
         """Whether something that starts as late as the end of the grace still ends within its round."""

@@ -20,9 +20,7 @@ class Choice(NamedTuple):
     num_steps: int
 
 
-def scale_up(
-    choices: Sequence[Choice], spare: int, steps_that_fit: Callable[[float], int]
-) -> tuple[list[Choice], int]:
+def scale_up(choices: Sequence[Choice], spare: int, steps_that_fit: Callable[[float], int]) -> tuple[list[Choice], int]:
     """Widen `choices` with `spare` ranks, the one that benefits most first: TetriServe, section 4.2.3.
 
     The benefit of a wider degree is the time that its steps would have taken longer at the present degree,

@@ -34,17 +34,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Outbox:
-    """The pipe to the executor, shared by the task thread and the heartbeat thread."""
+class ExecutorGone(Exception):
+    """The other end of the pipe is closed: nobody is left to work for, or to tell."""
+
+
+class Pipe:
+    """The way to the executor and back. The task thread and the heartbeat thread both send."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
 
     def send(self, message: FromWorker) -> None:
-        """Raises OSError when the executor is gone."""
-        with self._lock:
-            self._connection.send(message)
+        """Raises ExecutorGone."""
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except OSError as error:
+            raise ExecutorGone from error
+
+    def receive(self) -> ToWorker:
+        """The next message, waited for. Raises ExecutorGone."""
+        try:
+            message: ToWorker = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise ExecutorGone from error
+        return message
 
 
 def worker_main(spec: WorkerSpec, connection: Connection) -> None:
@@ -52,22 +67,22 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {spec.rank} %(levelname)s %(message)s")
-    outbox = Outbox(connection)
+    pipe = Pipe(connection)
     try:
-        _serve(spec, connection, outbox)
-    except (EOFError, OSError):
-        pass  # the server is gone; nobody is left to tell
+        _serve(spec, pipe)
+    except ExecutorGone:
+        pass
     except TetriServeError as error:
-        outbox.send(StartFailed(str(error)))
+        pipe.send(StartFailed(str(error)))
     except Exception as error:  # the process boundary: an operator gets one line, the log has the rest
         logger.debug("worker failed", exc_info=True)
-        outbox.send(StartFailed(f"worker {spec.rank} failed: {type(error).__name__}: {error}".splitlines()[0]))
+        pipe.send(StartFailed(f"worker {spec.rank} failed: {type(error).__name__}: {error}".splitlines()[0]))
     finally:
         # Torch's own teardown may wait for peers of half-dead groups.
         os._exit(0)
 
 
-def _serve(spec: WorkerSpec, connection: Connection, outbox: Outbox) -> None:
+def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import torch
 
     from tetriserve.models.registry import load_adapter
@@ -83,18 +98,18 @@ def _serve(spec: WorkerSpec, connection: Connection, outbox: Outbox) -> None:
     runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
-    outbox.send(Ready())
-    threading.Thread(target=_beat, args=(outbox, runner, spec.heartbeat_s), daemon=True).start()
+    pipe.send(Ready())
+    threading.Thread(target=_beat, args=(pipe, runner, spec.heartbeat_s), daemon=True).start()
     while True:
-        message: ToWorker = connection.recv()
+        message = pipe.receive()
         match message:
             case RunTask():
                 answer = runner.run(message)
-                outbox.send(answer)
+                pipe.send(answer)
                 if isinstance(answer, TaskError) and message.group is not None:
                     runner.leave(message.group)
             case WarmGroup(group, ranks):
-                outbox.send(_warm(groups, group, ranks))
+                pipe.send(_warm(groups, group, ranks))
             case DropGroup(group):
                 groups.drop(group)
             case Forget(request_id):
@@ -105,12 +120,12 @@ def _serve(spec: WorkerSpec, connection: Connection, outbox: Outbox) -> None:
                 assert_never(message)
 
 
-def _beat(outbox: Outbox, runner: Runner, every_s: float) -> None:
+def _beat(pipe: Pipe, runner: Runner, every_s: float) -> None:
     stopped = threading.Event()
     while not stopped.wait(every_s):
         try:
-            outbox.send(Heartbeat(runner.num_steps))
-        except OSError:
+            pipe.send(Heartbeat(runner.num_steps))
+        except ExecutorGone:
             return
 
 

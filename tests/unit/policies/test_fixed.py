@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tetriserve.core.plan import InFlight, State, Task
@@ -41,6 +43,16 @@ def test_a_block_stays_reserved_while_its_request_waits_between_tasks(make, requ
     flight = InFlight(0, Task("b", Stage.DENOISE, (2, 3), 5), 0.0, 0.5)
     plan = policy.plan(State(trajectories, (flight,), (0, 1, 2, 3), flux), 0.1)
     assert plan.tasks == (Task("a", Stage.DENOISE, (0, 1), 5),)
+
+
+def test_a_request_that_lost_its_block_takes_the_next_free_one_but_nobody_elses(make, request_of, flux):
+    """Rank 0 is dead: moved needs a new block, before new, which arrived earlier; (2, 3) belongs to owner."""
+    policy = make("fixed:2", flux, 6)
+    new, moved, owner = (Trajectory(request_of(1024, request_id=name)) for name in ("new", "moved", "owner"))
+    moved = replace(moved, is_encoded=True, steps_done=5, holders=(1,))
+    owner = replace(owner, is_encoded=True, steps_done=5, holders=(2, 3))
+    plan = policy.plan(State((new, moved, owner), (), (1, 2, 3, 4, 5), flux), 0.1)
+    assert {task.request_id: task.ranks for task in plan.tasks} == {"moved": (4, 5), "owner": (2, 3)}
 
 
 def test_a_denoise_task_lasts_about_half_a_second(drive, make, request_of, flux):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tetriserve.policies.packing import Group, Option, objective, pack_round
 
 options = st.lists(st.builds(Option, st.sampled_from([1, 2, 3, 4, 8]), st.booleans()), max_size=3)
-groups_of_requests = st.lists(st.builds(Group, options, st.booleans()), max_size=5)
+patient = st.builds(Group, st.lists(st.builds(Option, st.integers(1, 3), st.just(True)), max_size=2), st.just(True))
+groups_of_requests = st.lists(st.builds(Group, options, st.booleans()), max_size=5) | st.lists(patient, max_size=5)
 
 
 def width(groups, chosen):
@@ -56,3 +57,15 @@ def test_of_two_options_that_survive_the_narrower_is_taken():
 def test_no_capacity_or_no_request():
     assert pack_round([Group([Option(1, True)], survives_deferred=False)], 0) == (None,)
     assert pack_round([], 8) == ()
+
+
+def test_urgency_decides_even_where_the_order_of_the_groups_alone_would_not():
+    """Four survivors, three running and no rank left over: groups 1, 2 and 4, or the less urgent 2, 3 and 4."""
+    groups = [
+        Group([Option(2, False), Option(3, True), Option(4, True)], survives_deferred=True),
+        Group([Option(4, True)], survives_deferred=False),
+        Group([Option(2, True), Option(1, True)], survives_deferred=True),
+        Group([Option(3, False), Option(2, True), Option(4, True)], survives_deferred=True),
+        Group([Option(3, True), Option(3, True), Option(1, False)], survives_deferred=False),
+    ]
+    assert pack_round(groups, 6) == (None, 0, 1, None, 2)

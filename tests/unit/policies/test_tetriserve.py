@@ -43,9 +43,7 @@ def test_late_requests_widen_only_into_ranks_that_would_idle(make, request_of, f
 
 def test_eight_ranks_assemble_for_the_one_that_needs_them(drive, make, request_of, flux):
     """Pitfall 2: a 2048 needs degree 8 for 3.4 of its 4.6 s, amid narrow requests that would refill what they free."""
-    narrow = [
-        request_of(512, request_id=f"n{i}", arrival_s=0.13 * i, deadline_s=0.13 * i + 12.0) for i in range(40)
-    ]
+    narrow = [request_of(512, request_id=f"n{i}", arrival_s=0.13 * i, deadline_s=0.13 * i + 12.0) for i in range(40)]
     wide = request_of(2048, request_id="wide", arrival_s=1.0, deadline_s=5.8)
     run = drive(make("tetriserve", flux), [*narrow, wide], flux)
     assert run.finish_s["wide"] <= 5.8
@@ -88,15 +86,30 @@ def test_a_step_that_fits_a_round_but_not_the_rest_of_this_one_waits_for_the_bou
     assert plan == Plan(wake_at=pytest.approx(ROUND_S))
 
 
-def test_the_survival_of_a_step_across_rounds_counts_its_real_end(make, request_of, table_cost):
-    """A takes 0.9 s a step and B 0.1 s; the round is 0.5 s. A's only step would end at 0.9 s, B must start by 0.5 s."""
+def test_a_step_across_rounds_is_packed_like_any_other(make, request_of, table_cost):
+    """A takes 0.9 s a step, B 0.1 s, the round 0.5 s: two steps of A end by 1.85 s only when the first starts now."""
     cost = table_cost({256: {1: 0.9}, 512: {1: 0.1}}, {256: 0.0, 512: 0.0}, switch_s=0.0)
     policy = make("tetriserve", cost, 1)
     assert policy.clock.round_s == pytest.approx(0.5)
-    lost = encoded(request_of(256, request_id="lost", deadline_s=1.7, num_steps=2))
-    kept = encoded(request_of(512, request_id="kept", deadline_s=0.55, num_steps=5))
-    plan = policy.plan(State((lost, kept), (), (0,), cost), 0.0)
-    assert denoise_tasks(plan) == {"kept": (1, 5)}
+    patient = encoded(request_of(512, request_id="b", deadline_s=1.6, num_steps=5))
+    for deadline_s, runs in ((1.85, {"a": (1, 1)}), (1.75, {"b": (1, 5)})):
+        pressed = encoded(request_of(256, request_id="a", deadline_s=deadline_s, num_steps=2))
+        assert denoise_tasks(policy.plan(State((patient, pressed), (), (0,), cost), 0.0)) == runs
+
+
+def test_so_close_to_a_boundary_that_not_even_starting_fits_it_waits(make, request_of, table_cost):
+    cost = table_cost({256: {1: 0.004}}, {256: 0.01}, switch_s=0.03)
+    policy = make("tetriserve", cost, 1)
+    assert policy.clock.round_s == pytest.approx(0.05)
+    state = State((encoded(request_of(256)),), (), (0,), cost)
+    assert policy.plan(state, 0.045) == Plan(wake_at=pytest.approx(0.05))
+
+
+def test_a_late_decode_does_not_hold_a_rank_across_a_boundary(make, request_of, flux):
+    policy = make("tetriserve", flux)
+    state = State((Trajectory(request_of(2048, deadline_s=0.1), True, 28, (5,)),), (), RANKS, flux)
+    assert policy.plan(state, 0.3).tasks == (Task("r", Stage.DECODE, (5,)),)
+    assert policy.plan(state, 0.5) == Plan(wake_at=pytest.approx(ROUND_S))
 
 
 def test_slack_is_not_slept_away(drive, make, request_of, flux):
