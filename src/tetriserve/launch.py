@@ -22,7 +22,7 @@ from tetriserve.engine.live import LiveEngine, OnEvent
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models import bundled
 from tetriserve.models.card import ModelCard, read_card
-from tetriserve.policies.registry import make_policy
+from tetriserve.policies.registry import find_policy, make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.measure import gpu_names, hardware_name, measure
@@ -46,6 +46,7 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent 
     Raises:
         ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
     """
+    find_policy(config.scheduling.policy)
     _check_device(config.pool)
     card = await find_model(config.model, progress.step)
     card = replace(card, name=config.served_model_name or card.name)

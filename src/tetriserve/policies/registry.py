@@ -121,17 +121,25 @@ def make_policy(spec: str, cost: CostModel, *, num_ranks: int, shapes: Sequence[
     Raises:
         ConfigError: the name is unknown or its argument is not allowed; the message says what is.
     """
-    name, _, argument = spec.partition(":")
-    if not shapes:
-        raise ConfigError(f"policy {spec!r}: the profile holds no shape to plan for")
-    context = PolicyContext(argument=argument, cost=cost, num_ranks=num_ranks, shapes=tuple(shapes))
+    make = find_policy(spec)
+    context = PolicyContext(argument=spec.partition(":")[2], cost=cost, num_ranks=num_ranks, shapes=tuple(shapes))
+    if not context.degrees:
+        raise ConfigError(f"policy {spec!r}: no measured shape can run on {num_ranks} ranks")
+    return make(context)
+
+
+def find_policy(spec: str) -> PolicyFactory:
+    """What makes the policy that `spec` names, before anything is known of the pool.
+
+    Raises:
+        ConfigError: the name is unknown; the message lists those that are not.
+    """
+    name = spec.partition(":")[0]
     if name in POLICIES:
-        if not context.degrees:
-            raise ConfigError(f"policy {spec!r}: no measured shape can run on {num_ranks} ranks")
-        return POLICIES[name].make(context)
+        return POLICIES[name].make
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name in found:
         factory: PolicyFactory = found[name].load()
-        return factory(context)
+        return factory
     allowed = [policy.usage for policy in POLICIES.values()] + sorted(found)
     raise ConfigError(f"unknown policy {spec!r}; choose one of: {', '.join(allowed)}")

@@ -30,6 +30,7 @@ class ProfileCost:
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Mapping[tuple[Shape, int], float] = field(default_factory=dict)
     _memo: dict[tuple[Shape, int], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
+    _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
 
     def step_times(self, request: Request) -> Mapping[int, float]:
         """Seconds per denoise step by degree, ascending.
@@ -64,8 +65,13 @@ class ProfileCost:
         return self.profile.encode_s * request.num_passes
 
     def decode_s(self, request: Request) -> float:
-        points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
-        return _interpolate(points, request.shape.num_pixels, f"decode of {request.shape}", "pixels")
+        shape = request.shape
+        decode_s = self._decode_memo.get(shape)
+        if decode_s is None:
+            points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
+            decode_s = _interpolate(points, shape.num_pixels, f"decode of {shape}", "pixels")
+            self._decode_memo[shape] = decode_s
+        return decode_s
 
     @property
     def switch_s(self) -> float:
@@ -80,7 +86,7 @@ class ProfileCost:
         before = self.corrections.get(key, self._correction(*key))
         after = before + _LEARNING_RATE * (ratio - before)
         memo = {known: times for known, times in self._memo.items() if known[0] != request.shape}
-        return ProfileCost(self.profile, self.degrees_of, {**self.corrections, key: after}, memo)
+        return ProfileCost(self.profile, self.degrees_of, {**self.corrections, key: after}, memo, self._decode_memo)
 
     def _correction(self, shape: Shape, degree: int) -> float:
         own = self.corrections.get((shape, degree))

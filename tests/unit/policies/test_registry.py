@@ -48,7 +48,7 @@ def test_a_wrong_name_or_argument_is_told_what_is_allowed(spec, num_ranks, told,
 
 
 def test_a_profile_without_shapes_is_refused(flux):
-    with pytest.raises(ConfigError, match="no shape"):
+    with pytest.raises(ConfigError, match="no measured shape"):
         make_policy("tetriserve", flux, num_ranks=8, shapes=[])
 
 
