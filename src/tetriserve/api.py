@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -103,12 +104,15 @@ class Engine:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.
             RequestFailed: admitted, but it ended without an image.
         """
-        return self._call(self._generate(Generation(prompt=prompt, **options)))
+        return self._submit(prompt, options).result()
 
     async def generate_async(self, prompt: str, **options: Any) -> Picture:
         """As `generate`, for any event loop. Cancelling the call cancels the request."""
-        coroutine = self._generate(Generation(prompt=prompt, **options))
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._running_loop))
+        return await asyncio.wrap_future(self._submit(prompt, options))
+
+    def _submit(self, prompt: str, options: dict[str, Any]) -> Future[Picture]:
+        loop = self._running_loop  # asked for first: a coroutine that never runs would be complained about
+        return asyncio.run_coroutine_threadsafe(self._generate(Generation(prompt=prompt, **options)), loop)
 
     async def _generate(self, generation: Generation) -> Picture:
         from PIL import Image

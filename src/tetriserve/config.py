@@ -1,4 +1,4 @@
-"""One tree of frozen values that says how a server is set up. Built once at the edge (CLI, Python API), never changed."""
+"""One tree of frozen values that says how a server is set up. Built once at the edge (CLI, Python API), not changed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,14 @@ import pytest
 from tetriserve import Engine
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.control import Controller
-from tetriserve.core.errors import CheckpointError, DeadlineInfeasible, InvalidRequest, RequestFailed, ShuttingDown
+from tetriserve.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DeadlineInfeasible,
+    InvalidRequest,
+    RequestFailed,
+    ShuttingDown,
+)
 from tetriserve.core.events import Cancelled, Command, Event, StartTask
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
@@ -27,7 +34,6 @@ from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import Progress, launch
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux import FluxAdapter
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, save_profile
 from tetriserve.workload.outcome import Outcome, Status
@@ -240,7 +246,8 @@ async def test_64_clients_at_once_each_get_the_image_of_their_own_prompt_and_see
     outcomes = [image.outcome for image in images]
     for generation, outcome in zip(asked, outcomes, strict=True):
         request = outcome.request
-        assert (request.prompt, request.seed, str(request.shape)) == (generation.prompt, generation.seed, generation.size)
+        assert (request.prompt, request.seed) == (generation.prompt, generation.seed)
+        assert (str(request.shape), request.num_steps) == (generation.size, generation.num_steps)
         assert_every_step_once(outcome)
     for image in images:
         rivals = [other.outcome.request for other in images if other.pixels.shape == image.pixels.shape]
@@ -366,7 +373,7 @@ async def test_with_one_rank_everything_waits_for_the_replacement(
 ) -> None:
     async with faulty_engine(bundled_card, profile, 1, "tetriserve") as one:
         generations = [
-            Generation(prompt=f"[slow] patient {number}", size="256x256", num_steps=4, seed=number) for number in range(3)
+            Generation(prompt=f"[slow] patient {n}", size="256x256", num_steps=4, seed=n) for n in range(3)
         ]
         clients = [asyncio.create_task(one.engine.generate(generation)) for generation in generations]
         await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in one.engine.state.in_flight))
@@ -455,11 +462,18 @@ async def test_a_drained_engine_refuses_newcomers_and_finishes_what_it_took(
 
 async def test_what_a_stop_does_not_wait_for_ends_with_an_error(bundled_card: ModelCard, profile: Profile) -> None:
     async with faulty_engine(bundled_card, profile, 1, "tetriserve") as one:
-        client = asyncio.create_task(one.engine.generate(Generation(prompt="[slow]", size="256x256", num_steps=100)))
-        await until(lambda: bool(one.engine.state.in_flight))
+        clients = [
+            asyncio.create_task(one.engine.generate(Generation(prompt=f"[slow] {n}", size="256x256", num_steps=100)))
+            for n in range(3)
+        ]
+        await until(lambda: bool(one.engine.state.in_flight) and len(one.engine.state.trajectories) == 3)
         await one.engine.stop()
-        with pytest.raises(ShuttingDown, match="shut down before the image was finished"):
-            await client
+        errors = await asyncio.gather(*clients, return_exceptions=True)
+        assert [type(error) for error in errors] == [ShuttingDown] * 3
+        assert "shut down before the image was finished" in str(errors[0])
+        num_events = len(one.recorder.log)
+        await asyncio.sleep(2.0)  # longer than a round
+        assert len(one.recorder.log) == num_events, "a stopped engine does nothing any more"
 
 
 @pytest.fixture(scope="module")
@@ -555,6 +569,12 @@ def test_an_engine_that_cannot_start_raises_why_and_leaves_no_thread(tmp_path: P
     assert threading.active_count() == before
 
 
-def test_the_reference_is_not_what_is_tested(reference: FluxAdapter, bundled_card: ModelCard) -> None:
-    assert reference._card == bundled_card
-    assert SchedulingConfig().policy == "tetriserve"
+async def test_a_policy_that_does_not_exist_is_refused_before_any_worker_starts(
+    bundled_dir: Path, profile_path: str
+) -> None:
+    steps: list[str] = []
+    scheduling = SchedulingConfig(policy="guesswork")
+    config = EngineConfig(model=str(bundled_dir), profile=profile_path, scheduling=scheduling)
+    with pytest.raises(ConfigError, match="unknown policy 'guesswork'; choose one of: tetriserve"):
+        await launch(config, Progress(step=steps.append))
+    assert steps == []

@@ -261,10 +261,10 @@ async def test_the_store_holds_nothing_of_a_forgotten_request_and_forgetting_aga
 
 async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bundled_card: ModelCard) -> None:
     heard: list[tuple[int, int]] = []
-    pool = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2))
+    pool, shapes = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2)), [Shape(256, 256)]
     try:
         profile = await measure(
-            driver.executor, bundled_card, pool, [Shape(256, 256)], lambda done, total, text: heard.append((done, total))
+            driver.executor, bundled_card, pool, shapes, lambda done, total, text: heard.append((done, total))
         )
     finally:
         driver.executor.subscribe(driver._on_event)

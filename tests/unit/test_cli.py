@@ -77,6 +77,7 @@ def test_a_mistake_is_one_line_on_stderr_and_a_failing_exit_code(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--policy", "guesswork"], "unknown policy 'guesswork'; choose one of: "),
         (["--port", "70000"], "port is 70000; allowed: 0 to 65535"),
         (["--max-queue", "0"], "max_queue is 0; it must be at least 1"),
         (["--default-slo-scale", "-1"], "default_slo_scale is -1.0; it must be above 0"),
@@ -85,7 +86,7 @@ def test_a_mistake_is_one_line_on_stderr_and_a_failing_exit_code(
     ],
 )
 def test_a_server_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
-    assert only_line(run("serve", *arguments)) == message
+    assert only_line(run("serve", *arguments)).startswith(message)
 
 
 def test_an_impossible_size_to_measure_is_one_line() -> None:

@@ -103,12 +103,13 @@ class LiveEngine:
                 await asyncio.wait_for(self._is_empty.wait(), timeout_s)
             except TimeoutError:
                 logger.warning("%d requests were not finished within %g s", len(self._clients), timeout_s)
+
         if self._timer is not None:
             self._timer.cancel()
         for client in self._clients.values():
             if not client.image.done():
                 client.image.set_exception(ShuttingDown("the server shut down before the image was finished"))
-        self._executor.subscribe(lambda event: None)  # nothing more is planned on ranks that go away
+
         await self._executor.stop()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:

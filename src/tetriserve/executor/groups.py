@@ -10,7 +10,8 @@ class GroupTable:
     """Names of live groups by their ranks, least recently used first.
 
     Live groups cost threads and file descriptors in every member, so at most `max_groups` are kept, or as many as are
-    in use at once if those are more. A name is never used twice: a group formed again after it broke or was dropped meets under a name of its own.
+    in use at once if those are more. A name is never used twice: a group formed again after it broke or was dropped
+    meets under a name of its own.
     """
 
     def __init__(self, max_groups: int) -> None:

@@ -34,7 +34,10 @@ class ContextParallel:
         self._is_applied = False
 
     def point(self, mesh: DeviceMesh | None) -> None:
-        """Run the next forwards over `mesh` (one dimension); None, or a mesh of one rank, is the bare model."""
+        """Run the next forwards over `mesh` (one dimension); None, or a mesh of one rank, is the bare model.
+
+        The mesh before is let go of: its process group can end, which releases peers that wait in it.
+        """
         is_split = mesh is not None and mesh.size() > 1
         if mesh is not None and is_split:
             self._rewrite(mesh)
@@ -46,6 +49,9 @@ class ContextParallel:
             remove_context_parallel(self._transformer, self._transformer._cp_plan)
         for processor in self._processors:
             processor._parallel_config = self._config if is_split else None
+        if not is_split:
+            self._context._mesh = self._context._flattened_mesh = self._context._ulysses_mesh = None
+            self._config._mesh = None
         self._is_applied = is_split
 
     def _rewrite(self, mesh: DeviceMesh) -> None:

@@ -63,7 +63,11 @@ class Groups:
         dist.all_to_all_single(torch.empty_like(ones), ones, group=group.process_group)
 
     def drop(self, name: str) -> None:
-        """Leave the group; members still inside a collective of it get an error at once."""
+        """Leave the group; members still inside a collective of it get an error at once.
+
+        Gloo closes its connections only when the last reference to the group is gone: whoever was given its mesh must
+        have let go of it before.
+        """
         group = self._groups.pop(name, None)
         if group is not None:
             with contextlib.suppress(RuntimeError):
