@@ -162,7 +162,9 @@ def main() -> None:
             f"({step_s * 1000:.1f} ms; bar {SWITCH_BAR_S * 1000:.0f} ms)"
         )
     pss, weights = asyncio.run(worker_memory(directory))
-    print(f"memory per worker: {pss:.0f} MiB, {pss - weights:.0f} MiB over the model's own {weights:.0f} MiB of weights")
+    print(
+        f"memory per worker: {pss:.0f} MiB, {pss - weights:.0f} MiB over the model's own {weights:.0f} MiB of weights"
+    )
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def _say_ready(url: str, engine: LiveEngine) -> None:
     console.print(
         f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
         f'  -d \'{{"prompt": "a red circle above a blue square", "size": "{card.sizes[0]}", "slo_ms": 5000}}\' \\\n'
-        "  | python3 -c 'import base64, json, sys; image = json.load(sys.stdin)[\"data\"][0]; "
+        '  | python3 -c \'import base64, json, sys; image = json.load(sys.stdin)["data"][0]; '
         'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',
         soft_wrap=True,
         markup=False,

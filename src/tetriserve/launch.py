@@ -22,6 +22,7 @@ from tetriserve.engine.live import LiveEngine, OnEvent
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models import bundled
 from tetriserve.models.card import ModelCard, read_card
+from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, load_profile, save_profile
@@ -46,25 +47,34 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent 
     Raises:
         ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
     """
-    find_policy(config.scheduling.policy)
-    _check_device(config.pool)
+    spec, pool = config.scheduling.policy, config.pool
+    find_policy(spec)
+    _check_device(pool)
     card = await find_model(config.model, progress.step)
     card = replace(card, name=config.served_model_name or card.name)
-    _check_degrees(card, config.pool)
+    _check_degrees(card, pool)
     profile = find_profile(config, card)
-    executor = LocalExecutor(card, config.pool)
+
+    def plan_with(profile: Profile) -> tuple[Policy, ProfileCost]:
+        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
+        return make_policy(spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes), cost
+
+    planned = None if profile is None else plan_with(profile)
+    executor = LocalExecutor(card, pool)
     await executor.start(progress.step)
     try:
-        if profile is None:
-            profile = await _measure(executor, card, config.pool, progress)
-        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, config.pool.degrees))
-        policy = make_policy(config.scheduling.policy, cost, num_ranks=config.pool.num_ranks, shapes=profile.shapes)
+        policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
     except BaseException:
         await executor.stop()
         raise
     intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
     engine = LiveEngine(
-        Controller(policy, cost), executor, intake, max_queue=config.scheduling.max_queue, on_event=on_event
+        Controller(policy, cost),
+        executor,
+        intake,
+        max_queue=config.scheduling.max_queue,
+        policy_name=spec,
+        on_event=on_event,
     )
     engine.start()
     return engine

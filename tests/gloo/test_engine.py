@@ -134,16 +134,16 @@ async def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
 
 
 @asynccontextmanager
-async def faulty_engine(
-    card: ModelCard, profile: Profile, num_ranks: int, policy_name: str
-) -> AsyncIterator[Setup]:
+async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, policy_name: str) -> AsyncIterator[Setup]:
     """As `launch` puts it together, with the adapter that fails to order, and little patience with silent workers."""
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
     executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
     cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
     policy = make_policy(policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
-    engine = LiveEngine(Controller(policy, cost), executor, Intake(card=card, cost=cost), max_queue=256)
+    engine = LiveEngine(
+        Controller(policy, cost), executor, Intake(card=card, cost=cost), max_queue=256, policy_name="test"
+    )
     engine.start()
     try:
         yield Setup.of(engine, [])
@@ -329,8 +329,8 @@ async def disturb(
 ) -> tuple[GeneratedImage, StartTask]:
     """The image of a request whose worker is struck in the middle of `stage`, and the task that was struck."""
     engine = setup.engine
-    client = asyncio.create_task(engine.generate(Generation(prompt=prompt, size="256x256", num_steps=8, seed=3)))
-    min_steps = {Stage.ENCODE: 0, Stage.DENOISE: 1, Stage.DECODE: 8}[stage]
+    client = asyncio.create_task(engine.generate(Generation(prompt=prompt, size="256x256", num_steps=24, seed=3)))
+    min_steps = {Stage.ENCODE: 0, Stage.DENOISE: 1, Stage.DECODE: 24}[stage]
 
     def is_there() -> bool:
         return any(f.task.stage is stage for f in engine.state.in_flight) and any(
@@ -362,7 +362,6 @@ async def test_an_image_survives_the_death_or_the_hang_of_a_worker(
     await assert_right([image], expected)
     assert_every_step_once(image.outcome)
     assert struck.task.degree == (2 if stage is Stage.DENOISE else 1)
-    assert struck.task not in [run.task for run in image.outcome.runs] or stage is not Stage.DENOISE
     starts = two.starts(image.outcome.request.request_id)
     retry = starts[starts.index(struck) + 1]
     assert (retry.task.stage, retry.steps_done, retry.latents) == (stage, struck.steps_done, struck.latents)
@@ -372,9 +371,7 @@ async def test_with_one_rank_everything_waits_for_the_replacement(
     bundled_card: ModelCard, profile: Profile, expected: Callable[[Request], np.ndarray]
 ) -> None:
     async with faulty_engine(bundled_card, profile, 1, "tetriserve") as one:
-        generations = [
-            Generation(prompt=f"[slow] patient {n}", size="256x256", num_steps=4, seed=n) for n in range(3)
-        ]
+        generations = [Generation(prompt=f"[slow] patient {n}", size="256x256", num_steps=4, seed=n) for n in range(3)]
         clients = [asyncio.create_task(one.engine.generate(generation)) for generation in generations]
         await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in one.engine.state.in_flight))
         os.kill(one.executor.pids[0], signal.SIGKILL)

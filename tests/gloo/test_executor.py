@@ -223,9 +223,7 @@ async def test_random_plans_of_interleaved_requests_give_the_images_of_degree_1(
 async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Driver, alone: list[Result]) -> None:
     pairs = [(ranks, tuple(sorted({0, 1, 2, 3} - set(ranks)))) for ranks in ((0, 1), (0, 2), (0, 3))]
     for pair in (*pairs, *pairs):
-        results = await asyncio.gather(
-            *(driver.carry(REQUESTS[2], [(ranks, 4)], ranks[0], ranks[0]) for ranks in pair)
-        )
+        results = await asyncio.gather(*(driver.carry(REQUESTS[2], [(ranks, 4)], ranks[0], ranks[0]) for ranks in pair))
         for result in results:
             assert_same(result, alone[2])
 
@@ -257,6 +255,29 @@ async def test_the_store_holds_nothing_of_a_forgotten_request_and_forgetting_aga
     assert driver.files("forgotten") == []
     assert driver.files("forgotten-2") == ["forgotten-2.embeds.safetensors"]
     driver.executor.forget("forgotten-2")
+
+
+async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of_its_worker(driver: Driver) -> None:
+    pids, loop = driver.executor.pids, asyncio.get_running_loop()
+    raised: asyncio.Future[BaseException] = loop.create_future()
+
+    def lose_a_file(event: Event) -> None:
+        raise FileNotFoundError("not the pipe's fault")
+
+    driver.executor.subscribe(lose_a_file)
+    loop.set_exception_handler(lambda _, context: raised.set_result(context["exception"]))
+    try:
+        request = dataclasses.replace(REQUESTS[2], request_id="unheard")
+        driver.executor.start_task(StartTask(10**6, Task("unheard", Stage.ENCODE, (0,)), request, 0))
+        assert isinstance(await asyncio.wait_for(raised, 60), FileNotFoundError)
+    finally:
+        loop.set_exception_handler(None)
+        driver.executor.subscribe(driver._on_event)
+        driver.executor.forget("unheard")
+    assert driver.executor.pids == pids
+    assert driver.executor.ranks == {0, 1, 2, 3}
+    await driver.run(request, Task("unheard", Stage.ENCODE, (0,)))
+    driver.executor.forget("unheard")
 
 
 async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bundled_card: ModelCard) -> None:

@@ -143,7 +143,7 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
     """A started engine; call it on the loop that it will run on."""
     cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, (1, 2)))
     controller = Controller(make_policy(policy, cost, num_ranks=2, shapes=PROFILE.shapes), cost)
-    engine = LiveEngine(controller, executor, Intake(card=CARD, cost=cost), max_queue=max_queue)
+    engine = LiveEngine(controller, executor, Intake(card=CARD, cost=cost), max_queue=max_queue, policy_name=policy)
     engine.start()
     return engine
 

@@ -19,6 +19,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("TETRISERVE_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("TETRISERVE_PORT", "0")  # tests run beside each other
 
 
 def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:

@@ -18,6 +18,7 @@ from tetriserve.control import Controller
 from tetriserve.control.controller import PolicyError
 from tetriserve.core.events import (
     Cancelled,
+    CloseCancelled,
     Command,
     Event,
     FailRequest,
@@ -180,9 +181,17 @@ def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     assert COST.step_times(bench.request)[1] == 0.1
 
 
+def assert_closed(commands: list[Command], stages: list[Stage]) -> None:
+    """The request is closed once, with the tasks that ran for it, and then forgotten."""
+    close, forget = commands
+    assert isinstance(close, CloseCancelled)
+    assert [run.task.stage for run in close.runs] == stages
+    assert forget == ForgetRequest("a")
+
+
 def test_a_request_cancelled_before_it_starts_is_forgotten_at_once() -> None:
     bench = Bench()
-    assert bench.send(Cancelled("a")) == [ForgetRequest("a")]
+    assert_closed(bench.send(Cancelled("a")), [])
     assert bench.controller.state.trajectories == ()
     assert bench.send(Cancelled("a")) == []
 
@@ -190,7 +199,7 @@ def test_a_request_cancelled_before_it_starts_is_forgotten_at_once() -> None:
 def test_a_request_cancelled_between_tasks_is_forgotten_at_once() -> None:
     bench = Bench()
     bench.encoded()
-    assert bench.send(Cancelled("a")) == [ForgetRequest("a")]
+    assert_closed(bench.send(Cancelled("a")), [Stage.ENCODE])
 
 
 @pytest.mark.parametrize("is_lost", [None, True, False])
@@ -205,7 +214,7 @@ def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends
     end: Event = TaskFinished(start.task_id, 0.1, TensorRef("l", 1))
     if is_lost is not None:
         end = TaskFailed(start.task_id, FailureKind.LOST if is_lost else FailureKind.STEP, "broken")
-    assert bench.send(end) == [ForgetRequest("a")]
+    assert_closed(bench.send(end), [Stage.ENCODE] if is_lost is not None else [Stage.ENCODE, Stage.DENOISE])
     assert bench.controller.state.idle_ranks == (0, 1, 2, 3)
 
 
@@ -215,7 +224,8 @@ def test_a_request_cancelled_during_decode_finishes_nothing() -> None:
     bench.denoised(4, 0)
     start = bench.start(Task("a", Stage.DECODE, (0,)))
     bench.send(Cancelled("a"))
-    assert bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1))) == [ForgetRequest("a")]
+    closed = bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
+    assert_closed(closed, [Stage.ENCODE, Stage.DENOISE, Stage.DECODE])
 
 
 def test_cancelling_somebody_unknown_or_finished_does_nothing() -> None:
@@ -361,6 +371,7 @@ class Pool:
     log: list[tuple[float, Event, list[Command]]] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
     forgotten: Counter[str] = field(default_factory=Counter)
+    closed: Counter[str] = field(default_factory=Counter)
     cancelled: set[str] = field(default_factory=set)
     steps_done: Counter[str] = field(default_factory=Counter)
     _heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -405,6 +416,9 @@ class Pool:
                 self._end(request.request_id)
             case FailRequest(request):
                 self._end(request.request_id)
+            case CloseCancelled(request):
+                assert request.request_id in self.cancelled
+                self.closed[request.request_id] += 1
             case ForgetRequest(request_id):
                 assert request_id not in {start.request.request_id for start in self._busy.values()}
                 self.forgotten[request_id] += 1
@@ -536,6 +550,7 @@ def test_in_any_weather_every_request_ends_exactly_once_and_a_replay_gives_the_s
     assert (state.trajectories, state.in_flight, state.ranks) == ((), (), (0, 1, 2, 3))
     for request in requests:
         assert pool.forgotten[request.request_id] == 1
+        assert pool.closed[request.request_id] == (1 if request.request_id in pool.cancelled else 0)
         assert pool.ends[request.request_id] == (0 if request.request_id in pool.cancelled else 1)
 
     again = Controller(new_policy(policy), COST)

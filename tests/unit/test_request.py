@@ -10,9 +10,7 @@ from tetriserve.core.cluster import aligned_groups, warm_groups
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage, Trajectory
 
-REQUEST = Request(
-    request_id="r", prompt="p", shape=Shape(256, 512), num_steps=3, seed=0, arrival_s=1.0, deadline_s=2.0
-)
+REQUEST = Request(request_id="r", prompt="p", shape=Shape(256, 512), num_steps=3, seed=0, arrival_s=1.0, deadline_s=2.0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tetriserve.control.tracker import Record, Tracker
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import (
     Cancelled,
+    CloseCancelled,
     Command,
     Event,
     FailRequest,
@@ -115,7 +116,7 @@ class Controller:
         if record is None:
             return []
         record.is_cancelled = True
-        return [] if record.trajectory.is_running else [self._forget(record)]
+        return [] if record.trajectory.is_running else self._close(record)
 
     def _finish_task(self, event: TaskFinished, now: float) -> list[Command]:
         flight, record = self._tracker.land(event.task_id)
@@ -124,7 +125,7 @@ class Controller:
         if task.stage is Stage.DENOISE:
             self.cost = self.cost.observed(request, task.degree, event.elapsed_s / task.num_steps)
         if record.is_cancelled:
-            return [self._forget(record)]
+            return self._close(record)
         if task.stage is not Stage.DECODE:
             return []
         finish = FinishRequest(request, tuple(record.runs), record.predicted_finish_s, event.result)
@@ -133,7 +134,7 @@ class Controller:
     def _fail_task(self, event: TaskFailed) -> list[Command]:
         _, record = self._tracker.land(event.task_id)
         if record.is_cancelled:
-            return [self._forget(record)]
+            return self._close(record)
         message = event.message
         if event.kind is FailureKind.LOST:
             record.num_losses += 1
@@ -146,6 +147,11 @@ class Controller:
             message = f"its workers were lost {record.num_losses} times in a row, last: {message}"
         fail = FailRequest(record.request, tuple(record.runs), record.predicted_finish_s, message)
         return [fail, self._forget(record)]
+
+    def _close(self, record: Record) -> list[Command]:
+        """A cancelled request for which nothing runs any more."""
+        close = CloseCancelled(record.request, tuple(record.runs), record.predicted_finish_s)
+        return [close, self._forget(record)]
 
     def _forget(self, record: Record) -> ForgetRequest:
         request_id = record.request.request_id

@@ -34,6 +34,7 @@ class Record:
         """Take in a finished task."""
         self.runs.append(run)
         self.num_losses = 0
+        self.num_losses = 0
         trajectory, task = self.trajectory, run.task
         match task.stage:
             case Stage.ENCODE:

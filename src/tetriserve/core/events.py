@@ -127,10 +127,19 @@ class FailRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseCancelled:
+    """A cancelled request is over: the task that still ran for it, if one did, has ended."""
+
+    request: Request
+    runs: tuple[Run, ...]
+    predicted_finish_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetRequest:
     """No task of the request runs any more and none will: drop every copy of its state."""
 
     request_id: str
 
 
-Command = StartTask | WakeAt | FinishRequest | FailRequest | ForgetRequest
+Command = StartTask | WakeAt | FinishRequest | FailRequest | CloseCancelled | ForgetRequest

@@ -33,7 +33,6 @@ class Generation:
     slo_s: float | None = None
     priority: int = 0
     reject_infeasible: bool = False
-    request_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Intake:
 
     def _shape(self, size: str | None) -> Shape:
         if size is None or size == "auto":
-            return self.card.sizes[0]
+            return self.sizes[0]
         try:
             shape = Shape.parse(size)
         except ValueError as error:
@@ -107,6 +106,13 @@ class Intake:
     def shapes(self) -> tuple[Shape, ...]:
         return self.cost.profile.shapes
 
+    @property
+    def sizes(self) -> tuple[Shape, ...]:
+        """The model's own sizes that the profile covers, then the measured ones; the first is the default."""
+        low, high = self.shapes[0].num_pixels, self.shapes[-1].num_pixels
+        own = [shape for shape in self.card.sizes if low <= shape.num_pixels <= high]
+        return tuple(dict.fromkeys((*own, *self.shapes)))
+
     def _prompt(self, prompt: str) -> str:
         if not prompt.strip():
             raise InvalidRequest("prompt is empty; say what to draw", "prompt")
@@ -114,9 +120,11 @@ class Intake:
 
     def _short_enough(self, param: str, text: str) -> str:
         if len(text) > self.max_prompt_chars:
-            raise InvalidRequest(
-                f"{param} has {len(text)} characters; allowed: at most {self.max_prompt_chars}", param
-            )
+            raise InvalidRequest(f"{param} has {len(text)} characters; allowed: at most {self.max_prompt_chars}", param)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{param} holds half of a surrogate pair at character {error.start}", param) from None
         return text
 
     def _guidance_pair(self, generation: Generation) -> tuple[str | None, float]:

@@ -16,6 +16,7 @@ from tetriserve.control.controller import Controller
 from tetriserve.core.errors import DeadlineInfeasible, QueueFull, RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
+    CloseCancelled,
     Command,
     Event,
     FailRequest,
@@ -62,8 +63,10 @@ class _Client:
 class LiveEngine:
     """The engine on one event loop. `executor` is started already; `intake` holds the rules of admission.
 
-    `on_outcome` hears of every ended request, `on_event` of every event with its time, before it is handled: replayed
-    through an equal controller, those give the same commands.
+    policy_name: the policy as the operator named it.
+    on_event: hears of every event with its time, before it is handled; replayed through an equal controller, these
+        give the same commands.
+    failure: why the engine cannot go on; None while it can.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class LiveEngine:
         intake: Intake,
         *,
         max_queue: int,
+        policy_name: str,
         on_event: OnEvent | None = None,
     ) -> None:
         self.controller = controller
         self.intake = intake
         self._executor = executor
+        self.policy_name = policy_name
         self._max_queue = max_queue
         self._on_event = on_event
         self._on_outcome: list[OnOutcome] = []
@@ -86,6 +91,7 @@ class LiveEngine:
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
         self._is_draining = False
+        self.failure: str | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -103,13 +109,10 @@ class LiveEngine:
                 await asyncio.wait_for(self._is_empty.wait(), timeout_s)
             except TimeoutError:
                 logger.warning("%d requests were not finished within %g s", len(self._clients), timeout_s)
-
+        self._executor.subscribe(lambda event: None)  # tasks that still end start no others
         if self._timer is not None:
             self._timer.cancel()
-        for client in self._clients.values():
-            if not client.image.done():
-                client.image.set_exception(ShuttingDown("the server shut down before the image was finished"))
-
+        self._abandon(ShuttingDown("the server shut down before the image was finished"))
         await self._executor.stop()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:
@@ -128,7 +131,7 @@ class LiveEngine:
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be admitted and run."""
-        return not self._is_draining and bool(self.state.ranks)
+        return not self._is_draining and self.failure is None and bool(self.state.ranks)
 
     async def generate(self, generation: Generation) -> GeneratedImage:
         """One image. Cancelling the call cancels the request, which frees its ranks within one task.
@@ -153,25 +156,40 @@ class LiveEngine:
                     self._leave(client)
 
     def handle(self, event: Event) -> None:
-        """Feed one event to the controller and carry out what it answers."""
+        """Feed one event to the controller and carry out what it answers.
+
+        An error here is a defect of the policy or of ours, after which the books cannot be trusted: everyone who waits
+        is told, and the engine reports `failure` until it is restarted.
+        """
+        if self.failure is not None:
+            return
         now = self.now
         if self._on_event is not None:
             self._on_event(now, event)
-        for command in self.controller.handle(event, now):
-            self._carry_out(command)
+        try:
+            for command in self.controller.handle(event, now):
+                self._carry_out(command)
+        except Exception as error:
+            logger.critical("the engine failed on %s", type(event).__name__, exc_info=True)
+            self.failure = f"the scheduler failed: {type(error).__name__}: {error}"
+            self._abandon(RequestFailed(self.failure))
 
     def _admit(self, generations: Sequence[Generation]) -> list[_Client]:
         if self._is_draining:
             raise ShuttingDown("the server is shutting down")
+        if self.failure is not None:
+            raise RequestFailed(self.failure)
         now = self.now
         requests = [
             self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
             for generation in generations
         ]
-        num_waiting = len(self.state.waiting)
+        state = self.state
+        num_waiting = len(state.waiting)
         if num_waiting + len(requests) > self._max_queue:
             raise QueueFull(
-                f"{num_waiting} requests are waiting and at most {self._max_queue} may", backlog_s(self.state)
+                f"{num_waiting} requests are waiting, of at most {self._max_queue}; {len(requests)} more do not fit",
+                backlog_s(state),
             )
         for generation, request in zip(generations, requests, strict=True):
             if generation.reject_infeasible:
@@ -200,11 +218,17 @@ class LiveEngine:
         if self._clients.pop(request_id, None) is None:
             return
         client.image.cancel()
-        self._report(Outcome(
-            request=client.request, status=Status.CANCELLED, runs=(), predicted_finish_s=self.now, finish_s=self.now,
-        ))  # fmt: skip
         self._note_empty()
         self.handle(Cancelled(request_id))
+
+    def _abandon(self, error: Exception) -> None:
+        """Tell everyone who still waits that there will be no image."""
+        for client in self._clients.values():
+            if not client.image.done():
+                client.image.set_exception(error)
+                self._report(self._outcome(client.request, Status.FAILED, (), client.request.deadline_s, str(error)))
+        self._clients.clear()
+        self._note_empty()
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -225,6 +249,8 @@ class LiveEngine:
                     client.image.set_exception(RequestFailed(message))
                 self._report(self._outcome(request, Status.FAILED, runs, predicted_finish_s, message))
                 self._note_empty()
+            case CloseCancelled(request, runs, predicted_finish_s):
+                self._report(self._outcome(request, Status.CANCELLED, runs, predicted_finish_s))
             case ForgetRequest(request_id):
                 self._executor.forget(request_id)
             case _:

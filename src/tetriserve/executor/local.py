@@ -295,12 +295,18 @@ class LocalExecutor:
 
     async def _restart(self, rank: int) -> None:
         """Start a replacement, later and later if it keeps dying before it is ready."""
-        num_failed = self._num_failed_starts[rank]
-        self._num_failed_starts[rank] += 1
-        if num_failed:
-            await asyncio.sleep(min(2.0**num_failed, _MAX_RESTART_DELAY_S))
-        self.num_restarts += 1
-        await self._spawn(rank)
+        while True:
+            num_failed = self._num_failed_starts[rank]
+            self._num_failed_starts[rank] += 1
+            if num_failed:
+                await asyncio.sleep(min(2.0**num_failed, _MAX_RESTART_DELAY_S))
+            self.num_restarts += 1
+            try:
+                await self._spawn(rank)
+            except OSError as error:  # no process to be had at the moment
+                logger.error("rank %d could not be started again: %s", rank, error)
+            else:
+                return
 
     def _hurry(self, running: _Running) -> None:
         """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced."""

@@ -94,6 +94,12 @@ class Profile:
         if len(set(decoded)) < len(decoded):
             twice = next(shape for shape in decoded if decoded.count(shape) > 1)
             raise ProfileError(f"profile has two decode rows for {twice}")
+        smallest, largest = min(decoded, key=_pixels), max(decoded, key=_pixels)
+        for shape in self.shapes:
+            if not smallest.num_pixels <= shape.num_pixels <= largest.num_pixels:
+                raise ProfileError(
+                    f"profile has no decode row that covers {shape}; they go from {smallest} to {largest}"
+                )
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -102,7 +108,7 @@ class Profile:
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """Measured shapes, smallest first."""
-        return tuple(sorted({row.shape for row in self.denoise}, key=lambda shape: shape.num_pixels))
+        return tuple(sorted({row.shape for row in self.denoise}, key=_pixels))
 
 
 def load_profile(path: Path) -> Profile:
@@ -165,6 +171,10 @@ def _check_names(kind: type[Any], values: dict[str, Any], where: str) -> None:
         raise ProfileError(f"{where} has the unknown field {unknown[0]!r}")
     if missing := sorted(required - values.keys()):
         raise ProfileError(f"{where} lacks the field {missing[0]!r}")
+
+
+def _pixels(shape: Shape) -> int:
+    return shape.num_pixels
 
 
 def _check_seconds(value: object, name: str) -> None:

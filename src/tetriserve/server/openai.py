@@ -122,7 +122,7 @@ def _answer(body: ImagesRequest, request_id: str, model: str, images: list[Gener
 
 def _model_object(engine: LiveEngine, created: int) -> ModelObject:
     intake, card = engine.intake, engine.intake.card
-    sizes = list(dict.fromkeys((*card.sizes, *intake.shapes)))
+    sizes = intake.sizes
     return ModelObject(
         id=card.name,
         created=created,
@@ -137,6 +137,6 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
         dtype=card.dtype,
-        policy=type(engine.controller.policy).__name__,
+        policy=engine.policy_name,
         num_ranks=len(engine.state.ranks),
     )

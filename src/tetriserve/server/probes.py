@@ -13,9 +13,11 @@ from tetriserve.server.slot import EngineSlot
 def probe_router(slot: EngineSlot, metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
-    async def health() -> Probe:
-        """The process serves: 200 from the first moment to the last, whatever the engine does."""
+    @router.get("/health", response_model=Probe, responses={503: {"model": ErrorEnvelope}})
+    async def health() -> Probe | Response:
+        """The process serves: 200 while it starts, works and drains; 503 when only a restart can help."""
+        if slot.engine is not None and slot.engine.failure is not None:
+            return envelope(503, slot.engine.failure, "engine_failed")
         return Probe(status="alive")
 
     @router.get("/ready", response_model=Probe, responses={503: {"model": ErrorEnvelope}})

@@ -51,4 +51,6 @@ class EngineSlot:
             return _STARTING
         if self.engine.is_ready:
             return None
+        if self.engine.failure is not None:
+            return self.engine.failure
         return "shutting down" if self.engine.state.ranks else "no rank is up"

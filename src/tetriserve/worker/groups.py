@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 MAX_RANKS = 4096
+_FORMING_TIMEOUT = timedelta(seconds=10)
+"""Members are told to form a group at the same moment; one that does not come has died."""
 _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
 
 
@@ -75,7 +77,7 @@ class Groups:
 
     def _form(self, name: str, ranks: list[int]) -> Group:
         store = dist.FileStore(str(self._rendezvous / name), len(ranks))  # type: ignore[attr-defined]
-        store.set_timeout(self._timeout)
+        store.set_timeout(min(self._timeout, _FORMING_TIMEOUT))
         process_group, _ = c10d._new_process_group_helper(
             len(ranks),
             ranks.index(self._rank),

@@ -79,9 +79,10 @@ class StoreDirectory:
         parent = _parent()
         for stale in parent.glob(f"{_PREFIX}*"):
             _remove_if_stale(stale)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = (self.path / _LOCK).open("w")
+        unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+        self._lock = (unnamed / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = unnamed.rename(parent / unnamed.name.removeprefix("."))  # locked before anybody looks for it
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

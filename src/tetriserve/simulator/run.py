@@ -1,0 +1,141 @@
+"""Drives the controller through an event heap: arrivals from a workload, task ends from a cost model."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from tetriserve.control.controller import Controller
+from tetriserve.core.events import (
+    CloseCancelled,
+    Command,
+    Event,
+    FailRequest,
+    FinishRequest,
+    ForgetRequest,
+    StartTask,
+    Submitted,
+    TaskFinished,
+    TensorRef,
+    TimerFired,
+    WakeAt,
+    WorkerJoined,
+)
+from tetriserve.core.plan import CostModel
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage
+from tetriserve.policies.policy import Policy
+from tetriserve.workload.outcome import Outcome, Status
+
+_NOTHING = TensorRef("simulated", 0)
+
+
+def simulate(
+    policy: Policy,
+    cost: CostModel,
+    requests: Iterable[Request],
+    *,
+    num_ranks: int,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Outcome]:
+    """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
+
+    noise: standard deviation of a task's duration as a fraction of it; 0 is what the cost model says, exactly.
+    """
+    return Simulation(policy, cost, num_ranks=num_ranks, noise=noise, seed=seed).run(requests)
+
+
+@dataclass(order=True)
+class _Scheduled:
+    """An event to come; of several at one time the first scheduled goes first."""
+
+    time_s: float
+    number: int
+    event: Event = field(compare=False)
+
+
+class Simulation:
+    """One run. The same controller as live, with a heap for a clock; deterministic for a seed."""
+
+    def __init__(self, policy: Policy, cost: CostModel, *, num_ranks: int, noise: float = 0.0, seed: int = 0) -> None:
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks is {num_ranks}; it must be at least 1")
+        if noise < 0:
+            raise ValueError(f"noise is {noise}; it must not be negative")
+        self.controller = Controller(policy, cost)
+        self.now = 0.0
+        self._cost = cost  # what happens; the controller's own copy is what it believes
+        self._noise = noise
+        self._random = random.Random(seed)
+        self._heap: list[_Scheduled] = []
+        self._num_scheduled = 0
+        self._timer: _Scheduled | None = None
+        for rank in range(num_ranks):
+            self._take(WorkerJoined(rank))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Outcome]:
+        """Outcomes in the order in which requests end."""
+        for request in requests:
+            yield from self._run_until(request.arrival_s)
+            self.now = max(self.now, request.arrival_s)
+            yield from self._take(Submitted(request))
+        yield from self._run_until(float("inf"))
+
+    def _run_until(self, time_s: float) -> Iterator[Outcome]:
+        while self._heap and self._heap[0].time_s <= time_s:
+            scheduled = heapq.heappop(self._heap)
+            if isinstance(scheduled.event, TimerFired):
+                if scheduled is not self._timer:
+                    continue  # a later wish replaced it
+                self._timer = None
+            self.now = scheduled.time_s
+            yield from self._take(scheduled.event)
+
+    def _take(self, event: Event) -> list[Outcome]:
+        return [
+            outcome
+            for command in self.controller.handle(event, self.now)
+            if (outcome := self._carry_out(command)) is not None
+        ]
+
+    def _carry_out(self, command: Command) -> Outcome | None:
+        match command:
+            case StartTask():
+                elapsed_s = self._duration_s(command)
+                self._schedule(
+                    self.now + self._cost.switch_s + elapsed_s, TaskFinished(command.task_id, elapsed_s, _NOTHING)
+                )
+            case WakeAt(time_s):
+                if self._timer is None or self._timer.time_s != time_s:
+                    self._timer = self._schedule(max(time_s, self.now), TimerFired())
+            case FinishRequest(request, runs, predicted_finish_s, _):
+                return Outcome(
+                    request=request, status=Status.FINISHED, runs=runs,
+                    predicted_finish_s=predicted_finish_s, finish_s=self.now,
+                )  # fmt: skip
+            case FailRequest() | CloseCancelled() | ForgetRequest():
+                pass  # no task fails and no client leaves here, and there is no state to drop
+            case _:
+                assert_never(command)
+        return None
+
+    def _duration_s(self, command: StartTask) -> float:
+        task, request = command.task, command.request
+        match task.stage:
+            case Stage.ENCODE:
+                seconds = self._cost.encode_s(request)
+            case Stage.DENOISE:
+                seconds = task.num_steps * self._cost.step_times(request)[task.degree]
+            case Stage.DECODE:
+                seconds = self._cost.decode_s(request)
+        return seconds * max(0.1, self._random.gauss(1.0, self._noise)) if self._noise else seconds
+
+    def _schedule(self, time_s: float, event: Event) -> _Scheduled:
+        scheduled = _Scheduled(time_s, self._num_scheduled, event)
+        self._num_scheduled += 1
+        heapq.heappush(self._heap, scheduled)
+        return scheduled
