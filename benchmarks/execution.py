@@ -89,7 +89,10 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
 
 
 async def switch_times(directory: Path) -> tuple[list[float], list[float]]:
-    """Seconds of one-step tasks that stay in their group, and of those that come to a warm group from another degree."""
+    """Seconds, per degree 1 and 2: what a one-step task costs more right after a task of the other degree.
+
+    And the seconds of such a task when the one before it had the same degree. All groups are warm.
+    """
     from tetriserve.models.card import read_card
 
     executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=2))

@@ -1,34 +1,40 @@
-"""The fixed grid of rounds, and what one round holds of each shape."""
+"""Rounds: when one ends, and what it holds of each shape."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tetriserve.core.plan import InFlight
+from tetriserve.core.trajectory import Stage
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees, fastest_degree
+
+_EPSILON_S = 1e-9
+"""Rounding slack: steps that fill what is left of a round exactly do fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of the grid, in seconds since the engine started."""
+    """One round, in seconds since the engine started. `is_open` until the first of its denoise tasks has started."""
 
     start_s: float
     end_s: float
+    is_open: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundClock:
-    """Rounds of `round_s` seconds on the grid k * round_s.
+    """Rounds of at most `round_s` seconds.
 
-    Predictions are a little off and timers fire a little early or late, so the grid is read with three tolerances:
+    There is no grid: a round ends when the last of its denoise tasks is predicted to end, and the next one starts then.
+    What starts in mid-round ends by that moment, so the whole pool comes together at it, and when tasks are a little
+    late or early the boundary moves with them. Predictions are a little off; three tolerances absorb that:
 
-    early_s: a moment this close before a boundary counts as the boundary.
-    grace_s: after a boundary, tasks that are predicted to end within it are waited for.
-    overrun_s: a task may be predicted to end this long after its boundary, and by at most a quarter of its own step.
-        Without it, a short stage at the start of a round would cost the reference shape a whole step of that round.
+    early_s: a round this close to its end counts as over.
+    grace_s: tasks of the last round are waited for this long after they should have ended.
+    overrun_s: the first tasks of a round may be predicted to end this much after `round_s`, and by at most a quarter
+        of their own step: else a slightly slower model would cost the reference shape a whole step in every round.
     """
 
     round_s: float
@@ -41,25 +47,35 @@ class RoundClock:
         """Tolerances of 2, 10 and 5 percent of the round."""
         return cls(round_s=round_s, early_s=0.02 * round_s, grace_s=0.1 * round_s, overrun_s=0.05 * round_s)
 
-    def round_at(self, now: float) -> Round:
-        """The round that `now` belongs to; its end is always after `now`."""
-        index = math.floor((now + self.early_s) / self.round_s)
-        return Round(index * self.round_s, (index + 1) * self.round_s)
+    def round_at(self, in_flight: Iterable[InFlight], now: float) -> Round:
+        """The round that `now` belongs to; it always ends after `now`. A task that is long overdue does not count."""
+        ends = [
+            flight.end_s
+            for flight in in_flight
+            if flight.task.stage is Stage.DENOISE and flight.end_s > now - self.grace_s
+        ]
+        if not ends:
+            return Round(now, now + self.round_s, is_open=True)
+        end_s = max(ends)
+        if end_s <= now + self.early_s:
+            return Round(end_s, end_s + self.round_s, is_open=True)
+        return Round(end_s - self.round_s, min(end_s, now + self.round_s), is_open=False)
 
     def grace_end_s(self, this: Round) -> float:
         return this.start_s + self.grace_s
 
-    def steps_that_fit(self, available_s: float, step_s: float) -> int:
-        """Whole steps that end within `available_s`, the overrun allowed."""
-        return max(0, int((available_s + min(self.overrun_s, 0.25 * step_s)) / step_s))
+    def steps_that_fit(self, available_s: float, step_s: float, *, is_open: bool = True) -> int:
+        """Whole steps that end within `available_s`, overrun allowed for in an open round."""
+        overrun_s = min(self.overrun_s, 0.25 * step_s) if is_open else _EPSILON_S
+        return max(0, int((available_s + overrun_s) / step_s))
 
     def is_within_round(self, duration_s: float) -> bool:
         """Whether something that starts as late as the end of the grace still ends within its round."""
         return duration_s <= self.round_s - self.grace_s
 
     def is_about_to_end(self, flight: InFlight, this: Round) -> bool:
-        """Whether `flight` was to end around the start of `this` round. One that is a whole round overdue is not."""
-        return this.start_s - self.round_s < flight.end_s <= self.grace_end_s(this)
+        """Whether `flight` was to end around the start of `this` round. One that is long overdue is not."""
+        return this.start_s - self.grace_s < flight.end_s <= self.grace_end_s(this)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +88,18 @@ class Window:
     switch_s: float
 
     def steps_that_fit(self, step_s: float) -> int:
-        """Steps that a denoise task can run by the boundary."""
-        return self.clock.steps_that_fit(self.round.end_s - self.now - self.switch_s, step_s)
+        """Steps that a denoise task can run by the end of the round."""
+        available_s = self.round.end_s - self.now - self.switch_s
+        return self.clock.steps_that_fit(available_s, step_s, is_open=self.round.is_open)
 
     def end_of(self, num_steps: int, step_s: float) -> float:
         """When a task of `num_steps` ends."""
         return self.now + self.switch_s + num_steps * step_s
 
     def may_start(self, duration_s: float) -> bool:
-        """Whether a stage ends by the boundary, or is too long to end by any and may as well start now."""
-        ends_by_boundary = self.now + duration_s <= self.round.end_s + self.clock.overrun_s
-        return ends_by_boundary or not self.clock.is_within_round(duration_s)
+        """Whether a stage ends by the end of the round, or is too long for any and may as well start now."""
+        ends_in_time = self.now + duration_s <= self.round.end_s + self.clock.overrun_s
+        return ends_in_time or not self.clock.is_within_round(duration_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +131,7 @@ def round_table(
 ) -> RoundTable | None:
     """The table of one shape on `max_degree` living ranks; None when none of its degrees is that narrow.
 
-    Degrees whose step does not fit in a round are left out, because they would hold ranks across the boundary where
+    Degrees whose step does not fit in a round are left out, because they would hold ranks beyond the moment at which
     wide groups assemble. A shape without any other degree keeps its fastest one, in tasks of one step.
     """
     times = {degree: step_s for degree, step_s in step_times if degree <= max_degree}

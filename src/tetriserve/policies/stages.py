@@ -26,7 +26,7 @@ def place_short_stages(trajectories: Iterable[Trajectory], free: set[int], *, pr
     """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
 
     They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
-    waiting for two boundaries. Decode runs where the latents are when that rank is free. One rank runs one task, so
+    waiting for two rounds to end. Decode runs where the latents are when that rank is free. One rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
     tasks = []

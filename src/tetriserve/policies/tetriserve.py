@@ -20,12 +20,13 @@ MIN_ROUND_S = 0.05
 
 
 class TetriServe:
-    """Rounds on a fixed grid, in which as many requests as possible keep their deadlines.
+    """Rounds in which as many requests as possible keep their deadlines.
 
-    A round spans `step_granularity` steps of a reference shape. At every event the round's algorithm runs for the ranks
-    that are idle, with the next boundary as horizon: at a boundary this is the paper's round, in between it fills what
-    has become free. Denoise tasks end by the boundary, so that all ranks meet there and wide groups can form; that, not
-    any memory between calls, is what reserves 8 ranks for a request that needs them.
+    A round spans `step_granularity` steps of a reference shape and ends when the last of its denoise tasks does. At
+    every event the round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all
+    are idle this is the paper's round, in between it fills what has become free. Denoise tasks end by the end of the
+    round, so that all ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8
+    ranks for a request that needs them.
 
     In order: encode and decode as soon as a rank is free; requests that can still meet their deadlines, packed by
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
@@ -58,10 +59,10 @@ class TetriServe:
         self.fill = fill
 
     def plan(self, state: State, now: float) -> Plan:
-        """See `Policy.plan`. Asks again at the next boundary for as long as a request waits."""
+        """See `Policy.plan`. Asks again at the end of the round for as long as a request waits."""
         if not state.waiting:
             return Plan()
-        window = Window(self.clock, self.clock.round_at(now), now, state.cost.switch_s)
+        window = Window(self.clock, self.clock.round_at(state.in_flight, now), now, state.cost.switch_s)
         free = set(state.idle_ranks)
         if not free:
             return Plan(wake_at=window.round.end_s)
@@ -159,7 +160,7 @@ def _pack(candidates: Sequence[Candidate], capacity: int, window: Window) -> tup
 
 
 def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice | None:
-    """The degree that gets furthest before the boundary; the narrowest of equals."""
+    """The degree that gets furthest before the round ends; the narrowest of equals."""
     best: Choice | None = None
     for degree, step_s in candidate.table.times.items():
         num_steps = min(candidate.trajectory.remaining_steps, window.steps_that_fit(step_s))

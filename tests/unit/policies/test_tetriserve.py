@@ -1,4 +1,4 @@
-"""What the round policy promises, with numbers: the pitfalls, priority classes, and the grid."""
+"""What the round policy promises, with numbers: the pitfalls, priority classes, and rounds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ RANKS = tuple(range(8))
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
     return Trajectory(request, True, steps_done, holders, is_running)
+
+
+def in_flight(request_of, end_s, rank):
+    """A narrow request whose task on `rank` ends at `end_s`, and with it the round."""
+    running = encoded(request_of(512, request_id="running"), 5, (rank,), is_running=True)
+    return running, InFlight(0, Task("running", Stage.DENOISE, (rank,), 14), 0.0, end_s)
 
 
 def denoise_tasks(plan):
@@ -80,10 +86,10 @@ def test_a_degree_whose_step_spans_rounds_is_left_alone_when_others_fit(drive, m
     assert {task.degree for task in run.denoise("r")} == {2}
 
 
-def test_a_step_that_fits_a_round_but_not_the_rest_of_this_one_waits_for_the_boundary(make, request_of, flux):
-    state = State((encoded(request_of(2048, deadline_s=60.0)),), (), RANKS, flux)
-    plan = make("tetriserve", flux).plan(state, 0.55)
-    assert plan == Plan(wake_at=pytest.approx(ROUND_S))
+def test_a_step_that_fits_a_round_but_not_the_rest_of_this_one_waits_for_its_end(make, request_of, flux):
+    running, flight = in_flight(request_of, ROUND_S, 0)
+    state = State((running, encoded(request_of(2048, deadline_s=60.0))), (flight,), RANKS, flux)
+    assert make("tetriserve", flux).plan(state, 0.55) == Plan(wake_at=pytest.approx(ROUND_S))
 
 
 def test_a_step_across_rounds_is_packed_like_any_other(make, request_of, table_cost):
@@ -97,17 +103,20 @@ def test_a_step_across_rounds_is_packed_like_any_other(make, request_of, table_c
         assert denoise_tasks(policy.plan(State((patient, pressed), (), (0,), cost), 0.0)) == runs
 
 
-def test_so_close_to_a_boundary_that_not_even_starting_fits_it_waits(make, request_of, table_cost):
-    cost = table_cost({256: {1: 0.004}}, {256: 0.01}, switch_s=0.03)
-    policy = make("tetriserve", cost, 1)
+def test_so_close_to_the_end_of_a_round_that_not_even_starting_fits_it_waits(make, request_of, table_cost):
+    cost = table_cost({256: {1: 0.004}, 512: {1: 0.004}}, {256: 0.01, 512: 0.01}, switch_s=0.03)
+    policy = make("tetriserve", cost, 2)
     assert policy.clock.round_s == pytest.approx(0.05)
-    state = State((encoded(request_of(256)),), (), (0,), cost)
+    running, flight = in_flight(request_of, 0.05, 1)
+    state = State((running, encoded(request_of(256))), (flight,), (0, 1), cost)
     assert policy.plan(state, 0.045) == Plan(wake_at=pytest.approx(0.05))
 
 
-def test_a_late_decode_does_not_hold_a_rank_across_a_boundary(make, request_of, flux):
+def test_a_late_decode_does_not_hold_a_rank_beyond_the_end_of_a_round(make, request_of, flux):
     policy = make("tetriserve", flux)
-    state = State((Trajectory(request_of(2048, deadline_s=0.1), True, 28, (5,)),), (), RANKS, flux)
+    running, flight = in_flight(request_of, ROUND_S, 0)
+    late = Trajectory(request_of(2048, deadline_s=0.1), True, 28, (5,))
+    state = State((running, late), (flight,), RANKS, flux)
     assert policy.plan(state, 0.3).tasks == (Task("r", Stage.DECODE, (5,)),)
     assert policy.plan(state, 0.5) == Plan(wake_at=pytest.approx(ROUND_S))
 
@@ -161,36 +170,40 @@ def test_a_request_stays_on_its_ranks_while_its_degree_stays(drive, make, poisso
     assert kept_share("tetriserve:placement=off") <= preserved - 0.1
 
 
-def test_tasks_end_by_the_boundary_whenever_they_start(drive, make, poisson, flux):
-    run = drive(make("tetriserve", flux), poisson(45, 60, seed=2), flux, jitter=0.01, timer_jitter_s=0.003)
-    clock = make("tetriserve", flux).clock
-    for start, end, task in run.tasks:
-        if task.stage is Stage.DENOISE:
-            assert end <= clock.round_at(start).end_s + clock.overrun_s + 1e-9
+def test_what_starts_in_mid_round_ends_with_the_round(drive, make, poisson, flux):
+    policy = make("tetriserve", flux)
+    run = drive(policy, poisson(45, 60, seed=2), flux)
+    denoise = [(start, end) for start, end, task in run.tasks if task.stage is Stage.DENOISE]
+    num_mid_round = 0
+    for start, end in denoise:
+        assert end - start <= policy.clock.round_s + policy.clock.overrun_s + 1e-9
+        others = [other_end for other_start, other_end in denoise if other_start < start < other_end]
+        if others and max(others) > start + policy.clock.early_s:
+            num_mid_round += 1
+            assert end <= max(others) + 1e-6
+    assert num_mid_round >= 8
 
 
-def test_after_a_boundary_ranks_about_to_come_free_are_waited_for(make, request_of, flux):
+def test_ranks_about_to_come_free_are_waited_for(make, request_of, flux):
     policy = make("tetriserve", flux)
     wide = encoded(request_of(2048, request_id="wide", deadline_s=6.0))
-    running = encoded(request_of(512, request_id="running"), 5, (0,), is_running=True)
 
-    def state(end_s):
-        flight = InFlight(0, Task("running", Stage.DENOISE, (0,), 14), 0.0, end_s)
-        return State((running, wide), (flight,), RANKS, flux)
+    def plan(end_s, now):
+        running, flight = in_flight(request_of, end_s, 0)
+        return policy.plan(State((running, wide), (flight,), RANKS, flux), now)
 
-    grace_end_s = pytest.approx(1.1 * ROUND_S)
-    assert policy.plan(state(ROUND_S + 0.004), ROUND_S + 0.002) == Plan(wake_at=grace_end_s)
-    assert policy.plan(state(ROUND_S - 0.004), ROUND_S + 0.002) == Plan(wake_at=grace_end_s)
-    assert policy.plan(state(ROUND_S + 0.3), ROUND_S + 0.002).tasks
-    assert policy.plan(state(ROUND_S + 0.004), 1.11 * ROUND_S).tasks
+    for end_s in (ROUND_S + 0.004, ROUND_S - 0.004):
+        assert plan(end_s, ROUND_S + 0.002) == Plan(wake_at=pytest.approx(end_s + 0.1 * ROUND_S))
+    assert plan(ROUND_S + 0.3, ROUND_S + 0.002).tasks
+    assert plan(ROUND_S + 0.004, 1.11 * ROUND_S + 0.004).tasks
 
 
-def test_a_timer_a_little_early_starts_the_round_that_it_was_set_for(make, request_of, flux):
-    state = State((encoded(request_of(2048, deadline_s=3.8 + ROUND_S)),), (), RANKS, flux)
-    for now in (ROUND_S - 0.005, ROUND_S, ROUND_S + 0.02):
+def test_a_pool_at_rest_starts_a_round_at_once_whenever_that_is(make, request_of, flux):
+    for now in (0.0, 0.3, ROUND_S, 5.17):
+        state = State((encoded(request_of(2048, deadline_s=now + 3.8)),), (), RANKS, flux)
         plan = make("tetriserve", flux).plan(state, now)
         assert denoise_tasks(plan) == {"r": (8, 5)}
-        assert plan.wake_at == pytest.approx(2 * ROUND_S)
+        assert plan.wake_at == pytest.approx(now + ROUND_S)
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])
