@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
-from tetriserve.core.events import Event, StartTask, TaskFinished
+from tetriserve.core.events import Event, StartTask, TaskFinished, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
@@ -25,6 +26,7 @@ from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.processes import start_context, start_process
 from tetriserve.launch import Progress, find_model, launch
+from tetriserve.models.card import read_card
 
 NUM_STEPS = 20
 BARS = {Shape(256, 256): 1.05, Shape(512, 512): 1.02}
@@ -34,8 +36,10 @@ QUIET = Progress(step=lambda text: None)
 
 def bare_loop(directory: Path, connection: Connection) -> None:
     """A process that runs the plain diffusers denoise loop whenever it is sent a size, and answers in seconds."""
+    import numpy as np
     import torch
     from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -43,23 +47,29 @@ def bare_loop(directory: Path, connection: Connection) -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipeline = FluxPipeline.from_pretrained(str(directory), dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    channels = pipeline.transformer.config.in_channels // 4
     while True:
         try:
             size = connection.recv()
         except EOFError:
             return
-        marks: list[float] = []
-
-        def mark(pipe: object, step: int, timestep: object, tensors: dict[str, object], marks=marks) -> dict:
-            marks.append(time.perf_counter())
-            return {}
-
-        pipeline(
-            "a bare loop", height=size, width=size, num_inference_steps=NUM_STEPS + 1, max_sequence_length=64,
-            generator=torch.Generator("cpu").manual_seed(0), output_type="latent", callback_on_step_end=mark,
-        )  # fmt: skip
-        connection.send(marks[-1] - marks[0])  # NUM_STEPS whole steps, the first one left out
+        with torch.no_grad():
+            embeds, pooled, text_ids = pipeline.encode_prompt("a bare loop", max_sequence_length=64)
+            generator = torch.Generator("cpu").manual_seed(0)
+            started_at = time.perf_counter()
+            latents, image_ids = pipeline.prepare_latents(
+                1, channels, size, size, torch.float32, torch.device("cpu"), generator
+            )
+            shift = calculate_shift(latents.shape[1])
+            sigmas = np.linspace(1.0, 1 / NUM_STEPS, NUM_STEPS)
+            timesteps, _ = retrieve_timesteps(pipeline.scheduler, NUM_STEPS, "cpu", sigmas=sigmas, mu=shift)
+            for timestep in timesteps:
+                velocity = pipeline.transformer(
+                    hidden_states=latents, timestep=timestep.expand(1) / 1000, pooled_projections=pooled,
+                    encoder_hidden_states=embeds, txt_ids=text_ids, img_ids=image_ids, return_dict=False,
+                )[0]  # fmt: skip
+                latents = pipeline.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            connection.send(time.perf_counter() - started_at)
 
 
 async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, list[float]]:
@@ -71,16 +81,26 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     engine = await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)
     ratios: dict[Shape, list[float]] = {shape: [] for shape in BARS}
     try:
+
+        async def bare(shape: Shape) -> float:
+            ours.send(shape.height)
+            return await asyncio.to_thread(ours.recv)
+
+        async def through_engine(shape: Shape) -> float:
+            generated = await engine.generate(
+                Generation(prompt="an engine", size=str(shape), num_steps=NUM_STEPS, slo_s=600.0)
+            )
+            runs = [run for run in generated.outcome.runs if run.task.stage is Stage.DENOISE]
+            return runs[-1].end_s - runs[0].start_s
+
         for pair in range(-2, num_pairs):  # two rounds of warm-up
             for shape in BARS:
-                ours.send(shape.height)
-                bare_s = await asyncio.to_thread(ours.recv)
-                generated = await engine.generate(
-                    Generation(prompt="an engine", size=str(shape), num_steps=NUM_STEPS, slo_s=600.0)
-                )
-                runs = [run for run in generated.outcome.runs if run.task.stage is Stage.DENOISE]
+                if pair % 2:  # neither always goes first
+                    bare_s, engine_s = await bare(shape), await through_engine(shape)
+                else:
+                    engine_s, bare_s = await through_engine(shape), await bare(shape)
                 if pair >= 0:
-                    ratios[shape].append((runs[-1].end_s - runs[0].start_s) / bare_s)
+                    ratios[shape].append(engine_s / bare_s)
     finally:
         await engine.stop()
         ours.close()
@@ -88,49 +108,59 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     return ratios
 
 
-async def switch_times(directory: Path) -> tuple[list[float], list[float]]:
-    """Seconds, per degree 1 and 2: what a one-step task costs more right after a task of the other degree.
+async def switch_times(directory: Path) -> tuple[float, float]:
+    """Seconds of a one-step task at degree 2 that stays in its group, and of one that comes from degree 1.
 
-    And the seconds of such a task when the one before it had the same degree. All groups are warm.
+    Between the two pairs of tasks at degree 2, request A runs at degree 1 on rank 0 beside request B on rank 1, so
+    that both ranks are at work all the time and rank 1 lacks A's latents when they join again.
     """
-    from tetriserve.models.card import read_card
-
     executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=2))
     await executor.start(lambda text: None)
-    finished: asyncio.Queue[Event] = asyncio.Queue()
-    executor.subscribe(finished.put_nowait)
-    request = Request(
-        request_id="switch", prompt="x", shape=Shape(256, 256), num_steps=1000, seed=0, arrival_s=0.0, deadline_s=0.0
-    )
-    embeds = latents = None
-    stay: dict[int, list[float]] = {1: [], 2: []}
-    switch: dict[int, list[float]] = {1: [], 2: []}
-    degrees = [1, 1, 2, 2] * 60
+    ends: dict[int, asyncio.Future[TaskFinished]] = {}
+
+    def on_event(event: Event) -> None:
+        assert isinstance(event, TaskFinished), event
+        ends.pop(event.task_id).set_result(event)
+
+    executor.subscribe(on_event)
+    ids = itertools.count()
+    done = {"a": 0, "b": 0}
+    refs: dict[tuple[str, Stage], TensorRef] = {}
+
+    async def run(name: str, stage: Stage, ranks: tuple[int, ...]) -> float:
+        shape = Shape(256, 256)
+        request = Request(
+            request_id=name, prompt=name, shape=shape, num_steps=100, seed=0, arrival_s=0.0, deadline_s=0.0
+        )
+        task_id, num_steps = next(ids), int(stage is Stage.DENOISE)
+        end = ends[task_id] = asyncio.get_running_loop().create_future()
+        embeds, latents = refs.get((name, Stage.ENCODE)), refs.get((name, Stage.DENOISE))
+        started_at = time.perf_counter()
+        executor.start_task(
+            StartTask(task_id, Task(name, stage, ranks, num_steps), request, done[name], embeds, latents)
+        )
+        refs[name, stage] = (await end).result
+        done[name] += num_steps
+        return time.perf_counter() - started_at
+
+    stays: list[float] = []
+    switches: list[float] = []
     try:
-        for task_id, degree in enumerate([0, *degrees]):
-            stage = Stage.DENOISE if degree else Stage.ENCODE
-            task = Task("switch", stage, tuple(range(max(degree, 1))), 1 if degree else 0)
-            started_at = time.perf_counter()
-            executor.start_task(StartTask(task_id, task, request, max(task_id - 1, 0), embeds, latents))
-            event = await finished.get()
-            elapsed = time.perf_counter() - started_at
-            assert isinstance(event, TaskFinished), event
-            if stage is Stage.ENCODE:
-                embeds = event.result
-                continue
-            latents = event.result
-            if task_id > 20:
-                (stay if degrees[task_id - 2] == degree else switch)[degree].append(elapsed)
+        await asyncio.gather(run("a", Stage.ENCODE, (0,)), run("b", Stage.ENCODE, (1,)))
+        for number in range(33):
+            await asyncio.gather(run("a", Stage.DENOISE, (0,)), run("b", Stage.DENOISE, (1,)))
+            switch_s = await run("a", Stage.DENOISE, (0, 1))
+            stay_s = await run("a", Stage.DENOISE, (0, 1))
+            if number >= 3:
+                switches.append(switch_s)
+                stays.append(stay_s)
     finally:
         await executor.stop()
-    extra = [statistics.median(switch[degree]) - statistics.median(stay[degree]) for degree in (1, 2)]
-    return extra, [statistics.median(stay[degree]) for degree in (1, 2)]
+    return statistics.median(stays), statistics.median(switches)
 
 
 async def worker_memory(directory: Path) -> tuple[float, float]:
     """MiB that each worker holds alone (PSS, shared pages divided), and MiB of the model's weights."""
-    from tetriserve.models.card import read_card
-
     executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=3))
     await executor.start(lambda text: None)
     try:
@@ -158,12 +188,11 @@ def main() -> None:
                 f"denoise through the engine over a bare loop, {policy:10} {shape}: median {middle:.3f}x "
                 f"(min {low:.3f}, max {high:.3f}, {len(ratios)} pairs; bar {BARS[shape]:.2f}x)"
             )
-    extra, stay = asyncio.run(switch_times(directory))
-    for degree, seconds, step_s in zip((1, 2), extra, stay, strict=True):
-        print(
-            f"switch to degree {degree}, warm group: {seconds * 1000:+.2f} ms over a task that stays "
-            f"({step_s * 1000:.1f} ms; bar {SWITCH_BAR_S * 1000:.0f} ms)"
-        )
+    stay_s, switch_s = asyncio.run(switch_times(directory))
+    print(
+        f"switch from degree 1 to 2, warm group: {(switch_s - stay_s) * 1000:.2f} ms more than a task that stays "
+        f"({stay_s * 1000:.1f} ms; bar {SWITCH_BAR_S * 1000:.0f} ms)"
+    )
     pss, weights = asyncio.run(worker_memory(directory))
     print(
         f"memory per worker: {pss:.0f} MiB, {pss - weights:.0f} MiB over the model's own {weights:.0f} MiB of weights"
