@@ -61,13 +61,16 @@ class Engine:
             pool=PoolConfig(num_ranks=ranks, degrees=degrees, device=device),
             scheduling=SchedulingConfig(policy=policy),
         )
+        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._leaving = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._live: LiveEngine | None = None
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="tetriserve-engine", daemon=True)
+        self._loop, self._leaving = asyncio.new_event_loop(), asyncio.Event()
+        arguments = (self._loop, self._leaving)
+        self._thread = threading.Thread(target=_run_loop, args=arguments, name="tetriserve-engine", daemon=True)
         self._thread.start()
         try:
             self._live = self._call(launch(self._config, Progress()))
@@ -83,11 +86,18 @@ class Engine:
         try:
             self._call(self._live.stop())
         finally:
-            self._live = None
             self._end_loop()
+            self._live = None
 
     async def __aenter__(self) -> Self:
-        return await asyncio.to_thread(self.__enter__)
+        entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
+        try:
+            return await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            await asyncio.wait({entering})  # a thread cannot be cancelled, and nobody else would exit this engine
+            if entering.exception() is None:
+                await self.__aexit__(None, None, None)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -111,8 +121,10 @@ class Engine:
         return await asyncio.wrap_future(self._submit(prompt, options))
 
     def _submit(self, prompt: str, options: dict[str, Any]) -> Future[Picture]:
-        loop = self._running_loop  # asked for first: a coroutine that never runs would be complained about
-        return asyncio.run_coroutine_threadsafe(self._generate(Generation(prompt=prompt, **options)), loop)
+        generation = Generation(prompt=prompt, **options)
+        with self._lock:  # what is handed to the loop before it is told to end is answered, nothing after
+            loop = self._running_loop  # asked for first: a coroutine that never runs would be complained about
+            return asyncio.run_coroutine_threadsafe(self._generate(generation), loop)
 
     async def _generate(self, generation: Generation) -> Picture:
         from PIL import Image
@@ -131,9 +143,19 @@ class Engine:
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop).result()
 
     def _end_loop(self) -> None:
-        loop, thread = self._loop, self._thread
-        assert loop is not None and thread is not None
-        loop.call_soon_threadsafe(loop.stop)
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            assert loop is not None and thread is not None
+            self._loop = self._thread = None
+            loop.call_soon_threadsafe(self._leaving.set)
         thread.join()
-        loop.close()
-        self._loop = self._thread = None
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop, leaving: asyncio.Event) -> None:
+    """Run until told to leave; then cancel what is left (a start that was interrupted, say), see it end, and close."""
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(_wait(leaving))
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

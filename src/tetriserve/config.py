@@ -15,7 +15,7 @@ class PoolConfig:
 
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
     num_threads: intra-op threads of each worker. One is right on a CPU shared by several ranks.
-    max_groups: live process groups at most; the least recently used goes first.
+    max_groups: live process groups at most, the least recently used goes first; 0 means 32, or twice the ranks if more.
     heartbeat_timeout_s: a worker silent for this long is taken for hung and replaced.
     step_timeout_s: a busy worker that finishes no step for this long is taken for hung and replaced.
     group_timeout_s: a collective that waits for a peer for this long fails.
@@ -25,7 +25,7 @@ class PoolConfig:
     degrees: tuple[int, ...] = ()
     device: str = "cpu"
     num_threads: int = 1
-    max_groups: int = 32
+    max_groups: int = 0
     heartbeat_timeout_s: float = 10.0
     step_timeout_s: float = 600.0
     group_timeout_s: float = 30.0
@@ -41,6 +41,8 @@ class PoolConfig:
             object.__setattr__(self, "degrees", powers)
         degrees = tuple(sorted(set(self.degrees)))
         object.__setattr__(self, "degrees", degrees)
+        if degrees[0] < 1:
+            raise ConfigError(f"degrees is {_listed(degrees)}; a degree is at least 1")
         if degrees[0] != 1:
             raise ConfigError(f"degrees is {_listed(degrees)}; it must contain 1, at which encode and decode run")
         if degrees[-1] > self.num_ranks:
@@ -48,6 +50,8 @@ class PoolConfig:
                 f"degrees is {_listed(degrees)} with {self.num_ranks} ranks; "
                 f"use --ranks {degrees[-1]} or degrees of at most {self.num_ranks}"
             )
+        if self.max_groups == 0:
+            object.__setattr__(self, "max_groups", max(32, 2 * self.num_ranks))
         for name in ("num_threads", "max_groups", "heartbeat_timeout_s", "step_timeout_s", "group_timeout_s",
                      "start_timeout_s"):  # fmt: skip
             if not getattr(self, name) > 0:
@@ -90,12 +94,11 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     shutdown_timeout_s: float = 60.0
-    log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
-        if self.shutdown_timeout_s < 0:
+        if not self.shutdown_timeout_s >= 0:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout_s}; it must not be negative")
 
 

@@ -18,7 +18,7 @@ from tetriserve.control.controller import Controller
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.request import Shape
 from tetriserve.engine.intake import Intake
-from tetriserve.engine.live import LiveEngine, OnEvent
+from tetriserve.engine.live import LiveEngine, Recorder
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models import bundled
 from tetriserve.models.card import ModelCard, read_card
@@ -41,7 +41,7 @@ class Progress:
     measured: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
-async def launch(config: EngineConfig, progress: Progress, *, on_event: OnEvent | None = None) -> LiveEngine:
+async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder | None = None) -> LiveEngine:
     """A started engine. Whatever can be checked before workers start is checked before.
 
     Raises:
@@ -116,7 +116,10 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         except ProfileError as error:
             logger.debug("not using a profile: %s", error)
             continue
-        if profile.hardware == hardware_name(config.pool) and profile.fingerprint == card.fingerprint:
+        known = (profile.hardware, profile.fingerprint, profile.dtype)
+        if known == (hardware_name(config.pool), card.fingerprint, card.dtype) and set(profile.shapes) >= set(
+            card.sizes
+        ):  # sizes may have been added since
             logger.info("using the profile %s", path)
             return profile
     return None
@@ -174,7 +177,7 @@ def cache_directory() -> Path:
 
 def cached_profile_path(card: ModelCard, pool: PoolConfig) -> Path:
     """One file per model, hardware and degrees."""
-    parts = (card.name, card.fingerprint, card.dtype, hardware_name(pool), "-".join(map(str, pool.degrees)))
+    parts = (card.fingerprint, card.dtype, hardware_name(pool), "-".join(map(str, pool.degrees)))
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts))
     return cache_directory() / "profiles" / f"{name}.json"
 
@@ -183,8 +186,12 @@ async def _measure(executor: LocalExecutor, card: ModelCard, pool: PoolConfig, p
     progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
     profile = await measure(executor, card, pool, card.sizes, progress.measured)
     path = cached_profile_path(card, pool)
-    save_profile(profile, path)
-    logger.info("measured a profile and kept it in %s", path)
+    try:
+        save_profile(profile, path)
+    except ProfileError as error:  # a read-only home is no reason not to serve
+        logger.warning("the profile is measured again at the next start: %s", error)
+    else:
+        logger.info("measured a profile and kept it in %s", path)
     return profile
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -551,6 +553,52 @@ async def test_an_engine_can_be_entered_and_left_on_an_event_loop(bundled_dir: P
         assert picture.outcome.degrees == (1, 1)
     with pytest.raises(RuntimeError, match="not running; use it inside `with"):
         await engine.generate_async("too late")
+
+
+def test_threads_that_ask_while_an_engine_is_left_are_answered(bundled_dir: Path, profile_path: str) -> None:
+    ends: list[str] = []
+
+    def ask() -> None:
+        while True:
+            try:
+                engine.generate("again", **OPTIONS)
+            except Exception as error:
+                ends.append(type(error).__name__)
+                if isinstance(error, RuntimeError):  # the engine is gone
+                    return
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
+    with Engine(str(bundled_dir), ranks=1, profile=profile_path, policy="fcfs") as engine:
+        for thread in threads:
+            thread.start()
+        engine.generate("first", **OPTIONS)
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert "ShuttingDown" in ends
+    assert ends.count("RuntimeError") == 8
+    assert set(ends) <= {"ShuttingDown", "RuntimeError", "CancelledError"}
+
+
+class Interrupted(Engine):
+    """Somebody presses Ctrl-C as soon as its workers are there."""
+
+    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        before = len(multiprocessing.active_children())
+        asyncio.run_coroutine_threadsafe(coroutine, self._running_loop)
+        while len(multiprocessing.active_children()) < before + 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+
+def test_an_engine_whose_start_is_interrupted_leaves_no_worker_and_no_thread(
+    bundled_dir: Path, profile_path: str
+) -> None:
+    children, threads = set(multiprocessing.active_children()), threading.active_count()
+    with pytest.raises(KeyboardInterrupt), Interrupted(str(bundled_dir), ranks=2, profile=profile_path):
+        pass
+    assert set(multiprocessing.active_children()) <= children
+    assert threading.active_count() == threads
 
 
 @pytest.mark.filterwarnings("error")

@@ -135,3 +135,11 @@ async def test_one_line_of_log_per_request(draw, client, caplog):
     assert first.endswith("attained=2/2")
     assert " 400 in " in second
     assert "error=n is 0" in second
+
+
+async def test_methods_that_clients_make_up_share_one_label(client):
+    for method in ("BREW", "WHEN"):
+        assert (await client.request(method, "/health")).status_code == 405
+    counted = [line for line in (await client.get("/metrics")).text.splitlines() if 'status="405"' in line]
+    assert [line for line in counted if "http_requests_total" in line and 'method="other"' in line][0].endswith(" 2.0")
+    assert "BREW" not in "".join(counted)

@@ -28,10 +28,10 @@ def test_given_degrees_are_sorted_and_kept_once() -> None:
         ({"num_ranks": 1025}, "ranks is 1025; allowed: 1 to 1024"),
         ({"device": "tpu"}, "device is 'tpu'; allowed: cpu, cuda"),
         ({"degrees": (2,)}, "degrees is 2; it must contain 1, at which encode and decode run"),
-        ({"degrees": (0, 1)}, "degrees is 0,1; it must contain 1, at which encode and decode run"),
+        ({"degrees": (0, 1)}, "degrees is 0,1; a degree is at least 1"),
         ({"num_ranks": 2, "degrees": (1, 4)}, "degrees is 1,4 with 2 ranks; use --ranks 4 or degrees of at most 2"),
         ({"num_threads": 0}, "num_threads is 0; it must be above 0"),
-        ({"max_groups": 0}, "max_groups is 0; it must be above 0"),
+        ({"max_groups": -1}, "max_groups is -1; it must be above 0"),
         ({"heartbeat_timeout_s": -1.0}, "heartbeat_timeout_s is -1.0; it must be above 0"),
         ({"step_timeout_s": float("nan")}, "step_timeout_s is nan; it must be above 0"),
         ({"group_timeout_s": 0.0}, "group_timeout_s is 0.0; it must be above 0"),
@@ -53,6 +53,7 @@ def test_an_impossible_pool_is_refused(settings: dict[str, Any], message: str) -
         (ServerConfig, {"port": 65536}, "port is 65536; allowed: 0 to 65535"),
         (ServerConfig, {"port": -1}, "port is -1; allowed: 0 to 65535"),
         (ServerConfig, {"shutdown_timeout_s": -0.5}, "shutdown_timeout is -0.5; it must not be negative"),
+        (ServerConfig, {"shutdown_timeout_s": float("nan")}, "shutdown_timeout is nan; it must not be negative"),
     ],
 )
 def test_an_impossible_setting_is_refused(kind: type[Any], settings: dict[str, Any], message: str) -> None:

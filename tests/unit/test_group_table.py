@@ -42,6 +42,15 @@ def test_a_dead_rank_breaks_exactly_its_groups() -> None:
     assert table.name((2, 3)) == names[2, 3]
 
 
+def test_a_group_can_be_taken_out_by_its_name() -> None:
+    table = GroupTable(8)
+    name = table.name((0, 1))
+    assert table.discard_named("group-of-nobody") is None
+    assert table.discard_named(name) == (0, 1)
+    assert table.discard_named(name) is None
+    assert table.name((0, 1)) != name
+
+
 def test_a_group_formed_again_gets_a_name_of_its_own() -> None:
     table = GroupTable(1)
     used = {table.name((0, 1))}

@@ -51,6 +51,11 @@ def test_the_default_deadline_is_a_multiple_of_the_time_alone_at_degree_1() -> N
     assert take(twice, size="256x256", num_steps=1).deadline_s == pytest.approx(1000.0 + 1.5 * 0.8)
 
 
+def test_a_default_deadline_is_never_one_that_a_client_could_not_have_asked_for() -> None:
+    patient = dataclasses.replace(INTAKE, default_slo_scale=1e6)
+    assert take(patient).deadline_s == pytest.approx(1000.0 + 24 * 3600)
+
+
 def test_everything_a_client_says_is_taken() -> None:
     request = take(
         size="512x256", seed=2**63 - 1, num_steps=100, guidance_scale=0.0, negative_prompt="", true_cfg_scale=2.5,

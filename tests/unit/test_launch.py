@@ -11,9 +11,17 @@ import pytest
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.request import Shape
-from tetriserve.launch import Progress, check_profile, find_model, find_profile, measure_profile
+from tetriserve.launch import (
+    Progress,
+    cached_profile_path,
+    check_profile,
+    find_model,
+    find_profile,
+    measure_profile,
+)
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, save_profile
+from tetriserve.profiler import hardware_name
 
 CARD = ModelCard(
     name="tiny", path=Path("/models/tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
@@ -73,6 +81,19 @@ def test_a_named_profile_is_loaded_and_checked(tmp_path: Path) -> None:
     save_profile(dataclasses.replace(PROFILE, fingerprint="xyz"), path)
     with pytest.raises(ProfileError, match=re.escape(str(path))):
         find_profile(config, CARD)
+
+
+def test_a_kept_profile_is_used_until_the_model_has_a_size_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = EngineConfig(pool=PoolConfig(num_ranks=2))
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
+    assert find_profile(config, CARD) is None
+    save_profile(kept, cached_profile_path(CARD, config.pool))
+    assert find_profile(config, CARD) == kept
+    larger = dataclasses.replace(CARD, sizes=(*CARD.sizes, Shape(1024, 1024)))
+    assert find_profile(config, larger) is None
 
 
 async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import assert_never
 
 from tetriserve.control.admission import earliest_finish
@@ -123,7 +124,10 @@ class Controller:
         task, request = flight.task, record.request
         record.advance(Run(task, flight.start_s, now), event.result)
         if task.stage is Stage.DENOISE:
-            self.cost = self.cost.observed(request, task.degree, event.elapsed_s / task.num_steps)
+            step_s = event.elapsed_s / task.num_steps
+            # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.
+            if not math.isclose(step_s, self.cost.step_times(request)[task.degree]):
+                self.cost = self.cost.observed(request, task.degree, step_s)
         if record.is_cancelled:
             return self._close(record)
         if task.stage is not Stage.DECODE:
@@ -160,12 +164,12 @@ class Controller:
 
     def _check(self, task: Task) -> None:
         """Policies are public and may be a third party's; a wrong plan must not reach the workers."""
-        state, record = self.state, self._tracker.records.get(task.request_id)
+        idle, record = self._tracker.idle_ranks, self._tracker.records.get(task.request_id)
         name = type(self.policy).__name__
         if record is None or record.is_cancelled or record.trajectory.is_running:
             raise PolicyError(f"{name} planned a task for {task.request_id}, which is not waiting")
-        if not task.ranks or len(set(task.ranks)) < task.degree or not set(task.ranks) <= set(state.idle_ranks):
-            raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {state.idle_ranks}")
+        if not task.ranks or len(set(task.ranks)) < task.degree or not idle.issuperset(task.ranks):
+            raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(idle))}")
         trajectory = record.trajectory
         if task.stage is not trajectory.stage:
             raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {trajectory.stage}")

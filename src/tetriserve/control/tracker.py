@@ -34,7 +34,6 @@ class Record:
         """Take in a finished task."""
         self.runs.append(run)
         self.num_losses = 0
-        self.num_losses = 0
         trajectory, task = self.trajectory, run.task
         match task.stage:
             case Stage.ENCODE:
@@ -67,6 +66,10 @@ class Tracker:
             ranks=tuple(sorted(self.ranks)),
             cost=cost,
         )
+
+    @property
+    def idle_ranks(self) -> set[int]:
+        return self.ranks.difference(*(flight.task.ranks for flight in self.in_flight.values()))
 
     def admit(self, request: Request, predicted_finish_s: float) -> None:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"

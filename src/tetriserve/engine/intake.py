@@ -141,12 +141,13 @@ class Intake:
         return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 1.0, 100.0)
 
     def _default_slo_s(self, request: Request) -> float:
-        """`default_slo_scale` times what the request takes alone at degree 1."""
-        return self.default_slo_scale * (
+        """`default_slo_scale` times what the request takes alone at degree 1, at most `MAX_SLO_S`."""
+        alone_s = (
             self.cost.encode_s(request)
             + request.num_steps * next(iter(self.cost.step_times(request).values()))
             + self.cost.decode_s(request)
         )
+        return min(self.default_slo_scale * alone_s, MAX_SLO_S)
 
 
 def _in_range(param: str, value: float | None, default: float, low: float, high: float) -> float:

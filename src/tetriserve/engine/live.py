@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnOutcome = Callable[[Outcome], None]
-OnEvent = Callable[[float, Event], None]
+Recorder = Callable[[float, Event], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LiveEngine:
         *,
         max_queue: int,
         policy_name: str,
-        on_event: OnEvent | None = None,
+        on_event: Recorder | None = None,
     ) -> None:
         self.controller = controller
         self.intake = intake
@@ -164,9 +164,9 @@ class LiveEngine:
         if self.failure is not None:
             return
         now = self.now
-        if self._on_event is not None:
-            self._on_event(now, event)
         try:
+            if self._on_event is not None:
+                self._on_event(now, event)
             for command in self.controller.handle(event, now):
                 self._carry_out(command)
         except Exception as error:
@@ -236,25 +236,40 @@ class LiveEngine:
                 self._executor.start_task(command)
             case WakeAt(time_s):
                 self._wake_at(time_s)
-            case FinishRequest(request, runs, predicted_finish_s, pixels_ref):
-                outcome = self._outcome(request, Status.FINISHED, runs, predicted_finish_s)
-                client = self._clients.pop(request.request_id, None)
-                if client is not None and not client.image.done():
-                    client.image.set_result(GeneratedImage(self._executor.read_pixels(pixels_ref), outcome))
-                self._report(outcome)
-                self._note_empty()
-            case FailRequest(request, runs, predicted_finish_s, message):
-                client = self._clients.pop(request.request_id, None)
-                if client is not None and not client.image.done():
-                    client.image.set_exception(RequestFailed(message))
-                self._report(self._outcome(request, Status.FAILED, runs, predicted_finish_s, message))
-                self._note_empty()
+            case FinishRequest():
+                self._finish(command)
+            case FailRequest():
+                self._fail(command)
             case CloseCancelled(request, runs, predicted_finish_s):
                 self._report(self._outcome(request, Status.CANCELLED, runs, predicted_finish_s))
             case ForgetRequest(request_id):
                 self._executor.forget(request_id)
             case _:
                 assert_never(command)
+
+    def _finish(self, command: FinishRequest) -> None:
+        request, runs, predicted_finish_s = command.request, command.runs, command.predicted_finish_s
+        outcome = self._outcome(request, Status.FINISHED, runs, predicted_finish_s)
+        client = self._clients.get(request.request_id)
+        if client is not None and not client.image.done():
+            try:
+                pixels = self._executor.read_pixels(command.pixels)
+            except RequestFailed as error:
+                logger.exception("request %s: the image is lost", request.request_id)
+                self._fail(FailRequest(request, runs, predicted_finish_s, str(error)))
+                return
+            client.image.set_result(GeneratedImage(pixels, outcome))
+        self._clients.pop(request.request_id, None)
+        self._report(outcome)
+        self._note_empty()
+
+    def _fail(self, command: FailRequest) -> None:
+        request = command.request
+        client = self._clients.pop(request.request_id, None)
+        if client is not None and not client.image.done():
+            client.image.set_exception(RequestFailed(command.message))
+        self._report(self._outcome(request, Status.FAILED, command.runs, command.predicted_finish_s, command.message))
+        self._note_empty()
 
     def _outcome(
         self, request: Request, status: Status, runs: tuple[Run, ...], predicted_finish_s: float, message: str = ""

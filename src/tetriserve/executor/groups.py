@@ -46,3 +46,10 @@ class GroupTable:
     def discard(self, ranks: tuple[int, ...]) -> str | None:
         """Take out the group of exactly `ranks`."""
         return self._names.pop(ranks, None)
+
+    def discard_named(self, name: str) -> tuple[int, ...] | None:
+        """Take out the group of this name; its ranks."""
+        ranks = next((ranks for ranks, known in self._names.items() if known == name), None)
+        if ranks is not None:
+            del self._names[ranks]
+        return ranks

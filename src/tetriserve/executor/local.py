@@ -7,7 +7,6 @@ rank while the others keep their models. Requests survive through the copies in 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
-from tetriserve.core.errors import ConfigError
+from tetriserve.core.errors import ConfigError, RequestFailed
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
@@ -37,7 +36,8 @@ from tetriserve.core.messages import (
 )
 from tetriserve.core.trajectory import Stage
 from tetriserve.executor.groups import GroupTable
-from tetriserve.executor.processes import end_processes, exit_words, start_context, start_process
+from tetriserve.executor.outbox import Outbox
+from tetriserve.executor.processes import end_process, end_processes, exit_words, start_context, start_process
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
@@ -58,6 +58,7 @@ class _Worker:
 
     process: BaseProcess
     connection: Connection
+    outbox: Outbox
     last_sign_s: float
     num_steps: int = 0
     last_step_s: float = 0.0
@@ -127,6 +128,9 @@ class LocalExecutor:
             raise ConfigError(
                 f"workers were not ready within {self._pool.start_timeout_s:g} s; see the log, or raise --start-timeout"
             ) from None
+        except OSError as error:
+            await self.stop()
+            raise ConfigError(f"workers cannot be started: {error}") from error
         except BaseException:
             await self.stop()
             raise
@@ -153,7 +157,10 @@ class LocalExecutor:
             asyncio.get_running_loop().call_soon(self._settle, running)
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        return self._store.load_numpy(ref)["pixels"]
+        try:
+            return self._store.load_numpy(ref)["pixels"]
+        except Exception as error:  # safetensors has errors of its own, for what the disk has too
+            raise RequestFailed(f"the finished image cannot be read: {type(error).__name__}: {error}") from error
 
     def forget(self, request_id: str) -> None:
         self._store.drop_request(request_id)
@@ -179,11 +186,19 @@ class LocalExecutor:
         process = self._context.Process(  # type: ignore[attr-defined]
             target=worker_main, args=(self._spec(rank), theirs), name=f"tetriserve-rank-{rank}", daemon=True
         )
+        starting = asyncio.ensure_future(asyncio.to_thread(start_process, process, self._pool))
         try:
-            await asyncio.to_thread(start_process, process, self._pool)
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})  # a thread cannot be cancelled, and nobody else knows of its process
+            end_process(process)
+            raise
         finally:
             theirs.close()  # so that our end reads end-of-file when the worker dies
-        self._workers[rank] = _Worker(process, ours, last_sign_s=time.monotonic())
+        if self._is_stopping:
+            end_process(process)
+            return
+        self._workers[rank] = _Worker(process, ours, Outbox(ours), last_sign_s=time.monotonic())
         asyncio.get_running_loop().add_reader(ours.fileno(), self._read, rank)
 
     def _spec(self, rank: int) -> WorkerSpec:
@@ -224,6 +239,8 @@ class LocalExecutor:
             case GroupWarm(group, error):
                 if error is not None:
                     logger.warning("rank %d could not warm %s: %s", rank, group, error)
+                    if ranks := self._groups.discard_named(group):
+                        self._drop_group(ranks, group)  # its members disagree on whether it exists
                 self._warming.discard((group, rank))
                 self._check_warm()
             case Ready():
@@ -253,9 +270,9 @@ class LocalExecutor:
 
     def _settle(self, running: _Running) -> None:
         """Once every member has answered or died, the task is over: say how it went."""
-        if running.pending:
-            return
         start = running.start
+        if running.pending or start.task_id not in self._running:
+            return
         del self._running[start.task_id]
         if running.errors or running.lost_reason:
             name = self._groups.discard(start.task.ranks)
@@ -284,7 +301,8 @@ class LocalExecutor:
             self._on_event(WorkerLost(rank, reason))
         for running in [running for running in self._running.values() if rank in running.pending]:
             running.pending.discard(rank)
-            running.lost_reason = f"rank {rank} was lost: {reason}"
+            if worker.verdict is None or not running.errors:  # else we ended it because others had failed before
+                running.lost_reason = f"rank {rank} was lost: {reason}"
             self._hurry(running)
             self._settle(running)
         self._warming = {(group, member) for group, member in self._warming if member != rank}
@@ -298,13 +316,12 @@ class LocalExecutor:
         while True:
             num_failed = self._num_failed_starts[rank]
             self._num_failed_starts[rank] += 1
-            if num_failed:
-                await asyncio.sleep(min(2.0**num_failed, _MAX_RESTART_DELAY_S))
+            await asyncio.sleep(restart_delay_s(num_failed))
             self.num_restarts += 1
             try:
                 await self._spawn(rank)
-            except OSError as error:  # no process to be had at the moment
-                logger.error("rank %d could not be started again: %s", rank, error)
+            except (OSError, EOFError, RuntimeError) as error:  # no process, fork server or thread at the moment
+                logger.error("rank %d could not be started again: %s: %s", rank, type(error).__name__, error)
             else:
                 return
 
@@ -326,25 +343,37 @@ class LocalExecutor:
 
     async def _watch_heartbeats(self) -> None:
         timeout_s = self._pool.heartbeat_timeout_s
+        every_s = timeout_s / 5
+        looked_at = time.monotonic()
         while True:
-            await asyncio.sleep(timeout_s / 5)
+            await asyncio.sleep(every_s)
             now = time.monotonic()
+            away_s = now - looked_at - every_s  # this process was stopped itself, and its workers maybe with it
+            looked_at = now
+            if away_s > every_s:
+                for worker in self._workers.values():
+                    worker.last_sign_s += away_s
+                    worker.last_step_s += away_s
             busy = {rank for running in self._running.values() for rank in running.pending}
             for rank, worker in list(self._workers.items()):
                 limit_s = timeout_s if worker.is_ready else self._pool.start_timeout_s
-                if now - worker.last_sign_s > limit_s:
+                if worker.verdict is not None:
+                    self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
+                elif now - worker.last_sign_s > limit_s:
                     self._kill(rank, f"no sign of life for {limit_s:g} s")
                 elif rank in busy and now - worker.last_step_s > self._pool.step_timeout_s:
                     self._kill(rank, f"no progress for {self._pool.step_timeout_s:g} s")
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
+            if not self.ranks.issuperset(ranks):
+                continue  # one died since it was ready: nobody would answer for it
             name = self._groups.name(ranks)
             self._warming |= {(name, rank) for rank in ranks}
             for rank in ranks:
                 self._send(rank, WarmGroup(name, ranks))
         self._check_warm()
-        await self._warmed.wait()
+        await asyncio.wait_for(self._warmed.wait(), self._pool.start_timeout_s)
 
     def _check_warm(self) -> None:
         if not self._warming:
@@ -358,12 +387,17 @@ class LocalExecutor:
     def _send(self, rank: int, message: ToWorker) -> None:
         worker = self._workers.get(rank)
         if worker is not None:
-            with contextlib.suppress(OSError):  # it just died; its pipe will say so
-                worker.connection.send(message)
+            worker.outbox.send(message)
 
     def _unwatch(self, worker: _Worker) -> None:
+        worker.outbox.close()
         asyncio.get_running_loop().remove_reader(worker.connection.fileno())
         worker.connection.close()
+
+
+def restart_delay_s(num_failed: int) -> float:
+    """How long to wait before the next start, after so many that failed in a row."""
+    return min(2.0 ** min(num_failed, 10), _MAX_RESTART_DELAY_S) if num_failed else 0.0
 
 
 def _failure(running: _Running) -> TaskFailed:

@@ -64,8 +64,14 @@ def end_processes(processes: list[BaseProcess]) -> None:
         process.join(max(0.0, deadline - time.monotonic()))
     for process in processes:
         if process.is_alive():
-            process.kill()
-            process.join()
+            end_process(process)
+
+
+def end_process(process: BaseProcess) -> None:
+    """End a worker that nobody needs, at once; one that never started is no error."""
+    if process.pid is not None:
+        process.kill()
+        process.join()
 
 
 def exit_words(process: BaseProcess) -> str:

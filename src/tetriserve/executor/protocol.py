@@ -39,7 +39,11 @@ class Executor(Protocol):
         ...
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        """Decoded pixels, uint8, (height, width, 3)."""
+        """Decoded pixels, uint8, (height, width, 3).
+
+        Raises:
+            RequestFailed: they cannot be read.
+        """
         ...
 
     def forget(self, request_id: str) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.request import Request, Shape
@@ -13,6 +14,12 @@ from tetriserve.profile.table import DenoiseRow, Profile
 
 _LEARNING_RATE = 0.2
 _CORRECTION_RANGE = (0.1, 10.0)
+_MAX_SURPRISE = 2.0
+"""One observation counts as at most this many times what was expected: a hiccup must not condemn a degree."""
+_DRIFT_RATE = 0.02
+"""How fast a degree that is not observed any more follows the shape's others: else it would never be tried again."""
+MAX_SHAPES = 256
+"""Shapes and corrections that are remembered: clients choose sizes, and a server runs for months."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class ProfileCost:
 
     `corrections` holds, per (shape, degree), the moving average of observed over profiled step time. A degree never
     observed for a shape shares the mean correction of the shape's observed degrees: what slows a shape down (a hot
-    machine, contended cores) mostly slows it at every degree.
+    machine, contended cores) mostly slows it at every degree. The `MAX_SHAPES` last observed are kept.
 
     `degrees_of` says at which degrees a shape may run; by default at every degree of the profile.
     """
@@ -41,6 +48,7 @@ class ProfileCost:
         key = (request.shape, request.num_passes)
         times = self._memo.get(key)
         if times is None:
+            _make_room(self._memo)
             times = self._memo[key] = MappingProxyType(
                 {
                     degree: profiled * self._correction(request.shape, degree) * request.num_passes
@@ -70,6 +78,7 @@ class ProfileCost:
         if decode_s is None:
             points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
             decode_s = _interpolate(points, shape.num_pixels, f"decode of {shape}", "pixels")
+            _make_room(self._decode_memo)
             self._decode_memo[shape] = decode_s
         return decode_s
 
@@ -84,9 +93,16 @@ class ProfileCost:
         ratio = min(max(step_s / profiled, low), high)
         key = (request.shape, degree)
         before = self.corrections.get(key, self._correction(*key))
-        after = before + _LEARNING_RATE * (ratio - before)
+        after = before + _LEARNING_RATE * (min(ratio, _MAX_SURPRISE * before) - before)
+        corrections = {
+            known: ratio + (_DRIFT_RATE * (after - ratio) if known[0] == request.shape else 0.0)
+            for known, ratio in self.corrections.items()
+            if known != key
+        }
+        _make_room(corrections)
+        corrections[key] = after  # the longest unobserved comes first, and goes first
         memo = {known: times for known, times in self._memo.items() if known[0] != request.shape}
-        return ProfileCost(self.profile, self.degrees_of, {**self.corrections, key: after}, memo, self._decode_memo)
+        return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._decode_memo)
 
     def _correction(self, shape: Shape, degree: int) -> float:
         own = self.corrections.get((shape, degree))
@@ -115,6 +131,12 @@ class ProfileCost:
         if not rows:
             raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
         return rows
+
+
+def _make_room(remembered: dict[Any, Any]) -> None:
+    """Forget the oldest entry when there are `MAX_SHAPES`."""
+    if len(remembered) >= MAX_SHAPES:
+        del remembered[next(iter(remembered))]
 
 
 def _num_tokens(shape: Shape, row: DenoiseRow) -> float:

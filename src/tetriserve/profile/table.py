@@ -131,13 +131,20 @@ def load_profile(path: Path) -> Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write atomically, so that two servers measuring at once both leave a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"format": FORMAT, **asdict(profile)}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    """Write atomically, so that two servers measuring at once both leave a whole file.
+
+    Raises:
+        ProfileError: it cannot be written there.
+    """
+    text = json.dumps({"format": FORMAT, **asdict(profile)}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+            whole = Path(scratch) / path.name
+            whole.write_text(text)
+            os.replace(whole, path)
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be written: {error.strerror}") from error
 
 
 def _from_document(document: object) -> Profile:

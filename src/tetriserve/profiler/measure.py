@@ -75,7 +75,8 @@ def hardware_name(pool: PoolConfig) -> str:
     """What a profile is valid for: the processor or GPU, and how many ranks share it."""
     if pool.device == "cuda":
         return f"{pool.num_ranks} x {next(iter(gpu_names()), 'unknown GPU')}"
-    return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks"
+    threads = f" of {pool.num_threads} threads" if pool.num_threads > 1 else ""
+    return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks{threads}"
 
 
 async def _time_steps(

@@ -21,6 +21,7 @@ MAX_BODY_BYTES = 2**20
 CLIENT_CLOSED_REQUEST = 499
 """Status in the log and the metrics when the client went away; nobody receives it."""
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _CLIENT_ID = re.compile(r"[ -~]{1,128}")
 
 
@@ -70,9 +71,10 @@ class ExchangeMiddleware:
 
     def _note(self, scope: Scope, exchange: Exchange, elapsed_s: float) -> None:
         status = exchange.status or CLIENT_CLOSED_REQUEST
-        # An unknown path is one label, whatever its text: clients choose paths, and labels live for ever.
+        # Unknown paths are one label, unknown methods another: clients choose both, and labels live for ever.
         route = getattr(scope.get("route"), "path", "unknown")
-        self._metrics.count_exchange(route, scope["method"], status)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.count_exchange(route, method, status)
         logger.log(
             _level(scope["path"], status),
             "%s %s %s %d in %.3f s%s",

@@ -108,6 +108,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
                 pipe.send(answer)
                 if isinstance(answer, TaskError) and message.group is not None:
                     runner.leave(message.group)
+                if isinstance(answer, TaskError) and not runner.is_device_sound():
+                    return  # a fresh process takes this rank
             case WarmGroup(group, ranks):
                 pipe.send(_warm(groups, group, ranks))
             case DropGroup(group):
@@ -134,7 +136,7 @@ def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
         groups.warm(group, ranks)
     except RuntimeError as error:
         groups.drop(group)
-        return GroupWarm(group, str(error).splitlines()[0])
+        return GroupWarm(group, f"{type(error).__name__}: {error}".splitlines()[0])
     return GroupWarm(group, None)
 
 

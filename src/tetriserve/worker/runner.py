@@ -64,6 +64,16 @@ class Runner:
         self._adapter.use_mesh(None)
         self._groups.drop(group)
 
+    def is_device_sound(self) -> bool:
+        """Whether a failure was the task's alone: some CUDA errors spoil every later call of the process."""
+        if not self._device.startswith("cuda"):
+            return True
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def forget(self, request_id: str) -> None:
         self._residents.pop(request_id, None)
 

@@ -1,0 +1,125 @@
+"""The live engine on an executor that ends each task as the test wants: nobody who waits is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tetriserve.control import Controller
+from tetriserve.core.errors import RequestFailed
+from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.plan import Plan, State
+from tetriserve.core.request import Shape
+from tetriserve.engine import Generation, Intake, LiveEngine
+from tetriserve.models.card import ModelCard
+from tetriserve.policies.policy import Policy
+from tetriserve.policies.registry import make_policy
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.workload.outcome import Outcome, Status
+
+if TYPE_CHECKING:
+    from tetriserve.executor import OnEvent
+
+CARD = ModelCard(
+    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=2, default_guidance_scale=3.5,
+    has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256),), fingerprint="abc",
+)  # fmt: skip
+COST = ProfileCost(
+    Profile(
+        model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.01, switch_s=0.001,
+        denoise=(DenoiseRow(height=256, width=256, tokens=64, degree=1, step_s=0.01),),
+        decode=(DecodeRow(height=256, width=256, decode_s=0.01),),
+    )
+)  # fmt: skip
+
+
+class ObedientExecutor:
+    """One rank whose tasks end at once; the images of prompts in `unreadable` cannot be read."""
+
+    ranks = frozenset({0})
+
+    def __init__(self, unreadable: str = "") -> None:
+        self._unreadable = unreadable
+        self._prompts: dict[str, str] = {}
+        self.forgotten: list[str] = []
+        self._on_event: OnEvent = lambda event: None
+
+    def subscribe(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    async def start(self, on_progress: Callable[[str], None]) -> None: ...
+
+    def start_task(self, command: StartTask) -> None:
+        self._prompts[command.request.request_id] = command.request.prompt
+        ended = TaskFinished(command.task_id, 0.01, TensorRef(command.request.request_id, 1))
+        asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))
+
+    def read_pixels(self, ref: TensorRef) -> np.ndarray:
+        if self._prompts[ref.key] == self._unreadable:
+            raise RequestFailed("the finished image cannot be read: FileNotFoundError")
+        return np.zeros((256, 256, 3), np.uint8)
+
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
+
+    async def stop(self) -> None: ...
+
+
+def running(executor: ObedientExecutor, policy: Policy | None = None) -> tuple[LiveEngine, list[Outcome]]:
+    policy = policy or make_policy("fcfs", COST, num_ranks=1, shapes=[Shape(256, 256)])
+    engine = LiveEngine(
+        Controller(policy, COST), executor, Intake(card=CARD, cost=COST), max_queue=9, policy_name="test"
+    )
+    engine.start()
+    outcomes: list[Outcome] = []
+    engine.subscribe(outcomes.append)
+    return engine, outcomes
+
+
+async def test_an_image_that_cannot_be_read_fails_its_request_alone() -> None:
+    executor = ObedientExecutor(unreadable="bad")
+    engine, outcomes = running(executor)
+    clients = [asyncio.create_task(engine.generate(Generation(prompt=prompt))) for prompt in ("good", "bad", "fine")]
+    good, bad, fine = await asyncio.wait_for(asyncio.gather(*clients, return_exceptions=True), 10)
+    assert not isinstance(good, BaseException)
+    assert not isinstance(fine, BaseException)
+    assert isinstance(bad, RequestFailed)
+    assert {outcome.request.prompt: outcome.status for outcome in outcomes} == {
+        "good": Status.FINISHED, "bad": Status.FAILED, "fine": Status.FINISHED
+    }  # fmt: skip
+    assert len(executor.forgotten) == 3
+    assert engine.failure is None
+    assert engine.is_ready
+    await engine.stop()
+
+
+async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting() -> None:
+    class Defective(ObedientExecutor):
+        def read_pixels(self, ref: TensorRef) -> np.ndarray:
+            raise ZeroDivisionError("a defect")
+
+    engine, _ = running(Defective())
+    with pytest.raises(RequestFailed, match="the scheduler failed: ZeroDivisionError: a defect"):
+        await asyncio.wait_for(engine.generate(Generation(prompt="unlucky")), 10)
+    assert not engine.is_ready
+    await engine.stop()
+
+
+async def test_a_policy_that_fails_at_the_second_of_two_images_leaves_nobody_waiting() -> None:
+    class Fragile:
+        def plan(self, state: State, now: float) -> Plan:
+            if len(state.trajectories) == 2:
+                raise ZeroDivisionError("two are too many")
+            return Plan()
+
+    engine, outcomes = running(ObedientExecutor(), Fragile())
+    with pytest.raises(RequestFailed, match="two are too many"):
+        await asyncio.wait_for(engine.generate_all([Generation(prompt="one"), Generation(prompt="two")]), 10)
+    assert [outcome.status for outcome in outcomes] == [Status.FAILED, Status.FAILED]
+    await engine.stop()

@@ -1,0 +1,252 @@
+"""Supervision, with workers played by the test: what happens when one dies, hangs or errs at an awkward moment."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetriserve.config import PoolConfig
+from tetriserve.core.errors import RequestFailed
+from tetriserve.core.events import (
+    Event,
+    FailureKind,
+    StartTask,
+    TaskFailed,
+    TaskFinished,
+    TensorRef,
+    WorkerJoined,
+    WorkerLost,
+)
+from tetriserve.core.messages import DropGroup, Forget, GroupWarm, Ready, RunTask, TaskDone, TaskError, WarmGroup
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.executor.local import LocalExecutor, restart_delay_s
+from tetriserve.models.card import ModelCard
+
+CARD = ModelCard(
+    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
+    has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256),), fingerprint="abc",
+)  # fmt: skip
+REQUEST = Request(request_id="a", prompt="a", shape=Shape(256, 256), num_steps=9, seed=0, arrival_s=0.0, deadline_s=9.0)
+
+
+class PlayedWorker:
+    """A worker's process and its end of the pipe, in the hands of the test."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.exitcode: int | None = None
+        self.pid = 0
+        self.unread: list[Any] = []
+
+    def start(self) -> None:
+        time.sleep(0.02)
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return not self.connection.closed
+
+    def kill(self) -> None:
+        self.exitcode = -9
+        self.connection.close()
+
+    def say(self, *messages: object) -> None:
+        for message in messages:
+            self.connection.send(message)
+
+    def heard(self) -> list[Any]:
+        """What was sent to it since it was last asked."""
+        messages, self.unread = self.unread, []
+        while not self.connection.closed and self.connection.poll():
+            messages.append(self.connection.recv())
+        return messages
+
+
+class PlayedContext:
+    """A multiprocessing context whose processes are the test's."""
+
+    def __init__(self, born: Callable[[int, PlayedWorker], None]) -> None:
+        self._born = born
+
+    def Pipe(self) -> tuple[Connection, Connection]:  # noqa: N802
+        return multiprocessing.Pipe()
+
+    def Process(self, *, args: tuple[Any, Connection], **_: object) -> PlayedWorker:  # noqa: N802
+        spec, theirs = args
+        worker = PlayedWorker(Connection(os.dup(theirs.fileno())))
+        self._born(spec.rank, worker)
+        return worker
+
+
+class Pool:
+    """An executor and the present worker of each rank."""
+
+    def __init__(self, num_ranks: int, on_birth: Callable[[int, PlayedWorker], None], **settings: float) -> None:
+        pool = PoolConfig(num_ranks=num_ranks, **settings)  # type: ignore[arg-type]
+        self.executor = LocalExecutor(CARD, pool)
+        self.workers: dict[int, PlayedWorker] = {}
+        self.events: list[Event] = []
+        self._on_birth = on_birth
+        self.executor._context = PlayedContext(self._born)  # type: ignore[assignment]
+        self.executor.subscribe(self.events.append)
+
+    def _born(self, rank: int, worker: PlayedWorker) -> None:
+        self.workers[rank] = worker
+        self._on_birth(rank, worker)
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not is_so():
+                await asyncio.sleep(0.001)
+
+    def start_task(self, task_id: int, ranks: tuple[int, ...]) -> None:
+        embeds = TensorRef("a.embeds", 1)
+        self.executor.start_task(StartTask(task_id, Task("a", Stage.DENOISE, ranks, 1), REQUEST, 0, embeds))
+
+
+def ready(rank: int, worker: PlayedWorker) -> None:
+    worker.say(Ready())
+
+
+@pytest.fixture
+async def pools() -> AsyncIterator[Callable[..., Pool]]:
+    made: list[Pool] = []
+
+    def make(num_ranks: int, on_birth: Callable[[int, PlayedWorker], None] = ready, **settings: float) -> Pool:
+        made.append(Pool(num_ranks, on_birth, **settings))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        for worker in pool.workers.values():
+            worker.kill()
+        await pool.executor.stop()
+
+
+async def started(pool: Pool, failing: Iterable[int] = ()) -> Pool:
+    """Start, each rank warming its groups; those of `failing` say that they could not."""
+    starting = asyncio.create_task(pool.executor.start(lambda text: None))
+
+    def answer() -> bool:
+        for rank, worker in pool.workers.items():
+            messages = worker.heard()
+            worker.unread = [message for message in messages if not isinstance(message, WarmGroup)]
+            for message in messages:
+                if isinstance(message, WarmGroup):
+                    worker.say(GroupWarm(message.group, "no one came" if rank in failing else None))
+        return starting.done()
+
+    await pool.until(answer)
+    await starting
+    return pool
+
+
+async def test_a_worker_that_reads_nothing_does_not_stop_the_event_loop(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(1))
+    for number in range(2000):  # a socket's buffer holds about 280
+        pool.executor.forget(f"request-{number}")
+    pool.start_task(1, (0,))
+    heard: list[Any] = []
+
+    def read() -> bool:
+        heard.extend(pool.workers[0].heard())
+        return len(heard) == 2001
+
+    await pool.until(read)
+    assert heard[:-1] == [Forget(f"request-{number}") for number in range(2000)]
+    assert isinstance(heard[-1], RunTask)
+
+
+async def test_what_waited_for_a_dead_worker_does_not_reach_its_replacement(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(1))
+    first = pool.workers[0]
+    for number in range(1000):
+        pool.executor.forget(f"request-{number}")
+    first.kill()
+    await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0})
+    pool.start_task(1, (0,))
+    await asyncio.sleep(0.05)
+    assert [type(message) for message in pool.workers[0].heard()] == [RunTask]
+    pool.workers[0].say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events)
+
+
+async def test_a_worker_that_dies_right_after_it_was_ready_does_not_hang_the_start(pools: Callable[..., Pool]) -> None:
+    def only_rank_0(rank: int, worker: PlayedWorker) -> None:
+        if rank == 0:
+            worker.say(Ready())
+
+    pool = pools(2, only_rank_0)
+    starting = asyncio.create_task(started(pool))
+    await pool.until(lambda: pool.executor.ranks == {0} and 1 in pool.executor.pids)
+    first = pool.workers[1]
+    first.say(Ready())
+    first.kill()
+    await asyncio.wait_for(starting, 20)
+    await pool.until(lambda: pool.workers[1] is not first)
+    pool.workers[1].say(Ready())
+    await pool.until(lambda: pool.executor.ranks == {0, 1})
+    assert pool.executor.num_restarts == 1
+
+
+async def test_a_group_that_one_member_could_not_form_is_dropped_by_all_and_named_anew(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(2), failing=[1])
+    await asyncio.sleep(0.05)
+    heard = {rank: worker.heard() for rank, worker in pool.workers.items()}
+    (dropped,) = {message.group for messages in heard.values() for message in messages}
+    assert heard == {0: [DropGroup(dropped)], 1: [DropGroup(dropped)]}
+    pool.start_task(1, (0, 1))
+    await asyncio.sleep(0.05)
+    for worker in pool.workers.values():
+        (run,) = worker.heard()
+        assert run.group is not None
+        assert run.group != dropped
+        worker.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events)
+
+
+async def test_a_step_that_failed_is_no_lost_task_because_a_peer_got_stuck_in_it(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(2, group_timeout_s=0.05))
+    pool.start_task(1, (0, 1))
+    pool.workers[1].say(TaskError(1, FailureKind.STEP, "denoise failed: MemoryError: no room", 1.0))
+    await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
+    lost, failed = pool.events[-2:]
+    assert isinstance(lost, WorkerLost)
+    assert (lost.rank, lost.reason) == (0, "stuck after a peer failed, for 0.05 s")
+    assert failed == TaskFailed(1, FailureKind.STEP, "denoise failed: MemoryError: no room")
+    await pool.until(lambda: pool.events[-1] == WorkerJoined(0))
+
+
+async def test_a_worker_that_dies_explains_the_errors_of_its_peers(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(2))
+    pool.start_task(1, (0, 1))
+    pool.workers[1].say(TaskError(1, FailureKind.STEP, "denoise failed: strange words of a collective", 1.0))
+    await asyncio.sleep(0.05)
+    pool.workers[0].kill()
+    await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
+    (failed,) = [event for event in pool.events if isinstance(event, TaskFailed)]
+    assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its process ended with signal 9")
+
+
+async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
+    pool = pools(1)
+    with pytest.raises(RequestFailed, match="the finished image cannot be read: FileNotFoundError"):
+        pool.executor.read_pixels(TensorRef("a.pixels", 1))
+
+
+def test_restarts_wait_longer_and_longer_but_go_on_for_ever() -> None:
+    assert [restart_delay_s(num_failed) for num_failed in (0, 1, 2, 4, 5, 5000)] == [0.0, 2.0, 4.0, 16.0, 30.0, 30.0]
