@@ -38,7 +38,7 @@ class BlockPolicy(ABC):
         idle = set(state.idle_ranks)
         free = [block for block in blocks if block not in owners.values() and idle.issuperset(block)]
         tasks = []
-        for trajectory in sorted(state.waiting, key=lambda trajectory: not _has_started(trajectory)):
+        for trajectory in sorted(state.waiting, key=lambda trajectory: not has_started(trajectory)):
             block = owners.get(trajectory.request_id) or next(iter(free), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
             if block is None or not idle.issuperset(block):
@@ -56,7 +56,7 @@ class BlockPolicy(ABC):
         leaders |= {
             trajectory.request_id: trajectory.holders[0]
             for trajectory in state.waiting
-            if _has_started(trajectory) and trajectory.holders
+            if has_started(trajectory) and trajectory.holders
         }
         owners: dict[str, Block] = {}
         for request_id, leader in leaders.items():
@@ -88,9 +88,9 @@ class FixedDegree(BlockPolicy):
 
     def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
         degree = self.degree
-        while degree > 1 and not any(True for _ in _whole_blocks(ranks, degree)):
+        while degree > 1 and not any(True for _ in whole_blocks(ranks, degree)):
             degree //= 2
-        return tuple(_whole_blocks(ranks, degree))
+        return tuple(whole_blocks(ranks, degree))
 
     def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
         fitting = [degree for degree in step_times if degree <= len(block)]
@@ -111,10 +111,10 @@ class FirstComeFirstServed(BlockPolicy):
         if not fitting:
             return ()
         degree = fastest_degree(fitting)
-        return next(_whole_blocks(block, degree), block[:degree])
+        return next(whole_blocks(block, degree), block[:degree])
 
 
-def _whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:
+def whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:
     """Aligned blocks of `degree` neighbouring ranks, all of them living."""
     living = set(ranks)
     for start in sorted({rank - rank % degree for rank in ranks}):
@@ -123,5 +123,5 @@ def _whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:
             yield block
 
 
-def _has_started(trajectory: Trajectory) -> bool:
+def has_started(trajectory: Trajectory) -> bool:
     return trajectory.is_running or trajectory.is_encoded

@@ -10,7 +10,16 @@ from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Shape
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
+from tetriserve.policies.greedy import (
+    ListScheduler,
+    Order,
+    earliest_deadline,
+    shortest_job,
+    shortest_remaining,
+)
+from tetriserve.policies.lookahead import Lookahead
 from tetriserve.policies.policy import Policy
+from tetriserve.policies.rssp import ResolutionSpecific
 from tetriserve.policies.tetriserve import TetriServe
 
 ENTRY_POINT_GROUP = "tetriserve.policies"
@@ -58,10 +67,26 @@ class PolicySpec:
     make: PolicyFactory
 
 
-def _make_fcfs(context: PolicyContext) -> Policy:
+def _refuse_argument(context: PolicyContext, name: str) -> None:
     if context.argument:
-        raise ConfigError(f"policy 'fcfs:{context.argument}': fcfs takes no argument; write 'fcfs'")
+        raise ConfigError(f"policy '{name}:{context.argument}': {name} takes no argument; write '{name}'")
+
+
+def _make_fcfs(context: PolicyContext) -> Policy:
+    _refuse_argument(context, "fcfs")
     return FirstComeFirstServed()
+
+
+def _list_scheduler(name: str, order: Order, *, best_fit: bool = False) -> PolicyFactory:
+    def make(context: PolicyContext) -> Policy:
+        _refuse_argument(context, name)
+        return ListScheduler(order, best_fit=best_fit)
+
+    return make
+
+
+def _make_rssp(context: PolicyContext) -> Policy:
+    return ResolutionSpecific(**_switches(context.argument, {"backfill": False}, "rssp", _RSSP_USAGE))
 
 
 def _make_fixed(context: PolicyContext) -> Policy:
@@ -76,6 +101,20 @@ def _make_fixed(context: PolicyContext) -> Policy:
 
 _SWITCHES = {"on": True, "off": False}
 _TETRISERVE_USAGE = "tetriserve[:step_granularity=G,placement=on|off,scale_up=on|off,fill=on|off]"
+
+_RSSP_USAGE = "rssp[:backfill=on|off]"
+_LOOKAHEAD_USAGE = "lookahead[:promote=on|off,widen=on|off]"
+
+
+def _switches(argument: str, defaults: Mapping[str, bool], policy: str, usage: str) -> dict[str, bool]:
+    """The options `name=on` or `name=off` in `argument`, over `defaults`."""
+    switches = dict(defaults)
+    for item in filter(None, argument.split(",")):
+        name, _, value = item.partition("=")
+        if name not in switches or value not in _SWITCHES:
+            raise ConfigError(f"policy {policy!r}: cannot use option {item!r}; write {usage}")
+        switches[name] = _SWITCHES[value]
+    return switches
 
 
 def _make_tetriserve(context: PolicyContext) -> Policy:
@@ -98,12 +137,29 @@ def _make_tetriserve(context: PolicyContext) -> Policy:
     )
 
 
+def _make_lookahead(context: PolicyContext) -> Policy:
+    switches = _switches(context.argument, {"promote": True, "widen": True}, "lookahead", _LOOKAHEAD_USAGE)
+    return Lookahead(**switches)
+
+
 POLICIES: Mapping[str, PolicySpec] = {
     "tetriserve": PolicySpec(
         _TETRISERVE_USAGE, "rounds, deadline-aware degrees and packing by dynamic programming", _make_tetriserve
     ),
+    "lookahead": PolicySpec(
+        _LOOKAHEAD_USAGE, "reservations in a timeline of future capacity; late requests fill its holes", _make_lookahead
+    ),
     "fixed": PolicySpec("fixed:K", "one degree for all, first come first served, non-preemptive", _make_fixed),
     "fcfs": PolicySpec("fcfs", "one request after the other, each at its fastest degree", _make_fcfs),
+    "rssp": PolicySpec(_RSSP_USAGE, "one degree per shape, first come first served, non-preemptive", _make_rssp),
+    "sjf": PolicySpec("sjf", "shortest job first, non-preemptive", _list_scheduler("sjf", shortest_job)),
+    "srtf": PolicySpec("srtf", "shortest remaining time first", _list_scheduler("srtf", shortest_remaining)),
+    "edf": PolicySpec("edf", "earliest deadline first, as wide as fits", _list_scheduler("edf", earliest_deadline)),
+    "edf-best-fit": PolicySpec(
+        "edf-best-fit",
+        "earliest deadline first, as narrow as the deadline allows, widened into idle ranks",
+        _list_scheduler("edf-best-fit", earliest_deadline, best_fit=True),
+    ),
 }
 
 

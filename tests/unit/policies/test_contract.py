@@ -18,6 +18,14 @@ POLICIES = [
     "tetriserve:fill=off",
     "tetriserve:step_granularity=1",
     "tetriserve:step_granularity=2,placement=off,scale_up=off,fill=off",
+    "lookahead",
+    "lookahead:promote=off,widen=off",
+    "rssp",
+    "rssp:backfill=on",
+    "sjf",
+    "srtf",
+    "edf",
+    "edf-best-fit",
 ]
 every_policy = pytest.mark.parametrize("spec", POLICIES)
 # Fixtures of the session hold no state between examples.

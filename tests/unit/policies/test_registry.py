@@ -38,6 +38,9 @@ def test_the_round_spans_five_steps_of_the_largest_shape_at_its_fastest_degree_o
         ("fcfs:2", 8, ["'fcfs:2'", "no argument"]),
         ("tetriserve:fast=yes", 8, ["'fast=yes'", "placement=on|off"]),
         ("tetriserve:step_granularity=0", 8, ["'step_granularity=0'"]),
+        ("lookahead:widen=1", 8, ["'widen=1'", "widen=on|off"]),
+        ("rssp:fill=on", 8, ["'fill=on'", "backfill=on|off"]),
+        ("edf-best-fit:2", 8, ["'edf-best-fit:2'", "no argument"]),
     ],
 )
 def test_a_wrong_name_or_argument_is_told_what_is_allowed(spec, num_ranks, told, make, flux):

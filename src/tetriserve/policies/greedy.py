@@ -1,0 +1,105 @@
+"""Event-driven list scheduling: requests in an order, each given ranks while some are idle (GF-DiT's policies)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from tetriserve.core.plan import CostModel, Plan, State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.degrees import fastest_degree
+from tetriserve.policies.fixed import has_started
+from tetriserve.policies.placement import place
+from tetriserve.policies.stages import place_short_stages, urgency_order
+
+TASK_S = 0.25
+"""Length of a denoise task: a request can be overtaken, widened or narrowed at its end."""
+
+Order = Callable[[Trajectory, CostModel], tuple[float, ...]]
+"""Sort key of a waiting trajectory within its priority class."""
+
+
+class _Choice(NamedTuple):
+    trajectory: Trajectory
+    times: Mapping[int, float]
+    degree: int
+
+
+class ListScheduler:
+    """Gives idle ranks away in the order of `order`, within priority classes, at every event.
+
+    Each request gets the largest useful degree: the fastest that fits into what is left. With `best_fit` it gets the
+    smallest that still meets its deadline (the fastest that fits, if none does), and ranks that remain then widen the
+    requests in the same order, only where the profile says that it is faster.
+    """
+
+    def __init__(self, order: Order, *, best_fit: bool = False) -> None:
+        self.order = order
+        self.best_fit = best_fit
+
+    def plan(self, state: State, now: float) -> Plan:
+        cost = state.cost
+        spare = len(state.idle_ranks)
+        short: list[Trajectory] = []
+        chosen: list[_Choice] = []
+        keyed = sorted(state.waiting, key=lambda t: (t.request.priority, self.order(t, cost), urgency_order(t)))
+        for trajectory in keyed:
+            if not spare:
+                break
+            if trajectory.stage is not Stage.DENOISE:
+                short.append(trajectory)
+                spare -= 1
+                continue
+            times = cost.step_times(trajectory.request)
+            fitting = {degree: step_s for degree, step_s in times.items() if degree <= spare}
+            if fitting:
+                degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
+                chosen.append(_Choice(trajectory, times, degree))
+                spare -= degree
+        if self.best_fit:
+            chosen = _widen(chosen, spare)
+        free = set(state.idle_ranks)
+        placed = place([(choice.trajectory, choice.degree) for choice in chosen], free)
+        tasks = []
+        for (trajectory, times, degree), ranks in zip(chosen, placed, strict=True):
+            num_steps = min(trajectory.remaining_steps, max(1, int(TASK_S / times[degree])))
+            tasks.append(Task(trajectory.request_id, Stage.DENOISE, ranks, num_steps))
+            free.difference_update(ranks)
+        return Plan((*tasks, *place_short_stages(short, free)))
+
+
+def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostModel, now: float) -> int:
+    request = trajectory.request
+    budget_s = request.deadline_s - now - cost.decode_s(request) - 2 * cost.switch_s
+    enough = [degree for degree, step_s in fitting.items() if trajectory.remaining_steps * step_s <= budget_s]
+    return min(enough) if enough else fastest_degree(fitting)
+
+
+def _widen(chosen: list[_Choice], spare: int) -> list[_Choice]:
+    widened = []
+    for choice in chosen:
+        reachable = {degree: step_s for degree, step_s in choice.times.items() if 0 <= degree - choice.degree <= spare}
+        degree = fastest_degree(reachable)
+        spare -= degree - choice.degree
+        widened.append(choice._replace(degree=degree))
+    return widened
+
+
+def earliest_deadline(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
+    """`edf` and `edf-best-fit`."""
+    return (trajectory.request.deadline_s,)
+
+
+def shortest_remaining(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
+    """`srtf`: least GPU time left; a shorter request overtakes at the end of a task."""
+    return (_least_gpu_s(trajectory, trajectory.remaining_steps, cost),)
+
+
+def shortest_job(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
+    """`sjf`: least GPU time in all, behind those that have started: non-preemptive."""
+    return (not has_started(trajectory), _least_gpu_s(trajectory, trajectory.request.num_steps, cost))
+
+
+def _least_gpu_s(trajectory: Trajectory, num_steps: int, cost: CostModel) -> float:
+    step_times = cost.step_times(trajectory.request)
+    return num_steps * min(degree * step_s for degree, step_s in step_times.items()) + cost.decode_s(trajectory.request)

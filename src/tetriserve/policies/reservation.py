@@ -1,0 +1,240 @@
+"""Reservations: who gets how many ranks, from when to when, so that as many requests as possible end in time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import nsmallest
+from typing import NamedTuple
+
+from tetriserve.core.plan import InFlight, State
+from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
+from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
+
+MAX_RESERVED = 12
+"""Requests with reservations, those with the least slack: bounds the time of a decision. The others fill holes."""
+
+_SOON_S = 1e-6
+"""What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
+
+
+class Speeds(NamedTuple):
+    """What one shape does on the pool.
+
+    times: seconds per step by degree, ascending.
+    efficient: `efficient_degrees`, each step with its share of the time that it takes to start a task.
+    best: by number of free ranks, the degree that makes the fastest use of them and its step time; degree 0 for none.
+    fastest_s: the shortest step.
+    """
+
+    times: Mapping[int, float]
+    efficient: tuple[EfficientDegree, ...]
+    best: tuple[tuple[int, float], ...]
+    fastest_s: float
+
+
+@lru_cache(maxsize=1024)
+def speeds_of(
+    step_times: tuple[tuple[int, float], ...], num_ranks: int, switch_s: float, task_s: float
+) -> Speeds | None:
+    """The speeds on `num_ranks` living ranks in tasks of about `task_s`; None when no degree is that narrow."""
+    times = {degree: step_s for degree, step_s in step_times if degree <= num_ranks}
+    if not times:
+        return None
+    paced = {degree: step_s + switch_s / max(1, int(task_s / step_s)) for degree, step_s in times.items()}
+    best = tuple(
+        min(((degree, paced[degree]) for degree in times if degree <= free), key=_step_s, default=(0, math.inf))
+        for free in range(num_ranks + 1)
+    )
+    return Speeds(times, efficient_degrees(paced), best, best[-1][1])
+
+
+def _step_s(pair: tuple[int, float]) -> float:
+    return pair[1]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What is left of one request once its task in flight, if it has one, has ended.
+
+    ready_s: when its next stage can start.
+    encode_s: 0 when that is done; decode_s: both with the time to start the task.
+    gpu_s: rank-seconds left at the cheapest degree.
+    slack_s: how long it could wait and still end in time at its fastest; negative when it cannot.
+    """
+
+    trajectory: Trajectory
+    stage: Stage
+    num_steps: int
+    ready_s: float
+    is_waiting: bool
+    speeds: Speeds
+    encode_s: float
+    decode_s: float
+    gpu_s: float
+    slack_s: float
+
+    @property
+    def priority(self) -> int:
+        return self.trajectory.request.priority
+
+    @property
+    def deadline_s(self) -> float:
+        return self.trajectory.request.deadline_s
+
+
+def jobs_of(state: State, now: float, task_s: float) -> list[Job]:
+    """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
+    cost = state.cost
+    switch_s = cost.switch_s
+    num_ranks = len(state.ranks)
+    flights = {flight.task.request_id: flight for flight in state.in_flight}
+    known: dict[tuple[object, int], tuple[Speeds | None, float, float]] = {}
+    jobs = []
+    for trajectory in state.trajectories:
+        request = trajectory.request
+        stage, num_steps, ready_s = trajectory.stage, trajectory.remaining_steps, now
+        flight = flights.get(request.request_id) if trajectory.is_running else None
+        if flight is not None:
+            if stage is Stage.DECODE:
+                continue
+            ready_s = expected_end_s(flight, now)
+            num_steps -= flight.task.num_steps
+            stage = Stage.DENOISE if num_steps else Stage.DECODE
+        key = (request.shape, request.num_passes)
+        if key not in known:
+            speeds = speeds_of(tuple(cost.step_times(request).items()), num_ranks, switch_s, task_s)
+            known[key] = speeds, switch_s + cost.encode_s(request), switch_s + cost.decode_s(request)
+        speeds, encode_s, decode_s = known[key]
+        if speeds is None:
+            continue
+        if stage is not Stage.ENCODE:
+            encode_s = 0.0
+        rest_s = encode_s + decode_s
+        gpu_s = rest_s + num_steps * speeds.efficient[0][2]
+        slack_s = request.deadline_s - ready_s - rest_s - num_steps * speeds.fastest_s
+        jobs.append(
+            Job(
+                trajectory, stage, num_steps, ready_s, flight is None, speeds, encode_s, decode_s, gpu_s, slack_s
+            )
+        )  # fmt: skip
+    return jobs
+
+
+def expected_end_s(flight: InFlight, now: float) -> float:
+    """When a task in flight will end. One that is overdue: soon, and the later the longer it already is."""
+    return max(flight.end_s, now + _SOON_S + 0.5 * max(0.0, now - flight.end_s))
+
+
+class Reservations(NamedTuple):
+    """`kept`: the jobs that end in time, with what is claimed for each. `failed`: those that would need more.
+
+    timeline: what `kept` leaves free.
+    """
+
+    kept: list[tuple[Job, list[Piece]]]
+    failed: list[Job]
+    timeline: Timeline
+
+    def is_better_than(self, other: Reservations) -> bool:
+        """More jobs kept, in the first priority class that differs."""
+        mine = Counter(job.priority for job, _ in self.kept)
+        others = Counter(job.priority for job, _ in other.kept)
+        return next((mine[p] > others[p] for p in sorted(mine | others) if mine[p] != others[p]), False)
+
+
+def reserve(jobs: Sequence[Job], timeline: Timeline, *, promote: bool = True) -> Reservations:
+    """Reservations for the `MAX_RESERVED` jobs with least slack out of `jobs`, which all could end in time if alone.
+
+    Earliest deadline first, each the cheapest that `fit` finds. If some fail, once more with these ahead of the rest
+    (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may have
+    cost several small ones. Priority classes are never mixed.
+    """
+    pressed = nsmallest(MAX_RESERVED, jobs, key=lambda job: (job.priority, job.slack_s))
+    others = [job for job in jobs if job not in pressed] if len(jobs) > MAX_RESERVED else []
+    pressed.sort(key=lambda job: (job.priority, job.deadline_s))
+    best = _walk(pressed, timeline.copy())
+    if best.failed and best.kept and promote:
+        failed = set(best.failed)
+        again = _walk(sorted(pressed, key=lambda job: (job.priority, job not in failed)), timeline.copy())
+        if again.is_better_than(best):
+            best = again
+    best.failed.extend(others)
+    return best
+
+
+def _walk(jobs: Iterable[Job], timeline: Timeline) -> Reservations:
+    reservations = Reservations([], [], timeline)
+    for job in jobs:
+        pieces = fit(job, timeline)
+        if pieces is None:
+            reservations.failed.append(job)
+        else:
+            timeline.claim(pieces)
+            reservations.kept.append((job, pieces))
+    return reservations
+
+
+def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
+    """The cheapest reservation by which `job` ends in time, as early as the timeline allows; None if there is none.
+
+    Encode if that is to come, then the denoise steps, then decode. The cheapest is the narrowest efficient degree that,
+    taken as the most that the job may have at once, still brings it to its end in time: where fewer ranks are free, it
+    makes do with those.
+    """
+    pieces: list[Piece] = []
+    from_s = job.ready_s
+    if job.encode_s:
+        from_s = timeline.earliest(job.encode_s, from_s)
+        pieces.append(Piece(from_s, from_s + job.encode_s, 1))
+        from_s += job.encode_s
+    if job.num_steps:
+        denoised_by_s = job.deadline_s - job.decode_s
+        denoise = None
+        for degree, step_s, _ in job.speeds.efficient:
+            if from_s + job.num_steps * step_s <= denoised_by_s + EPSILON_S:
+                denoise = denoise_pieces(timeline, job.speeds, job.num_steps, from_s, denoised_by_s, degree)
+                if denoise:
+                    break
+        if not denoise:
+            return None
+        pieces += denoise
+        from_s = denoise[-1].end_s
+    start_s = timeline.earliest(job.decode_s, from_s)
+    if start_s + job.decode_s > job.deadline_s + EPSILON_S:
+        return None
+    pieces.append(Piece(start_s, start_s + job.decode_s, 1))
+    return pieces
+
+
+def denoise_pieces(
+    timeline: Timeline, speeds: Speeds, num_steps: int, from_s: float, by_s: float, max_degree: int
+) -> list[Piece] | None:
+    """`num_steps` steps between `from_s` and `by_s` on whatever is free, up to `max_degree` ranks; None if too late."""
+    times, free, best = timeline.times, timeline.free, speeds.best
+    num_segments = len(times)
+    position = timeline.index_at(from_s)
+    start_s = from_s
+    by_s += EPSILON_S
+    pieces: list[Piece] = []
+    while start_s + num_steps * speeds.fastest_s <= by_s:
+        degree, step_s = best[min(free[position], max_degree)]
+        position += 1
+        while position < num_segments and best[min(free[position], max_degree)][0] == degree:
+            position += 1
+        until_s = times[position] if position < num_segments else NEVER_S
+        if degree:
+            fitting = int((until_s - start_s + EPSILON_S) / step_s)
+            if fitting >= num_steps:
+                end_s = start_s + num_steps * step_s
+                pieces.append(Piece(start_s, end_s, degree, num_steps))
+                return pieces if end_s <= by_s else None
+            if fitting:
+                pieces.append(Piece(start_s, start_s + fitting * step_s, degree, fitting))
+                num_steps -= fitting
+        start_s = until_s
+    return None

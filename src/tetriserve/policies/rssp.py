@@ -1,0 +1,91 @@
+"""Resolution-specific sequence parallelism: one degree per shape, chosen from the profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.fixed import CHUNK_S, Block, has_started, whole_blocks
+
+MIN_EFFICIENCY = 0.7
+"""GPU time at the cheapest degree over GPU time at the chosen one. On FLUX.1-dev and 8 H100 it gives the degrees of
+TetriServe, section 6.1: 1 for 256 and 512, 2 for 1024, 8 for 2048."""
+
+
+def efficient_enough_degree(step_times: Mapping[int, float], min_efficiency: float = MIN_EFFICIENCY) -> int:
+    """The fastest degree whose efficiency is at least `min_efficiency`; the narrower one of equals."""
+    cheapest = min(degree * step_s for degree, step_s in step_times.items())
+    allowed = {k: step_s for k, step_s in step_times.items() if cheapest >= min_efficiency * k * step_s}
+    return min(allowed, key=lambda degree: (allowed[degree], degree))
+
+
+class ResolutionSpecific:
+    """`rssp`: first come first served, non-preemptive, each request on an aligned block as wide as its shape's degree.
+
+    A request holds its block from encode to decode, although these two run on the block's first rank alone. The
+    request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
+    what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of
+    those that have not started; degrees wider than the largest living block are left out.
+    """
+
+    def __init__(self, *, backfill: bool = False) -> None:
+        self.backfill = backfill
+
+    def plan(self, state: State, now: float) -> Plan:
+        held: dict[str, Block] = {}
+        moving: list[Trajectory] = []
+        new: list[Trajectory] = []
+        taken = {rank for flight in state.in_flight for rank in flight.task.ranks}
+        leaders = {flight.task.request_id: flight.task.ranks[0] for flight in state.in_flight}
+        # In order of arrival; should two claim a rank after a death, the later one moves.
+        for trajectory in state.trajectories:
+            if not has_started(trajectory):
+                new.append(trajectory)
+                continue
+            leader = leaders.get(trajectory.request_id, next(iter(trajectory.holders), None))
+            degree = self._degree(trajectory, state)
+            block = next((block for block in _blocks(state, degree) if leader in block), None)
+            if trajectory.is_running:
+                taken.update(block or ())
+            elif block is None or taken.intersection(block):
+                moving.append(trajectory)
+            else:
+                held[trajectory.request_id] = block
+                taken.update(block)
+        for trajectory in moving + new:
+            degree = self._degree(trajectory, state)
+            block = next((block for block in _blocks(state, degree) if not taken.intersection(block)), None)
+            if block is not None:
+                held[trajectory.request_id] = block
+                taken.update(block)
+            elif degree and not self.backfill:
+                break
+        return Plan(
+            tuple(
+                _next_task(trajectory, held[trajectory.request_id], state)
+                for trajectory in state.waiting
+                if trajectory.request_id in held
+            )
+        )
+
+    def _degree(self, trajectory: Trajectory, state: State) -> int:
+        """The degree of the shape among those for which a whole block lives; 0 for none."""
+        step_times = {
+            degree: step_s
+            for degree, step_s in state.cost.step_times(trajectory.request).items()
+            if any(True for _ in whole_blocks(state.ranks, degree))
+        }
+        return efficient_enough_degree(step_times) if step_times else 0
+
+
+def _blocks(state: State, degree: int) -> Iterator[Block]:
+    return whole_blocks(state.ranks, degree) if degree else iter(())
+
+
+def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:
+    if trajectory.stage is not Stage.DENOISE:
+        return Task(trajectory.request_id, trajectory.stage, block[:1])
+    step_s = state.cost.step_times(trajectory.request)[len(block)]
+    num_steps = min(trajectory.remaining_steps, max(1, int(CHUNK_S / step_s)))
+    return Task(trajectory.request_id, Stage.DENOISE, block, num_steps)

@@ -1,0 +1,94 @@
+"""Future free capacity: how many ranks nobody has claimed, and when."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+EPSILON_S = 1e-9
+"""Rounding slack in comparisons of sums of seconds."""
+
+NEVER_S = 1e12
+"""Stands for infinity, and can still be divided into a number of steps."""
+
+
+class Piece(NamedTuple):
+    """`degree` ranks from `start_s` to `end_s`, for `num_steps` denoise steps (0 for encode and decode)."""
+
+    start_s: float
+    end_s: float
+    degree: int
+    num_steps: int = 0
+
+
+class Timeline:
+    """Free ranks as a step function of time: `free[i]` of them from `times[i]` to `times[i + 1]`, the last for ever.
+
+    Which ranks they are does not matter here: a group may be any set.
+    """
+
+    def __init__(self, times: Sequence[float], free: Sequence[int]) -> None:
+        self.times = list(times)
+        self.free = list(free)
+
+    @classmethod
+    def of(cls, now: float, num_idle: int, releases: Iterable[tuple[float, int]]) -> Timeline:
+        """`num_idle` ranks from `now` on, and more at each of `releases`, pairs of a time and a number of ranks."""
+        times, free = [now], [num_idle]
+        for time_s, num_ranks in sorted(releases):
+            num_idle += num_ranks
+            if time_s <= times[-1]:
+                free[-1] = num_idle
+            else:
+                times.append(time_s)
+                free.append(num_idle)
+        return cls(times, free)
+
+    def copy(self) -> Timeline:
+        return Timeline(self.times, self.free)
+
+    def index_at(self, time_s: float) -> int:
+        """The segment that holds `time_s`; a breakpoint that only rounding separates from it counts as reached."""
+        return max(0, bisect_right(self.times, time_s + EPSILON_S) - 1)
+
+    def free_until(self, num_ranks: int) -> list[float]:
+        """Per degree from 0 to `num_ranks`: until when that many ranks are free, counted from the start."""
+        until = [NEVER_S] * (num_ranks + 1)
+        lowest = num_ranks
+        for time_s, free in zip(self.times, self.free, strict=True):
+            while lowest > free:
+                until[lowest] = time_s
+                lowest -= 1
+        return until
+
+    def earliest(self, duration_s: float, from_s: float) -> float:
+        """The first moment from `from_s` on at which one rank is free for `duration_s`."""
+        times, free = self.times, self.free
+        start_s: float | None = None
+        for position in range(self.index_at(from_s), len(free)):
+            if free[position]:
+                if start_s is None:
+                    start_s = max(from_s, times[position])
+            elif start_s is not None:
+                if times[position] >= start_s + duration_s - EPSILON_S:
+                    return start_s
+                start_s = None
+        return NEVER_S if start_s is None else start_s
+
+    def claim(self, pieces: Iterable[Piece]) -> None:
+        """Take the ranks of `pieces` out."""
+        free = self.free
+        for start_s, end_s, degree, _ in pieces:
+            first, last = self._split(start_s), self._split(end_s)
+            for position in range(first, last):
+                free[position] -= degree
+
+    def _split(self, time_s: float) -> int:
+        """The index of the segment that starts at `time_s`, made if need be."""
+        position = self.index_at(time_s)
+        if time_s - self.times[position] > EPSILON_S:
+            position += 1
+            self.times.insert(position, time_s)
+            self.free.insert(position, self.free[position - 1])
+        return position
