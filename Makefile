@@ -35,6 +35,7 @@ check: lint types contracts test ## Everything that CI runs
 bench: $(VENV)/.run ## Speed, as ratios measured in one run
 	$(BIN)/python benchmarks/policy_decision.py
 	$(BIN)/python benchmarks/execution.py
+	$(BIN)/python benchmarks/simulation.py
 
 clean: ## Remove the virtual environment
 	rm -rf $(VENV)

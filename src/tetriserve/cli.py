@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tetriserve.launch import Progress
     from tetriserve.profile.table import Profile
 
+FORMATS = ("table", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _ENV = "TETRISERVE_"
 _HEARTBEAT_TIMEOUT_S = 10.0
@@ -163,6 +164,73 @@ def profile(
         save_profile(measured, path)
         _print_profile(measured)
         console.print(f"written to {path}; serve with: tetriserve serve {model or ''} --profile {path}")
+
+
+@app.command()
+def simulate(
+    config: Config = None,
+    profile: Annotated[str, _option("profile", "Bundled profile's name or a profile file.")] = "flux.1-dev-8xh100",
+    policies: Annotated[str, _option("policies", "Names with commas, such as tetriserve,fixed:2, or all.")] = "all",
+    mix: Annotated[
+        str, _option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1.")
+    ] = "uniform",
+    rate: Annotated[float, _option("rate", "Requests per minute, on average.")] = 12.0,
+    arrivals: Annotated[
+        str, _option("arrivals", "poisson, constant, gamma:cv=3, on-off:on_s=30,off_s=30 or step:at_s=300,factor=2.")
+    ] = "poisson",
+    slo_scale: Annotated[float, _option("slo-scale", "Factor on the base deadlines of the sizes.")] = 1.0,
+    slo_multiple: Annotated[
+        float | None, _option("slo-multiple", "Instead: deadlines as a multiple of the time alone at degree 1.")
+    ] = None,
+    requests: Annotated[int, _option("requests", "Requests per seed.")] = 300,
+    steps: Annotated[int, _option("steps", "Denoise steps per request.")] = 28,
+    ranks: Annotated[int | None, _option("ranks", "Default: the profile's largest degree.")] = None,
+    seeds: Annotated[int, _option("seeds", "How many workloads to average over.")] = 5,
+    seed: Annotated[int, _option("seed", "The first workload's seed; the others follow it.")] = 0,
+    noise: Annotated[float, _option("noise", "Standard deviation of task times, as a fraction of them.")] = 0.0,
+    bound: Annotated[
+        bool, typer.Option("--bound/--no-bound", envvar=_ENV + "BOUND", help="Compute what no scheduler can exceed.")
+    ] = True,
+    trace: Annotated[
+        Path | None, _option("trace", "CSV or JSON Lines of requests to replay, instead of making them up.")
+    ] = None,
+    out: Annotated[Path | None, _option("out", "Write every request's outcome here, as JSON Lines.")] = None,
+    trace_out: Annotated[
+        Path | None, _option("trace-out", "Write a Perfetto trace of the first policy's first run here.")
+    ] = None,
+    format: Annotated[str, _option("format", f"One of {', '.join(FORMATS)}.")] = FORMATS[0],
+) -> None:
+    """Compare policies on made-up or recorded requests, without a model: times come from a profile."""
+    with _one_line_errors():
+        from tetriserve.report.comparing import compare_and_print
+        from tetriserve.simulator.scenario import Scenario
+
+        if format not in FORMATS:
+            raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+        scenario = Scenario(
+            profile=profile,
+            mix=mix,
+            arrivals=arrivals,
+            rate_per_min=rate,
+            slo_scale=slo_scale,
+            slo_multiple=slo_multiple,
+            num_requests=requests,
+            num_steps=steps,
+            num_ranks=ranks,
+            noise=noise,
+            trace=trace,
+        )
+        compare_and_print(
+            scenario,
+            policies=policies,
+            num_seeds=seeds,
+            first_seed=seed,
+            has_bound=bound,
+            out=out,
+            trace_out=trace_out,
+            is_json=format == "json",
+            progress=console,
+        )
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,162 @@
+"""Policies side by side on the same workloads: what each attains, how long requests take, what it costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tetriserve.core.request import Shape
+from tetriserve.simulator.run import simulate
+from tetriserve.simulator.scenario import Setting
+from tetriserve.workload.outcome import Outcome, Status
+
+_STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+"""Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
+
+OnOutcome = Callable[[str, int, Outcome], None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts over the outcomes of one policy, all seeds together.
+
+    sars: the SLO attainment ratio of each seed.
+    latencies_s: of the requests that finished.
+    gpu_time_s: rank-seconds, summed.
+    """
+
+    sars: list[float] = field(default_factory=list)
+    totals: Counter[Shape] = field(default_factory=Counter)
+    attained: Counter[Shape] = field(default_factory=Counter)
+    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    gpu_time_s: float = 0.0
+
+    def take_run(self, outcomes: Iterable[Outcome]) -> None:
+        """Add one seed's run."""
+        total = attained = 0
+        for outcome in outcomes:
+            shape = outcome.request.shape
+            total += 1
+            attained += outcome.is_attained
+            self.totals[shape] += 1
+            self.attained[shape] += outcome.is_attained
+            self.gpu_time_s += outcome.gpu_time_s
+            if outcome.status is Status.FINISHED:
+                self.latencies_s.append(outcome.latency_s)
+        self.sars.append(attained / total)
+
+    def result(self, policy: str) -> Result:
+        latencies = sorted(self.latencies_s)
+        return Result(
+            policy=policy,
+            sar=statistics.fmean(self.sars),
+            sar_half_width=half_width(self.sars),
+            sar_by_shape={shape: self.attained[shape] / self.totals[shape] for shape in sorted(self.totals)},
+            mean_latency_s=statistics.fmean(latencies),
+            p50_latency_s=percentile(latencies, 50),
+            p99_latency_s=percentile(latencies, 99),
+            gpu_time_s=self.gpu_time_s / len(self.sars),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One policy: a row of the table.
+
+    sar: SLO attainment ratio, mean over seeds, give or take `sar_half_width` (95 %; None for a single seed).
+    gpu_time_s: rank-seconds per seed.
+    """
+
+    policy: str
+    sar: float
+    sar_half_width: float | None
+    sar_by_shape: dict[Shape, float]
+    mean_latency_s: float
+    p50_latency_s: float
+    p99_latency_s: float
+    gpu_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All policies. `bound` is a SAR that no scheduler exceeds, mean over seeds; None where it was not computed."""
+
+    results: tuple[Result, ...]
+    bound: float | None
+    num_seeds: int
+
+
+def compare(
+    setting: Setting,
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    has_bound: bool = True,
+    on_run: Callable[[str], None] = lambda text: None,
+    on_outcome: OnOutcome | None = None,
+) -> Comparison:
+    """Run every policy on every seed's workload.
+
+    Args:
+        has_bound: compute the upper bound too. With noise there is none: tasks may be quicker than the profile says.
+        on_run: told what runs now.
+        on_outcome: told policy, seed and outcome of every request, in the order in which they end.
+    """
+    results = []
+    for policy in policies:
+        tally = Tally()
+        for seed in seeds:
+            on_run(f"{policy}, seed {seed}")
+            outcomes = simulate(
+                setting.policy(policy),
+                setting.cost,
+                setting.requests(seed),
+                num_ranks=setting.num_ranks,
+                noise=setting.noise,
+                seed=seed,
+            )
+            tally.take_run(outcomes if on_outcome is None else _told(outcomes, policy, seed, on_outcome))
+        results.append(tally.result(policy))
+    bound = _bound(setting, seeds, on_run) if has_bound and not setting.noise else None
+    return Comparison(results=tuple(results), bound=bound, num_seeds=len(seeds))
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """By linear interpolation between the two nearest of the sorted values."""
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return None
+    quantile = _STUDENT_T[freedom - 1] if freedom <= len(_STUDENT_T) else 1.96 + 2.4 / freedom
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _told(outcomes: Iterable[Outcome], policy: str, seed: int, on_outcome: OnOutcome) -> Iterable[Outcome]:
+    for outcome in outcomes:
+        on_outcome(policy, seed, outcome)
+        yield outcome
+
+
+def _bound(setting: Setting, seeds: Sequence[int], on_run: Callable[[str], None]) -> float:
+    from tetriserve.simulator.bound import max_attained  # loads scipy, which only a bound needs
+
+    ratios = []
+    for seed in seeds:
+        on_run(f"upper bound, seed {seed}")
+        requests = list(setting.requests(seed))
+        ratios.append(max_attained(requests, setting.cost, setting.num_ranks) / len(requests))
+    return statistics.fmean(ratios)

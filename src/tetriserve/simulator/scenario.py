@@ -1,0 +1,172 @@
+"""What is simulated: a profile, a pool and a workload, all from one frozen description."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.request import Request, Shape
+from tetriserve.policies.policy import Policy
+from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy
+from tetriserve.profile.bundled import open_profile
+from tetriserve.profile.cost import ProfileCost
+from tetriserve.workload.arrivals import parse_arrivals
+from tetriserve.workload.mixes import parse_mix
+from tetriserve.workload.slo import DeadlineRule, MultipleRule, TableRule
+from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.traces import load_trace
+
+ALL_POLICIES = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """As the user writes it.
+
+    profile: name of a bundled profile, or a path.
+    slo_multiple: deadlines as a multiple of the time alone at degree 1; None takes the paper's table times `slo_scale`.
+    num_ranks: None takes the profile's largest degree.
+    noise: standard deviation of a task's duration, as a fraction of it.
+    trace: requests from this file; then rate, arrivals, mix and number of requests are not used.
+    """
+
+    profile: str = "flux.1-dev-8xh100"
+    mix: str = "uniform"
+    arrivals: str = "poisson"
+    rate_per_min: float = 12.0
+    slo_scale: float = 1.0
+    slo_multiple: float | None = None
+    num_requests: int = 300
+    num_steps: int = 28
+    num_ranks: int | None = None
+    noise: float = 0.0
+    trace: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A scenario made ready: everything that can be wrong with it has been checked."""
+
+    cost: ProfileCost
+    num_ranks: int
+    noise: float
+    source: Synthesis | tuple[Request, ...]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that requests have, smallest first."""
+        if isinstance(self.source, Synthesis):
+            found: Iterable[Shape] = self.source.mix.shapes
+        else:
+            found = {request.shape for request in self.source}
+        return tuple(sorted(found, key=lambda shape: (shape.num_pixels, shape)))
+
+    @property
+    def varies_by_seed(self) -> bool:
+        return self.noise > 0 or isinstance(self.source, Synthesis)
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        """The workload of one seed, in order of arrival."""
+        if isinstance(self.source, Synthesis):
+            return self.source.requests(random.Random(seed))
+        return iter(self.source)
+
+    def policy(self, spec: str) -> Policy:
+        """
+        Raises:
+            ConfigError: unknown, or an argument that is not allowed here.
+        """
+        return make_policy(spec, self.cost, num_ranks=self.num_ranks, shapes=self.cost.profile.shapes)
+
+    def policies(self, specs: str) -> list[str]:
+        """The policies in a list with commas; `all` is every registered one, `fixed` at each degree.
+
+        An item such as `fill=off` is one more setting of the policy before it.
+
+        Raises:
+            ConfigError: a policy is unknown, or cannot be made.
+        """
+        names: list[str] = []
+        for item in (item.strip() for item in specs.split(",")):
+            if item == ALL_POLICIES:
+                names += self._all_policies()
+            elif "=" in item.partition(":")[0] and names:
+                names[-1] += f",{item}"
+            else:
+                names.append(item)
+        names = list(dict.fromkeys(names))
+        for name in names:
+            self.policy(name)
+        return names
+
+    def _all_policies(self) -> list[str]:
+        shapes = self.cost.profile.shapes
+        context = PolicyContext(argument="", cost=self.cost, num_ranks=self.num_ranks, shapes=shapes)
+        names = []
+        for name, spec in POLICIES.items():
+            if name == "fixed":
+                names += [f"fixed:{degree}" for degree in context.degrees]
+            elif ":" not in spec.usage.partition("[")[0]:
+                names.append(name)
+        return names
+
+
+def prepare(scenario: Scenario) -> Setting:
+    """Open the files and check the numbers.
+
+    Raises:
+        ConfigError: one line that says what is wrong and what is allowed.
+    """
+    profile = open_profile(scenario.profile)
+    num_ranks = profile.degrees[-1] if scenario.num_ranks is None else scenario.num_ranks
+    if num_ranks < 1:
+        raise ConfigError(f"ranks is {num_ranks}; it must be at least 1")
+    if not 0 <= scenario.noise < math.inf:
+        raise ConfigError(f"noise is {scenario.noise:g}; it must be a fraction of at least 0")
+    degrees = tuple(degree for degree in profile.degrees if degree <= num_ranks)
+    if not degrees:
+        raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")
+    cost = ProfileCost(profile, lambda shape: degrees)
+    setting = Setting(cost=cost, num_ranks=num_ranks, noise=scenario.noise, source=_source(scenario, cost))
+    for shape in setting.shapes:
+        _check_covered(shape, scenario, cost)
+    return setting
+
+
+def _source(scenario: Scenario, cost: ProfileCost) -> Synthesis | tuple[Request, ...]:
+    deadlines: DeadlineRule = TableRule(scenario.slo_scale)
+    if scenario.slo_multiple is not None:
+        deadlines = MultipleRule(scenario.slo_multiple, cost)
+    if scenario.trace is not None:
+        return tuple(load_trace(scenario.trace, default_steps=scenario.num_steps, deadlines=deadlines))
+    synthesis = Synthesis(
+        arrivals=parse_arrivals(scenario.arrivals, scenario.rate_per_min),
+        mix=parse_mix(scenario.mix, cost.profile.shapes),
+        deadlines=deadlines,
+        num_requests=scenario.num_requests,
+        num_steps=scenario.num_steps,
+    )
+    for shape in synthesis.mix.shapes:
+        _check_covered(shape, scenario, cost)
+        deadlines.slo_s(_probe(shape))
+    return synthesis
+
+
+def _check_covered(shape: Shape, scenario: Scenario, cost: ProfileCost) -> None:
+    """Every shape is checked before anything runs: a missing one would show only when it first arrives."""
+    try:
+        cost.step_times(_probe(shape))
+        cost.decode_s(_probe(shape))
+    except ProfileError as error:
+        measured = ", ".join(map(str, cost.profile.shapes))
+        raise ProfileError(
+            f"profile {scenario.profile} does not cover {shape}: {error} (measured: {measured})"
+        ) from error
+
+
+def _probe(shape: Shape) -> Request:
+    return Request(request_id="probe", prompt="", shape=shape, num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0)

@@ -1,0 +1,98 @@
+"""Which sizes are asked for, and how often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.request import Shape
+from tetriserve.workload.randomness import RandomSource, draw
+
+USAGE = "uniform, skewed[:ALPHA], homogeneous:WxH, or weights such as 256x256:3,1024x1024:1"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Shapes and how likely each is; weights need not add up to 1."""
+
+    shapes: tuple[Shape, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shapes or len(self.shapes) != len(self.weights):
+            raise ConfigError(f"a mix has {len(self.shapes)} shapes and {len(self.weights)} weights; it needs one each")
+        for shape, weight in zip(self.shapes, self.weights, strict=True):
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"the weight of {shape} is {weight:g}; it must be above 0")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The probability of each shape."""
+        total = sum(self.weights)
+        return tuple(weight / total for weight in self.weights)
+
+    def draw(self, random: RandomSource) -> Shape:
+        return draw(random, self.shapes, self.weights)
+
+
+def uniform(shapes: Sequence[Shape]) -> Mix:
+    """Every shape equally often."""
+    return Mix(tuple(shapes), (1.0,) * len(shapes))
+
+
+def skewed(shapes: Sequence[Shape], alpha: float = 1.0) -> Mix:
+    """p_i ~ exp(alpha * L_i / L_max) with L = (H * W) / 16^2 (TetriServe, 6.1): large ones more often for alpha > 0."""
+    lengths = [shape.num_pixels / 16**2 for shape in shapes]
+    return Mix(tuple(shapes), tuple(math.exp(alpha * length / max(lengths)) for length in lengths))
+
+
+def homogeneous(shape: Shape) -> Mix:
+    """One shape only."""
+    return Mix((shape,), (1.0,))
+
+
+def parse_mix(spec: str, shapes: Sequence[Shape]) -> Mix:
+    """The mix that `spec` names: `uniform`, `skewed`, `skewed:2`, `homogeneous:512x512`, `256x256:3,1024x1024:1`.
+
+    Args:
+        shapes: those that `uniform` and `skewed` spread over.
+
+    Raises:
+        ConfigError: an unknown mix or a number that cannot be used.
+    """
+    name, _, argument = spec.partition(":")
+    if name == "uniform" and not argument:
+        return uniform(shapes)
+    if name == "skewed":
+        alpha = _number(spec, argument or "1")
+        if not -100 <= alpha <= 100:
+            raise ConfigError(f"mix {spec!r}: alpha is {alpha:g}; allowed: -100 to 100")
+        return skewed(shapes, alpha)
+    if name == "homogeneous":
+        return homogeneous(_shape(spec, argument))
+    if not spec[:1].isdecimal():
+        raise ConfigError(f"unknown mix {spec!r}; choose one of: {USAGE}")
+    weights: dict[Shape, float] = {}
+    for item in spec.split(","):
+        size, _, weight = item.partition(":")
+        shape = _shape(spec, size.strip())
+        if shape in weights:
+            raise ConfigError(f"mix {spec!r} names {shape} twice; give each size one weight")
+        weights[shape] = _number(spec, weight or "1")
+    return Mix(tuple(weights), tuple(weights.values()))
+
+
+def _shape(spec: str, size: str) -> Shape:
+    try:
+        return Shape.parse(size)
+    except ValueError as error:
+        raise ConfigError(f"mix {spec!r}: {error}") from None
+
+
+def _number(spec: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"mix {spec!r}: {text!r} is not a number") from None
