@@ -3,7 +3,7 @@
 Prints denoise time through the engine over a bare diffusers loop of the same model and steps, on one rank; the time of
 a degree switch with a warm group; and the memory of each extra worker over the model's own.
 
-    python benchmarks/execution.py [--pairs 9]
+    python benchmarks/execution.py [--pairs 45]
 """
 
 from __future__ import annotations
@@ -178,16 +178,16 @@ def _pss_mib(pid: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=9, help="engine and bare loop, in turn, per size and policy")
-    num_pairs = parser.parse_args().pairs
+    parser.add_argument("--pairs", type=int, default=45, help="engine and bare loop, in turn, per size")
+    parser.add_argument("--policy", default="tetriserve")
+    arguments = parser.parse_args()
     directory = asyncio.run(find_model(None, print)).path
-    for policy in ("tetriserve", "fcfs"):
-        for shape, ratios in asyncio.run(overhead(directory, policy, num_pairs)).items():
-            low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-            print(
-                f"denoise through the engine over a bare loop, {policy:10} {shape}: median {middle:.3f}x "
-                f"(min {low:.3f}, max {high:.3f}, {len(ratios)} pairs; bar {BARS[shape]:.2f}x)"
-            )
+    for shape, ratios in asyncio.run(overhead(directory, arguments.policy, arguments.pairs)).items():
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"denoise through the engine over a bare loop, {arguments.policy} {shape}: median {middle:.3f}x "
+            f"(quartiles {low:.3f} and {high:.3f}, {len(ratios)} pairs; bar {BARS[shape]:.2f}x)"
+        )
     stay_s, switch_s = asyncio.run(switch_times(directory))
     print(
         f"switch from degree 1 to 2, warm group: {(switch_s - stay_s) * 1000:.2f} ms more than a task that stays "
