@@ -130,7 +130,7 @@ async def switch_times(directory: Path) -> tuple[float, float]:
     async def run(name: str, stage: Stage, ranks: tuple[int, ...]) -> float:
         shape = Shape(256, 256)
         request = Request(
-            request_id=name, prompt=name, shape=shape, num_steps=100, seed=0, arrival_s=0.0, deadline_s=0.0
+            request_id=name, prompt=name, shape=shape, num_steps=500, seed=0, arrival_s=0.0, deadline_s=0.0
         )
         task_id, num_steps = next(ids), int(stage is Stage.DENOISE)
         end = ends[task_id] = asyncio.get_running_loop().create_future()
@@ -147,7 +147,7 @@ async def switch_times(directory: Path) -> tuple[float, float]:
     switches: list[float] = []
     try:
         await asyncio.gather(run("a", Stage.ENCODE, (0,)), run("b", Stage.ENCODE, (1,)))
-        for number in range(33):
+        for number in range(163):
             await asyncio.gather(run("a", Stage.DENOISE, (0,)), run("b", Stage.DENOISE, (1,)))
             switch_s = await run("a", Stage.DENOISE, (0, 1))
             stay_s = await run("a", Stage.DENOISE, (0, 1))
