@@ -112,7 +112,7 @@ def serve(
     with _one_line_errors():
         from tetriserve.config import EngineConfig, SchedulingConfig, ServerConfig
         from tetriserve.launch import launch
-        from tetriserve.server.run import serve as serve_http
+        from tetriserve.server.run import run_server
 
         _set_up_logging(log_level)
         engine_config = EngineConfig(
@@ -124,8 +124,7 @@ def serve(
         )
         server_config = ServerConfig(host=host, port=port, shutdown_timeout_s=shutdown_timeout)
         with _progress() as progress:
-            serving = serve_http(server_config, lambda: launch(engine_config, progress), on_ready=_say_ready)
-            exit_code = asyncio.run(serving)
+            exit_code = run_server(server_config, lambda: launch(engine_config, progress), on_ready=_say_ready)
     raise typer.Exit(exit_code)
 
 

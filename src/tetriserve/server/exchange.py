@@ -60,7 +60,7 @@ class ExchangeMiddleware:
 
         try:
             await self._app(scope, _limited(receive), send_named)
-        except Exception:
+        except Exception:  # the process boundary: whatever a handler raises is logged with its id and answered
             logger.exception("request %s failed unexpectedly", exchange.request_id)
             if exchange.status is not None:
                 raise  # half an answer is out: only breaking the connection tells the client
