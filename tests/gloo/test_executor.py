@@ -298,6 +298,7 @@ async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bun
     assert (profile.model, profile.fingerprint) == (bundled_card.name, bundled_card.fingerprint)
     assert profile.encode_s > 0
     assert profile.switch_s > 0
+    assert 0 < profile.move_s < 0.1
     assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert list(driver.directory.glob("profile-*")) == []
 

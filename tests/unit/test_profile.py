@@ -109,6 +109,7 @@ DELETE = object()
         (["encode_s"], "fast", "encode_s is 'fast'; it must be a positive number of seconds"),
         (["encode_s"], -0.5, "encode_s is -0.5; it must be a positive number of seconds"),
         (["switch_s"], 0, "switch_s is 0; it must be a positive number of seconds"),
+        (["move_s"], -0.1, "move_s is -0.1; it must be a positive number of seconds"),
         (["switch_s"], True, "switch_s is True; it must be a positive number of seconds"),
         (["switch_s"], float("nan"), "switch_s is nan; it must be a positive number of seconds"),
         (["switch_s"], float("inf"), "switch_s is inf; it must be a positive number of seconds"),

@@ -52,7 +52,12 @@ class CostModel(Protocol):
 
     @property
     def switch_s(self) -> float:
-        """Fixed cost of starting a task: dispatch and a change of group."""
+        """Fixed cost of starting any task."""
+        ...
+
+    @property
+    def move_s(self) -> float:
+        """What a task costs on top of that on other ranks than the request's last: change of group, hand-over."""
         ...
 
     def observed(self, request: Request, degree: int, step_s: float) -> CostModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -42,6 +43,10 @@ class Trajectory:
     @property
     def remaining_steps(self) -> int:
         return self.request.num_steps - self.steps_done
+
+    def is_moved_by(self, ranks: Collection[int]) -> bool:
+        """Whether a task on `ranks` would have to fetch the state, or to change the group that holds it."""
+        return bool(self.holders) and set(self.holders) != set(ranks)
 
     def is_late(self, now: float) -> bool:
         return now > self.request.deadline_s

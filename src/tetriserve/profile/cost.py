@@ -86,6 +86,10 @@ class ProfileCost:
     def switch_s(self) -> float:
         return self.profile.switch_s
 
+    @property
+    def move_s(self) -> float:
+        return self.profile.move_s
+
     def observed(self, request: Request, degree: int, step_s: float) -> ProfileCost:
         """The same model after one observation, as an exponential moving average; `self` is unchanged."""
         profiled = self._step_s(request.shape, degree) * request.num_passes

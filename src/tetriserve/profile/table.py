@@ -3,7 +3,7 @@
 ```
 {"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
  "source": ..., "created": "2026-11-20",
- "encode_s": 0.02, "switch_s": 0.001,
+ "encode_s": 0.02, "switch_s": 0.001, "move_s": 0.001,
  "denoise": [{"height", "width", "frames", "tokens", "degree", "batch", "step_s", "cv"}, ...],
  "decode": [{"height", "width", "frames", "decode_s"}, ...]}
 ```
@@ -61,7 +61,12 @@ class DecodeRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One model on one kind of hardware. `fingerprint` ties it to an architecture; empty means any."""
+    """One model on one kind of hardware.
+
+    switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
+        0 where nobody measured it, or where there is only one rank.
+    fingerprint: ties it to an architecture; empty means any.
+    """
 
     model: str
     hardware: str
@@ -73,12 +78,15 @@ class Profile:
     denoise: tuple[DenoiseRow, ...]
     decode: tuple[DecodeRow, ...]
     fingerprint: str = ""
+    move_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.denoise or not self.decode:
             raise ProfileError("profile has no denoise rows" if not self.denoise else "profile has no decode rows")
         for name, seconds in (("encode_s", self.encode_s), ("switch_s", self.switch_s)):
             _check_seconds(seconds, name)
+        if self.move_s != 0:
+            _check_seconds(self.move_s, "move_s")
         for number, row in enumerate(self.denoise):
             _check_seconds(row.step_s, f"denoise[{number}].step_s")
             _check_positive(f"denoise[{number}]", row, ("height", "width", "frames", "tokens", "degree", "batch"))

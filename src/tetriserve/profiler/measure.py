@@ -30,6 +30,8 @@ OnProgress = Callable[[int, int, str], None]
 
 _NUM_SAMPLES = 3
 _STEPS_PER_SAMPLE = 2
+_NUM_STEPS = 1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE
+_NUM_MOVES = 8
 _SLOW_STEP_S = 2.0
 
 
@@ -56,6 +58,7 @@ async def measure(
     for shape in shapes:
         on_progress(next(num_done), num_total, f"decode of {shape}")
         decode.append(await _time_decode(bench, card, shape, pool.num_ranks))
+    move_s = await _time_moves(bench, card, shapes[0], pool)
     on_progress(num_total, num_total, "done")
     return Profile(
         model=card.name,
@@ -66,6 +69,7 @@ async def measure(
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         encode_s=max(statistics.median(bench.encode_s), 1e-6),
         switch_s=max(statistics.median(bench.switch_s), 1e-6),
+        move_s=move_s,
         denoise=tuple(denoise),
         decode=tuple(decode),
     )
@@ -116,6 +120,26 @@ async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: 
     return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=statistics.fmean(elapsed))
 
 
+async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
+    """How much longer one step takes right after a move than in place, at the narrowest degree with another group."""
+    for degree in card.valid_degrees(shape, pool.degrees):
+        groups = aligned_groups(pool.num_ranks, degree)
+        if len(groups) < 2:
+            continue
+        request = bench.request(card, shape, 2 + 2 * _NUM_MOVES)
+        await bench.encode(request, groups[0][0])
+        for group in groups[:2]:  # the first collective of a group allocates
+            await bench.denoise(request, group, 1)
+        differences = []
+        for index in range(_NUM_MOVES):
+            group = groups[index % 2]
+            moved_s = await bench.denoise(request, group, 1)
+            differences.append(moved_s - await bench.denoise(request, group, 1))
+        bench.forget([request])
+        return max(statistics.median(differences), 1e-6)
+    return 0.0
+
+
 @dataclass
 class _Progress:
     """How far one measured request has come, and what its tasks left in the store."""
@@ -139,10 +163,10 @@ class _Bench:
     def __post_init__(self) -> None:
         self.executor.subscribe(self._on_event)
 
-    def request(self, card: ModelCard, shape: Shape) -> Request:
+    def request(self, card: ModelCard, shape: Shape, num_steps: int = _NUM_STEPS) -> Request:
         request = Request(
             request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
-            num_steps=1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE, seed=0, arrival_s=0.0, deadline_s=0.0,
+            num_steps=num_steps, seed=0, arrival_s=0.0, deadline_s=0.0,
             guidance_scale=card.default_guidance_scale,
         )  # fmt: skip
         self._progress[request.request_id] = _Progress()

@@ -24,7 +24,7 @@ from tetriserve.core.events import (
     WakeAt,
     WorkerJoined,
 )
-from tetriserve.core.plan import CostModel
+from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.policy import Policy
@@ -74,16 +74,24 @@ class Simulation:
         self._heap: list[_Scheduled] = []
         self._num_scheduled = 0
         self._timer: _Scheduled | None = None
+        self._ranks: dict[str, tuple[int, ...]] = {}  # of each request's last task
         for rank in range(num_ranks):
             self._take(WorkerJoined(rank))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Outcome]:
-        """Outcomes in the order in which requests end."""
+        """Outcomes in the order in which requests end; last those that the policy never finished, as failed."""
         for request in requests:
             yield from self._run_until(request.arrival_s)
             self.now = max(self.now, request.arrival_s)
             yield from self._take(Submitted(request))
         yield from self._run_until(float("inf"))
+        for trajectory in self.controller.state.trajectories:  # no event is left that could move them
+            request = trajectory.request
+            yield Outcome(
+                request=request, status=Status.FAILED, runs=(), finish_s=self.now,
+                predicted_finish_s=self.controller.earliest_finish(request, self.now),
+                message="the policy left it unfinished",
+            )  # fmt: skip
 
     def _run_until(self, time_s: float) -> Iterator[Outcome]:
         while self._heap and self._heap[0].time_s <= time_s:
@@ -106,13 +114,13 @@ class Simulation:
         match command:
             case StartTask():
                 elapsed_s = self._duration_s(command)
-                self._schedule(
-                    self.now + self._cost.switch_s + elapsed_s, TaskFinished(command.task_id, elapsed_s, _NOTHING)
-                )
+                end_s = self.now + self._start_s(command.task) + elapsed_s
+                self._schedule(end_s, TaskFinished(command.task_id, elapsed_s, _NOTHING))
             case WakeAt(time_s):
                 if self._timer is None or self._timer.time_s != time_s:
                     self._timer = self._schedule(max(time_s, self.now), TimerFired())
             case FinishRequest(request, runs, predicted_finish_s, _):
+                del self._ranks[request.request_id]
                 return Outcome(
                     request=request, status=Status.FINISHED, runs=runs,
                     predicted_finish_s=predicted_finish_s, finish_s=self.now,
@@ -122,6 +130,10 @@ class Simulation:
             case _:
                 assert_never(command)
         return None
+
+    def _start_s(self, task: Task) -> float:
+        before, self._ranks[task.request_id] = self._ranks.get(task.request_id, task.ranks), task.ranks
+        return self._cost.switch_s + (self._cost.move_s if set(before) != set(task.ranks) else 0.0)
 
     def _duration_s(self, command: StartTask) -> float:
         task, request = command.task, command.request

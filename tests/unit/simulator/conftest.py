@@ -26,6 +26,7 @@ class TableCost:
     encode: float = 0.0
     decode: float = 0.0
     switch_s: float = 0.0
+    move_s: float = 0.0
 
     def step_times(self, request: Request) -> Mapping[int, float]:
         return self.steps[request.shape.height]

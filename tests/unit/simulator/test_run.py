@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import count, islice
 
 import pytest
 
-from tetriserve.core.plan import Plan, Task
+from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.trajectory import Stage
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.simulator.run import simulate
+from tetriserve.workload.outcome import Status
 
 
 def test_a_lone_request_takes_its_stages_and_the_start_of_each_task(table_cost, request_of) -> None:
@@ -20,6 +23,24 @@ def test_a_lone_request_takes_its_stages_and_the_start_of_each_task(table_cost, 
     assert [run.task.num_steps for run in outcome.runs] == [0, 8, 8, 4, 0]
     assert outcome.is_attained
     assert outcome.queued_s == pytest.approx(0.0)
+
+
+def test_a_task_on_other_ranks_than_the_last_costs_the_move(table_cost, request_of) -> None:
+    class Wandering:
+        """One step at a time, on the other rank each time."""
+
+        def plan(self, state: State, now: float) -> Plan:
+            return Plan(
+                tuple(
+                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage is Stage.DENOISE))
+                    for each in state.waiting
+                )
+            )
+
+    cost = table_cost({256: {1: 1.0}}, encode=0.5, decode=0.25, switch_s=0.01, move_s=0.1)
+    (outcome,) = simulate(Wandering(), cost, [request_of(0.0, 9.0, num_steps=3)], num_ranks=2)
+    # Encode and the first step on rank 0, then on 1, on 0, and decode on 1.
+    assert outcome.finish_s == pytest.approx(0.5 + 3 * 1.0 + 0.25 + 5 * 0.01 + 3 * 0.1)
 
 
 def test_the_second_request_waits_for_the_first(table_cost, request_of) -> None:
@@ -90,3 +111,17 @@ def test_timers_wake_the_policy_when_it_asked(table_cost, request_of) -> None:
 def test_numbers_that_cannot_be_are_refused(table_cost, numbers, message) -> None:
     with pytest.raises(ValueError, match=message):
         list(simulate(FixedDegree(1), table_cost({256: {1: 1.0}}), [], **{"num_ranks": 1, **numbers}))
+
+
+def test_what_a_policy_never_finishes_is_missed(flux, workload) -> None:
+    class Idle:
+        def plan(self, state, now: float) -> Plan:
+            return Plan()
+
+    requests = workload(count=3)
+    outcomes = list(simulate(Idle(), flux, requests, num_ranks=8))
+    assert [outcome.request for outcome in outcomes] == requests
+    assert {outcome.status for outcome in outcomes} == {Status.FAILED}
+    assert not any(outcome.is_attained for outcome in outcomes)
+    assert outcomes[0].message == "the policy left it unfinished"
+    json.dumps([outcome.as_json() for outcome in outcomes], allow_nan=False)
