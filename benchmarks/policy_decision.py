@@ -1,149 +1,292 @@
-"""How long one decision takes: p50, p99 and max of `plan` at 8 ranks with 64 unfinished requests.
+"""How long one decision takes, from 8 ranks with 64 unfinished requests to 1,024 ranks with 10,000.
 
-The states come from a running loop at overload (a virtual clock, step times of the size of FLUX.1-dev on 8 H100), the
-number of unfinished requests held at 64 by admitting a new one whenever one leaves. Run with
+A controller runs under overload on a virtual clock: step times of FLUX.1-dev on 8 H100, uniform sizes, durations that
+vary by 0.7 % so that the cost model changes at every event, and a new request whenever one leaves, so that the queue
+keeps its length. Deadlines are the paper's, which makes most of a long queue late, or ten to 300 s, which leaves most
+of it in time. Timed are `policy.plan` where ranks are idle (a full pool is answered at once, and would flatter the
+figures) and, at the same events, all of `Controller.handle`: state, plan, checks, commands. Seconds are CPU seconds of
+this process. Run with
 
-    python benchmarks/policy_decision.py [--policies tetriserve lookahead] [--plans 4000]
+    python benchmarks/policy_decision.py [--pools 8x64 64x1000 1024x10000] [--plot docs/decision_time.png]
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import heapq
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from tetriserve.core.plan import CostModel, InFlight, State
+from tetriserve.control import Controller
+from tetriserve.core.events import (
+    Event,
+    FinishRequest,
+    StartTask,
+    Submitted,
+    TaskFinished,
+    TensorRef,
+    TimerFired,
+    WakeAt,
+    WorkerJoined,
+)
+from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies import make_policy
+from tetriserve.core.trajectory import Stage
+from tetriserve.policies import Policy, make_policy
+from tetriserve.profile.bundled import open_profile
+from tetriserve.profile.cost import ProfileCost
 
-NUM_RANKS = 8
-NUM_REQUESTS = 64
-BAR_P99_MS = 1.0
+PROFILE = "flux.1-dev-8xh100"
+NUM_STEPS = 28
+NOISE = 0.007
+"""The largest coefficient of variation of a step in TetriServe's table 1."""
+MEAN_GPU_S = 7.5
+"""Rank-seconds of a request of these sizes at about the degrees that deadlines ask for."""
+PAPER_S = {256: 1.5, 512: 2.0, 1024: 3.0, 2048: 5.0}
 
-STEP_TIMES = {
-    256: {1: 0.018, 2: 0.0175, 4: 0.018, 8: 0.020},
-    512: {1: 0.0423, 2: 0.035, 4: 0.030, 8: 0.029},
-    1024: {1: 0.1536, 2: 0.0957, 4: 0.0582, 8: 0.040},
-    2048: {1: 0.760, 2: 0.4086, 4: 0.2184, 8: 0.1218},
+BARS_MS = {(8, 64): 1.0, (64, 1000): 10.0, (1024, 10_000): 100.0}
+"""p99 by ranks and unfinished requests."""
+
+Deadline = Callable[[random.Random, int], float]
+"""Seconds from arrival to deadline of a request of this height."""
+
+DEADLINES: dict[str, Deadline] = {
+    "paper's": lambda rng, height: 1.2 * PAPER_S[height],
+    "10-300 s": lambda rng, height: rng.uniform(10.0, 300.0),
 }
-DECODE_S = {256: 0.005, 512: 0.015, 1024: 0.06, 2048: 0.25}
 
 
-class TableCost:
-    switch_s = 0.001
+@dataclass(slots=True)
+class Timed:
+    """A policy that notes how long it takes, where there is something to decide."""
 
-    def step_times(self, request: Request) -> dict[int, float]:
-        return STEP_TIMES[request.shape.height]
+    policy: Policy
+    plan_s: list[float] = field(default_factory=list)
+    num_waiting: int = 0
+    num_in_time: int = 0
 
-    def encode_s(self, request: Request) -> float:
-        return 0.02
-
-    def decode_s(self, request: Request) -> float:
-        return DECODE_S[request.shape.height]
-
-    def observed(self, request: Request, degree: int, step_s: float) -> CostModel:
-        return self
-
-
-def new_requests(rng: random.Random, slack: float) -> Iterator[tuple[Shape, float]]:
-    """Shapes with deadlines from tight to `slack` times the time that the queue needs, so that both kinds wait."""
-    while True:
-        size = rng.choice(list(STEP_TIMES))
-        yield Shape(size, size), rng.uniform(2.0, slack)
+    def plan(self, state: State, now: float) -> Plan:
+        start_s = time.process_time()
+        plan = self.policy.plan(state, now)
+        elapsed_s = time.process_time() - start_s
+        if state.idle_ranks and state.waiting:
+            self.plan_s.append(elapsed_s)
+            for trajectory in state.waiting[:: len(state.waiting) // 50 + 1]:
+                fastest_s = trajectory.remaining_steps * min(state.cost.step_times(trajectory.request).values())
+                self.num_waiting += 1
+                self.num_in_time += now + fastest_s <= trajectory.request.deadline_s
+        return plan
 
 
-def measure(spec: str, num_plans: int, slack: float, seed: int) -> tuple[list[float], float]:
-    """Seconds per plan, and the mean share of waiting requests that could still meet their deadline."""
-    rng = random.Random(seed)
-    cost = TableCost()
-    policy = make_policy(spec, cost, num_ranks=NUM_RANKS, shapes=[Shape(size, size) for size in STEP_TIMES])
-    fresh = new_requests(rng, slack)
-    ids = itertools.count()
-    order = itertools.count()
-    trajectories: dict[str, Trajectory] = {}
-    flights: dict[int, InFlight] = {}
-    heap: list[tuple[float, int, int | None]] = [(0.0, next(order), None)]
-    wake_at: float | None = 0.0
-    seconds: list[float] = []
-    num_feasible = num_waiting = 0
-    while len(seconds) < num_plans:
-        now, _, task_id = heapq.heappop(heap)
-        if task_id is None and now != wake_at:
-            continue
-        if task_id is not None:
-            task = flights.pop(task_id).task
-            done = trajectories.pop(task.request_id)
-            if task.stage is not Stage.DECODE:
-                trajectories[task.request_id] = Trajectory(
-                    done.request, True, done.steps_done + task.num_steps, holders=task.ranks
-                )
-        while len(trajectories) < NUM_REQUESTS:
-            shape, deadline_s = next(fresh)
-            request_id = f"r{next(ids)}"
-            trajectories[request_id] = Trajectory(
-                Request(
-                    request_id=request_id,
-                    prompt="",
-                    shape=shape,
-                    num_steps=28,
-                    seed=0,
-                    arrival_s=now,
-                    deadline_s=now + deadline_s,
-                )
+class Overload:
+    """A pool of `num_ranks` with `num_requests` unfinished requests at any time.
+
+    They begin as old as the queue of a busy pool makes them: without it, a long queue would all be in time at first.
+    """
+
+    def __init__(self, spec: str, num_ranks: int, num_requests: int, deadline: Deadline, seed: int) -> None:
+        profile = open_profile(PROFILE)
+        self.cost = ProfileCost(profile)
+        self.timed = Timed(make_policy(spec, self.cost, num_ranks=num_ranks, shapes=profile.shapes))
+        self.controller = Controller(self.timed, self.cost)
+        self.handle_s: list[float] = []
+        self._deadline = deadline
+        self._random = random.Random(seed)
+        self._numbers = itertools.count()
+        self._events: list[tuple[float, int, Event]] = []
+        self._timer: Event | None = None
+        self._ranks: dict[str, tuple[int, ...]] = {}  # of each request's last task
+        backlog_s = MEAN_GPU_S * num_requests / num_ranks
+        for number in range(num_requests):
+            arrival_s = backlog_s * number / num_requests
+            self._handle(Submitted(self._request(arrival_s)), arrival_s)
+        for rank in range(num_ranks):
+            self._handle(WorkerJoined(rank), backlog_s)
+
+    def run_for(self, seconds: float) -> None:
+        """Go on for so long on the virtual clock."""
+        until_s = self._events[0][0] + seconds
+        while self._events[0][0] < until_s:
+            self._step()
+
+    def decide(self, num_decisions: int) -> None:
+        """Go on until `num_decisions` more have been timed."""
+        goal = len(self.handle_s) + num_decisions
+        while len(self.handle_s) < goal:
+            self._step()
+
+    def _step(self) -> None:
+        now, _, event = heapq.heappop(self._events)
+        if not isinstance(event, TimerFired) or event is self._timer:
+            self._handle(event, now)
+
+    def _handle(self, event: Event, now: float) -> None:
+        num_plans = len(self.timed.plan_s)
+        start_s = time.process_time()
+        commands = self.controller.handle(event, now)
+        elapsed_s = time.process_time() - start_s
+        if len(self.timed.plan_s) > num_plans:
+            self.handle_s.append(elapsed_s)
+        for command in commands:
+            match command:
+                case StartTask(task_id, task):
+                    elapsed_s = self._duration_s(command)
+                    end_s = now + self._start_s(task) + elapsed_s
+                    self._schedule(end_s, TaskFinished(task_id, elapsed_s, _RESULT))
+                case WakeAt(time_s):
+                    self._timer = TimerFired()
+                    self._schedule(time_s, self._timer)
+                case FinishRequest(request):
+                    del self._ranks[request.request_id]
+                    self._schedule(now, Submitted(self._request(now)))
+
+    def _schedule(self, time_s: float, event: Event) -> None:
+        heapq.heappush(self._events, (time_s, next(self._numbers), event))
+
+    def _request(self, now: float) -> Request:
+        height = self._random.choice(list(PAPER_S))
+        return Request(
+            request_id=f"r{next(self._numbers)}",
+            prompt="",
+            shape=Shape(height, height),
+            num_steps=NUM_STEPS,
+            seed=0,
+            arrival_s=now,
+            deadline_s=now + self._deadline(self._random, height),
+        )
+
+    def _start_s(self, task: Task) -> float:
+        before, self._ranks[task.request_id] = self._ranks.get(task.request_id, task.ranks), task.ranks
+        return self.cost.switch_s + (self.cost.move_s if set(before) != set(task.ranks) else 0.0)
+
+    def _duration_s(self, start: StartTask) -> float:
+        request, task = start.request, start.task
+        seconds = {
+            Stage.ENCODE: self.cost.encode_s(request),
+            Stage.DENOISE: task.num_steps * self.cost.step_times(request)[task.degree],
+            Stage.DECODE: self.cost.decode_s(request),
+        }[task.stage]
+        return seconds * self._random.gauss(1.0, NOISE)
+
+
+_RESULT = TensorRef("benchmark", 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Milliseconds per decision of one policy at one size."""
+
+    policy: str
+    deadlines: str
+    num_ranks: int
+    num_requests: int
+    in_time: float
+    plan_ms: Sequence[float]
+    handle_ms: Sequence[float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.num_ranks, self.num_requests
+
+    @property
+    def bar_ms(self) -> float | None:
+        return BARS_MS.get(self.size)
+
+    def __str__(self) -> str:
+        plan = " / ".join(f"{quantile(self.plan_ms, q):7.3f}" for q in (0.5, 0.99, 1.0))
+        handle = " / ".join(f"{quantile(self.handle_ms, q):7.3f}" for q in (0.5, 0.99, 1.0))
+        verdict = ""
+        if self.bar_ms is not None:
+            held = quantile(self.handle_ms, 0.99) <= self.bar_ms
+            verdict = f"  p99 <= {self.bar_ms:.0f} ms {'held' if held else 'MISSED'}"
+        return (
+            f"{self.policy:>12} {self.num_ranks:5} {self.num_requests:6}  {self.deadlines:>8} {self.in_time:7.0%}  "
+            f"{plan}   {handle}{verdict}"
+        )
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+def measure(spec: str, num_ranks: int, num_requests: int, deadlines: str, options: argparse.Namespace) -> Measured:
+    overload = Overload(spec, num_ranks, num_requests, DEADLINES[deadlines], options.seed)
+    overload.run_for(options.warm_up)
+    timed = overload.timed
+    first = len(timed.plan_s)
+    overload.decide(options.decisions)
+    return Measured(
+        policy=spec,
+        deadlines=deadlines,
+        num_ranks=num_ranks,
+        num_requests=num_requests,
+        in_time=timed.num_in_time / timed.num_waiting,
+        plan_ms=[1e3 * seconds for seconds in timed.plan_s[first:]],
+        handle_ms=[1e3 * seconds for seconds in overload.handle_s[first:]],
+    )
+
+
+def plot(results: Sequence[Measured], path: Path) -> None:
+    """p50 and p99 of the whole decision against the length of the queue, per policy: the slower of both deadlines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    sizes = sorted({each.size for each in results})
+    colours = dict(zip(dict.fromkeys(each.policy for each in results), ("#0072B2", "#D55E00", "#009E73"), strict=False))
+    for policy, colour in colours.items():
+        for q, style in ((0.99, "o-"), (0.5, "o--")):
+            slowest = {
+                size: max(quantile(r.handle_ms, q) for r in results if r.policy == policy and r.size == size)
+                for size in sizes
+            }
+            label = f"{policy}, p{100 * q:.0f}"
+            axes.plot(
+                [size[1] for size in sizes], list(slowest.values()), style, color=colour, label=label, markersize=4
             )
-        state = State(tuple(trajectories.values()), tuple(flights.values()), tuple(range(NUM_RANKS)), cost)
-        gc.disable()
-        start = time.perf_counter()
-        plan = policy.plan(state, now)
-        elapsed_s = time.perf_counter() - start
-        gc.enable()
-        if state.idle_ranks:  # a full pool is answered at once, and would flatter the figures
-            seconds.append(elapsed_s)
-        for trajectory in state.waiting:
-            fastest_s = min(cost.step_times(trajectory.request).values())
-            num_waiting += 1
-            num_feasible += now + trajectory.remaining_steps * fastest_s <= trajectory.request.deadline_s
-        for task in plan.tasks:
-            trajectory = trajectories[task.request_id]
-            request = trajectory.request
-            duration_s = {
-                Stage.ENCODE: cost.encode_s(request),
-                Stage.DENOISE: task.num_steps * cost.step_times(request)[task.degree],
-                Stage.DECODE: cost.decode_s(request),
-            }[task.stage]
-            end_s = now + cost.switch_s + duration_s
-            flight = InFlight(next(order), task, now, end_s)
-            flights[flight.task_id] = flight
-            trajectories[task.request_id] = Trajectory(
-                request, trajectory.is_encoded, trajectory.steps_done, trajectory.holders, is_running=True
-            )
-            heapq.heappush(heap, (end_s * (1 + rng.uniform(-1e-4, 1e-4)), next(order), flight.task_id))
-        wake_at = plan.wake_at
-        if wake_at is not None:
-            heapq.heappush(heap, (wake_at, next(order), None))
-    return seconds, num_feasible / num_waiting
+    for (num_ranks, num_requests), bar_ms in BARS_MS.items():
+        axes.plot([num_requests / 1.35, num_requests * 1.35], [bar_ms, bar_ms], color="black", linewidth=2.5)
+        text = f"bar, {num_ranks:,} ranks"
+        axes.annotate(text, (num_requests, bar_ms), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="unfinished requests (ranks)", ylabel="one decision, CPU ms")
+    axes.set_xticks([size[1] for size in sizes], [f"{size[1]:,}\n({size[0]:,})" for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def pool(text: str) -> tuple[int, int]:
+    num_ranks, _, num_requests = text.partition("x")
+    return int(num_ranks), int(num_requests)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policies", nargs="+", default=["tetriserve", "lookahead"])
-    parser.add_argument("--plans", type=int, default=4000)
+    parser.add_argument("--pools", nargs="+", type=pool, default=list(BARS_MS), metavar="RANKSxREQUESTS")
+    parser.add_argument("--deadlines", nargs="+", choices=DEADLINES, default=list(DEADLINES))
+    parser.add_argument("--decisions", type=int, default=1000, help="timed per line")
+    parser.add_argument("--warm-up", type=float, default=1.0, help="seconds of the virtual clock before that")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plot", type=Path, help="PNG of the growth curve")
     options = parser.parse_args()
-    for spec, slack in itertools.product(options.policies, (6.0, 60.0, 240.0)):
-        seconds, feasible = measure(spec, options.plans, slack, options.seed)
-        ms = sorted(1e3 * value for value in seconds)
-        p50, p99 = ms[len(ms) // 2], ms[int(0.99 * len(ms))]
-        print(
-            f"{spec}, {NUM_RANKS} ranks, {NUM_REQUESTS} requests, deadlines of 2 to {slack:.0f} s "
-            f"({feasible:.0%} of the waiting on time): p50 {p50:.3f} ms, p99 {p99:.3f} ms, max {ms[-1]:.3f} ms; "
-            f"bar p99 <= {BAR_P99_MS:.1f} ms: {'held' if p99 <= BAR_P99_MS else 'MISSED'}"
-        )
+    print(f"{'policy':>12} {'ranks':>5} {'queue':>6}  {'deadline':>8} {'in time':>7}  plan p50 / p99 / max, ms", end="")
+    print("       handle p50 / p99 / max, ms")
+    results = []
+    for spec, (num_ranks, num_requests), deadlines in itertools.product(
+        options.policies, options.pools, options.deadlines
+    ):
+        results.append(measure(spec, num_ranks, num_requests, deadlines, options))
+        print(results[-1], flush=True)
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

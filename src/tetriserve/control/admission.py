@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tetriserve.core.plan import CostModel, State
-from tetriserve.core.request import Request
+from collections.abc import Iterable
+
+from tetriserve.core.plan import State
+from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Trajectory
 
 
@@ -14,11 +16,7 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
     deadline that can still be met (late ones give way); each counts its least GPU time, shared by all ranks. The
     request's own time is its fastest. A schedule cannot be much better than this, but it can be worse: ranks fragment.
     """
-    ahead = sum(
-        _least_gpu_time(state.cost, other, len(state.ranks))
-        for other in state.trajectories
-        if _goes_before(other, request, now)
-    )
+    ahead_s = _least_gpu_time(state, (other for other in state.trajectories if _goes_before(other, request, now)))
     times = state.cost.step_times(request)
     widest = max(len(state.ranks), min(times))
     alone_s = (
@@ -26,25 +24,34 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
         + request.num_steps * min(step_s for degree, step_s in times.items() if degree <= widest)
         + state.cost.decode_s(request)
     )
-    return now + ahead / max(len(state.ranks), 1) + alone_s
+    return now + ahead_s / max(len(state.ranks), 1) + alone_s
 
 
 def backlog_s(state: State) -> float:
     """Seconds the whole pool needs for what it has accepted: when to come back to a full queue."""
-    work = sum(_least_gpu_time(state.cost, trajectory, len(state.ranks)) for trajectory in state.trajectories)
-    return work / max(len(state.ranks), 1)
+    return _least_gpu_time(state, state.trajectories) / max(len(state.ranks), 1)
 
 
 def _goes_before(other: Trajectory, request: Request, now: float) -> bool:
     mine, its = request, other.request
     if its.priority != mine.priority:
         return its.priority < mine.priority
-    return its.deadline_s <= mine.deadline_s and not other.is_late(now)
+    return now <= its.deadline_s <= mine.deadline_s
 
 
-def _least_gpu_time(cost: CostModel, trajectory: Trajectory, num_ranks: int) -> float:
-    """Rank-seconds left, at the degree that spends the fewest."""
-    request = trajectory.request
-    steps = [degree * step_s for degree, step_s in cost.step_times(request).items() if degree <= max(num_ranks, 1)]
-    encode_s = 0.0 if trajectory.is_encoded else cost.encode_s(request)
-    return encode_s + trajectory.remaining_steps * min(steps) + cost.decode_s(request)
+def _least_gpu_time(state: State, trajectories: Iterable[Trajectory]) -> float:
+    """Rank-seconds left of `trajectories`, each at the degree that spends the fewest."""
+    cost = state.cost
+    known: dict[tuple[Shape, int], tuple[float, float, float]] = {}  # per kind: encode, a step, decode
+    total_s = 0.0
+    for trajectory in trajectories:
+        request = trajectory.request
+        kind = request.shape, request.num_passes
+        if kind not in known:
+            times = cost.step_times(request)
+            widest = max(len(state.ranks), min(times))
+            step_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
+            known[kind] = cost.encode_s(request), step_s, cost.decode_s(request)
+        encode_s, step_s, decode_s = known[kind]
+        total_s += trajectory.remaining_steps * step_s + decode_s + (0.0 if trajectory.is_encoded else encode_s)
+    return total_s

@@ -99,6 +99,8 @@ class Controller:
         self._check(task)
         record = self._tracker.records[task.request_id]
         end_s = now + self.cost.switch_s + self._work_s(task, record.request)
+        if record.trajectory.is_moved_by(task.ranks):
+            end_s += self.cost.move_s
         task_id = self._tracker.take_off(task, now, end_s)
         return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
 
@@ -164,12 +166,12 @@ class Controller:
 
     def _check(self, task: Task) -> None:
         """Policies are public and may be a third party's; a wrong plan must not reach the workers."""
-        idle, record = self._tracker.idle_ranks, self._tracker.records.get(task.request_id)
+        record = self._tracker.records.get(task.request_id)
         name = type(self.policy).__name__
         if record is None or record.is_cancelled or record.trajectory.is_running:
             raise PolicyError(f"{name} planned a task for {task.request_id}, which is not waiting")
-        if not task.ranks or len(set(task.ranks)) < task.degree or not idle.issuperset(task.ranks):
-            raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(idle))}")
+        if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
+            raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
         trajectory = record.trajectory
         if task.stage is not trajectory.stage:
             raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {trajectory.stage}")

@@ -57,6 +57,7 @@ class Tracker:
         self.records: dict[str, Record] = {}
         self.in_flight: dict[int, InFlight] = {}
         self.ranks: set[int] = set()
+        self._busy: set[int] = set()  # by tasks in flight, living or not
         self._next_task_id = 0
 
     def state(self, cost: CostModel) -> State:
@@ -69,7 +70,10 @@ class Tracker:
 
     @property
     def idle_ranks(self) -> set[int]:
-        return self.ranks.difference(*(flight.task.ranks for flight in self.in_flight.values()))
+        return self.ranks - self._busy
+
+    def are_idle(self, ranks: tuple[int, ...]) -> bool:
+        return self.ranks.issuperset(ranks) and self._busy.isdisjoint(ranks)
 
     def admit(self, request: Request, predicted_finish_s: float) -> None:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
@@ -80,12 +84,14 @@ class Tracker:
         task_id = self._next_task_id
         self._next_task_id += 1
         self.in_flight[task_id] = InFlight(task_id, task, start_s, end_s)
+        self._busy.update(task.ranks)
         self.records[task.request_id].set_running(True)
         return task_id
 
     def land(self, task_id: int) -> tuple[InFlight, Record]:
         """The task is over, one way or another."""
         flight = self.in_flight.pop(task_id)
+        self._busy.difference_update(flight.task.ranks)
         record = self.records[flight.task.request_id]
         record.set_running(False)
         return flight, record

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
 from tetriserve.policies.placement import place
-from tetriserve.policies.reservation import Job, expected_end_s, jobs_of, reserve
+from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
 from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
@@ -23,6 +23,13 @@ FILL_STEP_S = 0.25
 GRACE_S = 0.002
 """How long after a reservation should have begun the policy asks to be asked again: the event that frees its ranks
 normally comes first, and this is for when it does not."""
+
+
+RESOLUTION = 0.03
+"""How coarse the timeline of a large pool is, as a fraction of how far ahead it looks."""
+
+EXACT_RANKS = 16
+"""Up to this many ranks the timeline is exact."""
 
 
 class Lookahead:
@@ -46,20 +53,23 @@ class Lookahead:
         self.task_s = task_s
         self.promote = promote
         self.widen = widen
+        self._book = JobBook(task_s)
 
     def plan(self, state: State, now: float) -> Plan:
         """See `Policy.plan`. Asks again if what the next reservation waits for is overdue."""
         if not state.waiting or not state.idle_ranks:
             return Plan()
-        jobs = jobs_of(state, now, self.task_s)
+        jobs = self._book.jobs(state, now)
         timeline = Timeline.of(
             now,
             len(state.idle_ranks),
             [(expected_end_s(flight, now), flight.task.degree) for flight in state.in_flight],
+            resolution=RESOLUTION if len(state.ranks) > EXACT_RANKS else 0.0,
         )
-        in_time = [job for job in jobs if job.slack_s >= -EPSILON_S]
-        reservations = reserve(in_time, timeline, promote=self.promote)
-        start = _Start(now, state.cost.switch_s, len(state.ranks), reservations.timeline)
+        in_time = [job for job in jobs if job.latest_s >= now - EPSILON_S]
+        reservations = reserve(in_time, timeline, num_reserved(len(state.ranks)), promote=self.promote)
+        widest = max((len(job.speeds.best) - 1 for job in jobs), default=1)
+        start = _Start(now, state.cost.switch_s, widest, reservations.timeline)
         begins_s = []
         for job, pieces in reservations.kept:
             if not job.is_waiting:
@@ -72,21 +82,21 @@ class Lookahead:
                 start.short.append(job.trajectory)
         start.fill(
             [job for job in reservations.failed if job.is_waiting],
-            [job for job in jobs if job.is_waiting and job.slack_s < -EPSILON_S],
+            [job for job in jobs if job.is_waiting and job.latest_s < now - EPSILON_S],
         )
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
 
 class _Start:
-    """What starts now. `timeline` is what the reservations leave free."""
+    """What starts now. `timeline` is what the reservations leave free; `widest` the largest degree of any task."""
 
-    def __init__(self, now: float, switch_s: float, num_ranks: int, timeline: Timeline) -> None:
+    def __init__(self, now: float, switch_s: float, widest: int, timeline: Timeline) -> None:
         self.now = now
         self.timeline = timeline
         self.short: list[Trajectory] = []
         self._ready_s = now + switch_s - EPSILON_S
-        self._num_ranks = num_ranks
-        self._free_until = timeline.free_until(num_ranks)
+        self._widest = widest
+        self._free_until = timeline.free_until(widest)
         self._wanted: list[tuple[Trajectory, int]] = []
         self._num_steps: list[int] = []
 
@@ -116,6 +126,8 @@ class _Start:
         """
         hopeless: set[int] = set()
         for jobs in (failed, late):
+            if self._free_until[1] <= self._ready_s:
+                return
             for job in sorted(jobs, key=lambda job: (job.priority, job.gpu_s)):
                 if self._free_until[1] <= self._ready_s:
                     return
@@ -160,7 +172,7 @@ class _Start:
 
     def _claim_until(self, end_s: float, num_ranks: int) -> None:
         self.timeline.claim([Piece(self.now, end_s, num_ranks)])
-        self._free_until = self.timeline.free_until(self._num_ranks)
+        self._free_until = self.timeline.free_until(self._widest)
 
 
 def _steps_in(task_s: float, step_s: float) -> int:

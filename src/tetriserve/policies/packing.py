@@ -53,6 +53,13 @@ def objective(groups: Sequence[Group], chosen: Sequence[int | None], capacity: i
     return Objective(survivors, len(running), capacity - used, sum(len(groups) - position for position in running))
 
 
+ARRAY_CAPACITY = 32
+"""From this capacity on the rows of the dynamic program are arrays; below it, lists are quicker."""
+
+_Gain = tuple[int, int]
+"""The width of an option, and what taking it adds to the objective."""
+
+
 def pack_round(groups: Sequence[Group], capacity: int) -> tuple[int | None, ...]:
     """Choose at most one option per group, of total width <= `capacity`, with the greatest `objective`.
 
@@ -67,37 +74,62 @@ def pack_round(groups: Sequence[Group], capacity: int) -> tuple[int | None, ...]
         Per group the index of the option taken, or None.
     """
     # The four parts of the objective as digits of one integer, so that comparing integers compares objectives.
-    unused_unit = 1 + len(groups) * (len(groups) + 1) // 2
+    most_running = min(len(groups), capacity)
+    unused_unit = 1 + most_running * len(groups)
     running_unit = unused_unit * (capacity + 1)
-    survivor_unit = running_unit * (len(groups) + 1)
+    survivor_unit = running_unit * (most_running + 1)
 
-    values = [0] * (capacity + 1)
-    back_pointers: list[list[int]] = []
-    urgency = len(groups)
-    for options, survives_deferred in groups:
-        # What each option adds over deferring the request.
-        run = running_unit + urgency
-        gains = [
-            (width, run - width * unused_unit + (survives - survives_deferred) * survivor_unit, index)
-            for index, (width, survives) in enumerate(options)
-            if width <= capacity
-        ]
-        taken = [-1] * (capacity + 1)
-        for room in range(capacity, 0, -1):
-            best = values[room]
-            for width, gain, index in gains:
-                if width <= room and values[room - width] + gain > best:
-                    best = values[room - width] + gain
-                    taken[room] = index
-            values[room] = best
-        back_pointers.append(taken)
-        urgency -= 1
+    gains: list[list[_Gain]] = []
+    for position, (options, survives_deferred) in enumerate(groups):
+        run = running_unit + len(groups) - position
+        gains.append(
+            [
+                (width, run - width * unused_unit + (survives - survives_deferred) * survivor_unit)
+                for width, survives in options
+            ]
+        )
+    fits_int64 = survivor_unit * (most_running + 1) < 2**63
+    taken = (_taken_by_array if capacity >= ARRAY_CAPACITY and fits_int64 else _taken_by_list)(gains, capacity)
 
     chosen: list[int | None] = [None] * len(groups)
     room = capacity
     for position in range(len(groups) - 1, -1, -1):
-        index = back_pointers[position][room]
+        index = int(taken[position][room])
         if index >= 0:
             chosen[position] = index
             room -= groups[position].options[index].width
     return tuple(chosen)
+
+
+def _taken_by_list(gains: Sequence[Sequence[_Gain]], capacity: int) -> Sequence[Sequence[int]]:
+    """Per group and room: the index of the option that is best taken there, or -1."""
+    values = [0] * (capacity + 1)
+    rows = []
+    for options in gains:
+        taken = [-1] * (capacity + 1)
+        for room in range(capacity, 0, -1):
+            best = values[room]
+            for index, (width, gain) in enumerate(options):
+                if width <= room and values[room - width] + gain > best:
+                    best = values[room - width] + gain
+                    taken[room] = index
+            values[room] = best
+        rows.append(taken)
+    return rows
+
+
+def _taken_by_array(gains: Sequence[Sequence[_Gain]], capacity: int) -> Sequence[Sequence[int]]:
+    """The same for all rooms at once."""
+    import numpy as np  # not needed at all by a pool of few ranks, and slow to load
+
+    values = np.zeros(capacity + 1, dtype=np.int64)
+    rows = np.full((len(gains), capacity + 1), -1, dtype=np.int8)
+    for taken, options in zip(rows, gains, strict=True):
+        before = values.copy()
+        for index, (width, gain) in enumerate(options):
+            if width <= capacity:
+                added = before[:-width] + gain
+                is_better = added > values[width:]
+                values[width:][is_better] = added[is_better]
+                taken[width:][is_better] = index
+    return rows  # type: ignore[return-value]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from heapq import nsmallest
+from typing import NamedTuple
 
 from tetriserve.core.trajectory import Trajectory
 
@@ -21,60 +23,152 @@ def place(
         idle: free ranks, at least as many as the degrees sum to.
         preserve: False ignores where states are held (ablation).
     """
-    free = set(idle)
+    if not wanted:
+        return []
+    free = FreeRanks(idle)
     keeping = {
         index: tuple(sorted(trajectory.holders))
         for index, (trajectory, degree) in enumerate(wanted)
-        if preserve and len(trajectory.holders) == degree and free.issuperset(trajectory.holders)
+        if preserve and len(trajectory.holders) == degree and free.has(trajectory.holders)
     }
+    for ranks in keeping.values():
+        free.reserve(ranks)
     placed: dict[int, tuple[int, ...]] = {}
     for index in sorted(range(len(wanted)), key=lambda index: (-wanted[index][1], index not in keeping)):
         trajectory, degree = wanted[index]
-        kept = keeping.pop(index, None)
-        if kept is None or not free.issuperset(kept):
-            others = {rank for ranks in keeping.values() for rank in ranks}
-            kept = choose_ranks(degree, free, trajectory.holders if preserve else (), others)
-        placed[index] = kept
-        free.difference_update(kept)
+        kept = keeping.get(index)
+        if kept is not None:
+            free.give_up(kept)
+        if kept is not None and free.has(kept):
+            free.remove(kept)
+            placed[index] = kept
+        else:
+            placed[index] = free.take(degree, trajectory.holders if preserve else ())
     return [placed[index] for index in range(len(wanted))]
 
 
-def choose_ranks(
-    degree: int, free: Collection[int], holders: Sequence[int], others: Collection[int] = ()
-) -> tuple[int, ...]:
-    """`degree` ranks out of `free`, ascending.
+class _Fit(NamedTuple):
+    """How well the free block at `start` would serve, best first.
 
-    Aligned blocks first: they are the warm groups (TetriServe, section 5), and neighbours share the fastest links. Of
-    several, the one with most of `holders`, then with fewest of `others`, which other requests would like to keep, then
-    the one that splits the least free space. Narrowing to part of the holders needs no block; nor do scattered ranks
-    when no block is free.
+    num_kept: its ranks that requests would like to keep.
+    around: free ranks in the enclosing aligned blocks of two, four and eight times the size: fewer is a better fit.
     """
-    if degree == 1 and len(free) == 1:
-        return tuple(free)
-    held = [rank for rank in holders if rank in free]
-    starts = sorted({rank - rank % degree for rank in free})
-    blocks = [start for start in starts if all(rank in free for rank in range(start, start + degree))]
-    if len(held) >= degree:
-        blocks = [start for start in blocks if all(rank in held for rank in range(start, start + degree))]
-        if not blocks:
-            return tuple(sorted(held[:degree]))
-    if len(blocks) == 1:
-        return tuple(range(blocks[0], blocks[0] + degree))
-    if blocks:
 
-        def misfit(start: int) -> tuple[int, int, tuple[int, ...], int]:
-            block = range(start, start + degree)
-            num_held = sum(rank in block for rank in held)
-            num_taken = sum(rank in block for rank in others)
-            return -num_held, num_taken, _free_around(start, degree, free), start
-
-        start = min(blocks, key=misfit)
-        return tuple(range(start, start + degree))
-    rest = sorted((rank for rank in free if rank not in held), key=lambda rank: (_free_around(rank, 1, free), rank))
-    return tuple(sorted((held + rest)[:degree]))
+    num_kept: int
+    around: tuple[int, ...]
+    start: int
 
 
-def _free_around(start: int, degree: int, free: Collection[int]) -> tuple[int, ...]:
-    """Free ranks in the enclosing aligned blocks of two, four and eight times the size: fewer is a better fit."""
-    sizes = (2 * degree, 4 * degree, 8 * degree)
-    return tuple(sum(rank - rank % size == start - start % size for rank in free) for size in sizes)
+class FreeRanks:
+    """Free ranks, handed out one set at a time.
+
+    Taking sets one after the other costs time in proportion to the free blocks of that size, not to the pool: the fits
+    of one size are worked out once, and renewed only around what is taken.
+    """
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self._free = set(ranks)
+        self._num_keepers: dict[int, int] = {}  # by rank
+        self._num_free: dict[int, dict[int, int]] = {}  # by size, then by number of the aligned block
+        self._fits: dict[int, _Fit] = {}  # by start, of all free blocks of `_degree` ranks
+        self._degree = 0
+
+    def has(self, ranks: Iterable[int]) -> bool:
+        return self._free.issuperset(ranks)
+
+    def reserve(self, ranks: Iterable[int]) -> None:
+        """A request would like to keep `ranks`; others get them only when nothing else is left."""
+        for rank in ranks:
+            self._num_keepers[rank] = self._num_keepers.get(rank, 0) + 1
+        self._renew(ranks)
+
+    def give_up(self, ranks: Iterable[int]) -> None:
+        """Undo `reserve`."""
+        for rank in ranks:
+            self._num_keepers[rank] -= 1
+        self._renew(ranks)
+
+    def remove(self, ranks: Sequence[int]) -> None:
+        """`ranks` are not free any more."""
+        self._free.difference_update(ranks)
+        for size, counts in self._num_free.items():
+            for rank in ranks:
+                counts[rank // size] -= 1
+        self._renew(ranks)
+
+    def take(self, degree: int, holders: Sequence[int] = ()) -> tuple[int, ...]:
+        """Choose `degree` ranks, ascending, and remove them.
+
+        Aligned blocks first: they are the warm groups (TetriServe, section 5), and neighbours share the fastest links.
+        Of several, the one with most of `holders`, then with fewest that other requests would like to keep, then the
+        one that splits the least free space. Narrowing to part of the holders needs no block; nor do scattered ranks
+        when no block is free.
+        """
+        ranks = self._choose(degree, [rank for rank in holders if rank in self._free])
+        self.remove(ranks)
+        return ranks
+
+    def _choose(self, degree: int, held: Sequence[int]) -> tuple[int, ...]:
+        if len(self._free) == degree:
+            return tuple(sorted(self._free))
+        num_held = _tally(rank - rank % degree for rank in held)
+        if len(held) >= degree:
+            within = [self._fit(start, degree) for start, number in num_held.items() if number == degree]
+            return _block(min(within), degree) if within else tuple(sorted(held[:degree]))
+        around = [
+            (-number, self._fit(start, degree))
+            for start, number in num_held.items()
+            if self._count(start, degree) == degree
+        ]
+        if around:
+            return _block(min(around)[1], degree)
+        fits = self._fits_of(degree)
+        if fits:
+            return _block(min(fits.values()), degree)
+        others = nsmallest(degree - len(held), self._free.difference(held), key=lambda rank: self._fit(rank, 1)[1:])
+        return tuple(sorted((*held, *others)))
+
+    def _fits_of(self, degree: int) -> dict[int, _Fit]:
+        if self._degree != degree:
+            self._degree = degree
+            starts = {rank - rank % degree for rank in self._free}
+            self._fits = {s: self._fit(s, degree) for s in starts if self._count(s, degree) == degree}
+        return self._fits
+
+    def _renew(self, ranks: Iterable[int]) -> None:
+        """Bring `_fits` up to date with what has changed at `ranks`."""
+        fits, degree = self._fits, self._degree
+        if not fits:
+            return
+        size = 8 * degree
+        for first in {rank - rank % size for rank in ranks}:
+            for start in range(first, first + size, degree):
+                if start not in fits:
+                    continue
+                if self._count(start, degree) == degree:
+                    fits[start] = self._fit(start, degree)
+                else:
+                    del fits[start]
+
+    def _fit(self, start: int, degree: int) -> _Fit:
+        keepers = self._num_keepers
+        num_kept = sum(keepers.get(rank, 0) > 0 for rank in range(start, start + degree)) if keepers else 0
+        return _Fit(num_kept, tuple(self._count(start, size) for size in (2 * degree, 4 * degree, 8 * degree)), start)
+
+    def _count(self, start: int, size: int) -> int:
+        """Free ranks in the aligned block of `size` that holds `start`."""
+        counts = self._num_free.get(size)
+        if counts is None:
+            counts = self._num_free[size] = _tally(rank // size for rank in self._free)
+        return counts.get(start // size, 0)
+
+
+def _tally(items: Iterable[int]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts
+
+
+def _block(fit: _Fit, degree: int) -> tuple[int, ...]:
+    return tuple(range(fit.start, fit.start + degree))

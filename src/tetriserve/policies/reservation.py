@@ -8,15 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nsmallest
+from operator import attrgetter
 from typing import NamedTuple
 
 from tetriserve.core.plan import InFlight, State
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage, Trajectory
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
+from tetriserve.policies.facts import Facts
 from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
 
-MAX_RESERVED = 12
-"""Requests with reservations, those with the least slack: bounds the time of a decision. The others fill holes."""
+MIN_RESERVED, MAX_RESERVED = 12, 512
+"""Requests with reservations, those with the least slack: one per rank within these bounds, which bound the time of a
+decision. The others fill holes."""
 
 _SOON_S = 1e-6
 """What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
@@ -27,7 +31,8 @@ class Speeds(NamedTuple):
 
     times: seconds per step by degree, ascending.
     efficient: `efficient_degrees`, each step with its share of the time that it takes to start a task.
-    best: by number of free ranks, the degree that makes the fastest use of them and its step time; degree 0 for none.
+    best: by number of free ranks up to the widest degree, the degree that makes the fastest use of them and its step
+        time; degree 0 for none.
     fastest_s: the shortest step.
     """
 
@@ -48,7 +53,7 @@ def speeds_of(
     paced = {degree: step_s + switch_s / max(1, int(task_s / step_s)) for degree, step_s in times.items()}
     best = tuple(
         min(((degree, paced[degree]) for degree in times if degree <= free), key=_step_s, default=(0, math.inf))
-        for free in range(num_ranks + 1)
+        for free in range(max(times) + 1)
     )
     return Speeds(times, efficient_degrees(paced), best, best[-1][1])
 
@@ -57,14 +62,23 @@ def _step_s(pair: tuple[int, float]) -> float:
     return pair[1]
 
 
+class Terms(NamedTuple):
+    """What one kind of request takes on the living ranks; encode and decode in seconds, with the time to start them."""
+
+    speeds: Speeds | None
+    encode_s: float
+    decode_s: float
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """What is left of one request once its task in flight, if it has one, has ended.
 
-    ready_s: when its next stage can start.
+    ready_s: when its next stage can start, or could have started.
     encode_s: 0 when that is done; decode_s: both with the time to start the task.
     gpu_s: rank-seconds left at the cheapest degree.
-    slack_s: how long it could wait and still end in time at its fastest; negative when it cannot.
+    latest_s: until when it can wait and still end in time at its fastest; what its task in flight takes is no wait.
+    order: priority class, then slack.
     """
 
     trajectory: Trajectory
@@ -76,7 +90,8 @@ class Job:
     encode_s: float
     decode_s: float
     gpu_s: float
-    slack_s: float
+    latest_s: float
+    order: tuple[int, float]
 
     @property
     def priority(self) -> int:
@@ -86,48 +101,83 @@ class Job:
     def deadline_s(self) -> float:
         return self.trajectory.request.deadline_s
 
-
-def jobs_of(state: State, now: float, task_s: float) -> list[Job]:
-    """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
-    cost = state.cost
-    switch_s = cost.switch_s
-    num_ranks = len(state.ranks)
-    flights = {flight.task.request_id: flight for flight in state.in_flight}
-    known: dict[tuple[object, int], tuple[Speeds | None, float, float]] = {}
-    jobs = []
-    for trajectory in state.trajectories:
-        request = trajectory.request
-        stage, num_steps, ready_s = trajectory.stage, trajectory.remaining_steps, now
-        flight = flights.get(request.request_id) if trajectory.is_running else None
-        if flight is not None:
-            if stage is Stage.DECODE:
-                continue
-            ready_s = expected_end_s(flight, now)
-            num_steps -= flight.task.num_steps
-            stage = Stage.DENOISE if num_steps else Stage.DECODE
-        key = (request.shape, request.num_passes)
-        if key not in known:
-            speeds = speeds_of(tuple(cost.step_times(request).items()), num_ranks, switch_s, task_s)
-            known[key] = speeds, switch_s + cost.encode_s(request), switch_s + cost.decode_s(request)
-        speeds, encode_s, decode_s = known[key]
-        if speeds is None:
-            continue
-        if stage is not Stage.ENCODE:
-            encode_s = 0.0
-        rest_s = encode_s + decode_s
-        gpu_s = rest_s + num_steps * speeds.efficient[0][2]
-        slack_s = request.deadline_s - ready_s - rest_s - num_steps * speeds.fastest_s
-        jobs.append(
-            Job(
-                trajectory, stage, num_steps, ready_s, flight is None, speeds, encode_s, decode_s, gpu_s, slack_s
-            )
+    def after(self, flight: InFlight, now: float) -> Job | None:
+        """The same request once `flight` has landed; None when that was its last task."""
+        if self.stage is Stage.DECODE:
+            return None
+        num_steps = self.num_steps - flight.task.num_steps
+        ready_s = expected_end_s(flight, now)
+        return _job(
+            self.trajectory, Stage.DENOISE if num_steps else Stage.DECODE, num_steps, self.speeds, 0.0, self.decode_s,
+            ready_s=ready_s, busy_s=ready_s - now,
         )  # fmt: skip
-    return jobs
+
+
+def _job(
+    trajectory: Trajectory,
+    stage: Stage,
+    num_steps: int,
+    speeds: Speeds,
+    encode_s: float,
+    decode_s: float,
+    *,
+    ready_s: float,
+    busy_s: float | None = None,
+) -> Job:
+    """busy_s: how long its task in flight still takes; None when it waits."""
+    rest_s = encode_s + decode_s
+    gpu_s = rest_s + num_steps * speeds.efficient[0][2]
+    latest_s = trajectory.request.deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
+    is_waiting = busy_s is None
+    order = trajectory.request.priority, latest_s
+    return Job(trajectory, stage, num_steps, ready_s, is_waiting, speeds, encode_s, decode_s, gpu_s, latest_s, order)
+
+
+def job_of(trajectory: Trajectory, terms: Terms) -> Job | None:
+    """The job of a trajectory as it stands, without its task in flight; None when no living rank can serve it."""
+    if terms.speeds is None:
+        return None
+    stage = trajectory.stage
+    return _job(
+        trajectory, stage, trajectory.remaining_steps, terms.speeds,
+        terms.encode_s if stage is Stage.ENCODE else 0.0, terms.decode_s,
+        ready_s=trajectory.request.arrival_s,
+    )  # fmt: skip
+
+
+class JobBook:
+    """The jobs at each event, in tasks of about `task_s`."""
+
+    def __init__(self, task_s: float) -> None:
+        self._task_s = task_s
+        self._facts: Facts[Terms, Job | None] = Facts(self._terms_of, job_of)
+
+    def jobs(self, state: State, now: float) -> list[Job]:
+        """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
+        flights = {flight.task.request_id: flight for flight in state.in_flight}
+        jobs = []
+        for job in self._facts.of(state.trajectories, state):
+            if job is not None and job.trajectory.is_running:
+                job = job.after(flights[job.trajectory.request_id], now)
+            if job is not None:
+                jobs.append(job)
+        return jobs
+
+    def _terms_of(self, request: Request, state: State) -> Terms:
+        cost = state.cost
+        switch_s = cost.switch_s
+        speeds = speeds_of(tuple(cost.step_times(request).items()), len(state.ranks), switch_s, self._task_s)
+        return Terms(speeds, switch_s + cost.encode_s(request), switch_s + cost.decode_s(request))
 
 
 def expected_end_s(flight: InFlight, now: float) -> float:
     """When a task in flight will end. One that is overdue: soon, and the later the longer it already is."""
     return max(flight.end_s, now + _SOON_S + 0.5 * max(0.0, now - flight.end_s))
+
+
+def num_reserved(num_ranks: int) -> int:
+    """How many requests reserve at most."""
+    return min(max(MIN_RESERVED, num_ranks), MAX_RESERVED)
 
 
 class Reservations(NamedTuple):
@@ -147,15 +197,16 @@ class Reservations(NamedTuple):
         return next((mine[p] > others[p] for p in sorted(mine | others) if mine[p] != others[p]), False)
 
 
-def reserve(jobs: Sequence[Job], timeline: Timeline, *, promote: bool = True) -> Reservations:
-    """Reservations for the `MAX_RESERVED` jobs with least slack out of `jobs`, which all could end in time if alone.
+def reserve(jobs: Sequence[Job], timeline: Timeline, limit: int, *, promote: bool = True) -> Reservations:
+    """Reservations for the `limit` jobs with least slack out of `jobs`, which all could end in time if alone.
 
     Earliest deadline first, each the cheapest that `fit` finds. If some fail, once more with these ahead of the rest
     (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may have
     cost several small ones. Priority classes are never mixed.
     """
-    pressed = nsmallest(MAX_RESERVED, jobs, key=lambda job: (job.priority, job.slack_s))
-    others = [job for job in jobs if job not in pressed] if len(jobs) > MAX_RESERVED else []
+    pressed = nsmallest(limit, jobs, key=attrgetter("order"))
+    chosen = set(pressed)
+    others = [job for job in jobs if job not in chosen] if len(jobs) > limit else []
     pressed.sort(key=lambda job: (job.priority, job.deadline_s))
     best = _walk(pressed, timeline.copy())
     if best.failed and best.kept and promote:
@@ -187,7 +238,7 @@ def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
     makes do with those.
     """
     pieces: list[Piece] = []
-    from_s = job.ready_s
+    from_s = max(job.ready_s, timeline.times[0])
     if job.encode_s:
         from_s = timeline.earliest(job.encode_s, from_s)
         pieces.append(Piece(from_s, from_s + job.encode_s, 1))
@@ -217,6 +268,7 @@ def denoise_pieces(
     """`num_steps` steps between `from_s` and `by_s` on whatever is free, up to `max_degree` ranks; None if too late."""
     times, free, best = timeline.times, timeline.free, speeds.best
     num_segments = len(times)
+    widest = best[max_degree][0]
     position = timeline.index_at(from_s)
     start_s = from_s
     by_s += EPSILON_S
@@ -224,6 +276,9 @@ def denoise_pieces(
     while start_s + num_steps * speeds.fastest_s <= by_s:
         degree, step_s = best[min(free[position], max_degree)]
         position += 1
+        if degree == widest:
+            while position < num_segments and free[position] >= max_degree:
+                position += 1
         while position < num_segments and best[min(free[position], max_degree)][0] == degree:
             position += 1
         until_s = times[position] if position < num_segments else NEVER_S

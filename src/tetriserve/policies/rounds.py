@@ -112,6 +112,7 @@ class RoundTable:
     paced: the same for round-paced step times: a round that holds q steps makes each of them round_s / q, because the
         rest of the round is too short for another step. A budget divided by these is a number of whole rounds.
     carries_over: no step fits in a round, so that tasks are single steps that overlap rounds.
+    narrowest: the smallest of the degrees.
     """
 
     times: Mapping[int, float]
@@ -119,10 +120,12 @@ class RoundTable:
     efficient: tuple[EfficientDegree, ...]
     paced: tuple[EfficientDegree, ...]
     carries_over: bool
+    narrowest: int
 
     @property
-    def narrowest(self) -> int:
-        return next(iter(self.times))
+    def quickest_s(self) -> float:
+        """The least that a step counts for in an allocation: what may overrun a round is paced as if it did not."""
+        return min(self.efficient[-1][1], self.paced[-1][1])
 
 
 @lru_cache(maxsize=1024)
@@ -142,9 +145,14 @@ def round_table(
         degree = fastest_degree(times)
         lone = {degree: times[degree]}
         efficient = efficient_degrees(lone)
-        return RoundTable(lone, times[degree], efficient, efficient, carries_over=True)
+        return RoundTable(lone, times[degree], efficient, efficient, carries_over=True, narrowest=degree)
     full_s = clock.round_s - switch_s
     paced = {degree: clock.round_s / clock.steps_that_fit(full_s, step_s) for degree, step_s in fitting.items()}
     return RoundTable(
-        fitting, min(fitting.values()), efficient_degrees(fitting), efficient_degrees(paced), carries_over=False
+        fitting,
+        min(fitting.values()),
+        efficient_degrees(fitting),
+        efficient_degrees(paced),
+        carries_over=False,
+        narrowest=min(fitting),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from tetriserve.core.trajectory import Trajectory
@@ -35,22 +36,40 @@ def scale_up(choices: Sequence[Choice], spare: int, steps_that_fit: Callable[[fl
         The choices in the same order, and the ranks still left.
     """
     widened = list(choices)
-    while spare > 0:
-        best_benefit = (0.0, 0)
-        best: tuple[int, Choice] | None = None
-        for index, choice in enumerate(widened):
-            step_s = choice.times[choice.degree]
-            for degree, wider_s in choice.times.items():
-                if not 0 < degree - choice.degree <= spare or wider_s >= step_s:
-                    continue
-                num_steps = min(choice.trajectory.remaining_steps, steps_that_fit(wider_s))
-                benefit = (num_steps * (step_s - wider_s), choice.degree - degree)
-                if benefit > best_benefit:
-                    best_benefit = benefit
-                    best = index, Choice(choice.trajectory, choice.times, degree, num_steps)
-        if best is None:
-            break
-        index, wider = best
-        spare -= wider.degree - widened[index].degree
-        widened[index] = wider
+    offers = [_best_offer(number, choice, spare, steps_that_fit) for number, choice in enumerate(choices)]
+    queue = [offer for offer in offers if offer is not None]
+    heapify(queue)
+    while queue:
+        offer = heappop(queue)
+        number = offer.number
+        if offer.num_added <= spare:
+            spare -= offer.num_added
+            widened[number] = offer.choice
+        again = _best_offer(number, widened[number], spare, steps_that_fit)
+        if again is not None:
+            heappush(queue, again)
     return widened, spare
+
+
+class _Offer(NamedTuple):
+    """What choice `number` would make of `num_added` ranks more; the best offer comes first in order."""
+
+    negative_benefit_s: float
+    num_added: int
+    number: int
+    choice: Choice
+
+
+def _best_offer(number: int, choice: Choice, spare: int, steps_that_fit: Callable[[float], int]) -> _Offer | None:
+    """None when up to `spare` ranks more make no difference."""
+    best: _Offer | None = None
+    step_s = choice.times[choice.degree]
+    for degree, wider_s in choice.times.items():
+        if not 0 < degree - choice.degree <= spare or wider_s >= step_s:
+            continue
+        num_steps = min(choice.trajectory.remaining_steps, steps_that_fit(wider_s))
+        wider = Choice(choice.trajectory, choice.times, degree, num_steps)
+        offer = _Offer(-num_steps * (step_s - wider_s), degree - choice.degree, number, wider)
+        if num_steps and (best is None or offer[:2] < best[:2]):
+            best = offer
+    return best

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.placement import choose_ranks
+from tetriserve.policies.placement import FreeRanks
 
 
 def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
@@ -22,18 +22,21 @@ def short_stage_s(trajectory: Trajectory, cost: CostModel) -> float:
     return cost.switch_s + stage_s
 
 
-def place_short_stages(trajectories: Iterable[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:
+def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:
     """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
 
     They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
     waiting for two rounds to end. Decode runs where the latents are when that rank is free. One rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
+    if not trajectories:
+        return []
     tasks = []
+    available = FreeRanks(free)
     for trajectory in trajectories:
         if not free:
             break
-        ranks = choose_ranks(1, free, trajectory.holders if preserve else ())
+        ranks = available.take(1, trajectory.holders if preserve else ())
         free.difference_update(ranks)
         tasks.append(Task(trajectory.request_id, trajectory.stage, ranks))
     return tasks

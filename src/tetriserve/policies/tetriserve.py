@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nsmallest
 from itertools import groupby
 from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.trajectory import Stage, Trajectory
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
 from tetriserve.policies.rounds import RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
-from tetriserve.policies.stages import place_short_stages, short_stage_s
-from tetriserve.policies.triage import Candidate, Triage, triage
+from tetriserve.policies.stages import place_short_stages
+from tetriserve.policies.triage import Candidate, ShortStage, Sorter
 
 MIN_ROUND_S = 0.05
 """Shorter rounds, which a very small model would get, spend their time on dispatch."""
@@ -57,6 +58,7 @@ class TetriServe:
         self.placement = placement
         self.scale_up = scale_up
         self.fill = fill
+        self._sorter = Sorter(self.clock)
 
     def plan(self, state: State, now: float) -> Plan:
         """See `Policy.plan`. Asks again at the end of the round for as long as a request waits."""
@@ -66,14 +68,15 @@ class TetriServe:
         free = set(state.idle_ranks)
         if not free:
             return Plan(wake_at=window.round.end_s)
-        waiting = triage(state, now, self.clock)
-        tasks = place_short_stages(waiting.short, free, preserve=self.placement)
-        if (waiting.on_time or waiting.late) and self._is_assembling(state, len(tasks), waiting, window):
+        waiting = self._sorter.triage(state, now)
+        started = waiting.short[: len(free)]
+        tasks = place_short_stages([stage.trajectory for stage in started], free, preserve=self.placement)
+        if (waiting.on_time or waiting.late) and self._is_assembling(state, started, window):
             return Plan(tuple(tasks), wake_at=self.clock.grace_end_s(window.round))
 
-        choices = self._choose_on_time(waiting.on_time, len(free), window)
+        choices = self._choose_on_time(_startable(waiting.on_time, window), len(free), window)
         spare = len(free) - sum(choice.degree for choice in choices)
-        late_short = [t for t in waiting.late_short if window.may_start(short_stage_s(t, state.cost))][:spare]
+        late_short = _choose_late_short(waiting.late_short, spare, window)
         spare -= len(late_short)
         late_choices = _choose_late(waiting.late, spare, window)
         spare -= sum(choice.degree for choice in late_choices)
@@ -89,7 +92,7 @@ class TetriServe:
         tasks += place_short_stages(late_short, free, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=window.round.end_s)
 
-    def _is_assembling(self, state: State, num_started: int, waiting: Triage, window: Window) -> bool:
+    def _is_assembling(self, state: State, started: Sequence[ShortStage], window: Window) -> bool:
         """Whether ranks of the last round, or of short stages that start now, come free before the grace is over.
 
         Packing what is idle already would cut the pool into fragments a moment before it is whole.
@@ -98,8 +101,7 @@ class TetriServe:
         if window.now >= grace_end_s:
             return False
         return any(self.clock.is_about_to_end(flight, window.round) for flight in state.in_flight) or any(
-            window.now + short_stage_s(trajectory, state.cost) <= grace_end_s
-            for trajectory in waiting.short[:num_started]
+            window.now + stage.duration_s <= grace_end_s for stage in started
         )
 
     def _choose_on_time(self, on_time: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
@@ -107,56 +109,92 @@ class TetriServe:
         chosen: list[Choice] = []
         deferred: list[Candidate] = []
         for _, members in groupby(on_time, key=attrgetter("priority")):
-            packed, left = _pack(list(members), capacity, window)
+            packed, left = pack_candidates(list(members), capacity, window)
             capacity -= sum(choice.degree for choice in packed)
             chosen += packed
             deferred += left
-        if self.fill:
-            for candidate in deferred:
-                if not capacity:
-                    break
-                choice = _most_steps(candidate, capacity, window)
-                if choice is not None:
-                    capacity -= choice.degree
-                    chosen.append(choice)
-        return chosen
+        return chosen + _fill(deferred, capacity, window) if self.fill else chosen
 
 
-def _pack(candidates: Sequence[Candidate], capacity: int, window: Window) -> tuple[list[Choice], list[Candidate]]:
-    """Algorithm 1 over candidates of one priority class: those that run, and those that it defers.
+def _startable(candidates: Sequence[Candidate], window: Window) -> list[Candidate]:
+    """Those with a degree at which a step ends before the round does."""
+    tables = {id(candidate.table): candidate.table for candidate in candidates}
+    startable = {name for name, table in tables.items() if table.carries_over or window.steps_that_fit(table.fastest_s)}
+    return [candidate for candidate in candidates if id(candidate.table) in startable]
+
+
+def pack_candidates(
+    candidates: Sequence[Candidate], capacity: int, window: Window
+) -> tuple[list[Choice], list[Candidate]]:
+    """Algorithm 1 over candidates of one priority class, least slack first: those that run, and those that it defers.
+
+    Of a long queue only the head is priced. Nobody with more slack has more to gain from running than one who then
+    survives, on as few ranks as anybody: once there are so many of those that they fill `capacity`, no optimum contains
+    a request behind them.
+    """
+    narrowest = min(candidate.table.narrowest for candidate in candidates)
+    num_wanted = capacity // narrowest
+    groups: list[Group] = []
+    runs: list[list[Choice]] = []
+    for candidate in candidates:
+        if not num_wanted:
+            break
+        group, choices = options_of(candidate, window)
+        groups.append(group)
+        runs.append(choices)
+        num_wanted -= Option(narrowest, True) in group.options
+    packed: list[Choice] = []
+    deferred: list[Candidate] = []
+    for candidate, choices, index in zip(candidates, runs, pack_round(groups, capacity), strict=False):
+        if index is None:
+            deferred.append(candidate)
+        else:
+            packed.append(choices[index])
+    return packed, deferred + list(candidates[len(groups) :])
+
+
+def options_of(candidate: Candidate, window: Window) -> tuple[Group, list[Choice]]:
+    """How `candidate` can run in the round: an option for each degree of its allocation, and what it starts.
 
     A request survives if its steps left after the round, all at its fastest degree, still end in time. An option runs
     to the end of the round, even past the steps that the allocation gives its degree (the paper's min with s_i^m):
     ranks freed in mid-round cannot be combined with others, and the next round allocates anew anyway.
     """
-    groups: list[Group] = []
-    runs: list[list[Choice]] = []
-    for trajectory, table, segments, denoised_by_s, _ in candidates:
-        remaining = trajectory.remaining_steps
-        latest_s = denoised_by_s - remaining * table.fastest_s
-        options: list[Option] = []
-        choices: list[Choice] = []
-        for segment in segments:
-            degree = segment.degree
-            step_s = table.times[degree]
-            num_steps = 1 if table.carries_over else min(remaining, window.steps_that_fit(step_s))
-            if num_steps == 0:
-                continue
-            end_s = window.end_of(num_steps, step_s)
-            if num_steps < remaining:
-                end_s = max(end_s, window.round.end_s)
-            options.append(Option(degree, end_s <= latest_s + num_steps * table.fastest_s))
-            choices.append(Choice(trajectory, table.times, degree, num_steps))
-        groups.append(Group(options, window.round.end_s <= latest_s))
-        runs.append(choices)
-    packed: list[Choice] = []
-    deferred: list[Candidate] = []
-    for candidate, choices, index in zip(candidates, runs, pack_round(groups, capacity), strict=True):
-        if index is None:
-            deferred.append(candidate)
+    trajectory, table = candidate.trajectory, candidate.table
+    remaining = trajectory.remaining_steps
+    latest_s = candidate.denoised_by_s - remaining * table.fastest_s
+    options: list[Option] = []
+    choices: list[Choice] = []
+    for segment in candidate.allocation(window.now + window.switch_s):
+        degree = segment.degree
+        step_s = table.times[degree]
+        num_steps = 1 if table.carries_over else min(remaining, window.steps_that_fit(step_s))
+        if num_steps == 0:
+            continue
+        end_s = window.end_of(num_steps, step_s)
+        if num_steps < remaining:
+            end_s = max(end_s, window.round.end_s)
+        options.append(Option(degree, end_s <= latest_s + num_steps * table.fastest_s))
+        choices.append(Choice(trajectory, table.times, degree, num_steps))
+    return Group(options, window.round.end_s <= latest_s), choices
+
+
+def _fill(deferred: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+    """What the packing deferred, on ranks that would idle: least slack first."""
+    chosen: list[Choice] = []
+    hopeless: set[int] = set()  # tables none of whose degrees fits, which less capacity does not change
+    for candidate in deferred:
+        if not capacity:
+            break
+        if id(candidate.table) in hopeless:
+            continue
+        choice = _most_steps(candidate, capacity, window)
+        if choice is None:
+            hopeless.add(id(candidate.table))
         else:
-            packed.append(choices[index])
-    return packed, deferred
+            capacity -= choice.degree
+            chosen.append(choice)
+    return chosen
 
 
 def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice | None:
@@ -169,16 +207,27 @@ def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice |
     return best
 
 
+def _choose_late_short(late: Sequence[ShortStage], capacity: int, window: Window) -> list[Trajectory]:
+    """Encode and decode of late requests, most urgent first."""
+    if not capacity:
+        return []
+    startable = [stage for stage in late if window.may_start(stage.duration_s)]
+    return [stage.trajectory for stage in nsmallest(capacity, startable, key=attrgetter("order"))]
+
+
 def _choose_late(late: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
     """One rank each (more only if no narrower degree fits in a round): best effort, at nobody's expense."""
+    if not capacity:
+        return []
     chosen: list[Choice] = []
-    for candidate in late:
+    for candidate in _startable(late, window):
         if not capacity:
             break
-        degree = candidate.table.narrowest
-        num_steps = 1 if candidate.table.carries_over else window.steps_that_fit(candidate.table.times[degree])
+        table = candidate.table
+        degree = table.narrowest
+        num_steps = 1 if table.carries_over else window.steps_that_fit(table.times[degree])
         if degree <= capacity and num_steps:
             num_steps = min(num_steps, candidate.trajectory.remaining_steps)
-            chosen.append(Choice(candidate.trajectory, candidate.table.times, degree, num_steps))
+            chosen.append(Choice(candidate.trajectory, table.times, degree, num_steps))
             capacity -= degree
     return chosen

@@ -25,28 +25,33 @@ class Piece(NamedTuple):
 class Timeline:
     """Free ranks as a step function of time: `free[i]` of them from `times[i]` to `times[i + 1]`, the last for ever.
 
-    Which ranks they are does not matter here: a group may be any set.
+    Which ranks they are does not matter here: a group may be any set. Times that are nearer to the breakpoint before
+    them than `resolution`, as a fraction of how far ahead they lie, count as that breakpoint: this bounds the number of
+    breakpoints by the logarithm of the time that is planned, however many ranks there are.
     """
 
-    def __init__(self, times: Sequence[float], free: Sequence[int]) -> None:
+    def __init__(self, times: Sequence[float], free: Sequence[int], resolution: float = 0.0) -> None:
         self.times = list(times)
         self.free = list(free)
+        self.resolution = resolution
 
     @classmethod
-    def of(cls, now: float, num_idle: int, releases: Iterable[tuple[float, int]]) -> Timeline:
+    def of(
+        cls, now: float, num_idle: int, releases: Iterable[tuple[float, int]], *, resolution: float = 0.0
+    ) -> Timeline:
         """`num_idle` ranks from `now` on, and more at each of `releases`, pairs of a time and a number of ranks."""
         times, free = [now], [num_idle]
         for time_s, num_ranks in sorted(releases):
             num_idle += num_ranks
-            if time_s <= times[-1]:
+            if time_s - times[-1] <= resolution * (time_s - now):
                 free[-1] = num_idle
             else:
                 times.append(time_s)
                 free.append(num_idle)
-        return cls(times, free)
+        return cls(times, free, resolution)
 
     def copy(self) -> Timeline:
-        return Timeline(self.times, self.free)
+        return Timeline(self.times, self.free, self.resolution)
 
     def index_at(self, time_s: float) -> int:
         """The segment that holds `time_s`; a breakpoint that only rounding separates from it counts as reached."""
@@ -67,13 +72,12 @@ class Timeline:
         times, free = self.times, self.free
         start_s: float | None = None
         for position in range(self.index_at(from_s), len(free)):
-            if free[position]:
-                if start_s is None:
-                    start_s = max(from_s, times[position])
-            elif start_s is not None:
-                if times[position] >= start_s + duration_s - EPSILON_S:
-                    return start_s
+            if start_s is not None and times[position] >= start_s + duration_s - EPSILON_S:
+                return start_s
+            if not free[position]:
                 start_s = None
+            elif start_s is None:
+                start_s = max(from_s, times[position])
         return NEVER_S if start_s is None else start_s
 
     def claim(self, pieces: Iterable[Piece]) -> None:
@@ -86,9 +90,10 @@ class Timeline:
 
     def _split(self, time_s: float) -> int:
         """The index of the segment that starts at `time_s`, made if need be."""
+        times = self.times
         position = self.index_at(time_s)
-        if time_s - self.times[position] > EPSILON_S:
+        if time_s - times[position] > EPSILON_S + self.resolution * (time_s - times[0]):
             position += 1
-            self.times.insert(position, time_s)
+            times.insert(position, time_s)
             self.free.insert(position, self.free[position - 1])
         return position

@@ -26,6 +26,7 @@ class TableCost:
     decode: Mapping[int, float]
     encode: float = 0.02
     switch_s: float = 0.001
+    move_s: float = 0.0
 
     def step_times(self, request: Request) -> Mapping[int, float]:
         return self.steps[request.shape.height]

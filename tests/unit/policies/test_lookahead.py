@@ -6,7 +6,7 @@ import pytest
 
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.reservation import MAX_RESERVED
+from tetriserve.policies.reservation import MIN_RESERVED, num_reserved
 
 RANKS = tuple(range(8))
 
@@ -129,8 +129,16 @@ def test_encode_and_decode_are_part_of_the_reservation(policy, request_of, flux)
 
 
 def test_more_requests_than_reservations_all_get_their_turn(policy, drive, request_of, flux):
-    requests = [request_of(1024, request_id=f"r{i}", deadline_s=30.0) for i in range(3 * MAX_RESERVED)]
+    requests = [request_of(1024, request_id=f"r{i}", deadline_s=30.0) for i in range(3 * MIN_RESERVED)]
     assert drive(policy, requests, flux, is_pure_checked=False).attained(requests) == 1.0
+
+
+def test_a_larger_pool_reserves_for_more_requests(make, request_of, flux):
+    """16 of 2048 in 7 s need 4 ranks each, all 64: whoever had no reservation would take 8 and leave none to others."""
+    requests = tuple(encoded(request_of(2048, request_id=f"r{i}", deadline_s=7.0)) for i in range(16))
+    plan = make("lookahead:widen=off", flux, 64).plan(State(requests, (), tuple(range(64)), flux), 0.0)
+    assert denoise_tasks(plan) == {f"r{i}": (4, 1) for i in range(16)}
+    assert [num_reserved(num_ranks) for num_ranks in (2, 8, 64, 1024)] == [12, 12, 64, 512]
 
 
 def test_nothing_starts_on_a_full_pool(policy, request_of, flux):

@@ -7,7 +7,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetriserve.policies.packing import Group, Option, objective, pack_round
+from tetriserve.policies.packing import ARRAY_CAPACITY, Group, Option, objective, pack_round
 
 options = st.lists(st.builds(Option, st.sampled_from([1, 2, 3, 4, 8]), st.booleans()), max_size=3)
 patient = st.builds(Group, st.lists(st.builds(Option, st.integers(1, 3), st.just(True)), max_size=2), st.just(True))
@@ -26,6 +26,28 @@ def test_equals_enumeration_in_objective(groups, capacity):
     choices = product(*[[None, *range(len(group.options))] for group in groups])
     best = max(objective(groups, choice, capacity) for choice in choices if width(groups, choice) <= capacity)
     assert objective(groups, chosen, capacity) == best
+
+
+wide_options = st.lists(st.builds(Option, st.sampled_from([1, 8, 16, 24, 32]), st.booleans()), max_size=3)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(st.builds(Group, wide_options, st.booleans()), max_size=5),
+    capacity=st.integers(ARRAY_CAPACITY, 2 * ARRAY_CAPACITY),
+)
+def test_equals_enumeration_in_a_large_pool(groups, capacity):
+    chosen = pack_round(groups, capacity)
+    assert width(groups, chosen) <= capacity
+    choices = product(*[[None, *range(len(group.options))] for group in groups])
+    best = max(objective(groups, choice, capacity) for choice in choices if width(groups, choice) <= capacity)
+    assert objective(groups, chosen, capacity) == best
+
+
+def test_thousands_of_requests_fill_a_thousand_ranks_with_the_most_urgent():
+    groups = [Group([Option(1 + position % 2, True)], survives_deferred=False) for position in range(3000)]
+    chosen = pack_round(groups, 1024)
+    assert [position for position, index in enumerate(chosen) if index is not None] == list(range(0, 2048, 2))
 
 
 def test_two_survivors_beat_one_wide_request():

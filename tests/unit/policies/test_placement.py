@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.placement import place
+from tetriserve.policies.placement import FreeRanks, place
 
 
 def held_by(*holders: int) -> Trajectory:
@@ -82,3 +82,37 @@ def test_sets_are_disjoint_idle_and_of_the_size_asked_for(idle, wanted, preserve
     assert len(set(used)) == len(used)
     assert set(used) <= idle
     assert all(list(ranks) == sorted(ranks) for ranks in placed)
+
+
+def best_block(free: set[int], degree: int) -> tuple[int, ...] | None:
+    """By definition: the free aligned block with least free around it, in two, four and eight times its size."""
+    starts = [start for start in range(0, 64, degree) if free.issuperset(range(start, start + degree))]
+
+    def free_around(start: int) -> list[int]:
+        return [sum(rank // size == start // size for rank in free) for size in (2 * degree, 4 * degree, 8 * degree)]
+
+    best = min(starts, key=lambda start: (free_around(start), start), default=None)
+    return None if best is None else tuple(range(best, best + degree))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(free=st.sets(st.integers(0, 63), min_size=20), degrees=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=12))
+def test_each_set_is_the_best_block_of_what_the_sets_before_it_left(free, degrees):
+    available = FreeRanks(free)
+    for degree in degrees:
+        if degree >= len(free):
+            break
+        expected = best_block(free, degree)
+        ranks = available.take(degree)
+        assert expected is None or ranks == expected
+        assert free.issuperset(ranks)
+        free = free.difference(ranks)
+
+
+def test_ranks_that_others_would_keep_go_last():
+    available = FreeRanks(range(4))
+    available.reserve((0, 1))
+    available.reserve((1, 2))
+    assert available.take(1) == (3,)
+    available.give_up((0, 1))
+    assert available.take(1) == (0,)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.scale_up import Choice, scale_up
@@ -52,3 +55,38 @@ def test_steps_are_never_more_than_remain():
 
 def test_ranks_stay_free_when_nobody_gets_faster():
     assert scale_up([choice(FLAT, 1, 20, 20)], 7, fit(0.4)) == ([choice(FLAT, 1, 20, 20)], 7)
+
+
+def widest_benefit_first(choices, spare, steps_that_fit):
+    """By definition: again and again the one change of all that saves most time, then the narrowest, then the first."""
+    widened = list(choices)
+    while True:
+        offers = []
+        for number, each in enumerate(widened):
+            for degree, step_s in each.times.items():
+                num_steps = min(each.trajectory.remaining_steps, steps_that_fit(step_s))
+                saved_s = num_steps * (each.times[each.degree] - step_s)
+                if 0 < degree - each.degree <= spare and saved_s > 0:
+                    offers.append((-saved_s, degree - each.degree, number, degree, num_steps))
+        if not offers:
+            return widened, spare
+        _, added, number, degree, num_steps = min(offers)
+        spare -= added
+        widened[number] = widened[number]._replace(degree=degree, num_steps=num_steps)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    wanted=st.lists(
+        st.tuples(st.sampled_from([NON_MONOTONE, SCALING, FLAT]), st.sampled_from([1, 2]), st.integers(1, 30)),
+        max_size=8,
+    ),
+    spare=st.integers(0, 20),
+    available_s=st.floats(0.05, 4.0),
+)
+def test_always_takes_the_change_that_helps_most(wanted, spare, available_s):
+    choices = [choice(times, degree, 1, remaining) for times, degree, remaining in wanted]
+    expected, left = widest_benefit_first(choices, spare, fit(available_s))
+    widened, still_spare = scale_up(choices, spare, fit(available_s))
+    assert widths(widened) == widths(expected)
+    assert still_spare == left

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.packing import pack_round
+from tetriserve.policies.rounds import RoundClock, Window
+from tetriserve.policies.tetriserve import options_of, pack_candidates
+from tetriserve.policies.triage import Sorter
 
 ROUND_S = 5 * 0.1218 + 0.001
 RANKS = tuple(range(8))
@@ -228,3 +235,30 @@ def test_every_mechanism_earns_its_place(drive, make, poisson, flux):
     full = attained("tetriserve")
     assert full > attained("tetriserve:scale_up=off")
     assert full > attained("tetriserve:fill=off")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    num_requests=st.integers(1, 80),
+    capacity=st.integers(0, 12),
+    latest_s=st.sampled_from([6.0, 12.0, 60.0]),
+)
+def test_packing_the_head_of_the_queue_is_packing_all_of_it(seed, num_requests, capacity, latest_s, flux, request_of):
+    rng = random.Random(seed)
+    requests = [
+        request_of(rng.choice([256, 512, 1024, 2048]), request_id=f"r{i}", deadline_s=rng.uniform(2.0, latest_s))
+        for i in range(num_requests)
+    ]
+    clock = RoundClock.of(ROUND_S)
+    state = State(tuple(encoded(request, rng.randrange(28)) for request in requests), (), RANKS, flux)
+    candidates = Sorter(clock).triage(state, 0.0).on_time
+    window = Window(clock, clock.round_at((), 0.0), 0.0, flux.switch_s)
+    if not candidates:
+        return
+    packed, deferred = pack_candidates(candidates, capacity, window)
+    priced = [options_of(candidate, window) for candidate in candidates]
+    everything = pack_round([group for group, _ in priced], capacity)
+    expected = [choices[index] for (_, choices), index in zip(priced, everything, strict=True) if index is not None]
+    assert packed == expected
+    assert deferred == [c for c, index in zip(candidates, everything, strict=True) if index is None]

@@ -69,5 +69,28 @@ def test_steps_run_on_whatever_is_free_up_to_the_most_allowed(timeline):
 def test_speeds_leave_out_degrees_that_only_cost_more():
     speeds = speeds_of(((1, 0.4), (2, 0.5), (4, 0.2)), 3, 0.001, 0.25)
     assert [degree for degree, _, _ in speeds.efficient] == [1]
-    assert [degree for degree, _ in speeds.best] == [0, 1, 1, 1]
+    assert [degree for degree, _ in speeds.best] == [0, 1, 1]
     assert speeds_of(((4, 0.2),), 3, 0.001, 0.25) is None
+
+
+def test_a_coarse_timeline_has_few_breakpoints_and_frees_every_rank():
+    releases = [(0.0003 * number, 1) for number in range(1, 1001)]
+    exact, coarse = Timeline.of(0.0, 24, releases), Timeline.of(0.0, 24, releases, resolution=0.03)
+    assert len(exact.times) == 1001
+    assert len(coarse.times) < 200
+    assert exact.free[-1] == coarse.free[-1] == 1024
+    for time_s in (0.001, 0.01, 0.1, 0.2):
+        assert coarse.free[coarse.index_at(0.97 * time_s)] <= exact.free[exact.index_at(time_s)] + 1
+
+
+@given(
+    releases=st.lists(st.tuples(st.floats(0.001, 5.0), st.integers(1, 8)), max_size=30),
+    wanted=st.lists(st.tuples(st.integers(1, 28), st.sampled_from([1, 2, 4]), st.floats(0.0, 3.0)), max_size=20),
+)
+def test_rounding_never_claims_a_rank_twice(releases, wanted):
+    timeline = Timeline.of(0.0, 4, releases, resolution=0.05)
+    speeds = speeds_of(STEPS, 4, 0.001, 0.25)
+    for num_steps, max_degree, from_s in wanted:
+        pieces = denoise_pieces(timeline, speeds, num_steps, from_s, 1e6, max_degree)
+        timeline.claim(pieces or [])
+        assert min(timeline.free) >= 0
