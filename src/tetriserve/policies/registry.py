@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Shape
+from tetriserve.policies.exhaustive import NUM_NODES, Exhaustive
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.policies.greedy import (
     ListScheduler,
@@ -60,11 +61,13 @@ class PolicySpec:
     """One entry of the list.
 
     usage: how to write it, arguments included.
+    is_for_tiny: too slow for more than a few requests; `all` leaves it out.
     """
 
     usage: str
     summary: str
     make: PolicyFactory
+    is_for_tiny: bool = False
 
 
 def _refuse_argument(context: PolicyContext, name: str) -> None:
@@ -103,6 +106,7 @@ _SWITCHES = {"on": True, "off": False}
 _TETRISERVE_USAGE = "tetriserve[:step_granularity=G,placement=on|off,scale_up=on|off,fill=on|off]"
 
 _RSSP_USAGE = "rssp[:backfill=on|off]"
+_EXHAUSTIVE_USAGE = "exhaustive[:nodes=N]"
 _LOOKAHEAD_USAGE = "lookahead[:promote=on|off,widen=on|off]"
 
 
@@ -142,6 +146,16 @@ def _make_lookahead(context: PolicyContext) -> Policy:
     return Lookahead(**switches)
 
 
+def _make_exhaustive(context: PolicyContext) -> Policy:
+    max_nodes = NUM_NODES
+    if context.argument:
+        name, _, value = context.argument.partition("=")
+        if name != "nodes" or not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"policy 'exhaustive': cannot use option {context.argument!r}; write {_EXHAUSTIVE_USAGE}")
+        max_nodes = int(value)
+    return Exhaustive(max_nodes)
+
+
 POLICIES: Mapping[str, PolicySpec] = {
     "tetriserve": PolicySpec(
         _TETRISERVE_USAGE, "rounds, deadline-aware degrees and packing by dynamic programming", _make_tetriserve
@@ -159,6 +173,12 @@ POLICIES: Mapping[str, PolicySpec] = {
         "edf-best-fit",
         "earliest deadline first, as narrow as the deadline allows, widened into idle ranks",
         _list_scheduler("edf-best-fit", earliest_deadline, best_fit=True),
+    ),
+    "exhaustive": PolicySpec(
+        _EXHAUSTIVE_USAGE,
+        "exact search over all schedules of the requests known now; for tiny instances",
+        _make_exhaustive,
+        is_for_tiny=True,
     ),
 }
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from tetriserve.core.errors import ConfigError
+from tetriserve.report.command import command_of
+from tetriserve.report.page import reserve_page, write_page
+from tetriserve.report.printing import print_table
 from tetriserve.report.recording import Recorder
+from tetriserve.report.single import render_comparison
 from tetriserve.report.tables import comparison_json, comparison_table
-from tetriserve.simulator.comparison import compare
+from tetriserve.simulator.comparison import Comparison, compare
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
-
-_WIDTH_OF_FILES = 160
+from tetriserve.workload.cache import NO_CACHE
+from tetriserve.workload.outcome import Outcome
 
 
 def compare_and_print(
@@ -25,10 +30,11 @@ def compare_and_print(
     has_bound: bool,
     out: Path | None,
     trace_out: Path | None,
+    report: Path | None,
     is_json: bool,
     progress: Console,
 ) -> None:
-    """Simulate, write `out` and `trace_out` while at it, and print the comparison on stdout.
+    """Simulate, write `out` and `trace_out` while at it, print the comparison on stdout, and draw it into `report`.
 
     A workload that is the same for every seed is run once.
 
@@ -40,6 +46,15 @@ def compare_and_print(
     setting = prepare(scenario)
     names = setting.policies(policies)
     seeds = range(first_seed, first_seed + (num_seeds if setting.varies_by_seed else 1))
+    if report is not None:
+        reserve_page(report)
+    first_runs: dict[str, list[Outcome]] = {}
+
+    def take(policy: str, seed: int, outcome: Outcome) -> None:
+        recorder.take(policy, seed, outcome)
+        if report is not None and seed == first_seed:
+            first_runs.setdefault(policy, []).append(outcome)
+
     with (
         Recorder(out, trace_out, num_ranks=setting.num_ranks) as recorder,
         progress.status("starting", spinner="line") as status,
@@ -50,26 +65,46 @@ def compare_and_print(
             seeds,
             has_bound=has_bound,
             on_run=lambda text: status.update(text),
-            on_outcome=recorder.take if out or trace_out else None,
+            on_outcome=take if out or trace_out or report else None,
         )
+        if report is not None:
+            status.update("drawing")
+            _write_report(report, comparison, first_runs, scenario, setting, seeds)
     if is_json:
         print(json.dumps(comparison_json(comparison), indent=1, allow_nan=False))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH_OF_FILES)
-    console.print(comparison_table(comparison, _title(scenario, setting, len(seeds))))
+    print_table(comparison_table(comparison, _title(scenario, setting, len(seeds))))
 
 
 def _title(scenario: Scenario, setting: Setting, num_seeds: int) -> str:
+    return f"{scenario.profile_name} on {setting.num_ranks} ranks: {describe_workload(scenario, f'{num_seeds} seeds')}"
+
+
+def _write_report(
+    path: Path,
+    comparison: Comparison,
+    first_runs: Mapping[str, Sequence[Outcome]],
+    scenario: Scenario,
+    setting: Setting,
+    seeds: Sequence[int],
+) -> None:
+    page = render_comparison(
+        comparison,
+        first_runs,
+        num_ranks=setting.num_ranks,
+        title=_title(scenario, setting, len(seeds)),
+        command=command_of(scenario, list(first_runs), seeds),
+    )
+    write_page(page, path)
+
+
+def describe_workload(scenario: Scenario, seeds: str) -> str:
+    """What is asked of the pool, as part of a title. seeds: how many, in words."""
     slo = f"scale {scenario.slo_scale:g}" if scenario.slo_multiple is None else f"{scenario.slo_multiple:g} x degree 1"
+    cache = "" if scenario.cache == NO_CACHE else f", cache {scenario.cache}"
     if scenario.trace is not None:
-        workload = f"{scenario.trace}, SLO where unnamed {slo}"
-    else:
-        workload = (
-            f"{scenario.num_requests} requests x {num_seeds} seeds, {scenario.mix}, "
-            f"{scenario.rate_per_min:g}/min {scenario.arrivals}, SLO {slo}"
-        )
-    return f"{Path(scenario.profile).stem if scenario.profile.endswith('.json') else scenario.profile} on " + (
-        f"{setting.num_ranks} ranks: {workload}"
+        return f"{scenario.trace}, SLO where unnamed {slo}{cache}"
+    return (
+        f"{scenario.num_requests} requests x {seeds}, {scenario.mix}, "
+        f"{scenario.rate_per_min:g}/min {scenario.arrivals}, SLO {slo}{cache}"
     )

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from tetriserve.core.errors import ConfigError
-from tetriserve.report.timeline import chrome_trace
 from tetriserve.workload.outcome import Outcome
+from tetriserve.workload.perfetto import chrome_trace
 
 
 class Recorder:

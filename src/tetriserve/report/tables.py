@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from tetriserve.simulator.comparison import Comparison, Result
@@ -49,8 +51,13 @@ def _result_json(result: Result) -> dict[str, object]:
         "sar": result.sar,
         "sar_half_width": result.sar_half_width,
         "sar_by_shape": {str(shape): sar for shape, sar in result.sar_by_shape.items()},
-        "mean_latency_s": result.mean_latency_s,
-        "p50_latency_s": result.p50_latency_s,
-        "p99_latency_s": result.p99_latency_s,
+        "mean_latency_s": _finite(result.mean_latency_s),
+        "p50_latency_s": _finite(result.p50_latency_s),
+        "p99_latency_s": _finite(result.p99_latency_s),
         "gpu_time_s": result.gpu_time_s,
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN, which latencies are where no request finished."""
+    return value if math.isfinite(value) else None

@@ -13,6 +13,7 @@ from tetriserve.core.request import Shape
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Setting
 from tetriserve.workload.outcome import Outcome, Status
+from tetriserve.workload.percentiles import percentile
 
 _STUDENT_T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -41,28 +42,43 @@ class Tally:
     def take_run(self, outcomes: Iterable[Outcome]) -> None:
         """Add one seed's run."""
         total = attained = 0
+        gpu_time_s = 0.0
         for outcome in outcomes:
             shape = outcome.request.shape
             total += 1
             attained += outcome.is_attained
             self.totals[shape] += 1
             self.attained[shape] += outcome.is_attained
-            self.gpu_time_s += outcome.gpu_time_s
+            gpu_time_s += outcome.gpu_time_s
             if outcome.status is Status.FINISHED:
                 self.latencies_s.append(outcome.latency_s)
+        self.gpu_time_s += gpu_time_s
         self.sars.append(attained / total)
 
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+        """The tally of all their runs, in this order."""
+        merged = cls()
+        for tally in tallies:
+            merged.sars += tally.sars
+            merged.totals.update(tally.totals)
+            merged.attained.update(tally.attained)
+            merged.latencies_s += tally.latencies_s
+            merged.gpu_time_s += tally.gpu_time_s
+        return merged
+
     def result(self, policy: str) -> Result:
-        latencies = sorted(self.latencies_s)
+        latencies = array("d", sorted(self.latencies_s))
         return Result(
             policy=policy,
             sar=statistics.fmean(self.sars),
             sar_half_width=half_width(self.sars),
             sar_by_shape={shape: self.attained[shape] / self.totals[shape] for shape in sorted(self.totals)},
-            mean_latency_s=statistics.fmean(latencies),
+            mean_latency_s=statistics.fmean(latencies) if latencies else math.nan,
             p50_latency_s=percentile(latencies, 50),
             p99_latency_s=percentile(latencies, 99),
             gpu_time_s=self.gpu_time_s / len(self.sars),
+            latencies_s=latencies,
         )
 
 
@@ -71,6 +87,7 @@ class Result:
     """One policy: a row of the table.
 
     sar: SLO attainment ratio, mean over seeds, give or take `sar_half_width` (95 %; None for a single seed).
+    latencies: of the requests that finished, over all seeds, `latencies_s` ascending; NaN where none did.
     gpu_time_s: rank-seconds per seed.
     """
 
@@ -82,6 +99,7 @@ class Result:
     p50_latency_s: float
     p99_latency_s: float
     gpu_time_s: float
+    latencies_s: Sequence[float] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,14 +146,6 @@ def compare(
     return Comparison(results=tuple(results), bound=bound, num_seeds=len(seeds))
 
 
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest of the sorted values."""
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
     freedom = len(values) - 1
@@ -151,12 +161,17 @@ def _told(outcomes: Iterable[Outcome], policy: str, seed: int, on_outcome: OnOut
         yield outcome
 
 
-def _bound(setting: Setting, seeds: Sequence[int], on_run: Callable[[str], None]) -> float:
+def sar_bound(setting: Setting, seed: int) -> float:
+    """A SAR that no scheduler exceeds on one seed's workload; see `simulator.bound`."""
     from tetriserve.simulator.bound import max_attained  # loads scipy, which only a bound needs
 
+    requests = list(setting.requests(seed))
+    return max_attained(requests, setting.cost, setting.num_ranks) / len(requests)
+
+
+def _bound(setting: Setting, seeds: Sequence[int], on_run: Callable[[str], None]) -> float:
     ratios = []
     for seed in seeds:
         on_run(f"upper bound, seed {seed}")
-        requests = list(setting.requests(seed))
-        ratios.append(max_attained(requests, setting.cost, setting.num_ranks) / len(requests))
+        ratios.append(sar_bound(setting, seed))
     return statistics.fmean(ratios)

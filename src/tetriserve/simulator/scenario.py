@@ -15,6 +15,7 @@ from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.arrivals import parse_arrivals
+from tetriserve.workload.cache import NO_CACHE, Cache, parse_cache
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.slo import DeadlineRule, MultipleRule, TableRule
 from tetriserve.workload.synthesis import Synthesis
@@ -32,6 +33,7 @@ class Scenario:
     num_ranks: None takes the profile's largest degree.
     noise: standard deviation of a task's duration, as a fraction of it.
     trace: requests from this file; then rate, arrivals, mix and number of requests are not used.
+    cache: an approximate cache that lets requests skip steps, as `parse_cache` reads it.
     """
 
     profile: str = "flux.1-dev-8xh100"
@@ -45,6 +47,12 @@ class Scenario:
     num_ranks: int | None = None
     noise: float = 0.0
     trace: Path | None = None
+    cache: str = NO_CACHE
+
+    @property
+    def profile_name(self) -> str:
+        """The profile's name without folder and suffix."""
+        return Path(self.profile).stem if self.profile.endswith(".json") else self.profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class Setting:
     num_ranks: int
     noise: float
     source: Synthesis | tuple[Request, ...]
+    cache: Cache | None = None
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -66,14 +75,21 @@ class Setting:
         return tuple(sorted(found, key=lambda shape: (shape.num_pixels, shape)))
 
     @property
+    def num_requests(self) -> int:
+        """Of one seed's workload."""
+        return self.source.num_requests if isinstance(self.source, Synthesis) else len(self.source)
+
+    @property
     def varies_by_seed(self) -> bool:
-        return self.noise > 0 or isinstance(self.source, Synthesis)
+        return self.noise > 0 or self.cache is not None or isinstance(self.source, Synthesis)
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """The workload of one seed, in order of arrival."""
+        """The workload of one seed, in order of arrival; but for the steps it is the same with and without a cache."""
         if isinstance(self.source, Synthesis):
-            return self.source.requests(random.Random(seed))
-        return iter(self.source)
+            requests = self.source.requests(random.Random(seed))
+        else:
+            requests = iter(self.source)
+        return requests if self.cache is None else self.cache.shorten(requests, random.Random(f"cache {seed}"))
 
     def policy(self, spec: str) -> Policy:
         """
@@ -110,7 +126,7 @@ class Setting:
         for name, spec in POLICIES.items():
             if name == "fixed":
                 names += [f"fixed:{degree}" for degree in context.degrees]
-            elif ":" not in spec.usage.partition("[")[0]:
+            elif not spec.is_for_tiny and ":" not in spec.usage.partition("[")[0]:
                 names.append(name)
         return names
 
@@ -131,7 +147,13 @@ def prepare(scenario: Scenario) -> Setting:
     if not degrees:
         raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")
     cost = ProfileCost(profile, lambda shape: degrees)
-    setting = Setting(cost=cost, num_ranks=num_ranks, noise=scenario.noise, source=_source(scenario, cost))
+    setting = Setting(
+        cost=cost,
+        num_ranks=num_ranks,
+        noise=scenario.noise,
+        source=_source(scenario, cost),
+        cache=parse_cache(scenario.cache),
+    )
     for shape in setting.shapes:
         _check_covered(shape, scenario, cost)
     return setting

@@ -140,7 +140,7 @@ def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineR
         request_id=str(row.get("request_id", default_id)),
         prompt=str(row.get("prompt", "")),
         shape=Shape(_whole(row, "height", 1), _whole(row, "width", 1), _whole(row, "frames", 1, default=1)),
-        num_steps=_whole(row, "num_steps", 1, default=default_steps),
+        num_steps=_whole(row, "num_steps", 1) if "num_steps" in row else default_steps,
         seed=_whole(row, "seed", 0, default=0),
         arrival_s=arrival_s,
         deadline_s=arrival_s,

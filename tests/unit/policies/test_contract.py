@@ -26,6 +26,7 @@ POLICIES = [
     "srtf",
     "edf",
     "edf-best-fit",
+    "exhaustive:nodes=100",
 ]
 every_policy = pytest.mark.parametrize("spec", POLICIES)
 # Fixtures of the session hold no state between examples.

@@ -41,6 +41,8 @@ def test_the_round_spans_five_steps_of_the_largest_shape_at_its_fastest_degree_o
         ("lookahead:widen=1", 8, ["'widen=1'", "widen=on|off"]),
         ("rssp:fill=on", 8, ["'fill=on'", "backfill=on|off"]),
         ("edf-best-fit:2", 8, ["'edf-best-fit:2'", "no argument"]),
+        ("exhaustive:nodes=0", 8, ["'nodes=0'", "nodes=N"]),
+        ("exhaustive:5", 8, ["'5'", "nodes=N"]),
     ],
 )
 def test_a_wrong_name_or_argument_is_told_what_is_allowed(spec, num_ranks, told, make, flux):

@@ -7,10 +7,11 @@ import statistics
 import pytest
 
 from tetriserve.core.request import Shape
-from tetriserve.simulator.comparison import compare, half_width, percentile
+from tetriserve.simulator.comparison import compare, half_width
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
 from tetriserve.workload.outcome import Outcome
+from tetriserve.workload.percentiles import percentile
 
 
 def test_percentiles_interpolate() -> None:

@@ -1,0 +1,144 @@
+"""Options that several commands share, each declared once, and the file that gives them other defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tetriserve.core.errors import ConfigError, TetriServeError
+
+ENV = "TETRISERVE_"
+FORMATS = ("table", "json")
+PROFILE = "flux.1-dev-8xh100"
+SHORTLIST = "lookahead,tetriserve,edf-best-fit,rssp"
+"""What `plan` tries: the strongest policy, the paper's, GF-DiT's, and the paper's strongest baseline."""
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def option(name: str, text: str, **settings: Any) -> Any:
+    """An option that `TETRISERVE_<NAME>` sets too."""
+    return typer.Option(f"--{name}", envvar=ENV + name.upper().replace("-", "_"), help=text, **settings)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """An operator's mistake is one line on stderr and a failing exit code, never a traceback."""
+    try:
+        yield
+    except TetriServeError as error:
+        typer.echo(f"tetriserve: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take a file's values as the command's defaults."""
+    if path is None:
+        return None
+    with one_line_errors():
+        known = {name for parameter in context.command.params for name in [parameter.name or ""]} - {"config", "help"}
+        values = {key.replace("-", "_"): value for key, value in _load_settings(path).items()}
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(f"{path} sets {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        if blank := [key for key, value in values.items() if value is None or value == []]:
+            raise ConfigError(f"{path} sets {blank[0]!r} to nothing; give it a value, or leave the line out")
+        repeatable = {parameter.name for parameter in context.command.params if getattr(parameter, "multiple", False)}
+        context.default_map = {key: _default(value, key in repeatable) for key, value in values.items()}
+    return path
+
+
+def _default(value: Any, is_repeatable: bool) -> Any:
+    """A file's value as the command line would have it: lists with commas, unless the option can be repeated."""
+    if is_repeatable:
+        return value if isinstance(value, list) else [value]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _load_settings(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    try:
+        if path.suffix == ".toml":
+            import tomllib
+
+            values: object = tomllib.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text) or {}
+    except Exception as error:  # each parser has errors of its own
+        mark = getattr(error, "problem_mark", None)  # YAML's whole message quotes the line, which may hold an API key
+        reason = str(error) if mark is None else f"{getattr(error, 'problem', 'not YAML')} in line {mark.line + 1}"
+        raise ConfigError(f"config file {path} cannot be parsed: {' '.join(reason.split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must hold option names and values")
+    return {str(key): value for key, value in values.items()}
+
+
+Config = Annotated[
+    Path | None,
+    option("config", "YAML or TOML file of option values; the command line and TETRISERVE_* override it.",
+            callback=_read_config, is_eager=True),
+]  # fmt: skip
+Model = Annotated[
+    str | None,
+    typer.Argument(envvar=ENV + "MODEL", help="Directory of a diffusers checkpoint; the bundled small model if none."),
+]
+Ranks = Annotated[
+    int | None, option("ranks", "Worker processes, one per GPU or CPU slot. Default: all GPUs, or 2 on a CPU.")
+]
+Degrees = Annotated[
+    str, option("degrees", "Degrees of sequence parallelism, such as 1,2,4. Default: powers of two up to --ranks.")
+]
+Device = Annotated[str, option("device", "cpu or cuda.")]
+Threads = Annotated[int, option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
+LogLevel = Annotated[str, option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]
+StartTimeout = Annotated[float, option("start-timeout", "Seconds that workers may take to load.")]
+
+ApiKeys = Annotated[
+    list[str] | None,
+    option("api-key", "Clients must send this key (repeatable; better by environment, spaces between several).",
+           show_default=False),
+]  # fmt: skip
+RateLimit = Annotated[int | None, option("rate-limit", "Images per minute that each key may ask for.")]
+MaxConcurrency = Annotated[int | None, option("max-concurrency", "Unanswered images that each key may have.")]
+GuardMetrics = Annotated[
+    bool, typer.Option("--guard-metrics", envvar=ENV + "GUARD_METRICS", help="/metrics takes a key too.")
+]
+CorsOrigins = Annotated[
+    list[str] | None,
+    option("cors-origin", "Origin whose pages may call the server from a browser, or * (repeatable).",
+           show_default=False),
+]  # fmt: skip
+LogFormat = Annotated[str, option("log-format", "text, or json: one object per line.")]
+OtlpEndpoint = Annotated[
+    str | None,
+    option("otlp-traces-endpoint", "Send OpenTelemetry spans here, such as http://localhost:4318/v1/traces."),
+]
+
+SimulatedProfile = Annotated[str, option("profile", "Bundled profile's name or a profile file.")]
+Mix = Annotated[str, option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1.")]
+Rate = Annotated[float, option("rate", "Requests per minute, on average.")]
+Arrivals = Annotated[
+    str, option("arrivals", "poisson, constant, gamma:cv=3, on-off:on_s=30,off_s=30 or step:at_s=300,factor=2.")
+]
+SloScale = Annotated[float, option("slo-scale", "Factor on the base deadlines of the sizes.")]
+SloMultiple = Annotated[
+    float | None, option("slo-multiple", "Instead: deadlines as a multiple of the time alone at degree 1.")
+]
+Requests = Annotated[int, option("requests", "Requests per seed.")]
+Steps = Annotated[int, option("steps", "Denoise steps per request.")]
+Cache = Annotated[
+    str, option("cache", "Approximate cache: none, nirvana[:HIT_RATE], or skipped steps of 50: 10:0.3,25:0.2.")
+]
+FirstSeed = Annotated[int, option("seed", "The first workload's seed; the others follow it.")]
+Noise = Annotated[float, option("noise", "Standard deviation of task times, as a fraction of them.")]
+Trace = Annotated[Path | None, option("trace", "CSV or JSON Lines of requests to replay, instead of making them up.")]
+Format = Annotated[str, option("format", f"One of {', '.join(FORMATS)}.")]
