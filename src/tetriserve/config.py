@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from tetriserve.core.errors import ConfigError
 
 DEVICES = ("cpu", "cuda")
+LOG_FORMATS = ("text", "json")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_KEY = re.compile(r"[!-~]+")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,7 @@ class PoolConfig:
     heartbeat_timeout_s: a worker silent for this long is taken for hung and replaced.
     step_timeout_s: a busy worker that finishes no step for this long is taken for hung and replaced.
     group_timeout_s: a collective that waits for a peer for this long fails.
+    log_format: one of `LOG_FORMATS`, for what workers log.
     """
 
     num_ranks: int = 2
@@ -30,6 +37,7 @@ class PoolConfig:
     step_timeout_s: float = 600.0
     group_timeout_s: float = 30.0
     start_timeout_s: float = 300.0
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= 1024:
@@ -52,6 +60,8 @@ class PoolConfig:
             )
         if self.max_groups == 0:
             object.__setattr__(self, "max_groups", max(32, 2 * self.num_ranks))
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log-format is {self.log_format!r}; allowed: {', '.join(LOG_FORMATS)}")
         for name in ("num_threads", "max_groups", "heartbeat_timeout_s", "step_timeout_s", "group_timeout_s",
                      "start_timeout_s"):  # fmt: skip
             if not getattr(self, name) > 0:
@@ -88,18 +98,61 @@ class SchedulingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AccessConfig:
+    """Who may use the server, and how much. Keys are left out of `repr`, so that no log shows them.
+
+    api_keys: clients send one of them; empty: everyone is welcome, and all together count as one key.
+    rate_limit: images per minute and key; None: no limit. A minute's worth may come at once.
+    max_concurrency: unanswered images per key; None: no limit.
+    guard_metrics: `/metrics` takes a key too.
+    cors_origins: origins whose pages may call the server from a browser, or `*`; empty: none.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    rate_limit: int | None = None
+    max_concurrency: int | None = None
+    guard_metrics: bool = False
+    cors_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, key in enumerate(self.api_keys, start=1):
+            if not _KEY.fullmatch(key):
+                problem = "is empty" if not key else "holds a space or a character outside ASCII"
+                raise ConfigError(f"api-key {number} {problem}; allowed: 1 or more printable ASCII characters")
+        for name, limit in (("rate-limit", self.rate_limit), ("max-concurrency", self.max_concurrency)):
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} is {limit}; it must be at least 1")
+        if self.guard_metrics and not self.api_keys:
+            raise ConfigError("guard-metrics is set without a key to ask for; add --api-key")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"cors-origin is {origin!r}; write an origin such as https://example.org, or *")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """The HTTP side. `shutdown_timeout_s` bounds how long SIGTERM waits for accepted requests."""
+    """The HTTP side.
+
+    shutdown_timeout_s: how long SIGTERM waits for accepted requests.
+    otlp_traces_endpoint: URL that takes OpenTelemetry spans (OTLP over HTTP); None: no spans.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     shutdown_timeout_s: float = 60.0
+    access: AccessConfig = field(default_factory=AccessConfig)
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
         if not self.shutdown_timeout_s >= 0:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout_s}; it must not be negative")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp-traces-endpoint is {endpoint!r}; write a URL, such as http://localhost:4318/v1/traces"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

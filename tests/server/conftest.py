@@ -3,10 +3,12 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
+from tetriserve.config import AccessConfig
 from tetriserve.engine import LiveEngine
 from tetriserve.server import EngineSlot, create_app
 
@@ -14,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `fake_engine`, which is al
 
 from fake_engine import FakeExecutor, make_engine  # noqa: E402
 
-Connect = Callable[[EngineSlot], httpx.AsyncClient]
+if TYPE_CHECKING:
+    from tetriserve.server.tracing import Tracing
+
+Connect = Callable[..., httpx.AsyncClient]
 Draw = Callable[..., Awaitable[httpx.Response]]
 
 
@@ -33,10 +38,11 @@ async def engine(executor: FakeExecutor) -> AsyncIterator[LiveEngine]:
 
 @pytest.fixture
 def connect() -> Connect:
-    """A client of an app, without a socket between them."""
+    """A client of an app, without a socket between them. `settings` are those of `AccessConfig`."""
 
-    def connect(slot: EngineSlot) -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(slot)), base_url="http://server")
+    def connect(slot: EngineSlot, tracing: Tracing | None = None, **settings: Any) -> httpx.AsyncClient:
+        app = create_app(slot, AccessConfig(**settings), tracing)
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
     return connect
 

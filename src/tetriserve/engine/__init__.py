@@ -2,5 +2,6 @@
 
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.engine.live import GeneratedImage, LiveEngine
+from tetriserve.engine.tasks import EndedTask
 
-__all__ = ["GeneratedImage", "Generation", "Intake", "LiveEngine"]
+__all__ = ["EndedTask", "GeneratedImage", "Generation", "Intake", "LiveEngine"]

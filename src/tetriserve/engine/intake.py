@@ -20,7 +20,8 @@ DEFAULT_TRUE_CFG_SCALE = 4.0
 class Generation:
     """What a client may say about one image; None leaves the choice to the server.
 
-    `slo_s` is the deadline relative to arrival, in seconds.
+    `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests, and fit
+    to be a file's name.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Generation:
     slo_s: float | None = None
     priority: int = 0
     reject_infeasible: bool = False
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Intake:
         )
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         request = Request(
-            request_id=request_id,
+            request_id=generation.request_id or request_id,
             prompt=self._prompt(generation.prompt),
             shape=shape,
             num_steps=int(num_steps),

@@ -25,6 +25,8 @@ from tetriserve.core.events import (
     Run,
     StartTask,
     Submitted,
+    TaskFailed,
+    TaskFinished,
     TimerFired,
     WakeAt,
     WorkerJoined,
@@ -32,7 +34,9 @@ from tetriserve.core.events import (
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor
+from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnOutcome = Callable[[Outcome], None]
+OnTask = Callable[[EndedTask], None]
 Recorder = Callable[[float, Event], None]
 
 
@@ -84,8 +89,10 @@ class LiveEngine:
         self._executor = executor
         self.policy_name = policy_name
         self._max_queue = max_queue
-        self._on_event = on_event
+        self._on_event = [] if on_event is None else [on_event]
+        self._on_task: list[OnTask] = []
         self._on_outcome: list[OnOutcome] = []
+        self._tasks = TaskBook()
         self._clients: dict[str, _Client] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
@@ -116,8 +123,16 @@ class LiveEngine:
         await self._executor.stop()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:
-        """Hear of every ended request."""
+        """Hear of every ended request. Like every subscriber, be quick and do not raise: the pool waits."""
         self._on_outcome.append(on_outcome)
+
+    def subscribe_tasks(self, on_task: OnTask) -> None:
+        """Hear of every ended task, before the outcome that it leads to."""
+        self._on_task.append(on_task)
+
+    def subscribe_events(self, on_event: Recorder) -> None:
+        """Hear of every event with its time, before it is handled: `state` still is what it was since the last one."""
+        self._on_event.append(on_event)
 
     @property
     def now(self) -> float:
@@ -165,14 +180,21 @@ class LiveEngine:
             return
         now = self.now
         try:
-            if self._on_event is not None:
-                self._on_event(now, event)
+            self._tell(event, now)
             for command in self.controller.handle(event, now):
-                self._carry_out(command)
+                self._carry_out(command, now)
         except Exception as error:
             logger.critical("the engine failed on %s", type(event).__name__, exc_info=True)
             self.failure = f"the scheduler failed: {type(error).__name__}: {error}"
             self._abandon(RequestFailed(self.failure))
+
+    def _tell(self, event: Event, now: float) -> None:
+        for on_event in self._on_event:
+            on_event(now, event)
+        if isinstance(event, TaskFinished | TaskFailed):
+            ended = self._tasks.end(event, now)
+            for on_task in self._on_task:
+                on_task(ended)
 
     def _admit(self, generations: Sequence[Generation]) -> list[_Client]:
         if self._is_draining:
@@ -230,9 +252,10 @@ class LiveEngine:
         self._clients.clear()
         self._note_empty()
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, command: Command, now: float) -> None:
         match command:
             case StartTask():
+                self._tasks.start(command, now, self.controller.cost)
                 self._executor.start_task(command)
             case WakeAt(time_s):
                 self._wake_at(time_s)
@@ -255,7 +278,8 @@ class LiveEngine:
             try:
                 pixels = self._executor.read_pixels(command.pixels)
             except RequestFailed as error:
-                logger.exception("request %s: the image is lost", request.request_id)
+                request_id = request.request_id
+                logger.exception("request %s: the image is lost", request_id, extra=fields(image_id=request_id))
                 self._fail(FailRequest(request, runs, predicted_finish_s, str(error)))
                 return
             client.image.set_result(GeneratedImage(pixels, outcome))

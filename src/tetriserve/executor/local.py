@@ -212,6 +212,7 @@ class LocalExecutor:
             num_threads=self._pool.num_threads,
             heartbeat_s=self._pool.heartbeat_timeout_s / 5,
             group_timeout_s=self._pool.group_timeout_s,
+            log_format=self._pool.log_format,
             adapter=self._adapter,
         )
 

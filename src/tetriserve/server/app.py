@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 
+from tetriserve.config import AccessConfig
 from tetriserve.server import errors
+from tetriserve.server.access import AccessMiddleware
+from tetriserve.server.debug import debug_router
 from tetriserve.server.exchange import ExchangeMiddleware
 from tetriserve.server.metrics import Metrics
 from tetriserve.server.openai import openai_router
 from tetriserve.server.probes import probe_router
 from tetriserve.server.slot import EngineSlot
 
+if TYPE_CHECKING:
+    from tetriserve.server.tracing import Tracing
 
-def create_app(slot: EngineSlot) -> FastAPI:
+
+def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tracing | None = None) -> FastAPI:
     """An ASGI app in front of the engine in `slot`, which runs on the app's event loop.
 
     The app can listen before the engine is there: until the slot is filled, `/health` answers 200, `/ready` and `/v1/*`
-    503. With an engine at hand: `create_app(EngineSlot(engine))`.
+    503. With an engine at hand: `create_app(EngineSlot(engine))`. `tracing` makes spans of what it serves.
     """
+    access = access or AccessConfig()
     app = FastAPI(
         title="TetriServe",
         version=version("tetriserve"),
@@ -28,8 +38,24 @@ def create_app(slot: EngineSlot) -> FastAPI:
         redirect_slashes=False,  # a redirect has no envelope
     )
     metrics = Metrics(slot)
+    # The last one added is the outermost.
+    app.add_middleware(AccessMiddleware, config=access)
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Request-Id", "X-SLO-Ms"),
+            expose_headers=("Retry-After", "X-Request-Id"),
+        )
+    if tracing is not None:
+        app.add_middleware(tracing.middleware)
+        slot.when_filled(tracing.attach)
     app.add_middleware(ExchangeMiddleware, metrics=metrics)
     errors.install(app)
-    app.include_router(openai_router(slot))
+    # Says in /openapi.json that a key is needed; the middleware has asked for it before.
+    guards = [Security(HTTPBearer(auto_error=False))] if access.api_keys else []
+    app.include_router(openai_router(slot), dependencies=guards)
     app.include_router(probe_router(slot, metrics))
+    app.include_router(debug_router(slot), dependencies=guards)
     return app

@@ -21,6 +21,7 @@ from tetriserve.core.errors import (
     TetriServeError,
     UnknownModel,
 )
+from tetriserve.server.limits import OverLimit
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
 
@@ -29,8 +30,13 @@ RESTART_S = 5.0
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorEnvelope, "description": "The request is at fault; `param` names the field."},
+    401: {"model": ErrorEnvelope, "description": "No API key, or one that is not known here."},
     413: {"model": ErrorEnvelope, "description": "The body is too large."},
-    429: {"model": ErrorEnvelope, "description": "Not admitted (queue_full, deadline_infeasible); see Retry-After."},
+    429: {
+        "model": ErrorEnvelope,
+        "description": "Not admitted (queue_full, deadline_infeasible, rate_limit_exceeded, "
+        "concurrency_limit_exceeded); see Retry-After.",
+    },
     500: {"model": ErrorEnvelope, "description": "The request was accepted and failed."},
     503: {"model": ErrorEnvelope, "description": "The server is starting or shutting down; see Retry-After."},
     "default": {"model": ErrorEnvelope, "description": "Any other error."},
@@ -47,12 +53,12 @@ def install(app: FastAPI) -> None:
 
     async def on_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, TetriServeError)
-        return _noted(request, str(error), _response(error))
+        return _noted(request, _response(error))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         message, param = _explain(error.errors()[0])
-        return _noted(request, message, envelope(400, message, "invalid_value", param))
+        return _noted(request, envelope(400, message, "invalid_value", param))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -66,11 +72,21 @@ def install(app: FastAPI) -> None:
             case _:
                 message = str(error.detail)
         code = _HTTP_CODES.get(error.status_code, "invalid_value")
-        return _noted(request, message, envelope(error.status_code, message, code, headers=error.headers))
+        return _noted(request, envelope(error.status_code, message, code, headers=error.headers))
 
     app.add_exception_handler(TetriServeError, on_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
+
+
+class ErrorResponse(Response):
+    """An answer in the envelope. `message` and `code` are kept for the log and the metrics."""
+
+    def __init__(self, status: int, error: Mapping[str, object], headers: Mapping[str, str]) -> None:
+        # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
+        super().__init__(json.dumps({"error": error}), status, headers, media_type="application/json")
+        self.message = str(error["message"])
+        self.code = str(error["code"])
 
 
 def envelope(
@@ -82,7 +98,7 @@ def envelope(
     retry_after_s: float | None = None,
     earliest_finish_ms: float | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Response:
+) -> ErrorResponse:
     """An error as OpenAI writes it. `retry_after_s` becomes a header of whole seconds, at least 1."""
     all_headers = dict(headers or {})
     if retry_after_s is not None:
@@ -91,17 +107,16 @@ def envelope(
     error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
     if earliest_finish_ms is not None:
         error["earliest_finish_ms"] = earliest_finish_ms
-    # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
-    return Response(json.dumps({"error": error}), status, all_headers, media_type="application/json")
+    return ErrorResponse(status, error, all_headers)
 
 
-def _noted(request: Request, message: str, response: Response) -> Response:
-    """`response`, once the log line of this exchange knows `message`."""
-    request.state.exchange.facts["error"] = message
+def _noted(request: Request, response: ErrorResponse) -> ErrorResponse:
+    """`response`, once the log line and the metrics of this exchange know of it."""
+    request.state.exchange.note_error(response)
     return response
 
 
-def _response(error: TetriServeError) -> Response:
+def _response(error: TetriServeError) -> ErrorResponse:
     message = str(error)
     match error:
         case UnknownModel():
@@ -119,6 +134,8 @@ def _response(error: TetriServeError) -> Response:
                 retry_after_s=error.retry_after_s,
                 earliest_finish_ms=round(error.earliest_finish_s * 1000, 3),
             )
+        case OverLimit():
+            return envelope(429, message, error.code, retry_after_s=error.retry_after_s)
         case ShuttingDown():
             return envelope(503, message, "shutting_down", retry_after_s=RESTART_S)
         case NotReady():

@@ -12,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tetriserve.server.errors import envelope
+from tetriserve.logs import MAX_FIELD_CHARS, fields
+from tetriserve.server.errors import ErrorResponse, envelope
 from tetriserve.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,17 @@ class Exchange:
     """Known of one exchange while it lasts, as `request.state.exchange`; handlers add what they learn.
 
     facts: what the log line says beyond method, path, status and time.
+    error_code: the code of the error it was answered with.
     """
 
     request_id: str
     facts: dict[str, object] = field(default_factory=dict)
     status: int | None = None
+    error_code: str | None = None
+
+    def note_error(self, response: ErrorResponse) -> None:
+        self.error_code = response.code
+        self.facts["error"] = response.message
 
 
 class ExchangeMiddleware:
@@ -61,7 +68,8 @@ class ExchangeMiddleware:
         try:
             await self._app(scope, _limited(receive), send_named)
         except Exception:  # the process boundary: whatever a handler raises is logged with its id and answered
-            logger.exception("request %s failed unexpectedly", exchange.request_id)
+            request_id = exchange.request_id
+            logger.exception("request %s failed unexpectedly", request_id, extra=fields(request_id=request_id))
             if exchange.status is not None:
                 raise  # half an answer is out: only breaking the connection tells the client
             response = envelope(500, f"internal error; the log names it by {exchange.request_id}", "internal_error")
@@ -74,7 +82,7 @@ class ExchangeMiddleware:
         # Unknown paths are one label, unknown methods another: clients choose both, and labels live for ever.
         route = getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.count_exchange(route, method, status)
+        self._metrics.count_exchange(route, method, status, exchange.error_code)
         logger.log(
             _level(scope["path"], status),
             "%s %s %s %d in %.3f s%s",
@@ -84,6 +92,14 @@ class ExchangeMiddleware:
             status,
             elapsed_s,
             "".join(f" {name}={_one_line(value)}" for name, value in exchange.facts.items()),
+            extra=fields(
+                request_id=exchange.request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                elapsed_s=round(elapsed_s, 6),
+                **exchange.facts,
+            ),
         )
 
 
@@ -96,7 +112,7 @@ def _level(path: str, status: int) -> int:
 
 def _one_line(text: object) -> str:
     """`text` for the log: clients choose some of it, and must not write lines of their own."""
-    return ascii(str(text)[:300])[1:-1]
+    return ascii(str(text)[:MAX_FIELD_CHARS])[1:-1]
 
 
 def _request_id(scope: Scope) -> str:

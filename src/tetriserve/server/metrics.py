@@ -1,76 +1,50 @@
-"""Prometheus metrics of one app, in a registry of their own."""
+"""Prometheus metrics of one app, in a registry of their own. docs/observability.md lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
+from itertools import pairwise
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
+from tetriserve.core.events import Event, WorkerJoined, WorkerLost
 from tetriserve.core.request import Shape
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.server.occupancy import PoolCollector
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome, Status
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
-_SLACK = (*(-seconds for seconds in reversed(_SECONDS)), 0.0, *_SECONDS)
+_SIGNED_SECONDS = (*(-seconds for seconds in reversed(_SECONDS)), 0.0, *_SECONDS)
+_RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 5.0)
+_REFUSALS = frozenset({401, 429, 503})
 
 
 class Metrics:
-    """Counts outcomes of the slot's engine from the moment it is there, and HTTP exchanges from the start.
+    """Counts what the slot's engine does from the moment it is there, and HTTP exchanges from the start.
 
-    Sizes outside the profile share the label "other": clients choose sizes, and labels live for ever.
+    Labels are bounded, because they live for ever and clients choose sizes: one outside the model's sizes and the
+    profile is "other".
     """
 
     def __init__(self, slot: EngineSlot) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
         self._sizes: frozenset[Shape] = frozenset()
-        self._exchanges = Counter(
-            "tetriserve_http_requests", "HTTP requests.", ("route", "method", "status"), registry=registry
-        )
-        self._requests = Counter("tetriserve_requests", "Images by end.", ("status", "size"), registry=registry)
-        self._attained = Counter(
-            "tetriserve_requests_attained", "Images finished by their deadline.", ("size",), registry=registry
-        )
-        self._missed = Counter(
-            "tetriserve_requests_missed", "Images that failed or finished late.", ("size",), registry=registry
-        )
-        self._latency = Histogram(
-            "tetriserve_request_latency_seconds",
-            "Arrival to finish of finished images.",
-            ("size",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._queued = Histogram(
-            "tetriserve_request_queued_seconds",
-            "Time in which no rank worked for a finished image.",
-            ("size",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._slack = Histogram(
-            "tetriserve_deadline_slack_seconds",
-            "Deadline minus finish of finished images; negative is late.",
-            ("size",),
-            buckets=_SLACK,
-            registry=registry,
-        )
-        self._steps = Counter("tetriserve_steps", "Denoise steps by degree.", ("degree",), registry=registry)
-        self._rank_seconds = Counter(
-            "tetriserve_rank_seconds", "Rank time of ended images by stage.", ("stage",), registry=registry
-        )
-        self._model = Info("tetriserve_model", "The served model.", registry=registry)
-        Info("tetriserve_build", "This server.", registry=registry).info({"version": version("tetriserve")})
-        registry.register(_Pool(slot))
+        self._declare_http()
+        self._declare_requests()
+        self._declare_tasks()
+        self._model = Info("tetriserve_model", "The served model.", registry=self._registry)
+        Info("tetriserve_build", "This server.", registry=self._registry).info({"version": version("tetriserve")})
+        self._registry.register(PoolCollector(slot))
         slot.when_filled(self._attach)
 
-    def count_exchange(self, route: str, method: str, status: int) -> None:
+    def count_exchange(self, route: str, method: str, status: int, error_code: str | None) -> None:
         self._exchanges.labels(route, method, str(status)).inc()
+        if status in _REFUSALS and error_code is not None:
+            self._refusals.labels(error_code).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that `accept` prefers, and its content type."""
@@ -78,46 +52,98 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
+    def _declare_http(self) -> None:
+        self._exchanges = self._counter("http_requests", "HTTP requests.", "route", "method", "status")
+        self._refusals = self._counter("http_requests_rejected", "HTTP requests answered 401, 429 or 503.", "code")
+
+    def _declare_requests(self) -> None:
+        self._requests = self._counter("requests", "Images by end.", "status", "size")
+        self._attained = self._counter("requests_attained", "Images finished by their deadline.", "size")
+        self._missed = self._counter("requests_missed", "Images that failed or finished late.", "size")
+        self._latency = self._histogram(
+            "request_latency_seconds", "Arrival to finish of finished images.", _SECONDS, "size"
+        )
+        self._queued = self._histogram(
+            "request_queued_seconds", "Time in which no rank worked for a finished image.", _SECONDS, "size"
+        )
+        self._stage_time = self._histogram(
+            "request_stage_seconds", "Time of a finished image's tasks, by stage.", _SECONDS, "stage"
+        )
+        self._slack = self._histogram(
+            "deadline_slack_seconds",
+            "Deadline minus finish of finished images; negative is late.",
+            _SIGNED_SECONDS,
+            "size",
+        )
+        self._finish_error = self._histogram(
+            "finish_error_seconds",
+            "Finish minus the finish predicted at admission, of finished images; positive is later than predicted.",
+            _SIGNED_SECONDS,
+            "size",
+        )
+        self._switches = self._counter("group_switches", "Denoise tasks on other ranks than the image's one before.")
+
+    def _declare_tasks(self) -> None:
+        self._tasks = self._counter(
+            "tasks", "Tasks by end: finished, step (it failed), lost (with a worker).", "stage", "end"
+        )
+        self._steps = self._counter("steps", "Denoise steps by degree.", "degree")
+        self._rank_seconds = self._counter("rank_seconds", "Rank time of ended tasks by stage.", "stage")
+        self._step_ratio = self._histogram(
+            "step_time_ratio", "Step time of a denoise task over what the scheduler expected.", _RATIOS, "degree"
+        )
+        self._workers_lost = self._counter("workers_lost", "Workers that died or were killed because they hung.")
+        self._workers_restarted = self._counter("workers_restarted", "Workers that took the place of lost ones.")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tetriserve_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"tetriserve_{name}", text, labels, buckets=buckets, registry=self._registry)
+
     def _attach(self, engine: LiveEngine) -> None:
         card = engine.intake.card
         self._sizes = frozenset((*card.sizes, *engine.intake.shapes))
         self._model.info({"model": card.name, "dtype": card.dtype, "fingerprint": card.fingerprint})
-        engine.subscribe(self._count)
+        engine.subscribe(self._count_outcome)
+        engine.subscribe_tasks(self._count_task)
+        engine.subscribe_events(self._count_event)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count_outcome(self, outcome: Outcome) -> None:
         shape = outcome.request.shape
         size = str(shape) if shape in self._sizes else "other"
         self._requests.labels(outcome.status.value, size).inc()
-        for run in outcome.runs:
-            task = run.task
-            self._rank_seconds.labels(task.stage.value).inc((run.end_s - run.start_s) * task.degree)
-            if task.stage is Stage.DENOISE:
-                self._steps.labels(str(task.degree)).inc(task.num_steps)
+        denoise = [run.task for run in outcome.runs if run.task.stage is Stage.DENOISE]
+        self._switches.inc(sum(set(before.ranks) != set(after.ranks) for before, after in pairwise(denoise)))
         if outcome.status is Status.CANCELLED:
             return
-        (self._attained if outcome.is_attained else self._missed).labels(size).inc()
+        # Both exist from a size's first image on, so that a size of which all are missed has a SAR, of 0.
+        attained, missed = self._attained.labels(size), self._missed.labels(size)
+        (attained if outcome.is_attained else missed).inc()
         if outcome.status is Status.FINISHED:
-            self._latency.labels(size).observe(outcome.latency_s)
-            self._queued.labels(size).observe(max(0.0, outcome.queued_s))
-            self._slack.labels(size).observe(outcome.request.deadline_s - outcome.finish_s)
+            self._observe_finished(outcome, size)
 
+    def _observe_finished(self, outcome: Outcome, size: str) -> None:
+        self._latency.labels(size).observe(outcome.latency_s)
+        self._queued.labels(size).observe(max(0.0, outcome.queued_s))
+        self._slack.labels(size).observe(outcome.request.deadline_s - outcome.finish_s)
+        self._finish_error.labels(size).observe(outcome.finish_s - outcome.predicted_finish_s)
+        for stage in Stage:
+            stage_s = sum(run.end_s - run.start_s for run in outcome.runs if run.task.stage is stage)
+            self._stage_time.labels(stage.value).observe(stage_s)
 
-class _Pool(Collector):
-    """Gauges read off the engine's state when Prometheus asks."""
+    def _count_task(self, ended: EndedTask) -> None:
+        run, task = ended.run, ended.run.task
+        end = "finished" if ended.failure is None else ended.failure.value
+        self._tasks.labels(task.stage.value, end).inc()
+        self._rank_seconds.labels(task.stage.value).inc((run.end_s - run.start_s) * task.degree)
+        if ended.step_s is not None and ended.expected_step_s is not None:
+            self._steps.labels(str(task.degree)).inc(task.num_steps)
+            self._step_ratio.labels(str(task.degree)).observe(ended.step_s / ended.expected_step_s)
 
-    def __init__(self, slot: EngineSlot) -> None:
-        self._slot = slot
-
-    def collect(self) -> Iterable[Metric]:
-        is_ready = self._slot.unready_reason is None
-        yield GaugeMetricFamily("tetriserve_ready", "Whether requests are admitted and run.", float(is_ready))
-        if self._slot.engine is None:
-            return
-        state = self._slot.engine.state
-        num_waiting = len(state.waiting)
-        num_running = len(state.trajectories) - num_waiting
-        num_busy = len(state.ranks) - len(state.idle_ranks)
-        yield GaugeMetricFamily("tetriserve_requests_waiting", "Images that no rank works for.", num_waiting)
-        yield GaugeMetricFamily("tetriserve_requests_running", "Images that ranks work for.", num_running)
-        yield GaugeMetricFamily("tetriserve_ranks_up", "Living ranks.", len(state.ranks))
-        yield GaugeMetricFamily("tetriserve_ranks_busy", "Living ranks that work.", num_busy)
+    def _count_event(self, now: float, event: Event) -> None:
+        match event:
+            case WorkerLost():
+                self._workers_lost.inc()
+            case WorkerJoined():  # those of the start came before anyone listened
+                self._workers_restarted.inc()

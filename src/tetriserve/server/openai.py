@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
 from tetriserve.core.errors import InvalidRequest, UnknownModel
 from tetriserve.engine import GeneratedImage, Generation, LiveEngine
+from tetriserve.server.access import Client
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import RESPONSES, envelope
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -41,17 +43,22 @@ def openai_router(slot: EngineSlot) -> APIRouter:
         """Make `n` images of a prompt, each by its deadline if that can be. Closing the connection cancels them."""
         exchange: Exchange = request.state.exchange
         exchange.request_id = body.request_id or exchange.request_id
-        exchange.facts = {"size": body.size or "auto", "n": body.n or 1}
+        num_images = body.n or 1
+        exchange.facts |= {"size": body.size or "auto", "n": num_images}
         engine = slot.require()
         _check_model(engine, body.model)
-        try:
-            images = await unless_gone(request, engine.generate_all(_generations(body, x_slo_ms)))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        outcomes = [image.outcome for image in images]
-        exchange.facts["latency_s"] = f"{max(outcome.latency_s for outcome in outcomes):.3f}"
-        exchange.facts["attained"] = f"{sum(outcome.is_attained for outcome in outcomes)}/{len(outcomes)}"
-        answer = await asyncio.to_thread(_answer, body, exchange.request_id, engine.intake.card.name, images)
+        generations = _generations(body, num_images, x_slo_ms)
+        client: Client = request.state.client
+        with client.allowance.admitted(num_images, time.monotonic()):
+            exchange.facts["image_ids"] = ",".join(generation.request_id or "" for generation in generations)
+            try:
+                images = await unless_gone(request, engine.generate_all(generations))
+            except ClientGone:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            outcomes = [image.outcome for image in images]
+            exchange.facts["latency_s"] = round(max(outcome.latency_s for outcome in outcomes), 3)
+            exchange.facts["attained"] = f"{sum(outcome.is_attained for outcome in outcomes)}/{num_images}"
+            answer = await asyncio.to_thread(_answer, body, exchange.request_id, engine.intake.card.name, images)
         return Response(answer, media_type="application/json")
 
     @router.get("/v1/models")
@@ -76,7 +83,7 @@ def _check_model(engine: LiveEngine, model: str | None) -> None:
         raise UnknownModel(f"model {model[:200]!r} is not served; served: {served!r}", "model")
 
 
-def _generations(body: ImagesRequest, header_slo_ms: float | None) -> list[Generation]:
+def _generations(body: ImagesRequest, num_images: int, header_slo_ms: float | None) -> list[Generation]:
     """One per image, with consecutive seeds.
 
     Raises:
@@ -99,8 +106,9 @@ def _generations(body: ImagesRequest, header_slo_ms: float | None) -> list[Gener
             slo_s=None if slo_ms is None else slo_ms / 1000,
             priority=body.priority or 0,
             reject_infeasible=body.deadline_policy == "reject",
+            request_id=uuid.uuid4().hex,
         )
-        for number in range(body.n or 1)
+        for number in range(num_images)
     ]
 
 

@@ -9,15 +9,18 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from tetriserve.config import ServerConfig
+from tetriserve.config import LOOPBACK, ServerConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.engine import LiveEngine
 from tetriserve.server.app import create_app
 from tetriserve.server.slot import EngineSlot
+
+if TYPE_CHECKING:
+    from tetriserve.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +52,21 @@ async def serve(
     Raises:
         ConfigError: the port cannot be had, or `launch` raised it.
     """
+    if config.host not in LOOPBACK and not config.access.api_keys:
+        logger.warning("anyone who reaches %s can use this server; --api-key guards it", config.host)
+    tracing = None if config.otlp_traces_endpoint is None else _open_tracing(config.otlp_traces_endpoint)
     listener = listen(config.host, config.port)
     slot = EngineSlot()
     server = _Server(
         uvicorn.Config(
-            create_app(slot),
+            create_app(slot, config.access, tracing),
             log_config=None,
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
             lifespan="off",
             ws="none",
+            http="h11",  # it bounds the size of headers; uvicorn's httptools, which it would prefer, does not
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
@@ -81,6 +88,18 @@ async def serve(
         finally:
             server.should_exit = True
             await serving
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
+
+
+def _open_tracing(endpoint: str) -> Tracing:
+    try:
+        from tetriserve.server.tracing import open_tracing
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"otlp-traces-endpoint needs the package {error.name}; install it with: pip install 'tetriserve[otel]'"
+        ) from None
+    return open_tracing(endpoint)
 
 
 def run_server(

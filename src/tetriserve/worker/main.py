@@ -25,6 +25,7 @@ from tetriserve.core.messages import (
     WarmGroup,
 )
 from tetriserve.core.request import Request
+from tetriserve.logs import set_up_logging
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     """Entry point of the process. Ends when told to, or when the executor's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {spec.rank} %(levelname)s %(message)s")
+    set_up_logging("info", spec.log_format, rank=spec.rank)
     pipe = Pipe(connection)
     try:
         _serve(spec, pipe)

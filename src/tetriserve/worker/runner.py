@@ -12,6 +12,7 @@ from tetriserve.core.events import FailureKind, StartTask, TensorRef
 from tetriserve.core.messages import RunTask, TaskDone, TaskError
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
+from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, DenoiseLoop, Embeds
 from tetriserve.worker.groups import Groups, is_collective_error
 from tetriserve.worker.latents import TensorStore
@@ -55,7 +56,8 @@ class Runner:
             is_lost = message.group is not None and is_collective_error(error)
             kind = FailureKind.LOST if is_lost else FailureKind.STEP
             if kind is FailureKind.STEP:
-                logger.exception("request %s: %s failed", start.request.request_id, start.task.stage)
+                image_id = start.request.request_id
+                logger.exception("request %s: %s failed", image_id, start.task.stage, extra=fields(image_id=image_id))
             text = f"{start.task.stage} failed: {type(error).__name__}: {error}".splitlines()[0]
             return TaskError(start.task_id, kind, text, time.monotonic())
 

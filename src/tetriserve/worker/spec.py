@@ -17,6 +17,7 @@ class WorkerSpec:
     store: directory of the tensor store, shared by all ranks and the server on this host.
     heartbeat_s: seconds between signs of life.
     group_timeout_s: a collective that waits longer for a peer fails.
+    log_format: text or json.
     """
 
     rank: int
@@ -27,5 +28,6 @@ class WorkerSpec:
     num_threads: int
     heartbeat_s: float
     group_timeout_s: float
+    log_format: str = "text"
     adapter: str | None = None
     """`module:Class` to load in place of the card's own adapter (tests inject faults with it)."""

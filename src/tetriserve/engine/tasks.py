@@ -1,0 +1,59 @@
+"""Tasks of a live engine as they went, beside what the cost model had expected of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished
+from tetriserve.core.plan import CostModel
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedTask:
+    """A task that is over.
+
+    failure: why it ended without a result; None if it has one.
+    step_s: seconds per denoise step, as its leader measured them; None without a result, and in other stages.
+    expected_step_s: the same as the cost model had it when the task started; None in other stages.
+    """
+
+    request: Request
+    run: Run
+    failure: FailureKind | None
+    step_s: float | None
+    expected_step_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    command: StartTask
+    start_s: float
+    expected_step_s: float | None
+
+
+class TaskBook:
+    """Which tasks run, to say what became of each."""
+
+    def __init__(self) -> None:
+        self._started: dict[int, _Started] = {}
+
+    def start(self, command: StartTask, now: float, cost: CostModel) -> None:
+        task = command.task
+        expected_step_s = cost.step_times(command.request)[task.degree] if task.stage is Stage.DENOISE else None
+        self._started[command.task_id] = _Started(command, now, expected_step_s)
+
+    def end(self, event: TaskFinished | TaskFailed, now: float) -> EndedTask:
+        started = self._started.pop(event.task_id)
+        task = started.command.task
+        step_s = None
+        if isinstance(event, TaskFinished) and task.stage is Stage.DENOISE:
+            step_s = event.elapsed_s / task.num_steps
+        return EndedTask(
+            request=started.command.request,
+            run=Run(task, started.start_s, now),
+            failure=None if isinstance(event, TaskFinished) else event.kind,
+            step_s=step_s,
+            expected_step_s=started.expected_step_s,
+        )

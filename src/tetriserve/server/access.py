@@ -1,0 +1,76 @@
+"""Who may use the server: API keys, each with limits of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tetriserve.config import AccessConfig
+from tetriserve.server.errors import envelope
+from tetriserve.server.exchange import Exchange
+from tetriserve.server.limits import Allowance
+
+PROBES = frozenset({"/health", "/ready", "/openapi.json"})
+"""Open to everyone: whoever restarts and balances servers has no key, and these say nothing of requests."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Whoever uses one API key; all together where there are none. `number` is 1 for the first key of the config."""
+
+    number: int
+    digest: bytes = field(repr=False)
+    allowance: Allowance
+
+
+class AccessMiddleware:
+    """Lets through whoever shows a key, before a byte of the body is read. With no key configured: everyone.
+
+    Everything is guarded unless it is listed as open, so that a new route is never open by accident. The handler finds
+    the client as `request.state.client`.
+    """
+
+    def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
+        self._app = app
+        self._open = PROBES if config.guard_metrics else PROBES | {"/metrics"}
+        self._has_keys = bool(config.api_keys)
+        self._clients = [
+            Client(number, _digest(key.encode()), Allowance(config.rate_limit, config.max_concurrency))
+            for number, key in enumerate(config.api_keys or ("",), start=1)
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open:
+            await self._app(scope, receive, send)
+            return
+        exchange: Exchange = scope["state"]["exchange"]
+        client = self._identify(scope) if self._has_keys else self._clients[0]
+        if client is not None:
+            scope["state"]["client"] = client
+            if self._has_keys:
+                exchange.facts["key"] = client.number
+            await self._app(scope, receive, send)
+            return
+        if "authorization" in Headers(scope=scope):
+            message = "this API key is not known here"
+        else:
+            message = "send an API key in the header Authorization: Bearer KEY"
+        response = envelope(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        exchange.note_error(response)
+        await response(scope, receive, send)
+
+    def _identify(self, scope: Scope) -> Client | None:
+        """Who shows a key. Takes the same time whichever key fits, or none, and however much of it."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        shown = _digest(key.strip().encode("latin-1"))
+        known = [client for client in self._clients if hmac.compare_digest(client.digest, shown)]
+        return known[0] if known and scheme.lower() == "bearer" else None
+
+
+def _digest(key: bytes) -> bytes:
+    """Digests have one length: comparing keys themselves would tell theirs."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,84 @@
+"""What just ran, kept for a while to be looked at."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from tetriserve.core.events import Run
+from tetriserve.core.plan import State
+from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.workload.outcome import Outcome
+from tetriserve.workload.perfetto import TraceEvent, deadline_mark, task_blocks, trace_document
+
+MAX_TASKS = 20_000
+"""Kept at most, and as many outcomes: some tens of megabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """Ended tasks and outcomes, latest first, and the state at `now`, in seconds since the engine started."""
+
+    tasks: list[EndedTask]
+    outcomes: list[Outcome]
+    state: State
+    now: float
+    title: str
+
+    def trace(self) -> dict[str, object]:
+        """In Chrome's trace event format, tasks that still run included up to now."""
+        known = {rank for ended in self.tasks for rank in ended.run.task.ranks}.union(self.state.ranks)
+        num_ranks = 1 + max(known, default=-1)
+        events: list[TraceEvent] = [event for ended in reversed(self.tasks) for event in _ended_blocks(ended)]
+        events += _running_blocks(self.state, self.now)
+        events += [deadline_mark(outcome, num_ranks) for outcome in reversed(self.outcomes)]
+        return trace_document(events, num_ranks, self.title)
+
+
+class RecentRuns:
+    """The last tasks and outcomes of an engine, without prompts."""
+
+    def __init__(self, engine: LiveEngine) -> None:
+        self._engine = engine
+        self._tasks: deque[EndedTask] = deque(maxlen=MAX_TASKS)
+        self._outcomes: deque[Outcome] = deque(maxlen=MAX_TASKS)
+        engine.subscribe_tasks(self._keep_task)
+        engine.subscribe(self._keep_outcome)
+
+    def last(self, seconds: float) -> Excerpt:
+        """What ended in the last `seconds`, and what runs now."""
+        now = self._engine.now
+        since = now - seconds
+        return Excerpt(
+            tasks=list(takewhile(lambda ended: ended.run.end_s >= since, reversed(self._tasks))),
+            outcomes=list(takewhile(lambda outcome: outcome.finish_s >= since, reversed(self._outcomes))),
+            state=self._engine.state,
+            now=now,
+            title=self._engine.intake.card.name,
+        )
+
+    def _keep_task(self, ended: EndedTask) -> None:
+        self._tasks.append(replace(ended, request=replace(ended.request, prompt="", negative_prompt=None)))
+
+    def _keep_outcome(self, outcome: Outcome) -> None:
+        request = replace(outcome.request, prompt="", negative_prompt=None)
+        self._outcomes.append(replace(outcome, request=request, runs=()))
+
+
+def _ended_blocks(ended: EndedTask) -> Iterator[TraceEvent]:
+    arguments: dict[str, object] = {"end": "finished" if ended.failure is None else ended.failure.value}
+    if ended.step_s is not None and ended.expected_step_s is not None:
+        arguments |= {"step_ms": ended.step_s * 1000, "expected_step_ms": ended.expected_step_s * 1000}
+    return task_blocks(ended.run, ended.request.shape, **arguments)
+
+
+def _running_blocks(state: State, now: float) -> Iterator[TraceEvent]:
+    shapes = {trajectory.request_id: trajectory.request.shape for trajectory in state.trajectories}
+    for flight in state.in_flight:
+        shape = shapes.get(flight.task.request_id)
+        if shape is not None:  # else it was cancelled, and its last task runs on
+            yield from task_blocks(
+                Run(flight.task, flight.start_s, now), shape, end="running", expected_end_s=flight.end_s
+            )

@@ -1,0 +1,135 @@
+"""Who may use the server and how it logs, as the operator says it: options, environment, file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tetriserve.cli import app
+from tetriserve.config import AccessConfig, ServerConfig
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("TETRISERVE_"):
+            monkeypatch.delenv(name)
+
+
+def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)], env=env)
+
+
+def only_line(result: Result) -> str:
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    return line.removeprefix("tetriserve: ")
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerConfig]:
+    """What the server would be run with."""
+    configs: list[ServerConfig] = []
+
+    def run_server(config: ServerConfig, *arguments: Any, **settings: Any) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+
+    def configured(*arguments: str | Path, env: dict[str, str] | None = None) -> ServerConfig:
+        result = run(*arguments, env=env)
+        assert result.exit_code == 0, result.stderr
+        return configs[-1]
+
+    return configured
+
+
+def test_by_default_the_server_is_for_this_machine_and_needs_no_key(configured: Callable[..., ServerConfig]) -> None:
+    assert configured() == ServerConfig(host="127.0.0.1", access=AccessConfig())
+
+
+def test_keys_come_from_options_environment_or_file(tmp_path: Path, configured: Callable[..., ServerConfig]) -> None:
+    listed, single, toml = tmp_path / "listed.yaml", tmp_path / "single.yaml", tmp_path / "c.toml"
+    listed.write_text("api-key: [one, two]\ncors_origin: [https://a.example]\n")
+    single.write_text("api_key: one\nguard-metrics: true\n")
+    toml.write_text('api-key = ["one", "two"]\n')
+    assert configured("--api-key", "one", "--api-key", "two").access.api_keys == ("one", "two")
+    assert configured(env={"TETRISERVE_API_KEY": "one two"}).access.api_keys == ("one", "two")
+    assert configured("--config", listed).access == AccessConfig(
+        api_keys=("one", "two"), cors_origins=("https://a.example",)
+    )
+    assert configured("--config", single).access == AccessConfig(api_keys=("one",), guard_metrics=True)
+    assert configured("--config", toml).access.api_keys == ("one", "two")
+    assert configured("--config", listed, env={"TETRISERVE_API_KEY": "three"}).access.api_keys == ("three",)
+
+
+def test_limits_reach_the_server(configured: Callable[..., ServerConfig]) -> None:
+    access = configured("--rate-limit", "60", env={"TETRISERVE_MAX_CONCURRENCY": "4"}).access
+    assert (access.rate_limit, access.max_concurrency) == (60, 4)
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_key_that_did_not_arrive_does_not_open_the_server(value: str) -> None:
+    line = only_line(run(env={"TETRISERVE_API_KEY": value}))
+    assert line == "TETRISERVE_API_KEY is empty; set it to a key, or unset it to serve everyone"
+
+
+@pytest.mark.parametrize("content", ["api-key:\n", "api-key: []\n"])
+def test_a_key_set_to_nothing_in_a_file_does_not_open_the_server(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    assert only_line(run("--config", path)).endswith(
+        "sets 'api_key' to nothing; give it a value, or leave the line out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", ""], "api-key 1 is empty; allowed: "),
+        (["--api-key", "good", "--api-key", "my secret"], "api-key 2 holds a space or a character outside ASCII; "),
+        (["--rate-limit", "0"], "rate-limit is 0; it must be at least 1"),
+        (["--max-concurrency", "0"], "max-concurrency is 0; it must be at least 1"),
+        (["--guard-metrics"], "guard-metrics is set without a key to ask for; add --api-key"),
+        (["--cors-origin", "here"], "cors-origin is 'here'; write an origin such as https://example.org, or *"),
+        (["--log-format", "xml"], "log-format is 'xml'; allowed: text, json"),
+        (
+            ["--otlp-traces-endpoint", "collector:4318"],
+            "otlp-traces-endpoint is 'collector:4318'; write a URL",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_key(arguments: list[str], message: str) -> None:
+    line = only_line(run(*arguments))
+    assert line.startswith(message)
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["api-key: [my-secret\nport: 1", "api-key: 'my-secret\n", "api-key: my-secret: x\n", "\tapi-key: my-secret"],
+)
+def test_a_file_that_cannot_be_parsed_is_not_quoted(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    line = only_line(run("--config", path))
+    assert "cannot be parsed: " in line
+    assert " in line " in line
+    assert "secret" not in line
+
+
+def test_keys_are_in_no_help_and_no_log_of_the_start(
+    configured: Callable[..., ServerConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    env = {"TETRISERVE_API_KEY": "my-secret"}
+    with caplog.at_level(logging.DEBUG):
+        assert "my-secret" not in repr(configured(env=env))
+    assert "secret" not in run("--help", env=env).stdout
+    assert "secret" not in caplog.text

@@ -1,0 +1,40 @@
+"""Ended tasks: what they took, beside what was expected when they started."""
+
+from __future__ import annotations
+
+from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.engine.tasks import EndedTask, TaskBook
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+
+COST = ProfileCost(
+    Profile(
+        model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.01, switch_s=0.001,
+        denoise=(DenoiseRow(height=256, width=256, tokens=64, degree=1, step_s=0.25),),
+        decode=(DecodeRow(height=256, width=256, decode_s=0.01),),
+    )
+)  # fmt: skip
+REQUEST = Request(request_id="a", prompt="", shape=Shape(256, 256), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0)
+DENOISE, DECODE = Task("a", Stage.DENOISE, (0,), 4), Task("a", Stage.DECODE, (0,))
+RESULT = TensorRef("a", 1)
+
+
+def test_step_times_are_the_leaders_beside_those_believed_at_the_start() -> None:
+    book = TaskBook()
+    book.start(StartTask(1, DENOISE, REQUEST, 0), 1.0, COST)
+    book.start(StartTask(2, DECODE, REQUEST, 4), 1.5, COST)
+    assert book.end(TaskFinished(1, 2.0, RESULT), 3.5) == EndedTask(
+        request=REQUEST, run=Run(DENOISE, 1.0, 3.5), failure=None, step_s=0.5, expected_step_s=0.25
+    )
+    assert book.end(TaskFinished(2, 0.1, RESULT), 3.75) == EndedTask(
+        request=REQUEST, run=Run(DECODE, 1.5, 3.75), failure=None, step_s=None, expected_step_s=None
+    )
+
+
+def test_a_task_without_a_result_has_no_step_time() -> None:
+    book = TaskBook()
+    book.start(StartTask(1, DENOISE, REQUEST, 0), 1.0, COST)
+    ended = book.end(TaskFailed(1, FailureKind.LOST, "rank 0 is gone"), 2.0)
+    assert (ended.failure, ended.step_s, ended.expected_step_s) == (FailureKind.LOST, None, 0.25)
