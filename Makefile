@@ -6,7 +6,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve profile test lint types contracts check bench clean
+.PHONY: help serve profile test lint types contracts check bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,20 @@ bench: $(VENV)/.run ## Speed, as ratios measured in one run
 	$(BIN)/python benchmarks/policy_decision.py
 	$(BIN)/python benchmarks/execution.py
 	$(BIN)/python benchmarks/simulation.py
+
+# The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DIT_MINUTES=20
+TRAIN_ARGS ?=
+VAE_MINUTES ?= 30
+DIT_MINUTES ?= 360
+TRAIN = $(BIN)/python -m training $(TRAIN_ARGS)
+
+train: $(VENV)/.run ## Train the bundled model anew, into out/training: 7 to 8 hours on one CPU core
+	$(TRAIN) vae --minutes $(VAE_MINUTES) --decay 0.5
+	$(TRAIN) latents
+	$(TRAIN) vae --decoder-only --rate 1e-3 --minutes $(VAE_MINUTES) --decay 0.5
+	$(TRAIN) dit --minutes $(DIT_MINUTES) --decay 0.25
+	$(TRAIN) export
+	$(TRAIN) accuracy --side 256 512 1024 --sheet out/training/sheet.png
 
 clean: ## Remove the virtual environment
 	rm -rf $(VENV)

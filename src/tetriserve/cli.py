@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from tetriserve.core.errors import ConfigError, TetriServeError
+from tetriserve import options
+from tetriserve.bench_command import bench
+from tetriserve.core.errors import ConfigError
+from tetriserve.options import ENV, FORMATS, LOG_LEVELS, one_line_errors, option
 
 if TYPE_CHECKING:
     from tetriserve.config import PoolConfig
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
     from tetriserve.launch import Progress
     from tetriserve.profile.table import Profile
 
-FORMATS = ("table", "json")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-_ENV = "TETRISERVE_"
 _HEARTBEAT_TIMEOUT_S = 10.0
 
 console = Console(stderr=True, highlight=False)
@@ -36,117 +36,103 @@ app = typer.Typer(
 )
 
 
-def _option(name: str, text: str, **settings: Any) -> Any:
-    """An option that `TETRISERVE_<NAME>` sets too."""
-    return typer.Option(f"--{name}", envvar=_ENV + name.upper().replace("-", "_"), help=text, **settings)
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a file's values as the command's defaults."""
-    if path is None:
-        return None
-    with _one_line_errors():
-        known = {name for parameter in context.command.params for name in [parameter.name or ""]} - {"config", "help"}
-        values = {key.replace("-", "_"): value for key, value in _load_settings(path).items()}
-        if unknown := sorted(values.keys() - known):
-            raise ConfigError(f"{path} sets {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-        context.default_map = {
-            key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()
-        }
-    return path
-
-
-Model = Annotated[
-    str | None,
-    typer.Argument(envvar=_ENV + "MODEL", help="Directory of a diffusers checkpoint; the bundled small model if none."),
-]
-Config = Annotated[
-    Path | None,
-    _option("config", "YAML or TOML file of option values; the command line and TETRISERVE_* override it.",
-            callback=_read_config, is_eager=True),
-]  # fmt: skip
-Ranks = Annotated[
-    int | None, _option("ranks", "Worker processes, one per GPU or CPU slot. Default: all GPUs, or 2 on a CPU.")
-]
-Degrees = Annotated[
-    str, _option("degrees", "Degrees of sequence parallelism, such as 1,2,4. Default: powers of two up to --ranks.")
-]
-Device = Annotated[str, _option("device", "cpu or cuda.")]
-Threads = Annotated[int, _option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
-LogLevel = Annotated[str, _option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]
-StartTimeout = Annotated[float, _option("start-timeout", "Seconds that workers may take to load.")]
-
-
 @app.command()
 def serve(
-    model: Model = None,
-    config: Config = None,
-    ranks: Ranks = None,
-    degrees: Degrees = "",
-    policy: Annotated[str, _option("policy", "tetriserve, fcfs, fixed:K, or a plug-in's name.")] = "tetriserve",
-    device: Device = "cpu",
-    host: Annotated[str, _option("host", "Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _option("port", "Port to listen on; 0 takes a free one.")] = 8000,
+    model: options.Model = None,
+    config: options.Config = None,
+    ranks: options.Ranks = None,
+    degrees: options.Degrees = "",
+    policy: Annotated[str, option("policy", "tetriserve, fcfs, fixed:K, or a plug-in's name.")] = "tetriserve",
+    device: options.Device = "cpu",
+    host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,
     profile: Annotated[
-        str | None, _option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
+        str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
     ] = None,
     served_model_name: Annotated[
-        str | None, _option("served-model-name", "What clients call the model. Default: the checkpoint's own name.")
+        str | None, option("served-model-name", "What clients call the model. Default: the checkpoint's own name.")
     ] = None,
     default_slo_scale: Annotated[
         float,
-        _option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
+        option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
     ] = 3.0,
-    max_queue: Annotated[int, _option("max-queue", "Waiting requests at most; beyond it clients get a 429.")] = 256,
-    threads: Threads = 1,
+    max_queue: Annotated[int, option("max-queue", "Waiting requests at most; beyond it clients get a 429.")] = 256,
+    threads: options.Threads = 1,
     heartbeat_timeout: Annotated[
-        float, _option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
+        float, option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
     ] = _HEARTBEAT_TIMEOUT_S,
-    start_timeout: StartTimeout = 300.0,
+    start_timeout: options.StartTimeout = 300.0,
     shutdown_timeout: Annotated[
-        float, _option("shutdown-timeout", "Seconds that SIGTERM waits for accepted requests.")
+        float, option("shutdown-timeout", "Seconds that SIGTERM waits for accepted requests.")
     ] = 60.0,
-    log_level: LogLevel = "info",
+    api_key: options.ApiKeys = None,
+    rate_limit: options.RateLimit = None,
+    max_concurrency: options.MaxConcurrency = None,
+    guard_metrics: options.GuardMetrics = False,
+    cors_origin: options.CorsOrigins = None,
+    log_level: options.LogLevel = "info",
+    log_format: options.LogFormat = "text",
+    otlp_traces_endpoint: options.OtlpEndpoint = None,
 ) -> None:
     """Serve a model over OpenAI's images API, each request by its deadline."""
-    with _one_line_errors():
-        from tetriserve.config import EngineConfig, SchedulingConfig, ServerConfig
-        from tetriserve.launch import launch
+    with one_line_errors():
+        from tetriserve.config import AccessConfig, EngineConfig, SchedulingConfig, ServerConfig
+        from tetriserve.launch import Progress, launch
         from tetriserve.server.run import run_server
 
-        _set_up_logging(log_level)
+        _set_up_logging(log_level, log_format)
+        if not api_key and os.environ.get(f"{ENV}API_KEY", "unset").strip() == "":  # a secret that did not arrive
+            raise ConfigError(f"{ENV}API_KEY is empty; set it to a key, or unset it to serve everyone")
         engine_config = EngineConfig(
             model=model,
             profile=profile,
             served_model_name=served_model_name,
-            pool=_pool(ranks, degrees, device, threads, start_timeout, heartbeat_timeout),
+            pool=_pool(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
             scheduling=SchedulingConfig(policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue),
         )
-        server_config = ServerConfig(host=host, port=port, shutdown_timeout_s=shutdown_timeout)
-        with _progress() as progress:
-            exit_code = run_server(server_config, lambda: launch(engine_config, progress), on_ready=_say_ready)
+        access_config = AccessConfig(
+            api_keys=tuple(api_key or ()),
+            rate_limit=rate_limit,
+            max_concurrency=max_concurrency,
+            guard_metrics=guard_metrics,
+            cors_origins=tuple(cors_origin or ()),
+        )
+        server_config = ServerConfig(
+            host=host,
+            port=port,
+            shutdown_timeout_s=shutdown_timeout,
+            access=access_config,
+            otlp_traces_endpoint=otlp_traces_endpoint,
+        )
+        if log_format == "json":  # then stderr is a machine's: progress and the greeting are log lines too
+            exit_code = run_server(server_config, lambda: launch(engine_config, Progress()))
+        else:
+            with _progress() as progress:
+                exit_code = run_server(
+                    server_config,
+                    lambda: launch(engine_config, progress),
+                    on_ready=lambda url, engine: _say_ready(url, engine, has_keys=bool(access_config.api_keys)),
+                )
     raise typer.Exit(exit_code)
 
 
 @app.command()
 def profile(
-    model: Model = None,
-    config: Config = None,
-    ranks: Ranks = None,
-    degrees: Degrees = "",
-    device: Device = "cpu",
-    sizes: Annotated[
-        str, _option("sizes", "Sizes to measure, such as 256x256,512x512. Default: the model's own.")
-    ] = "",
+    model: options.Model = None,
+    config: options.Config = None,
+    ranks: options.Ranks = None,
+    degrees: options.Degrees = "",
+    device: options.Device = "cpu",
+    sizes: Annotated[str, option("sizes", "Sizes to measure, such as 256x256,512x512. Default: the model's own.")] = "",
     out: Annotated[
-        Path | None, _option("out", "File to write. Default: <model>.profile.json in the working directory.")
+        Path | None, option("out", "File to write. Default: <model>.profile.json in the working directory.")
     ] = None,
-    threads: Threads = 1,
-    start_timeout: StartTimeout = 300.0,
-    log_level: LogLevel = "warning",
+    threads: options.Threads = 1,
+    start_timeout: options.StartTimeout = 300.0,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Measure how long each stage takes at each size and degree, and write a profile."""
-    with _one_line_errors():
+    with one_line_errors():
         from tetriserve.core.request import Shape
         from tetriserve.launch import measure_profile
         from tetriserve.profile.table import save_profile
@@ -167,45 +153,44 @@ def profile(
 
 @app.command()
 def simulate(
-    config: Config = None,
-    profile: Annotated[str, _option("profile", "Bundled profile's name or a profile file.")] = "flux.1-dev-8xh100",
-    policies: Annotated[str, _option("policies", "Names with commas, such as tetriserve,fixed:2, or all.")] = "all",
-    mix: Annotated[
-        str, _option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1.")
-    ] = "uniform",
-    rate: Annotated[float, _option("rate", "Requests per minute, on average.")] = 12.0,
-    arrivals: Annotated[
-        str, _option("arrivals", "poisson, constant, gamma:cv=3, on-off:on_s=30,off_s=30 or step:at_s=300,factor=2.")
-    ] = "poisson",
-    slo_scale: Annotated[float, _option("slo-scale", "Factor on the base deadlines of the sizes.")] = 1.0,
-    slo_multiple: Annotated[
-        float | None, _option("slo-multiple", "Instead: deadlines as a multiple of the time alone at degree 1.")
-    ] = None,
-    requests: Annotated[int, _option("requests", "Requests per seed.")] = 300,
-    steps: Annotated[int, _option("steps", "Denoise steps per request.")] = 28,
-    ranks: Annotated[int | None, _option("ranks", "Default: the profile's largest degree.")] = None,
-    seeds: Annotated[int, _option("seeds", "How many workloads to average over.")] = 5,
-    seed: Annotated[int, _option("seed", "The first workload's seed; the others follow it.")] = 0,
-    noise: Annotated[float, _option("noise", "Standard deviation of task times, as a fraction of them.")] = 0.0,
+    config: options.Config = None,
+    profile: options.SimulatedProfile = options.PROFILE,
+    policies: Annotated[str, option("policies", "Names with commas, such as tetriserve,fixed:2, or all.")] = "all",
+    mix: options.Mix = "uniform",
+    rate: options.Rate = 12.0,
+    arrivals: options.Arrivals = "poisson",
+    slo_scale: options.SloScale = 1.0,
+    slo_multiple: options.SloMultiple = None,
+    requests: options.Requests = 300,
+    steps: options.Steps = 28,
+    cache: options.Cache = "none",
+    ranks: Annotated[int | None, option("ranks", "Default: the profile's largest degree.")] = None,
+    seeds: Annotated[int, option("seeds", "How many workloads to average over.")] = 5,
+    seed: options.FirstSeed = 0,
+    noise: options.Noise = 0.0,
     bound: Annotated[
-        bool, typer.Option("--bound/--no-bound", envvar=_ENV + "BOUND", help="Compute what no scheduler can exceed.")
+        bool, typer.Option("--bound/--no-bound", envvar=ENV + "BOUND", help="Compute what no scheduler can exceed.")
     ] = True,
-    trace: Annotated[
-        Path | None, _option("trace", "CSV or JSON Lines of requests to replay, instead of making them up.")
-    ] = None,
-    out: Annotated[Path | None, _option("out", "Write every request's outcome here, as JSON Lines.")] = None,
+    trace: options.Trace = None,
+    out: Annotated[Path | None, option("out", "Write every request's outcome here, as JSON Lines.")] = None,
     trace_out: Annotated[
-        Path | None, _option("trace-out", "Write a Perfetto trace of the first policy's first run here.")
+        Path | None, option("trace-out", "Write a Perfetto trace of the first policy's first run here.")
     ] = None,
-    format: Annotated[str, _option("format", f"One of {', '.join(FORMATS)}.")] = FORMATS[0],
+    report: Annotated[
+        Path | None, option("report", "Write the comparison as an HTML page with figures here, such as run.html.")
+    ] = None,
+    paper: Annotated[
+        Path | None, option("paper", "Draw the TetriServe paper's whole evaluation into this folder, instead.")
+    ] = None,
+    format: options.Format = FORMATS[0],
 ) -> None:
     """Compare policies on made-up or recorded requests, without a model: times come from a profile."""
-    with _one_line_errors():
+    with one_line_errors():
         from tetriserve.report.comparing import compare_and_print
+        from tetriserve.report.publishing import publish_paper
         from tetriserve.simulator.scenario import Scenario
 
-        if format not in FORMATS:
-            raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+        is_json = _is_json(format)
         scenario = Scenario(
             profile=profile,
             mix=mix,
@@ -218,7 +203,24 @@ def simulate(
             num_ranks=ranks,
             noise=noise,
             trace=trace,
+            cache=cache,
         )
+        if paper is not None:
+            for name, value in (("out", out), ("trace-out", trace_out), ("report", report)):
+                if value is not None:
+                    raise ConfigError(f"{name} is {value} beside paper, which writes files of its own; leave one out")
+            publish_paper(
+                scenario,
+                paper,
+                policies=policies,
+                num_seeds=seeds,
+                first_seed=seed,
+                has_bound=bound,
+                num_processes=len(os.sched_getaffinity(0)),
+                clock=time.perf_counter,
+                progress=console,
+            )
+            return
         compare_and_print(
             scenario,
             policies=policies,
@@ -227,9 +229,68 @@ def simulate(
             has_bound=bound,
             out=out,
             trace_out=trace_out,
-            is_json=format == "json",
+            report=report,
+            is_json=is_json,
             progress=console,
         )
+
+
+@app.command()
+def plan(
+    config: options.Config = None,
+    profile: options.SimulatedProfile = options.PROFILE,
+    target: Annotated[float, option("target", "SAR to hold: the share of requests that finish in time.")] = 0.99,
+    policies: Annotated[
+        str, option("policies", "Policies to try; tetriserve with several lengths of a round.")
+    ] = options.SHORTLIST,
+    mix: options.Mix = "uniform",
+    rate: options.Rate = 12.0,
+    arrivals: options.Arrivals = "poisson",
+    slo_scale: options.SloScale = 1.0,
+    slo_multiple: options.SloMultiple = None,
+    requests: options.Requests = 300,
+    steps: options.Steps = 28,
+    cache: options.Cache = "none",
+    max_ranks: Annotated[int, option("max-ranks", "The largest pool to consider.")] = 64,
+    seeds: Annotated[int, option("seeds", "Workloads on which the target must be held.")] = 10,
+    seed: options.FirstSeed = 0,
+    noise: options.Noise = 0.0,
+    trace: options.Trace = None,
+    format: options.Format = FORMATS[0],
+) -> None:
+    """Find the smallest number of GPUs that holds a target, by simulation. Exit code 1: none does."""
+    with one_line_errors():
+        from tetriserve.report.sizing import plan_and_print
+        from tetriserve.simulator.scenario import Scenario
+
+        scenario = Scenario(
+            profile=profile,
+            mix=mix,
+            arrivals=arrivals,
+            rate_per_min=rate,
+            slo_scale=slo_scale,
+            slo_multiple=slo_multiple,
+            num_requests=requests,
+            num_steps=steps,
+            noise=noise,
+            trace=trace,
+            cache=cache,
+        )
+        is_met = plan_and_print(
+            scenario,
+            target=target,
+            policies=policies,
+            num_seeds=seeds,
+            first_seed=seed,
+            max_ranks=max_ranks,
+            is_json=_is_json(format),
+            progress=console,
+        )
+    if not is_met:
+        raise typer.Exit(1)
+
+
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)
@@ -246,39 +307,6 @@ def main() -> None:
     app()
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """An operator's mistake is one line on stderr and a failing exit code, never a traceback."""
-    try:
-        yield
-    except TetriServeError as error:
-        typer.echo(f"tetriserve: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _load_settings(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    try:
-        if path.suffix == ".toml":
-            import tomllib
-
-            values: object = tomllib.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text) or {}
-    except Exception as error:  # each parser has errors of its own
-        raise ConfigError(f"config file {path} cannot be parsed: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config file {path} must hold option names and values")
-    return {str(key): value for key, value in values.items()}
-
-
 def _pool(
     ranks: int | None,
     degrees: str,
@@ -286,6 +314,7 @@ def _pool(
     threads: int,
     start_timeout: float,
     heartbeat_timeout: float = _HEARTBEAT_TIMEOUT_S,
+    log_format: str = "text",
 ) -> PoolConfig:
     from tetriserve.config import PoolConfig
     from tetriserve.launch import num_gpus
@@ -302,13 +331,25 @@ def _pool(
         num_threads=threads,
         start_timeout_s=start_timeout,
         heartbeat_timeout_s=heartbeat_timeout,
+        log_format=log_format,
     )
 
 
-def _set_up_logging(level: str) -> None:
+def _is_json(format: str) -> bool:
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+    return format == "json"
+
+
+def _set_up_logging(level: str, log_format: str = "text") -> None:
+    from tetriserve.config import LOG_FORMATS
+    from tetriserve.logs import set_up_logging
+
     if level not in LOG_LEVELS:
         raise ConfigError(f"log-level is {level!r}; allowed: {', '.join(LOG_LEVELS)}")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if log_format not in LOG_FORMATS:
+        raise ConfigError(f"log-format is {log_format!r}; allowed: {', '.join(LOG_FORMATS)}")
+    set_up_logging(level, log_format)
 
 
 @contextmanager
@@ -339,15 +380,16 @@ def _progress() -> Iterator[Progress]:
             bar.stop()
 
 
-def _say_ready(url: str, engine: LiveEngine) -> None:
+def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
     card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
     console.print(
         f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
         f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
         "A picture with a deadline of 5 seconds, saved as picture.png:\n"
     )
+    key_header = ' -H "Authorization: Bearer $TETRISERVE_API_KEY"' if has_keys else ""
     console.print(
-        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key_header} \\\n"
         f'  -d \'{{"prompt": "a red circle above a blue square", "size": "{card.sizes[0]}", "slo_ms": 5000}}\' \\\n'
         '  | python3 -c \'import base64, json, sys; image = json.load(sys.stdin)["data"][0]; '
         'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',

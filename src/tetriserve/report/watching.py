@@ -42,6 +42,10 @@ class Watch:
         """A line about the preparation, which replaces the last one."""
         self._progress.update(self._task, description=text, refresh=True)
 
+    def warn(self, text: str) -> None:
+        """A line that stays, on any console."""
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
     def show(self, tally: Tally, elapsed_s: float) -> None:
         if not self._progress.disable:
             self._progress.update(

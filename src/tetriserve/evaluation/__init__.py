@@ -1,0 +1,1 @@
+"""Scenes of flat shapes: their captions, their exact drawings, and a checker that reads them back from pixels."""

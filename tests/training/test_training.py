@@ -1,0 +1,132 @@
+"""The parts of training that must agree with diffusers' pipeline, or with each other. No test here trains for long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from tetriserve.evaluation.captions import WORDS, write_caption
+from tetriserve.evaluation.scenes import draw_scene
+from training.dit import SHIFTS, shift_of
+from training.learner import Learner, Schedule, load, save
+from training.model import image_ids, pack
+from training.muon import orthogonal
+from training.pictures import crops_of, pictures_of, prefetched, scene_of
+from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
+from training.vae import encode, load_vae, to_images, train_vae
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine are many times slower."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def test_tokens_are_packed_and_numbered_as_the_pipeline_does() -> None:
+    latents_BCHW = torch.randn(2, 16, 8, 16)
+    assert torch.equal(pack(latents_BCHW), FluxPipeline._pack_latents(latents_BCHW, 2, 16, 8, 16))
+    ids_SA = FluxPipeline._prepare_latent_image_ids(1, 4, 8, CPU, torch.float32)
+    assert torch.equal(image_ids(4, 8, CPU), ids_SA)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 256, 1024])
+def test_noise_is_shifted_as_the_pipeline_shifts_it(num_tokens: int) -> None:
+    assert shift_of(num_tokens) == pytest.approx(calculate_shift(num_tokens, *SHIFTS.values()))
+
+
+def test_every_word_is_one_token_and_every_caption_fits() -> None:
+    clip, t5 = make_tokenizers()
+    for word in WORDS:
+        assert len(clip(word).input_ids) == 3, word
+        assert len(t5(word).input_ids) == 2, word
+    random = Random(0)
+    captions = [write_caption(draw_scene(random, 3), random) for _ in range(500)]
+    assert max(len(clip(caption).input_ids) for caption in captions) <= NUM_TEXT_TOKENS
+
+
+def test_text_outside_the_vocabulary_has_tokens_too() -> None:
+    for tokenizer in make_tokenizers():
+        ids = tokenizer("Ein blauer Würfel — 青い立方体 🟦").input_ids
+        assert len(ids) > 10
+        assert tokenizer.unk_token_id not in ids[:-1]
+
+
+def test_orthogonal_keeps_directions_and_evens_out_their_lengths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((32, 64), (64, 32)):
+        matrix = torch.randn(shape, generator=generator) @ torch.diag(torch.linspace(0.1, 2.0, shape[1]))
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert values.min() > 0.5 and values.max() < 1.35
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    stable = Schedule(learning_rate=1.0, minutes=1.0, warmup_steps=10, decay=0.0)
+    assert [stable.rate(step, 0.99) for step in (0, 4, 9, 10_000)] == [0.1, 0.5, 1.0, 1.0]
+    falling = Schedule(learning_rate=1.0, minutes=1.0, warmup_steps=10, decay=0.5)
+    assert [falling.rate(100, elapsed) for elapsed in (0.0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0]
+
+
+def test_learning_follows_the_loss_and_continues_where_it_stopped(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    schedule = Schedule(learning_rate=0.1, minutes=0.01, warmup_steps=1, decay=0.8)
+    learner = Learner(tmp_path / "layer.pt", layer, [layer], horizon=5)
+    learner.train(schedule, lambda: {"weight": (layer.weight - 3.0).square().mean(), "bias": layer.bias.norm()})
+    assert learner.num_steps > 100
+    for module in (learner.module, learner.average):
+        assert (module.weight - 3.0).abs().max() < 0.1
+        assert module.bias.abs().max() < 0.1
+    other = torch.nn.Linear(2, 2)
+    again = Learner(tmp_path / "layer.pt", other, [other], horizon=5)
+    assert again.num_steps == learner.num_steps
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "part.pt"
+    for step in (1, 2):
+        save(path, {"step": step})
+    assert load(path, CPU) == {"step": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_seed_is_one_scene_at_every_size() -> None:
+    assert scene_of(5) == scene_of(5) != scene_of(6)
+    small, large = (pictures_of([5], side, side)[0].astype(float) for side in (256, 512))
+    shrunk = large.reshape(256, 2, 256, 2, 3).mean(axis=(1, 3))
+    assert np.abs(small - shrunk).mean() < 1.0
+
+
+def test_workers_draw_what_one_process_draws() -> None:
+    calls = [(seed, 2**14) for seed in range(3)]
+    alone, together = (list(prefetched(crops_of, calls, num_workers)) for num_workers in (0, 2))
+    assert [len(batch) for batch in alone] == [2**14 // batch.shape[1] ** 2 or 1 for batch in alone]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_vae_is_trained_continued_and_gives_latents_of_unit_variance(tmp_path: Path) -> None:
+    schedule = Schedule(learning_rate=1e-3, minutes=0.005, warmup_steps=1)
+    path = tmp_path / "vae.pt"
+    train_vae(path, schedule, num_pixels=2**13, decoder_only=False, num_workers=0, device=CPU)
+    first = load(path, CPU)
+    train_vae(path, schedule, num_pixels=2**13, decoder_only=True, num_workers=0, device=CPU)
+    second = load(path, CPU)
+    assert second["step"] > first["step"] >= 1
+    before, after = first["average"], second["average"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder") for name in changed)
+    assert first["facts"] == second["facts"]
+    latents = encode(load_vae(path, CPU), to_images(pictures_of(range(4), 256, 256), CPU))
+    assert latents.mean().abs() < 0.3
+    assert 0.7 < latents.std() < 1.3

@@ -1,0 +1,169 @@
+"""The command line of the training package: one command for each part, in the order in which they are run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from training.learner import Schedule
+
+_Number = TypeVar("_Number", int, float)
+
+DESCRIPTION = """\
+Train the bundled model. Every command continues what it finds in --folder.
+
+  1. vae        learn to compress drawings
+  2. latents    compress drawings, once (may go on while 3 runs)
+  3. dit        learn to denoise them from their captions
+  4. export     write a FluxPipeline directory
+  5. accuracy   measure it on scenes that were never trained on
+
+A run with --decay 0 keeps its learning rate and can be continued at will; a last run with --decay 1 lets it fall to
+zero, which is when the result is best.
+"""
+
+
+def main() -> None:
+    arguments = _parse()
+    try:
+        _run(arguments)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"training: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Idle threads that spin cost more than they save when a core is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    folder: Path = arguments.folder
+    vae, dit, latents, pipeline = (folder / name for name in ("vae.pt", "dit.pt", "latents", "pipeline"))
+    match arguments.command:
+        case "vae":
+            from training.vae import train_vae
+
+            if latents.exists() and not arguments.decoder_only:
+                raise ValueError(
+                    f"{latents} was made by the present encoder: keep it with --decoder-only, or remove it"
+                )
+            train_vae(
+                vae,
+                _schedule(arguments),
+                num_pixels=arguments.pixels,
+                decoder_only=arguments.decoder_only,
+                num_workers=arguments.workers,
+                device=device,
+            )
+        case "latents":
+            from training.latents import store_latents
+            from training.vae import load_vae
+
+            encoder = load_vae(vae, device)
+            for side, count in arguments.count:
+                store_latents(latents, encoder, side, side, num_pictures=count, num_workers=arguments.workers)
+        case "dit":
+            from training.dit import train_dit
+
+            train_dit(
+                dit,
+                latents,
+                _schedule(arguments),
+                shares={(side, side): share for side, share in arguments.share},
+                batch=arguments.batch,
+                device=device,
+                is_compiled=arguments.compile,
+            )
+        case "export":
+            from training.export import export_pipeline, make_pipeline
+
+            num_bytes = export_pipeline(make_pipeline(vae, dit), arguments.to or pipeline)
+            print(f"{arguments.to or pipeline}: {num_bytes / 1e6:.1f} MB of weights")
+        case "accuracy":
+            from training.accuracy import measure_accuracy
+
+            measure_accuracy(
+                arguments.model or pipeline,
+                arguments.prompts,
+                arguments.side,
+                arguments.steps,
+                getattr(torch, arguments.dtype),
+                arguments.sheet,
+            )
+
+
+def _parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m training", description=DESCRIPTION, formatter_class=formatter)
+    parser.add_argument("--folder", type=Path, default=Path("out/training"), help="checkpoints and latents")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures; 0 draws in this one")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    vae = commands.add_parser("vae")
+    _add_schedule(vae, rate=3e-3)
+    vae.add_argument("--pixels", type=int, default=2**16, help="pixels in a batch")
+
+    vae.add_argument("--decoder-only", action="store_true", help="keep the encoder, so that stored latents stay valid")
+
+    latents = commands.add_parser("latents")
+    latents.add_argument(
+        "--count", type=_side_and(int), nargs="+", default=[(256, 40_000), (512, 8_000), (1024, 1_000)],
+        metavar="SIDE=PICTURES",
+    )  # fmt: skip
+
+    dit = commands.add_parser("dit")
+    _add_schedule(dit, rate=2e-3)
+    dit.add_argument("--batch", type=int, default=64, help="pictures of 256x256 in a batch, fewer of larger ones")
+    dit.add_argument(
+        "--share", type=_side_and(float), nargs="+", default=[(256, 0.7), (512, 0.2), (1024, 0.1)],
+        metavar="SIDE=SHARE", help="share of the batches that are of this size",
+    )  # fmt: skip
+
+    dit.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="with torch.compile")
+
+    export = commands.add_parser("export")
+    export.add_argument("--to", type=Path, help="directory; default: pipeline in --folder")
+
+    accuracy = commands.add_parser("accuracy")
+    accuracy.add_argument("--model", type=Path, help="pipeline directory; default: the exported one")
+    accuracy.add_argument("--prompts", type=int, default=100, help="for each size and number of objects")
+    accuracy.add_argument("--side", type=int, nargs="+", default=[256])
+    accuracy.add_argument("--steps", type=int, default=20)
+    accuracy.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    accuracy.add_argument("--sheet", type=Path, help="write a contact sheet here (PNG)")
+    return parser.parse_args()
+
+
+def _add_schedule(parser: argparse.ArgumentParser, rate: float) -> None:
+    parser.add_argument("--minutes", type=float, required=True, help="how long this run takes")
+    parser.add_argument("--decay", type=float, default=0.0, help="last part of the run in which the rate falls to 0")
+    parser.add_argument("--rate", type=float, default=rate, help="learning rate")
+
+
+def _schedule(arguments: argparse.Namespace) -> Schedule:
+    from training.learner import Schedule
+
+    return Schedule(learning_rate=arguments.rate, minutes=arguments.minutes, warmup_steps=100, decay=arguments.decay)
+
+
+def _side_and(kind: type[_Number]) -> Callable[[str], tuple[int, _Number]]:
+    """Reads SIDE=NUMBER."""
+
+    def parse(text: str) -> tuple[int, _Number]:
+        side, _, number = text.partition("=")
+        return int(side), kind(number)
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The denoiser: flow matching on stored latents, captions written anew each time a picture is seen.
+
+Suffixes of tensor names: B batch, S image tokens, C latent channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tetriserve.evaluation.captions import write_caption
+from training.latents import LatentBank
+from training.learner import Learner, Schedule
+from training.model import Denoiser
+from training.pictures import scene_of
+from training.tokenizers import NUM_TEXT_TOKENS
+
+SHIFTS = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.6, "max_shift": 1.8}
+"""The scheduler's: the more tokens say the same, the more noise it takes to hide it (Esser et al. 2024, 5.3.2)."""
+_CAPTION_DROPOUT = 0.08
+_WEIGHT_DECAY = 0.01
+_REFRESH_STEPS = 100
+_BACKENDS = {
+    # The fused one is several times slower for so few tokens.
+    "cpu": [SDPBackend.MATH],
+    "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+
+
+def train_dit(
+    path: Path,
+    latents: Path,
+    schedule: Schedule,
+    *,
+    shares: dict[tuple[int, int], float],
+    batch: int,
+    device: torch.device,
+    is_compiled: bool,
+) -> None:
+    """Train into the checkpoint `path`, continuing it if it exists.
+
+    shares: how often a batch is of each (height, width).
+    batch: pictures of 256x256 in a batch; of larger sizes there are fewer, so that the tokens are as many.
+    """
+    torch.manual_seed(0)
+    model = Denoiser().to(device)
+    blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
+    learner = Learner(path, model, blocks, horizon=500, weight_decay=_WEIGHT_DECAY)
+    if is_compiled:
+        for block in blocks:
+            block.compile()
+    random = Random(learner.num_steps)
+    torch.manual_seed(learner.num_steps)
+    banks = {LatentBank(latents, *size): share for size, share in shares.items()}
+    if not any(map(len, banks)):
+        raise FileNotFoundError(f"no latents of any of the sizes in {latents}; `python -m training latents` makes them")
+
+    def loss_terms() -> dict[str, Tensor]:
+        if learner.num_steps % _REFRESH_STEPS == 0:
+            for bank in banks:
+                bank.refresh()
+        ready = [bank for bank in banks if len(bank)]
+        (bank,) = random.choices(ready, [banks[bank] for bank in ready])
+        return {"velocity": _loss(model, bank, random, batch, device)}
+
+    learner.train(schedule, loss_terms)
+
+
+def shift_of(num_tokens: int) -> float:
+    """mu, as `FluxPipeline` computes it from the scheduler's config."""
+    slope = (SHIFTS["max_shift"] - SHIFTS["base_shift"]) / (SHIFTS["max_image_seq_len"] - SHIFTS["base_image_seq_len"])
+    return SHIFTS["base_shift"] + slope * (num_tokens - SHIFTS["base_image_seq_len"])
+
+
+def _loss(model: Denoiser, bank: LatentBank, random: Random, batch: int, device: torch.device) -> Tensor:
+    """Mean squared error of the velocity, noise less data (Lipman et al. 2023; Esser et al. 2024, section 2)."""
+    num_tokens = bank.height * bank.width
+    count = max(1, batch * (64 + NUM_TEXT_TOKENS) // (num_tokens + NUM_TEXT_TOKENS))
+    seeds, latents_BSC = bank.draw(random, count)
+    captions = ["" if random.random() < _CAPTION_DROPOUT else write_caption(scene_of(seed), random) for seed in seeds]
+    latents_BSC = latents_BSC.to(device)
+    noise_BSC = torch.randn_like(latents_BSC)
+    # Each level as often as the sampler visits it: that is where layout and colours, which captions say, are decided.
+    sigma_B = torch.sigmoid(torch.logit(torch.rand(count, device=device)) + shift_of(num_tokens))
+    noisy_BSC = torch.lerp(latents_BSC, noise_BSC, sigma_B[:, None, None])
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_BACKENDS[device.type]):
+        velocity_BSC = model(noisy_BSC, sigma_B, *model.read(captions, device), bank.width)
+    return torch.nn.functional.mse_loss(velocity_BSC.float(), noise_BSC - latents_BSC)

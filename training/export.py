@@ -1,0 +1,58 @@
+"""Writes the trained parts as a `FluxPipeline` directory, weights in half precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from training.dit import SHIFTS
+from training.learner import load
+from training.model import Denoiser
+from training.vae import load_vae
+
+CARD = {
+    "name": "tetriserve-tiny",
+    "num_steps": 20,
+    "guidance_scale": 3.5,
+    "sizes": ["256x256", "512x512", "1024x1024"],
+    "dtype": "float32",
+}
+
+
+def load_denoiser(path: Path, device: torch.device) -> Denoiser:
+    """The averaged weights of checkpoint `path`."""
+    denoiser = Denoiser().to(device).eval().requires_grad_(False)
+    denoiser.load_state_dict(load(path, device)["average"])
+    return denoiser
+
+
+def make_pipeline(vae_path: Path, dit_path: Path) -> FluxPipeline:
+    """The whole pipeline in float32, from two checkpoints."""
+    cpu = torch.device("cpu")
+    denoiser = load_denoiser(dit_path, cpu)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **SHIFTS),
+        vae=load_vae(vae_path, cpu),
+        text_encoder=denoiser.text_encoder,
+        tokenizer=denoiser.tokenizer,
+        text_encoder_2=denoiser.text_encoder_2,
+        tokenizer_2=denoiser.tokenizer_2,
+        transformer=denoiser.transformer,
+    )
+
+
+def export_pipeline(pipeline: FluxPipeline, directory: Path) -> int:
+    """Save to `directory`; the bytes of all weights together."""
+    pipeline.to(torch.float16).save_pretrained(directory, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):
+        # The weights are stored as float16 and computed with in float32, unless the caller asks for another type.
+        file = directory / part / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o644)
+    (directory / "tetriserve.json").write_text(json.dumps(CARD, indent=2) + "\n", encoding="utf-8")
+    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))

@@ -1,0 +1,76 @@
+"""Training pictures by number: the same seed is the same scene and drawing, at any size and on any machine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from random import Random
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tetriserve.evaluation.drawing import draw_image, place_items
+from tetriserve.evaluation.scenes import Scene, draw_training
+
+_NUM_ITEMS = {1: 0.35, 2: 0.45, 3: 0.20}
+_CROPS = {64: 0.6, 128: 0.25, 256: 0.15}
+_SIDES = (256, 256, 512)
+_Result = TypeVar("_Result")
+
+
+def scene_of(seed: int) -> Scene:
+    return _draw_scene(Random(seed))
+
+
+def pictures_of(seeds: Iterable[int], height: int, width: int) -> np.ndarray:
+    """Pixels (len(seeds), height, width, 3), uint8, of each `scene_of(seed)`."""
+    return np.stack([_picture_of(seed, height, width) for seed in seeds])
+
+
+def crops_of(seed: int, num_pixels: int) -> np.ndarray:
+    """Pixels (B, side, side, 3), uint8: squares at objects, of drawings of several sizes, `num_pixels` together."""
+    random = Random(seed)
+    (crop,) = random.choices(tuple(_CROPS), tuple(_CROPS.values()))
+    return np.stack([_draw_crop(random, crop) for _ in range(max(1, num_pixels // crop**2))])
+
+
+def prefetched(
+    function: Callable[..., _Result], calls: Iterable[tuple[Any, ...]], num_workers: int
+) -> Iterator[_Result]:
+    """function(*call) for each of `calls`, in order, computed ahead by `num_workers` processes; 0 is in this one."""
+    if not num_workers:
+        yield from (function(*call) for call in calls)
+        return
+    # Forking a process that uses CUDA or threads is unsafe.
+    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
+        pending: deque[Future[_Result]] = deque()
+        for call in calls:
+            pending.append(pool.submit(function, *call))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _draw_scene(random: Random) -> Scene:
+    (num_items,) = random.choices(tuple(_NUM_ITEMS), tuple(_NUM_ITEMS.values()))
+    return draw_training(random, num_items)
+
+
+def _picture_of(seed: int, height: int, width: int) -> np.ndarray:
+    random = Random(seed)
+    scene = _draw_scene(random)
+    return draw_image(scene, place_items(scene, random, height, width), height, width)
+
+
+def _draw_crop(random: Random, crop: int) -> np.ndarray:
+    """A square around a point of an object's box; the whole image when `crop` is as large."""
+    side = random.choice(_SIDES)
+    scene = _draw_scene(random)
+    places = place_items(scene, random, side, side)
+    place = random.choice(places)
+    x, y = (centre + random.uniform(-1, 1) * place.extent for centre in (place.x, place.y))
+    left, top = (max(0, min(side - crop, int(centre * side) - crop // 2)) for centre in (x, y))
+    return draw_image(scene, places, side, side)[top : top + crop, left : left + crop]
