@@ -257,6 +257,7 @@ def plot(results: Sequence[Measured], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="unfinished requests (ranks)", ylabel="one decision, CPU ms")
     axes.set_xticks([size[1] for size in sizes], [f"{size[1]:,}\n({size[0]:,})" for size in sizes], minor=False)
     axes.minorticks_off()
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)

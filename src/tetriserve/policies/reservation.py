@@ -18,9 +18,8 @@ from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
 from tetriserve.policies.facts import Facts
 from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
 
-MIN_RESERVED, MAX_RESERVED = 12, 512
-"""Requests with reservations, those with the least slack: one per rank within these bounds, which bound the time of a
-decision. The others fill holes."""
+MIN_RESERVED = 12
+"""Requests with reservations in a small pool; in a larger one, one per rank."""
 
 _SOON_S = 1e-6
 """What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
@@ -176,8 +175,8 @@ def expected_end_s(flight: InFlight, now: float) -> float:
 
 
 def num_reserved(num_ranks: int) -> int:
-    """How many requests reserve at most."""
-    return min(max(MIN_RESERVED, num_ranks), MAX_RESERVED)
+    """How many requests reserve at most, those with the least slack: bounds the time of a decision."""
+    return max(MIN_RESERVED, num_ranks)
 
 
 class Reservations(NamedTuple):

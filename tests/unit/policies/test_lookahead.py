@@ -138,7 +138,7 @@ def test_a_larger_pool_reserves_for_more_requests(make, request_of, flux):
     requests = tuple(encoded(request_of(2048, request_id=f"r{i}", deadline_s=7.0)) for i in range(16))
     plan = make("lookahead:widen=off", flux, 64).plan(State(requests, (), tuple(range(64)), flux), 0.0)
     assert denoise_tasks(plan) == {f"r{i}": (4, 1) for i in range(16)}
-    assert [num_reserved(num_ranks) for num_ranks in (2, 8, 64, 1024)] == [12, 12, 64, 512]
+    assert [num_reserved(num_ranks) for num_ranks in (2, 8, 64, 1024)] == [12, 12, 64, 1024]
 
 
 def test_nothing_starts_on_a_full_pool(policy, request_of, flux):
