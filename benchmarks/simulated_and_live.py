@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--load", type=float, default=0.7, help="share of what the ranks can do at degree 1")
-    parser.add_argument("--slo-multiple", type=float, default=1.5, help="deadline over the time alone at degree 1")
+    parser.add_argument("--slo-multiple", type=float, default=2.0, help="deadline over the time alone at degree 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=Path, help="use this profile instead of measuring one")
     options = parser.parse_args()

@@ -28,7 +28,7 @@ from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
 OnProgress = Callable[[int, int, str], None]
 """Called with how many measurements are done, how many there are, and what comes next."""
 
-_NUM_SAMPLES = 3
+_NUM_SAMPLES = 5
 _STEPS_PER_SAMPLE = 2
 _NUM_STEPS = 1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE
 _NUM_MOVES = 8
@@ -101,23 +101,28 @@ async def _time_steps(
         )
         samples += [seconds / num_steps for seconds in elapsed]
     bench.forget(requests)
-    mean = statistics.fmean(samples)
+    middle = statistics.median(samples)
     return DenoiseRow(
         height=shape.height,
         width=shape.width,
         frames=shape.frames,
         tokens=card.num_tokens(shape),
         degree=degree,
-        step_s=mean,
-        cv=statistics.stdev(samples) / mean if len(samples) > 1 else None,
+        step_s=middle,
+        cv=statistics.stdev(samples) / middle if len(samples) > 1 else None,
     )
 
 
 async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int) -> DecodeRow:
     requests = [bench.request(card, shape) for _ in range(num_ranks)]
-    elapsed = await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
+
+    async def sample() -> list[float]:
+        return await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
+
+    first = await sample()  # also allocates
+    samples = first if max(first) > _SLOW_STEP_S else [each for _ in range(_NUM_SAMPLES) for each in await sample()]
     bench.forget(requests)
-    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=statistics.fmean(elapsed))
+    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=statistics.median(samples))
 
 
 async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
