@@ -128,7 +128,7 @@ async def compare(options: argparse.Namespace, path: Path) -> bool:
         outcomes = await run_live(requests, policy, options.profile or path, options.ranks)
         live, simulated = Score.of(outcomes), Score.of(run_simulated(outcomes, policy, cost, options.ranks))
         sar_off, mean_off = simulated.sar - live.sar, simulated.mean_s / live.mean_s - 1
-        is_good &= abs(sar_off) <= BAR_SAR and abs(mean_off) <= BAR_LATENCY
+        is_good &= round(abs(sar_off), 6) <= BAR_SAR and abs(mean_off) <= BAR_LATENCY
         table.add_row(
             policy, f"{live.sar:.3f}", f"{simulated.sar:.3f}", f"{100 * sar_off:+.1f}",
             f"{live.mean_s:.2f} s", f"{simulated.mean_s:.2f} s", f"{mean_off:+.1%}",
