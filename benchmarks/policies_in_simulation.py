@@ -2,7 +2,7 @@
 
 Both mixes, three arrival rates and six SLO scales on flux.1-dev-8xh100, 300 requests each, encode and decode included:
 attainment in percent for every policy beside an upper bound that no scheduler exceeds, mean latency, and attainment by
-size over all cells. Then the bars, and the ablation. About ten minutes on two cores. Run with
+size over all cells. Then the bars, and the ablation. Some minutes on two cores, two without the bound. Run with
 
     python benchmarks/policies_in_simulation.py [--first-seed 100] [--seeds 5] [--no-bound]
 """
