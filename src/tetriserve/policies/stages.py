@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tetriserve.core.plan import CostModel, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.plan import Task
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import FreeRanks
 
 
@@ -13,13 +13,6 @@ def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
     """Sort key: priority class, then deadline; arrival and id make it total."""
     request = trajectory.request
     return request.priority, request.deadline_s, request.arrival_s, request.request_id
-
-
-def short_stage_s(trajectory: Trajectory, cost: CostModel) -> float:
-    """Seconds that the trajectory's encode or decode is expected to take once started."""
-    request = trajectory.request
-    stage_s = cost.encode_s(request) if trajectory.stage is Stage.ENCODE else cost.decode_s(request)
-    return cost.switch_s + stage_s
 
 
 def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:

@@ -13,7 +13,7 @@ from tetriserve.report.charts import add_legend
 from tetriserve.report.courses import degree_over_time, sar_over_time
 from tetriserve.report.exhibit import Cell, Column, Exhibit, Sheet
 from tetriserve.report.page import render_page
-from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_figure, latency_sheet
+from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import INK, MUTED, canvas, styled
 from tetriserve.simulator.comparison import Comparison, Tally
 from tetriserve.workload.outcome import Outcome
@@ -189,14 +189,7 @@ def _latency(runs: Mapping[str, Sequence[Outcome]], command: str) -> Exhibit:
     comparison = Comparison(
         results=tuple(tally.result(name) for name, tally in tallies.items()), bound=None, num_seeds=1
     )
-    return Exhibit(
-        name="latency",
-        title="Latency",
-        caption="Share of finished requests that took at most so long, from when they were due to the whole answer.",
-        command=command,
-        sheet=latency_sheet({"": comparison}),
-        figure=latency_figure({"": comparison}),
-    )
+    return latency_exhibit(comparison, command, "from when they were due to the whole answer")
 
 
 def _courses(runs: Mapping[str, Sequence[Outcome]], command: str) -> list[Exhibit]:

@@ -119,3 +119,17 @@ def _by_panel(columns: tuple[Column, ...], rows: Mapping[str, Sequence[tuple[Cel
     return Sheet(
         (Column("panel"), *columns), tuple((title, *row) for title, of_panel in rows.items() for row in of_panel)
     )
+
+
+def latency_exhibit(
+    comparison: Comparison, command: str, span: str = "from arrival to image, over all seeds"
+) -> Exhibit:
+    """The distribution of latency. span: what it counts, in words."""
+    return Exhibit(
+        name="latency",
+        title="Latency",
+        caption=f"Share of finished requests that took at most so long, {span}.",
+        command=command,
+        sheet=latency_sheet({"": comparison}),
+        figure=latency_figure({"": comparison}),
+    )

@@ -8,7 +8,7 @@ from tetriserve.report.charts import add_legend, add_radar, draw_ranking
 from tetriserve.report.courses import degree_over_time, sar_over_time
 from tetriserve.report.exhibit import Exhibit, comparison_sheet
 from tetriserve.report.page import render_page
-from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_figure, latency_sheet
+from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import canvas, styled
 from tetriserve.simulator.comparison import Comparison
 from tetriserve.workload.outcome import Outcome
@@ -34,7 +34,7 @@ def render_comparison(
     with styled():
         exhibits = (
             _attainment(comparison, command),
-            _latency(comparison, command),
+            latency_exhibit(comparison, command),
             *_courses(first_runs, command),
             board_exhibit(
                 dict(list(first_runs.items())[:MAX_BOARDS]),
@@ -64,17 +64,6 @@ def _attainment(comparison: Comparison, command: str) -> Exhibit:
         command=command,
         sheet=comparison_sheet((), [((), comparison)]),
         figure=figure,
-    )
-
-
-def _latency(comparison: Comparison, command: str) -> Exhibit:
-    return Exhibit(
-        name="latency",
-        title="Latency",
-        caption="Share of finished requests that took at most so long, from arrival to image, over all seeds.",
-        command=command,
-        sheet=latency_sheet({"": comparison}),
-        figure=latency_figure({"": comparison}),
     )
 
 
