@@ -18,13 +18,14 @@ DESCRIPTION = """\
 Train the bundled model. Every command continues what it finds in --folder.
 
   1. vae        learn to compress drawings
-  2. latents    compress drawings, once (may go on while 3 runs)
-  3. dit        learn to denoise them from their captions
-  4. export     write a FluxPipeline directory
-  5. accuracy   measure it on scenes that were never trained on
+  2. latents    compress drawings, once (may go on while 4 runs)
+  3. text       learn to read captions
+  4. dit        learn to denoise the latents of 2 from what 3 reads
+  5. export     write a FluxPipeline directory
+  6. accuracy   measure it on scenes that were never trained on
 
 A run with --decay 0 keeps its learning rate and can be continued at will; a last run with --decay 1 lets it fall to
-zero, which is when the result is best.
+zero, which is when the result is best. `torchrun --nproc-per-node N -m training ...` trains with N processes.
 """
 
 
@@ -44,8 +45,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     folder: Path = arguments.folder
-    vae, dit, latents, pipeline = (folder / name for name in ("vae.pt", "dit.pt", "latents", "pipeline"))
+    vae, text, dit = (folder / f"{name}.pt" for name in ("vae", "text", "dit"))
+    latents, pipeline = folder / "latents", folder / "pipeline"
     match arguments.command:
         case "vae":
             from training.vae import train_vae
@@ -69,11 +76,16 @@ def _run(arguments: argparse.Namespace) -> None:
             encoder = load_vae(vae, device)
             for side, count in arguments.count:
                 store_latents(latents, encoder, side, side, num_pictures=count, num_workers=arguments.workers)
+        case "text":
+            from training.text import train_text
+
+            train_text(text, _schedule(arguments), batch=arguments.batch, device=device)
         case "dit":
             from training.dit import train_dit
 
             train_dit(
                 dit,
+                text,
                 latents,
                 _schedule(arguments),
                 shares={(side, side): share for side, share in arguments.share},
@@ -119,6 +131,10 @@ def _parse() -> argparse.Namespace:
         "--count", type=_side_and(int), nargs="+", default=[(256, 40_000), (512, 8_000), (1024, 1_000)],
         metavar="SIDE=PICTURES",
     )  # fmt: skip
+
+    text = commands.add_parser("text")
+    _add_schedule(text, rate=1e-3)
+    text.add_argument("--batch", type=int, default=128, help="captions in a batch")
 
     dit = commands.add_parser("dit")
     _add_schedule(dit, rate=2e-3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tetriserve.evaluation.captions import write_caption
@@ -17,6 +17,7 @@ from training.latents import LatentBank
 from training.learner import Learner, Schedule
 from training.model import Denoiser
 from training.pictures import scene_of
+from training.text import load_reader
 from training.tokenizers import NUM_TEXT_TOKENS
 
 SHIFTS = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.6, "max_shift": 1.8}
@@ -33,6 +34,7 @@ _BACKENDS = {
 
 def train_dit(
     path: Path,
+    text: Path,
     latents: Path,
     schedule: Schedule,
     *,
@@ -43,18 +45,20 @@ def train_dit(
 ) -> None:
     """Train into the checkpoint `path`, continuing it if it exists.
 
+    text: checkpoint of the text encoders, which stay as they are.
     shares: how often a batch is of each (height, width).
     batch: pictures of 256x256 in a batch; of larger sizes there are fewer, so that the tokens are as many.
     """
     torch.manual_seed(0)
-    model = Denoiser().to(device)
+    model = Denoiser(load_reader(text, device)).to(device)
     blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
     learner = Learner(path, model, blocks, horizon=500, weight_decay=_WEIGHT_DECAY)
     if is_compiled:
         for block in blocks:
             block.compile()
-    random = Random(learner.num_steps)
-    torch.manual_seed(learner.num_steps)
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    random = Random(f"{rank} {learner.num_steps}")
+    torch.manual_seed(random.getrandbits(32))
     banks = {LatentBank(latents, *size): share for size, share in shares.items()}
     if not any(map(len, banks)):
         raise FileNotFoundError(f"no latents of any of the sizes in {latents}; `python -m training latents` makes them")
@@ -88,5 +92,5 @@ def _loss(model: Denoiser, bank: LatentBank, random: Random, batch: int, device:
     sigma_B = torch.sigmoid(torch.logit(torch.rand(count, device=device)) + shift_of(num_tokens))
     noisy_BSC = torch.lerp(latents_BSC, noise_BSC, sigma_B[:, None, None])
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_BACKENDS[device.type]):
-        velocity_BSC = model(noisy_BSC, sigma_B, *model.read(captions, device), bank.width)
+        velocity_BSC = model(noisy_BSC, sigma_B, *model.reader.tokenize(captions, device), bank.width)
     return torch.nn.functional.mse_loss(velocity_BSC.float(), noise_BSC - latents_BSC)

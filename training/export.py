@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from training.dit import SHIFTS
 from training.learner import load
-from training.model import Denoiser
+from training.model import Denoiser, Reader
 from training.vae import load_vae
 
 CARD = {
@@ -24,7 +24,7 @@ CARD = {
 
 def load_denoiser(path: Path, device: torch.device) -> Denoiser:
     """The averaged weights of checkpoint `path`."""
-    denoiser = Denoiser().to(device).eval().requires_grad_(False)
+    denoiser = Denoiser(Reader()).to(device).eval().requires_grad_(False)
     denoiser.load_state_dict(load(path, device)["average"])
     return denoiser
 
@@ -36,10 +36,10 @@ def make_pipeline(vae_path: Path, dit_path: Path) -> FluxPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **SHIFTS),
         vae=load_vae(vae_path, cpu),
-        text_encoder=denoiser.text_encoder,
-        tokenizer=denoiser.tokenizer,
-        text_encoder_2=denoiser.text_encoder_2,
-        tokenizer_2=denoiser.tokenizer_2,
+        text_encoder=denoiser.reader.text_encoder,
+        tokenizer=denoiser.reader.tokenizer,
+        text_encoder_2=denoiser.reader.text_encoder_2,
+        tokenizer_2=denoiser.reader.tokenizer_2,
         transformer=denoiser.transformer,
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from training.muon import Muon, split
 
@@ -70,25 +70,30 @@ class Learner(Generic[_Module]):
         loss_terms: Callable[[], dict[str, Tensor]],
         measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        """Minimise the sum of `loss_terms` until the time is used up; `measure` gives the checkpoints' facts."""
+        """Minimise the sum of `loss_terms` until the time is used up; `measure` gives the checkpoints' facts.
+
+        Under `torchrun` each process has batches of its own, and what is reported is the first one's.
+        """
         start, sums = time.monotonic(), torch.zeros(0)
-        while (elapsed := (time.monotonic() - start) / (60 * schedule.minutes)) < 1.0:
+        while (elapsed := _agreed((time.monotonic() - start) / (60 * schedule.minutes))) < 1.0:
             rate = schedule.rate(self.num_steps, elapsed)
             terms = loss_terms()
             self._step(torch.stack(list(terms.values())).sum(), rate)
             values = torch.stack([value.detach() for value in terms.values()])
             sums = sums + values if len(sums) else values
-            if self.num_steps % _REPORT_STEPS == 0:
+            if self.num_steps % _REPORT_STEPS == 0 and is_first():
                 means = zip(terms, (sums / _REPORT_STEPS).tolist(), strict=True)
                 said = ", ".join(f"{name} {mean:.4f}" for name, mean in means)
                 print(f"step {self.num_steps}, {time.monotonic() - start:.0f} s, rate {rate:.1e}: {said}", flush=True)
                 sums = torch.zeros(0)
-            if self.num_steps % _SAVE_STEPS == 0:
+            if self.num_steps % _SAVE_STEPS == 0 and is_first():
                 self._save(measure())
-        self._save(measure())
+        if is_first():
+            self._save(measure())
 
     def _step(self, loss: Tensor, rate: float) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
+        _average_gradients(self.module)
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -115,6 +120,32 @@ class Learner(Generic[_Module]):
         content = {"step": self.num_steps, "facts": facts}
         states = {"model": self.module.state_dict(), "average": self.average.state_dict()}
         save(self._path, content | states | {"optimizers": [each.state_dict() for each in self._optimizers]})
+
+
+def is_first() -> bool:
+    """Whether this is the process that reports and saves."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def _agreed(elapsed: float) -> float:
+    """The first process's clock: all stop after the same step."""
+    if not distributed.is_initialized():
+        return elapsed
+    clock = torch.tensor(elapsed)
+    distributed.broadcast(clock, 0)
+    return clock.item()
+
+
+def _average_gradients(module: nn.Module) -> None:
+    """In one exchange for all of them: of so small a model none is worth overlapping with the backward pass."""
+    if not distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

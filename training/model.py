@@ -1,4 +1,4 @@
-"""The parts of the pipeline that are learnt together from the flow loss, and how a batch of captions is read.
+"""The transformer and the text encoders of the pipeline, and how both are fed in training.
 
 Suffixes of tensor names: B batch, L text tokens, S image tokens, C latent channels, D embedding width, H height,
 W width, A position axes (3).
@@ -20,22 +20,21 @@ from transformers import (
 
 from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 
-_EMBED_DIM = 128
+EMBED_DIM = 128
 LATENT_CHANNELS = 16
 PIXELS_PER_TOKEN = 32
 
 
-class Denoiser(nn.Module):
-    """Velocity of packed latents from captions: FLUX's transformer with both of its text encoders, all small."""
+class Reader(nn.Module):
+    """Both text encoders, each with its tokenizer: captions to what `FluxPipeline` conditions the transformer on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer, self.tokenizer_2 = make_tokenizers()
         self.text_encoder = _make_clip(self.tokenizer)
         self.text_encoder_2 = _make_t5(self.tokenizer_2)
-        self.transformer = _make_transformer()
 
-    def read(self, captions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenize(self, captions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Token numbers (B, L) for CLIP and for T5, padded as `FluxPipeline` pads them."""
         clip_BL, t5_BL = (
             tokenizer(
@@ -45,15 +44,29 @@ class Denoiser(nn.Module):
         )
         return clip_BL, t5_BL
 
+    def forward(self, clip_BL: torch.Tensor, t5_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP's pooled embedding (B, D) and T5's of every token (B, L, D)."""
+        return self.text_encoder(clip_BL).pooler_output, self.text_encoder_2(t5_BL)[0]
+
+
+class Denoiser(nn.Module):
+    """Velocity of packed latents from captions: FLUX's transformer, small, with what reads the captions for it."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader.requires_grad_(False)
+        self.transformer = _make_transformer()
+
     def forward(
         self, latents_BSC: torch.Tensor, sigma_B: torch.Tensor, clip_BL: torch.Tensor, t5_BL: torch.Tensor, width: int
     ) -> torch.Tensor:
         """Velocity (B, S, 4C); `width` is that of the image in tokens."""
+        pooled_BD, text_BLD = self.reader(clip_BL, t5_BL)
         velocity_BSC: torch.Tensor = self.transformer(
             hidden_states=latents_BSC,
             timestep=sigma_B,
-            pooled_projections=self.text_encoder(clip_BL).pooler_output,
-            encoder_hidden_states=self.text_encoder_2(t5_BL)[0],
+            pooled_projections=pooled_BD,
+            encoder_hidden_states=text_BLD,
             txt_ids=latents_BSC.new_zeros(t5_BL.shape[1], 3),
             img_ids=image_ids(latents_BSC.shape[1] // width, width, latents_BSC.device),
             return_dict=False,
@@ -84,8 +97,8 @@ def _make_transformer() -> FluxTransformer2DModel:
         num_single_layers=4,
         attention_head_dim=32,
         num_attention_heads=8,
-        joint_attention_dim=_EMBED_DIM,
-        pooled_projection_dim=_EMBED_DIM,
+        joint_attention_dim=EMBED_DIM,
+        pooled_projection_dim=EMBED_DIM,
         guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )
@@ -104,10 +117,10 @@ def _make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=_EMBED_DIM,
-            intermediate_size=2 * _EMBED_DIM,
-            projection_dim=_EMBED_DIM,
-            num_hidden_layers=2,
+            hidden_size=EMBED_DIM,
+            intermediate_size=2 * EMBED_DIM,
+            projection_dim=EMBED_DIM,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=NUM_TEXT_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -121,9 +134,9 @@ def _make_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=_EMBED_DIM,
-            d_kv=_EMBED_DIM // 4,
-            d_ff=2 * _EMBED_DIM,
+            d_model=EMBED_DIM,
+            d_kv=EMBED_DIM // 4,
+            d_ff=2 * EMBED_DIM,
             num_layers=3,
             num_heads=4,
             relative_attention_num_buckets=32,

@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 def scene_of(seed: int) -> Scene:
-    return _draw_scene(Random(seed))
+    return draw_scene_of_any_count(Random(seed))
 
 
 def pictures_of(seeds: Iterable[int], height: int, width: int) -> np.ndarray:
@@ -54,21 +54,21 @@ def prefetched(
             yield pending.popleft().result()
 
 
-def _draw_scene(random: Random) -> Scene:
+def draw_scene_of_any_count(random: Random) -> Scene:
     (num_items,) = random.choices(tuple(_NUM_ITEMS), tuple(_NUM_ITEMS.values()))
     return draw_training(random, num_items)
 
 
 def _picture_of(seed: int, height: int, width: int) -> np.ndarray:
     random = Random(seed)
-    scene = _draw_scene(random)
+    scene = draw_scene_of_any_count(random)
     return draw_image(scene, place_items(scene, random, height, width), height, width)
 
 
 def _draw_crop(random: Random, crop: int) -> np.ndarray:
     """A square around a point of an object's box; the whole image when `crop` is as large."""
     side = random.choice(_SIDES)
-    scene = _draw_scene(random)
+    scene = draw_scene_of_any_count(random)
     places = place_items(scene, random, side, side)
     place = random.choice(places)
     x, y = (centre + random.uniform(-1, 1) * place.extent for centre in (place.x, place.y))

@@ -13,12 +13,13 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from tetriserve.evaluation.captions import WORDS, write_caption
-from tetriserve.evaluation.scenes import draw_scene
+from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
 from training.dit import SHIFTS, shift_of
 from training.learner import Learner, Schedule, load, save
-from training.model import image_ids, pack
+from training.model import Reader, image_ids, pack
 from training.muon import orthogonal
 from training.pictures import crops_of, pictures_of, prefetched, scene_of
+from training.text import OBJECT_FACTS, Questions, object_facts, scene_facts
 from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 from training.vae import encode, load_vae, to_images, train_vae
 
@@ -130,3 +131,30 @@ def test_a_vae_is_trained_continued_and_gives_latents_of_unit_variance(tmp_path:
     latents = encode(load_vae(path, CPU), to_images(pictures_of(range(4), 256, 256), CPU))
     assert latents.mean().abs() < 0.3
     assert 0.7 < latents.std() < 1.3
+
+
+SCENE = Scene(
+    background="white",
+    items=(Item(colour="red", shape="circle", size="big"), Item(colour="blue", shape="ring")),
+    relations=(Relation(subject=0, name="above", target=1),),
+)
+
+
+def test_facts_say_what_belongs_to_what() -> None:
+    facts = scene_facts(SCENE)
+    assert {("white", "background"), ("red", "circle"), ("red", "big"), ("red", "above"), ("ring", "below")} <= facts
+    assert not facts & {("red", "ring"), ("blue", "above"), ("blue", "big")}
+    assert object_facts(SCENE, 1) & set(OBJECT_FACTS) == {("white", "background"), ("blue",), ("ring",), ("below",)}
+
+
+def test_objects_are_asked_about_at_the_word_for_their_shape() -> None:
+    questions = Questions(Reader())
+    caption = "on a white background, a ring in blue with a big red disc above it"
+    _, t5_BL = questions.reader.tokenize([caption], CPU)
+    places, truths = questions.objects_of([SCENE], t5_BL)
+    words = [
+        questions.reader.tokenizer_2.convert_ids_to_tokens(int(t5_BL[row, column])) for row, column in places.tolist()
+    ]
+    assert words == ["ring</w>", "disc</w>"]
+    held = [{name for name, truth in zip(OBJECT_FACTS, row, strict=True) if truth} for row in truths.tolist()]
+    assert [("blue",) in held[0], ("red",) in held[0], ("red",) in held[1]] == [True, False, True]
