@@ -22,6 +22,7 @@ from tetriserve.policies.lookahead import Lookahead
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.rssp import ResolutionSpecific
 from tetriserve.policies.tetriserve import TetriServe
+from tetriserve.policies.unsteady import Unsteady
 
 ENTRY_POINT_GROUP = "tetriserve.policies"
 
@@ -61,13 +62,13 @@ class PolicySpec:
     """One entry of the list.
 
     usage: how to write it, arguments included.
-    is_for_tiny: too slow for more than a few requests; `all` leaves it out.
+    is_for_study: too slow for more than a few requests, or no way to serve; `all` leaves it out.
     """
 
     usage: str
     summary: str
     make: PolicyFactory
-    is_for_tiny: bool = False
+    is_for_study: bool = False
 
 
 def _refuse_argument(context: PolicyContext, name: str) -> None:
@@ -78,6 +79,11 @@ def _refuse_argument(context: PolicyContext, name: str) -> None:
 def _make_fcfs(context: PolicyContext) -> Policy:
     _refuse_argument(context, "fcfs")
     return FirstComeFirstServed()
+
+
+def _make_unsteady(context: PolicyContext) -> Policy:
+    _refuse_argument(context, "unsteady")
+    return Unsteady()
 
 
 def _list_scheduler(name: str, order: Order, *, best_fit: bool = False) -> PolicyFactory:
@@ -178,7 +184,13 @@ POLICIES: Mapping[str, PolicySpec] = {
         _EXHAUSTIVE_USAGE,
         "exact search over all schedules of the requests known now; for tiny instances",
         _make_exhaustive,
-        is_for_tiny=True,
+        is_for_study=True,
+    ),
+    "unsteady": PolicySpec(
+        "unsteady",
+        "another degree and other ranks at every step, by lot; shows that pictures do not depend on the schedule",
+        _make_unsteady,
+        is_for_study=True,
     ),
 }
 

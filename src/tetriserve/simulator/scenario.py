@@ -126,7 +126,7 @@ class Setting:
         for name, spec in POLICIES.items():
             if name == "fixed":
                 names += [f"fixed:{degree}" for degree in context.degrees]
-            elif not spec.is_for_tiny and ":" not in spec.usage.partition("[")[0]:
+            elif not spec.is_for_study and ":" not in spec.usage.partition("[")[0]:
                 names.append(name)
         return names
 

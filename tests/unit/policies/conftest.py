@@ -249,13 +249,14 @@ def request_of() -> Callable[..., Request]:
         deadline_s: float = 1e6,
         num_steps: int = 28,
         priority: int = 0,
+        seed: int = 0,
     ) -> Request:
         return Request(
             request_id=request_id,
             prompt="",
             shape=Shape(height, height),
             num_steps=num_steps,
-            seed=0,
+            seed=seed,
             arrival_s=arrival_s,
             deadline_s=deadline_s,
             priority=priority,

@@ -27,6 +27,7 @@ POLICIES = [
     "edf",
     "edf-best-fit",
     "exhaustive:nodes=100",
+    "unsteady",
 ]
 every_policy = pytest.mark.parametrize("spec", POLICIES)
 # Fixtures of the session hold no state between examples.

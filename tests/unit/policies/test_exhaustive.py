@@ -144,7 +144,7 @@ def test_it_is_as_good_as_trying_every_set_of_tasks_at_every_tick(table_cost, re
 
 
 def test_on_requests_that_are_all_known_no_policy_is_better_and_the_bound_holds(table_cost, request_of) -> None:
-    others = [name for name, spec in POLICIES.items() if not spec.is_for_tiny and name != "fixed"] + ["fixed:1"]
+    others = [name for name, spec in POLICIES.items() if not spec.is_for_study and name != "fixed"] + ["fixed:1"]
     seconds = st.floats(0.05, 1.0)
 
     @few

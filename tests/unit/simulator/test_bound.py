@@ -16,7 +16,7 @@ from tetriserve.simulator.run import simulate
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 SPECS = [
-    *(name for name, spec in POLICIES.items() if not spec.is_for_tiny and ":" not in spec.usage.partition("[")[0]),
+    *(name for name, spec in POLICIES.items() if not spec.is_for_study and ":" not in spec.usage.partition("[")[0]),
     "exhaustive:nodes=100",
     "fixed:1",
     "fixed:2",

@@ -1,0 +1,51 @@
+"""Another degree at every step: no way to serve, but the hardest schedule that a picture must survive unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+from tetriserve.core.plan import CostModel, Plan, State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+
+_Choice = TypeVar("_Choice")
+
+
+class Unsteady:
+    """`unsteady`: single steps at degrees and on ranks drawn by lot, requests in order of arrival.
+
+    The lot is the request's seed and step: equal requests go through equal degrees. A request whose degree finds too
+    few idle ranks waits for them, and everyone after it too.
+    """
+
+    def plan(self, state: State, now: float) -> Plan:
+        idle = list(state.idle_ranks)
+        tasks: list[Task] = []
+        for trajectory in state.waiting:
+            degree = _degree(trajectory, state.cost, len(state.ranks))
+            if not 0 < degree <= len(idle):
+                break
+            ranks = tuple(sorted(_take(idle, trajectory, number) for number in range(degree)))
+            num_steps = 1 if trajectory.stage is Stage.DENOISE else 0
+            tasks.append(Task(trajectory.request_id, trajectory.stage, ranks, num_steps))
+        return Plan(tuple(tasks))
+
+
+def _degree(trajectory: Trajectory, cost: CostModel, num_ranks: int) -> int:
+    """0 if its shape runs at no degree that the pool has."""
+    if trajectory.stage is not Stage.DENOISE:
+        return 1
+    degrees = [degree for degree in cost.step_times(trajectory.request) if degree <= num_ranks]
+    return _drawn(degrees, trajectory, "degree") if degrees else 0
+
+
+def _take(idle: list[int], trajectory: Trajectory, number: int) -> int:
+    rank = _drawn(idle, trajectory, f"rank {number}")
+    idle.remove(rank)
+    return rank
+
+
+def _drawn(choices: Sequence[_Choice], trajectory: Trajectory, what: str) -> _Choice:
+    digest = hashlib.sha256(f"{trajectory.request.seed} {trajectory.steps_done} {what}".encode()).digest()
+    return choices[int.from_bytes(digest) % len(choices)]
