@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _Number = TypeVar("_Number", int, float)
 
+# By (height, width) in pixels.
+_PICTURES = {(256, 256): 40_000, (512, 512): 8_000, (1024, 1024): 1_000, (256, 384): 3_000, (384, 256): 3_000}
+_SHARES = {(256, 256): 0.6, (512, 512): 0.2, (1024, 1024): 0.1, (256, 384): 0.05, (384, 256): 0.05}
+
 DESCRIPTION = """\
 Train the bundled model. Every command continues what it finds in --folder.
 
@@ -21,8 +25,7 @@ Train the bundled model. Every command continues what it finds in --folder.
   2. latents    compress drawings, once (may go on while 4 runs)
   3. text       learn to read captions
   4. dit        learn to denoise the latents of 2 from what 3 reads
-  5. export     write a FluxPipeline directory
-  6. accuracy   measure it on scenes that were never trained on
+  5. export     write a FluxPipeline directory, for `tetriserve evaluate` and `tetriserve serve`
 
 A run with --decay 0 keeps its learning rate and can be continued at will; a last run with --decay 1 lets it fall to
 zero, which is when the result is best. `torchrun --nproc-per-node N -m training ...` trains with N processes.
@@ -74,8 +77,8 @@ def _run(arguments: argparse.Namespace) -> None:
             from training.vae import load_vae
 
             encoder = load_vae(vae, device)
-            for side, count in arguments.count:
-                store_latents(latents, encoder, side, side, num_pictures=count, num_workers=arguments.workers)
+            for size, count in arguments.count:
+                store_latents(latents, encoder, *size, num_pictures=count, num_workers=arguments.workers)
         case "text":
             from training.text import train_text
 
@@ -88,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 text,
                 latents,
                 _schedule(arguments),
-                shares={(side, side): share for side, share in arguments.share},
+                shares=dict(arguments.share),
                 batch=arguments.batch,
                 device=device,
                 is_compiled=arguments.compile,
@@ -98,17 +101,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
             num_bytes = export_pipeline(make_pipeline(vae, dit), arguments.to or pipeline)
             print(f"{arguments.to or pipeline}: {num_bytes / 1e6:.1f} MB of weights")
-        case "accuracy":
-            from training.accuracy import measure_accuracy
-
-            measure_accuracy(
-                arguments.model or pipeline,
-                arguments.prompts,
-                arguments.side,
-                arguments.steps,
-                getattr(torch, arguments.dtype),
-                arguments.sheet,
-            )
 
 
 def _parse() -> argparse.Namespace:
@@ -128,8 +120,8 @@ def _parse() -> argparse.Namespace:
 
     latents = commands.add_parser("latents")
     latents.add_argument(
-        "--count", type=_side_and(int), nargs="+", default=[(256, 40_000), (512, 8_000), (1024, 1_000)],
-        metavar="SIDE=PICTURES",
+        "--count", type=_size_and(int), nargs="+", default=list(_PICTURES.items()),
+        metavar="SIZE=PICTURES",
     )  # fmt: skip
 
     text = commands.add_parser("text")
@@ -140,22 +132,14 @@ def _parse() -> argparse.Namespace:
     _add_schedule(dit, rate=2e-3)
     dit.add_argument("--batch", type=int, default=64, help="pictures of 256x256 in a batch, fewer of larger ones")
     dit.add_argument(
-        "--share", type=_side_and(float), nargs="+", default=[(256, 0.7), (512, 0.2), (1024, 0.1)],
-        metavar="SIDE=SHARE", help="share of the batches that are of this size",
+        "--share", type=_size_and(float), nargs="+", default=list(_SHARES.items()),
+        metavar="SIZE=SHARE", help="share of the batches that are of this size",
     )  # fmt: skip
 
     dit.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="with torch.compile")
 
     export = commands.add_parser("export")
     export.add_argument("--to", type=Path, help="directory; default: pipeline in --folder")
-
-    accuracy = commands.add_parser("accuracy")
-    accuracy.add_argument("--model", type=Path, help="pipeline directory; default: the exported one")
-    accuracy.add_argument("--prompts", type=int, default=100, help="for each size and number of objects")
-    accuracy.add_argument("--side", type=int, nargs="+", default=[256])
-    accuracy.add_argument("--steps", type=int, default=20)
-    accuracy.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    accuracy.add_argument("--sheet", type=Path, help="write a contact sheet here (PNG)")
     return parser.parse_args()
 
 
@@ -171,12 +155,13 @@ def _schedule(arguments: argparse.Namespace) -> Schedule:
     return Schedule(learning_rate=arguments.rate, minutes=arguments.minutes, warmup_steps=100, decay=arguments.decay)
 
 
-def _side_and(kind: type[_Number]) -> Callable[[str], tuple[int, _Number]]:
-    """Reads SIDE=NUMBER."""
+def _size_and(kind: Callable[[str], _Number]) -> Callable[[str], tuple[tuple[int, int], _Number]]:
+    """Reads SIDE=NUMBER or WIDTHxHEIGHT=NUMBER; the size is (height, width)."""
 
-    def parse(text: str) -> tuple[int, _Number]:
-        side, _, number = text.partition("=")
-        return int(side), kind(number)
+    def parse(text: str) -> tuple[tuple[int, int], _Number]:
+        size, _, number = text.partition("=")
+        width, _, height = size.partition("x")
+        return (int(height or width), int(width)), kind(number)
 
     return parse
 

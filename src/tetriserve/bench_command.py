@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tetriserve import options
 from tetriserve.core.errors import ConfigError
-from tetriserve.options import ENV, FORMATS, one_line_errors, option
+from tetriserve.options import ENV, FORMATS, check_choice, one_line_errors, option
 
 if TYPE_CHECKING:
     from tetriserve.bench.session import Measurement, Session
@@ -107,9 +107,9 @@ def bench(
         from tetriserve.bench.load import Load
         from tetriserve.bench.session import Session
 
-        _check_choice("format", format, FORMATS)
-        _check_choice("task", task, _TASKS)
-        _check_choice("dataset", dataset or _DATASETS[0], _DATASETS)
+        check_choice("format", format, FORMATS)
+        check_choice("task", task, _TASKS)
+        check_choice("dataset", dataset or _DATASETS[0], _DATASETS)
         if (dataset == "trace" and trace is None) or (dataset == "random" and trace is not None):
             raise ConfigError(f"dataset is {dataset} {'without' if trace is None else 'beside'} a trace file")
         load = Load(
@@ -200,11 +200,6 @@ def _extra(text: str | None) -> dict[str, object]:
     if not isinstance(fields_sent, dict):
         raise ConfigError(f"extra-body is {text}; it must be a JSON object")
     return fields_sent
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def _title(session: Session, measurement: Measurement) -> str:

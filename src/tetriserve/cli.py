@@ -16,15 +16,14 @@ from rich.console import Console
 from tetriserve import options
 from tetriserve.bench_command import bench
 from tetriserve.core.errors import ConfigError
+from tetriserve.evaluate_command import evaluate
 from tetriserve.options import ENV, FORMATS, LOG_LEVELS, one_line_errors, option
 
 if TYPE_CHECKING:
-    from tetriserve.config import PoolConfig
     from tetriserve.engine.live import LiveEngine
     from tetriserve.launch import Progress
     from tetriserve.profile.table import Profile
 
-_HEARTBEAT_TIMEOUT_S = 10.0
 
 console = Console(stderr=True, highlight=False)
 app = typer.Typer(
@@ -46,9 +45,7 @@ def serve(
     device: options.Device = "cpu",
     host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,
-    profile: Annotated[
-        str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
-    ] = None,
+    profile: options.Profile = None,
     served_model_name: Annotated[
         str | None, option("served-model-name", "What clients call the model. Default: the checkpoint's own name.")
     ] = None,
@@ -60,7 +57,7 @@ def serve(
     threads: options.Threads = 1,
     heartbeat_timeout: Annotated[
         float, option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
-    ] = _HEARTBEAT_TIMEOUT_S,
+    ] = options.HEARTBEAT_TIMEOUT_S,
     start_timeout: options.StartTimeout = 300.0,
     shutdown_timeout: Annotated[
         float, option("shutdown-timeout", "Seconds that SIGTERM waits for accepted requests.")
@@ -87,7 +84,7 @@ def serve(
             model=model,
             profile=profile,
             served_model_name=served_model_name,
-            pool=_pool(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
+            pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
             scheduling=SchedulingConfig(policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue),
         )
         access_config = AccessConfig(
@@ -142,7 +139,7 @@ def profile(
             shapes = tuple(Shape.parse(size.strip()) for size in sizes.split(",") if size.strip())
         except ValueError as error:
             raise ConfigError(f"--sizes: {error}") from error
-        pool = _pool(ranks, degrees, device, threads, start_timeout)
+        pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
         with _progress() as progress:
             card, measured = asyncio.run(measure_profile(model, pool, shapes, progress))
         path = out or Path(f"{card.name}.profile.json")
@@ -190,7 +187,7 @@ def simulate(
         from tetriserve.report.publishing import publish_paper
         from tetriserve.simulator.scenario import Scenario
 
-        is_json = _is_json(format)
+        is_json = options.is_json(format)
         scenario = Scenario(
             profile=profile,
             mix=mix,
@@ -283,7 +280,7 @@ def plan(
             num_seeds=seeds,
             first_seed=seed,
             max_ranks=max_ranks,
-            is_json=_is_json(format),
+            is_json=options.is_json(format),
             progress=console,
         )
     if not is_met:
@@ -291,6 +288,7 @@ def plan(
 
 
 app.command()(bench)
+app.command()(evaluate)
 
 
 @app.callback(invoke_without_command=True)
@@ -305,40 +303,6 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> None:
     """The `tetriserve` command."""
     app()
-
-
-def _pool(
-    ranks: int | None,
-    degrees: str,
-    device: str,
-    threads: int,
-    start_timeout: float,
-    heartbeat_timeout: float = _HEARTBEAT_TIMEOUT_S,
-    log_format: str = "text",
-) -> PoolConfig:
-    from tetriserve.config import PoolConfig
-    from tetriserve.launch import num_gpus
-
-    try:
-        parsed = tuple(int(degree) for degree in degrees.split(",") if degree.strip())
-    except ValueError:
-        raise ConfigError(f"degrees is {degrees!r}; write whole numbers with commas, such as 1,2,4") from None
-    num_ranks = ranks if ranks is not None else (num_gpus() or 1) if device == "cuda" else 2
-    return PoolConfig(
-        num_ranks=num_ranks,
-        degrees=parsed,
-        device=device,
-        num_threads=threads,
-        start_timeout_s=start_timeout,
-        heartbeat_timeout_s=heartbeat_timeout,
-        log_format=log_format,
-    )
-
-
-def _is_json(format: str) -> bool:
-    if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
-    return format == "json"
 
 
 def _set_up_logging(level: str, log_format: str = "text") -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tetriserve.core.errors import ConfigError, TetriServeError
+
+if TYPE_CHECKING:
+    from tetriserve.config import PoolConfig
 
 ENV = "TETRISERVE_"
 FORMATS = ("table", "json")
 PROFILE = "flux.1-dev-8xh100"
 SHORTLIST = "lookahead,tetriserve,edf-best-fit,rssp"
 """What `plan` tries: the strongest policy, the paper's, GF-DiT's, and the paper's strongest baseline."""
+HEARTBEAT_TIMEOUT_S = 10.0
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -98,6 +102,9 @@ Degrees = Annotated[
     str, option("degrees", "Degrees of sequence parallelism, such as 1,2,4. Default: powers of two up to --ranks.")
 ]
 Device = Annotated[str, option("device", "cpu or cuda.")]
+Profile = Annotated[
+    str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
+]
 Threads = Annotated[int, option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
 LogLevel = Annotated[str, option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]
 StartTimeout = Annotated[float, option("start-timeout", "Seconds that workers may take to load.")]
@@ -142,3 +149,48 @@ FirstSeed = Annotated[int, option("seed", "The first workload's seed; the others
 Noise = Annotated[float, option("noise", "Standard deviation of task times, as a fraction of them.")]
 Trace = Annotated[Path | None, option("trace", "CSV or JSON Lines of requests to replay, instead of making them up.")]
 Format = Annotated[str, option("format", f"One of {', '.join(FORMATS)}.")]
+
+
+def pool_config(
+    ranks: int | None,
+    degrees: str,
+    device: str,
+    threads: int,
+    start_timeout: float,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S,
+    log_format: str = "text",
+) -> PoolConfig:
+    """The pool that the options describe.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    from tetriserve.config import PoolConfig
+    from tetriserve.launch import num_gpus
+
+    try:
+        parsed = tuple(int(degree) for degree in degrees.split(",") if degree.strip())
+    except ValueError:
+        raise ConfigError(f"degrees is {degrees!r}; write whole numbers with commas, such as 1,2,4") from None
+    num_ranks = ranks if ranks is not None else (num_gpus() or 1) if device == "cuda" else 2
+    return PoolConfig(
+        num_ranks=num_ranks,
+        degrees=parsed,
+        device=device,
+        num_threads=threads,
+        start_timeout_s=start_timeout,
+        heartbeat_timeout_s=heartbeat_timeout,
+        log_format=log_format,
+    )
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises: ConfigError: `value` is none of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def is_json(format: str) -> bool:
+    """Whether results are wanted as JSON. Raises: ConfigError: neither that nor a table."""
+    check_choice("format", format, FORMATS)
+    return format == "json"
