@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,18 +75,17 @@ class Learner(Generic[_Module]):
 
         Under `torchrun` each process has batches of its own, and what is reported is the first one's.
         """
-        start, sums = time.monotonic(), torch.zeros(0)
+        start = time.monotonic()
+        recent: deque[Tensor] = deque(maxlen=_REPORT_STEPS)
         while (elapsed := _agreed((time.monotonic() - start) / (60 * schedule.minutes))) < 1.0:
             rate = schedule.rate(self.num_steps, elapsed)
             terms = loss_terms()
             self._step(torch.stack(list(terms.values())).sum(), rate)
-            values = torch.stack([value.detach() for value in terms.values()])
-            sums = sums + values if len(sums) else values
+            recent.append(torch.stack([value.detach() for value in terms.values()]))
             if self.num_steps % _REPORT_STEPS == 0 and is_first():
-                means = zip(terms, (sums / _REPORT_STEPS).tolist(), strict=True)
+                means = zip(terms, torch.stack(list(recent)).mean(0).tolist(), strict=True)
                 said = ", ".join(f"{name} {mean:.4f}" for name, mean in means)
                 print(f"step {self.num_steps}, {time.monotonic() - start:.0f} s, rate {rate:.1e}: {said}", flush=True)
-                sums = torch.zeros(0)
             if self.num_steps % _SAVE_STEPS == 0 and is_first():
                 self._save(measure())
         if is_first():

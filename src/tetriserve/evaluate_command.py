@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,6 @@ from tetriserve.options import FORMATS, one_line_errors, option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tetriserve.evaluation.trials import Trial
     from tetriserve.evaluator import Row
 
 _NUMBERS_OF_OBJECTS = (1, 2, 3)
@@ -45,6 +45,9 @@ def evaluate(
     steps: Annotated[str, option("steps", "Numbers of denoise steps. Default: the model's own.")] = "",
     seed: Annotated[int, option("seed", "Another seed asks for other pictures.")] = 0,
     sheet: Annotated[Path | None, option("sheet", "Write the first pictures of each setting here, as one PNG.")] = None,
+    curve: Annotated[
+        Path | None, option("curve", "Plot accuracy over the steps of the first policy here (PNG).")
+    ] = None,
     output_file: Annotated[Path | None, option("output-file", "Write the results here, as JSON.")] = None,
     format: options.Format = FORMATS[0],
 ) -> None:
@@ -54,7 +57,9 @@ def evaluate(
     """
     with one_line_errors():
         from tetriserve.config import EngineConfig, SchedulingConfig
+        from tetriserve.evaluation.sheet import contact_sheet
         from tetriserve.evaluator import Setting, evaluate_all
+        from tetriserve.report.accuracy import save_accuracy_curve
 
         is_json = options.is_json(format)
         if prompts < 1:
@@ -90,9 +95,14 @@ def evaluate(
             "rows": list(map(_as_json, rows)),
         }
         if output_file is not None:
-            output_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            with _writing(output_file):
+                output_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         if sheet is not None:
-            _write_sheet(sheet, [trial for row in rows for trial in row.first_trials])
+            with _writing(sheet):
+                contact_sheet([trial for row in rows for trial in row.first_trials]).save(sheet)
+        if curve is not None:
+            with _writing(curve):
+                save_accuracy_curve(_accuracy_by_steps(rows[: len(rows) // len(configs)]), curve)
         if is_json:
             typer.echo(json.dumps(result))
         else:
@@ -104,7 +114,7 @@ def evaluate(
 def _as_json(row: Row) -> dict[str, object]:
     psnr = {} if row.psnr_db is None else dict(zip(("psnr_db_min", "psnr_db_median"), row.psnr_db, strict=True))
     shares = {name: asdict(share) | {"percent": share.percent} for name, share in row.shares.items()}
-    return asdict(row.setting) | shares | psnr | {"seconds_per_image": row.seconds}
+    return asdict(row.setting) | {"num_steps": row.num_steps} | shares | psnr | {"seconds_per_image": row.seconds}
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -119,19 +129,27 @@ def _table(rows: Sequence[Row]) -> Table:
         answered = [f"{row.shares[name].percent:.1f}" if name in row.shares else "" for name in questions]
         distances = ("", "") if row.psnr_db is None else tuple(f"{value:.0f} dB" for value in row.psnr_db)
         table.add_row(
-            setting.policy, setting.size, str(setting.num_steps or "own"), str(setting.num_objects),
+            setting.policy, setting.size, str(row.num_steps), str(setting.num_objects),
             str(objects.total), *answered, *distances, f"{row.seconds:.2f}",
         )  # fmt: skip
     return table
 
 
-def _write_sheet(path: Path, trials: Sequence[Trial]) -> None:
-    from tetriserve.evaluation.sheet import contact_sheet
+def _accuracy_by_steps(rows: Sequence[Row]) -> dict[tuple[str, int], list[tuple[int, float]]]:
+    """Points (steps, percentage of pictures with the right objects) by size and number of objects."""
+    curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for row in rows:
+        points = curves.setdefault((row.setting.size, row.setting.num_objects), [])
+        points.append((row.num_steps, row.shares["objects"].percent))
+    return curves
 
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        contact_sheet(trials).save(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the sheet cannot be written to {path}: {error}") from error
+        yield
+    except (OSError, ValueError) as error:  # Pillow refuses an unknown suffix so
+        raise ConfigError(f"{path} cannot be written: {error}") from error
 
 
 def _split(name: str, text: str) -> tuple[str, ...]:

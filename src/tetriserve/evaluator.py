@@ -34,6 +34,7 @@ class Setting:
 class Row:
     """How the prompts of one setting went.
 
+    num_steps: denoise steps of each picture.
     shares: right answers by question: objects, relations, background, sizes.
     psnr_db: lowest and median against the first policy's pictures; None for that policy's own.
     seconds: wall-clock time per picture, with several at a time.
@@ -41,6 +42,7 @@ class Row:
     """
 
     setting: Setting
+    num_steps: int
     shares: dict[str, Share]
     psnr_db: tuple[float, float] | None
     seconds: float
@@ -75,6 +77,7 @@ async def evaluate_all(
                 rows.append(
                     Row(
                         setting=setting,
+                        num_steps=setting.num_steps or engine.intake.card.default_num_steps,
                         shares=shares(trials),
                         psnr_db=None if rivals is trials else _psnr_range(rivals, trials),
                         seconds=seconds,
