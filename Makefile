@@ -40,6 +40,7 @@ bench: $(VENV)/.run ## Speed, as ratios measured in one run
 # The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DIT_MINUTES=20
 TRAIN_ARGS ?=
 VAE_MINUTES ?= 30
+TEXT_MINUTES ?= 10
 DIT_MINUTES ?= 360
 TRAIN = $(BIN)/python -m training $(TRAIN_ARGS)
 
@@ -47,9 +48,10 @@ train: $(VENV)/.run ## Train the bundled model anew, into out/training: 7 to 8 h
 	$(TRAIN) vae --minutes $(VAE_MINUTES) --decay 0.5
 	$(TRAIN) latents
 	$(TRAIN) vae --decoder-only --rate 1e-3 --minutes $(VAE_MINUTES) --decay 0.5
-	$(TRAIN) dit --minutes $(DIT_MINUTES) --decay 0.25
+	$(TRAIN) text --minutes $(TEXT_MINUTES) --rate 3e-3 --decay 0.5
+	$(TRAIN) dit --minutes $(DIT_MINUTES) --rate 3e-3 --decay 0.25
 	$(TRAIN) export
-	$(TRAIN) accuracy --side 256 512 1024 --sheet out/training/sheet.png
+	$(BIN)/tetriserve evaluate out/training/pipeline --sizes 256x256,512x512,1024x1024 --sheet out/training/sheet.png
 
 clean: ## Remove the virtual environment
 	rm -rf $(VENV)

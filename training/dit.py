@@ -25,6 +25,8 @@ SHIFTS = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.6
 _CAPTION_DROPOUT = 0.08
 _WEIGHT_DECAY = 0.01
 _REFRESH_STEPS = 100
+_OBJECTS_WEIGHT = 0.05
+_NOTHING_WEIGHT = 0.15
 _BACKENDS = {
     # The fused one is several times slower for so few tokens.
     "cpu": [SDPBackend.MATH],
@@ -58,6 +60,7 @@ def train_dit(
             block.compile()
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     random = Random(f"{rank} {learner.num_steps}")
+    sizes = Random(learner.num_steps)  # the same for all processes: none waits for another's larger batch
     torch.manual_seed(random.getrandbits(32))
     banks = {LatentBank(latents, *size): share for size, share in shares.items()}
     if not any(map(len, banks)):
@@ -68,8 +71,8 @@ def train_dit(
             for bank in banks:
                 bank.refresh()
         ready = [bank for bank in banks if len(bank)]
-        (bank,) = random.choices(ready, [banks[bank] for bank in ready])
-        return {"velocity": _loss(model, bank, random, batch, device)}
+        (bank,) = sizes.choices(ready, [banks[bank] for bank in ready])
+        return _losses(model, bank, random, batch, device)
 
     learner.train(schedule, loss_terms)
 
@@ -80,17 +83,31 @@ def shift_of(num_tokens: int) -> float:
     return SHIFTS["base_shift"] + slope * (num_tokens - SHIFTS["base_image_seq_len"])
 
 
-def _loss(model: Denoiser, bank: LatentBank, random: Random, batch: int, device: torch.device) -> Tensor:
-    """Mean squared error of the velocity, noise less data (Lipman et al. 2023; Esser et al. 2024, section 2)."""
+def _losses(model: Denoiser, bank: LatentBank, random: Random, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """Mean squared error of the velocity, noise less data (Lipman et al. 2023; Esser et al. 2024, section 2), and how
+    surprising it was what each token is part of."""
     num_tokens = bank.height * bank.width
     count = max(1, batch * (64 + NUM_TEXT_TOKENS) // (num_tokens + NUM_TEXT_TOKENS))
     seeds, latents_BSC = bank.draw(random, count)
     captions = ["" if random.random() < _CAPTION_DROPOUT else write_caption(scene_of(seed), random) for seed in seeds]
+    labels_BS2 = torch.tensor([bank.labels(seed) for seed in seeds], device=device)
     latents_BSC = latents_BSC.to(device)
     noise_BSC = torch.randn_like(latents_BSC)
     # Each level as often as the sampler visits it: that is where layout and colours, which captions say, are decided.
     sigma_B = torch.sigmoid(torch.logit(torch.rand(count, device=device)) + shift_of(num_tokens))
     noisy_BSC = torch.lerp(latents_BSC, noise_BSC, sigma_B[:, None, None])
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_BACKENDS[device.type]):
-        velocity_BSC = model(noisy_BSC, sigma_B, *model.reader.tokenize(captions, device), bank.width)
-    return torch.nn.functional.mse_loss(velocity_BSC.float(), noise_BSC - latents_BSC)
+        prediction = model(noisy_BSC, sigma_B, *model.reader.tokenize(captions, device), bank.width)
+    objects = [
+        _object_loss(logits, labels_BS2[..., index])
+        for index, logits in enumerate((prediction.colours, prediction.shapes))
+    ]
+    velocity = torch.nn.functional.mse_loss(prediction.velocity.float(), noise_BSC - latents_BSC)
+    return {"velocity": velocity, "objects": _OBJECTS_WEIGHT * torch.stack(objects).sum()}
+
+
+def _object_loss(logits_BSK: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross entropy, in which the many tokens that belong to nothing count little."""
+    weights_K = torch.ones(logits_BSK.shape[-1], device=logits_BSK.device)
+    weights_K[0] = _NOTHING_WEIGHT
+    return torch.nn.functional.cross_entropy(logits_BSK.float().flatten(0, 1), labels_BS.flatten(), weights_K)

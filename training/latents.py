@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from training.learner import load, save
-from training.model import LATENT_CHANNELS, PIXELS_PER_TOKEN, pack
-from training.pictures import pictures_of, prefetched
+from training.model import LATENT_CHANNELS, pack
+from training.pictures import PIXELS_PER_TOKEN, labels_of, pictures_of, prefetched
 from training.vae import encode, to_images
 
 _SHARD_SIZE = 256
@@ -72,6 +72,10 @@ class LatentBank:
         self._names.update(path.name for path in paths)
         self._seeds = torch.cat([self._seeds, *(shard["seeds"] for shard in shards)])
         self._latents = torch.cat([self._latents, *(shard["latents"] for shard in shards)])
+
+    def labels(self, seed: int) -> tuple[tuple[int, int], ...]:
+        """What each of the picture's tokens is part of; see `labels_of`."""
+        return labels_of(seed, self.height * PIXELS_PER_TOKEN, self.width * PIXELS_PER_TOKEN)
 
     def draw(self, random: Random, count: int) -> tuple[list[int], torch.Tensor]:
         """`count` random seeds and their latents (count, S, 4C), float32."""

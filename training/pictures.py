@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from random import Random
 from typing import Any, TypeVar
@@ -13,15 +15,42 @@ import numpy as np
 
 from tetriserve.evaluation.drawing import draw_image, place_items
 from tetriserve.evaluation.scenes import Scene, draw_training
+from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
 
 _NUM_ITEMS = {1: 0.35, 2: 0.45, 3: 0.20}
 _CROPS = {64: 0.6, 128: 0.25, 256: 0.15}
 _SIDES = (256, 256, 512)
+_COLOURS = tuple(COLOURS)
+PIXELS_PER_TOKEN = 32
 _Result = TypeVar("_Result")
 
 
 def scene_of(seed: int) -> Scene:
     return draw_scene_of_any_count(Random(seed))
+
+
+@cache
+def labels_of(seed: int, height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """For each token of `scene_of(seed)` drawn so, in rows: its object's colour and shape, numbered from 1; or 0, 0."""
+    random = Random(seed)
+    scene = draw_scene_of_any_count(random)
+    places = place_items(scene, random, height, width)
+    side = PIXELS_PER_TOKEN / min(height, width)
+    labels = []
+    for row, column in product(range(height // PIXELS_PER_TOKEN), range(width // PIXELS_PER_TOKEN)):
+        label = (0, 0)
+        for item, place in zip(scene.items, places, strict=True):
+            across = _overlap(column * side, side, place.x, place.extent)
+            down = _overlap(row * side, side, place.y, place.extent)
+            if across * down > side**2 / 4:
+                label = (1 + _COLOURS.index(item.colour), 1 + SHAPES.index(item.shape))
+        labels.append(label)
+    return tuple(labels)
+
+
+def _overlap(start: float, length: float, centre: float, extent: float) -> float:
+    """Of [start, start + length] with [centre - extent, centre + extent]."""
+    return max(0.0, min(start + length, centre + extent) - max(start, centre - extent))
 
 
 def pictures_of(seeds: Iterable[int], height: int, width: int) -> np.ndarray:
