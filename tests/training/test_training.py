@@ -14,11 +14,12 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from tetriserve.evaluation.captions import WORDS, write_caption
 from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
+from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
 from training.dit import SHIFTS, shift_of
 from training.learner import Learner, Schedule, load, save
-from training.model import Reader, image_ids, pack
+from training.model import Denoiser, Reader, image_ids, pack
 from training.muon import orthogonal
-from training.pictures import crops_of, pictures_of, prefetched, scene_of
+from training.pictures import crops_of, labels_of, pictures_of, prefetched, scene_of
 from training.text import OBJECT_FACTS, Questions, object_facts, scene_facts
 from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 from training.vae import encode, load_vae, to_images, train_vae
@@ -158,3 +159,35 @@ def test_objects_are_asked_about_at_the_word_for_their_shape() -> None:
     assert words == ["ring</w>", "disc</w>"]
     held = [{name for name, truth in zip(OBJECT_FACTS, row, strict=True) if truth} for row in truths.tolist()]
     assert [("blue",) in held[0], ("red",) in held[0], ("red",) in held[1]] == [True, False, True]
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 384)])
+def test_tokens_are_labelled_by_the_object_they_show(height: int, width: int) -> None:
+    for seed in range(20):
+        scene = scene_of(seed)
+        pixels = pictures_of([seed], height, width)[0]
+        cells = pixels.reshape(height // 32, 32, width // 32, 32, 3).swapaxes(1, 2).reshape(-1, 32 * 32, 3)
+        labels = labels_of(seed, height, width)
+        assert len(labels) == len(cells)
+        known = {(1 + list(COLOURS).index(item.colour), 1 + SHAPES.index(item.shape)) for item in scene.items}
+        assert set(labels) - {(0, 0)} == known
+        background = np.array(COLOURS[scene.background])
+        for cell, (colour, _) in zip(cells, labels, strict=True):
+            if colour:
+                ink = np.array(list(COLOURS.values())[colour - 1])
+                others = (cell != background).any(1) & (np.abs(cell.astype(int) - ink).sum(1) > 30)
+                assert others.mean() < 0.25, "no other object lies here"
+            else:
+                assert (cell != background).any(1).mean() < 0.6
+
+
+def test_the_denoiser_says_what_tokens_are_part_of_and_its_gradient_reaches_the_transformer() -> None:
+    model = Denoiser(Reader())
+    clip_BL, t5_BL = model.reader.tokenize(["a red circle", "a blue ring"], CPU)
+    prediction = model(torch.randn(2, 64, 64), torch.tensor([0.3, 0.9]), clip_BL, t5_BL, 8)
+    assert prediction.velocity.shape == (2, 64, 64)
+    assert prediction.colours.shape == (2, 64, 1 + len(COLOURS))
+    assert prediction.shapes.shape == (2, 64, 1 + len(SHAPES))
+    prediction.shapes.square().sum().backward()
+    assert model.transformer.x_embedder.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.reader.parameters())
