@@ -167,8 +167,8 @@ async def worker_memory(directory: Path) -> tuple[float, float]:
         pss = [_pss_mib(pid) for pid in executor.pids.values()]
     finally:
         await executor.stop()
-    weights = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-    return statistics.fmean(pss), weights / 2**20
+    stored = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+    return statistics.fmean(pss), 2 * stored / 2**20  # stored in half precision, computed with in single
 
 
 def _pss_mib(pid: int) -> float:
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=45, help="engine and bare loop, in turn, per size")
     parser.add_argument("--policy", default="tetriserve")
     arguments = parser.parse_args()
-    directory = asyncio.run(find_model(None, print)).path
+    directory = find_model(None).path
     for shape, ratios in asyncio.run(overhead(directory, arguments.policy, arguments.pairs)).items():
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
