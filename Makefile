@@ -6,7 +6,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve profile test lint types contracts check bench train clean
+.PHONY: help serve profile browser test lint types contracts check bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,10 @@ serve: $(VENV)/.run ## Serve the bundled small model on the CPU (options: make s
 
 profile: $(VENV)/.run ## Measure a profile of the bundled model
 	@$(BIN)/tetriserve profile $(ARGS)
+
+browser: ## Install the Chromium of tests/browser, where apt-get may
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+		&& apt-get install -qq -y --no-install-recommends chromium; } || echo "no Chromium: tests/browser will be skipped"
 
 test: $(VENV)/.dev ## Run the whole test suite
 	$(BIN)/pytest $(ARGS)

@@ -15,6 +15,7 @@ from tetriserve.server import EngineSlot, create_app
 sys.path.insert(0, str(Path(__file__).parent))  # for `fake_engine`, which is also run as a program
 
 from fake_engine import FakeExecutor, make_engine  # noqa: E402
+from live_server import Live  # noqa: E402
 
 if TYPE_CHECKING:
     from tetriserve.server.tracing import Tracing
@@ -51,6 +52,16 @@ def connect() -> Connect:
 async def client(engine: LiveEngine, connect: Connect) -> AsyncIterator[httpx.AsyncClient]:
     async with connect(EngineSlot(engine)) as client:
         yield client
+
+
+@pytest.fixture
+async def live(executor: FakeExecutor) -> AsyncIterator[Live]:
+    """A server on a port, whose queue holds four."""
+    server = Live(executor, max_queue=4)
+    await server.url
+    yield server
+    executor.gate.set()
+    await server.stop()
 
 
 @pytest.fixture

@@ -11,21 +11,24 @@ import logging
 import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from tetriserve.config import ServerConfig
+from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.control import Controller
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
-from tetriserve.core.request import Shape
+from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import Intake, LiveEngine
-from tetriserve.executor.protocol import OnEvent
+from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.models.card import ModelCard
+from tetriserve.models.preview import Latents
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.simulator.foresight import SimulatedForesight
 
 ENCODE_S = DECODE_S = 0.002
 STEP_S = 0.004
@@ -89,6 +92,8 @@ class FakeExecutor:
         self.gate.set()
         self.forgotten: list[str] = []
         self.is_stopped = False
+        self.has_previews = True
+        self.num_previews = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.pixels: dict[str, np.ndarray] = {}
         self._on_event: OnEvent = lambda event: None
@@ -121,6 +126,13 @@ class FakeExecutor:
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
         return self.pixels.pop(ref.key)
 
+    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
+        if not self.has_previews:
+            return None
+        self.num_previews += 1
+        small = picture(request.prompt, request.seed, Shape(request.shape.height // 8, request.shape.width // 8))
+        return Preview(small, Latents(np.zeros((1, 1)), 0.5))
+
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
 
@@ -142,8 +154,15 @@ def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
 def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
     """A started engine; call it on the loop that it will run on."""
     cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, (1, 2)))
-    controller = Controller(make_policy(policy, cost, num_ranks=2, shapes=PROFILE.shapes), cost)
-    engine = LiveEngine(controller, executor, Intake(card=CARD, cost=cost), max_queue=max_queue, policy_name=policy)
+    new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=PROFILE.shapes)
+    engine = LiveEngine(
+        Controller(new_policy(), cost),
+        executor,
+        Intake(card=CARD, cost=cost),
+        SimulatedForesight(new_policy),
+        max_queue=max_queue,
+        policy_name=policy,
+    )
     engine.start()
     return engine
 
@@ -154,15 +173,18 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shutdown-timeout", type=float, default=10.0)
     parser.add_argument("--launch-time", type=float, default=0.0)
+    parser.add_argument("--instant", action="store_true", help="tasks take no time")
+    parser.add_argument("--api-key", action="append", default=[])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 
     async def launch() -> LiveEngine:
         print("launching", flush=True)
         await asyncio.sleep(arguments.launch_time)
-        return make_engine(FakeExecutor())
+        return make_engine(FakeExecutor(takes_time=not arguments.instant))
 
-    config = ServerConfig(port=0, shutdown_timeout_s=arguments.shutdown_timeout)
+    access = AccessConfig(api_keys=tuple(arguments.api_key))
+    config = ServerConfig(port=0, shutdown_timeout_s=arguments.shutdown_timeout, access=access)
     return run_server(config, launch, on_ready=lambda url, engine: print(url, flush=True))
 
 

@@ -64,7 +64,7 @@ async def test_whatever_is_not_named_as_open_is_guarded(guarded):
         path for path in ("/health", "/ready", "/metrics", "/openapi.json") if (await guarded.get(path)).is_success
     ]
     assert opened == ["/health", "/ready", "/metrics", "/openapi.json"]
-    for path in ("/", "/v1", "/v1/", "/V1/models", "/no/such/path", "/health/", "//v1/models", "/v1%2Fmodels"):
+    for path in ("/v1", "/v1/", "/V1/models", "/no/such/path", "/health/", "//v1/models", "/v1%2Fmodels"):
         assert (await guarded.get(path)).status_code == 401
 
 
@@ -72,7 +72,7 @@ async def test_the_description_says_where_a_key_is_needed(guarded, client):
     described = (await guarded.get("/openapi.json")).json()
     assert described["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
     needs_key = {path for path, item in described["paths"].items() if any("security" in each for each in item.values())}
-    assert needs_key == {URL, "/v1/models", "/v1/models/{model_id}", "/debug/trace"}
+    assert needs_key == {URL, "/v1/models", "/v1/models/{model_id}", "/v1/quotes", "/debug/trace"}
     assert "securitySchemes" not in (await client.get("/openapi.json")).json()["components"]
 
 

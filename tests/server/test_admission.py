@@ -45,7 +45,7 @@ async def test_a_full_queue_is_a_429_with_retry_after_and_what_was_accepted_goes
     error = refused.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "queue_full", None)
     assert "2" in error["message"]
-    assert "earliest_finish_ms" not in error
+    assert "earliest_deadline_ms" not in error
 
     executor.gate.set()
     assert [response.status_code for response in await asyncio.gather(*accepted)] == [200, 200, 200]
@@ -60,14 +60,15 @@ async def test_n_images_are_admitted_together_or_not_at_all(small, executor):
     assert executor.forgotten == []
 
 
-async def test_an_infeasible_deadline_is_refused_on_request_with_the_earliest_finish(draw):
+async def test_an_infeasible_deadline_is_refused_on_request_with_one_that_can_be_promised(draw):
     response = await draw(slo_ms=3, deadline_policy="reject")
     assert response.status_code == 429
     assert int(response.headers["Retry-After"]) >= 1
     error = response.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "deadline_infeasible", "slo_ms")
-    # encode 2 ms, four steps of 0.625 ms at degree 2, decode 2 ms
-    assert error["earliest_finish_ms"] == pytest.approx(6.5, abs=0.5)
+    # Encode 2 ms, four steps of 0.625 ms at degree 2, decode 2 ms, 1 ms to start each; and what the quote itself takes.
+    assert error["earliest_deadline_ms"] > 9.5
+    assert f"one in {error['earliest_deadline_ms'] / 1000:.3f} s can" in error["message"]
 
     assert (await draw(slo_ms=3, deadline_policy="best_effort")).status_code == 200
     assert (await draw(slo_ms=3000, deadline_policy="reject")).status_code == 200

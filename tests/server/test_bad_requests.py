@@ -94,8 +94,9 @@ BAD_FIELDS = [
     ("style", "vivid", "auto"),
     ("background", "transparent", "opaque"),
     ("moderation", "low", "auto"),
-    ("stream", True, "False"),
-    ("partial_images", 2, "0"),
+    ("stream", "yes", "boolean"),
+    ("partial_images", 4, "3"),
+    ("partial_images", 2, "stream"),
     ("steps", 5, "num_inference_steps"),
     ("\ud800", 5, ""),
 ]

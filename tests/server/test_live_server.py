@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from fake_engine import CARD, make_engine
+from fake_engine import CARD
+from live_server import Live, until
 
 from tetriserve.config import ServerConfig
 from tetriserve.core.errors import CheckpointError, ConfigError
@@ -25,42 +26,6 @@ from tetriserve.server.run import listen, url_of
 URL = "/v1/images/generations"
 BODY = {"prompt": "a lighthouse", "size": "64x64"}
 PNG = b"\x89PNG"
-
-
-async def until(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-class Live:
-    """A server in this process. `stop` sends it SIGTERM and gives its exit code."""
-
-    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0):
-        self.engine = None
-        self.url = asyncio.get_running_loop().create_future()
-
-        async def launch():
-            await asyncio.sleep(launch_time_s)
-            self.engine = make_engine(executor, max_queue=max_queue)
-            return self.engine
-
-        config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s)
-        self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))
-
-    async def stop(self):
-        if not self.serving.done():
-            signal.raise_signal(signal.SIGTERM)
-        return await self.serving
-
-
-@pytest.fixture
-async def live(executor):
-    server = Live(executor, max_queue=4)
-    await server.url
-    yield server
-    executor.gate.set()
-    await server.stop()
 
 
 @pytest.fixture
@@ -159,7 +124,7 @@ async def test_the_openai_package_raises_its_own_errors(ai, executor, live):
         )
     assert late.value.code == "deadline_infeasible"
     assert int(late.value.response.headers["retry-after"]) >= 1
-    assert late.value.body["earliest_finish_ms"] > 2
+    assert late.value.body["earliest_deadline_ms"] > 2
 
     executor.gate.clear()
     accepted = []
@@ -171,6 +136,43 @@ async def test_the_openai_package_raises_its_own_errors(ai, executor, live):
     assert full.value.code == "queue_full"
     executor.gate.set()
     await asyncio.gather(*accepted)
+
+
+async def test_the_openai_package_comes_back_to_a_full_queue_when_it_is_told_to(live, executor):
+    executor.gate.clear()
+    async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=2) as ai:
+        accepted = []
+        for number in range(5):  # one runs, four wait
+            accepted.append(asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64")))
+            await until(lambda number=number: len(live.engine.state.trajectories) == number + 1)
+        start = time.monotonic()
+        patient = asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64", extra_body={"seed": 9}))
+        async with httpx.AsyncClient(base_url=await live.url) as http:
+            refusals = 'code="queue_full"} 1.0'
+            while refusals not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+        executor.gate.set()
+        assert (await patient).data[0].seed == 9
+        assert time.monotonic() - start > 1.0  # Retry-After: 1
+        await asyncio.gather(*accepted)
+
+
+async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch):
+    monkeypatch.setattr("tetriserve.server.errors.RESTART_S", 1.0)
+    seen = {}
+
+    def listen_and_tell(host, port):
+        listener = listen(host, port)
+        seen["url"] = url_of(listener)
+        return listener
+
+    monkeypatch.setattr(run, "listen", listen_and_tell)
+    server = Live(executor, launch_time_s=0.5)
+    await until(lambda: seen)
+    async with openai.AsyncOpenAI(base_url=f"{seen['url']}/v1", api_key="none", max_retries=2) as ai:
+        answer = await ai.images.generate(prompt="a lighthouse", size="64x64")
+    assert base64.b64decode(answer.data[0].b64_json)[:4] == PNG
+    assert await server.stop() == 0
 
 
 async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):

@@ -20,6 +20,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ class ObedientExecutor:
 def running(executor: ObedientExecutor, policy: Policy | None = None) -> tuple[LiveEngine, list[Outcome]]:
     policy = policy or make_policy("fcfs", COST, num_ranks=1, shapes=[Shape(256, 256)])
     engine = LiveEngine(
-        Controller(policy, COST), executor, Intake(card=CARD, cost=COST), max_queue=9, policy_name="test"
+        Controller(policy, COST),
+        executor,
+        Intake(card=CARD, cost=COST),
+        SimulatedForesight(lambda: policy),
+        max_queue=9,
+        policy_name="test",
     )
     engine.start()
     outcomes: list[Outcome] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import assert_never
 
 from tetriserve.control.admission import earliest_finish
@@ -59,7 +60,11 @@ class Controller:
         Raises:
             PolicyError: the policy's plan uses a rank, a request or a number of steps that it may not.
         """
-        commands = self._apply(event, now)
+        return self.handle_all((event,), now)
+
+    def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
+        """What to do about several events that happened at `now`, with one plan for all of them; see `handle`."""
+        commands = [command for event in events for command in self._apply(event, now)]
         plan = self.policy.plan(self.state, now)
         commands += [self._start(task, now) for task in plan.tasks]
         if plan.wake_at is not None:
@@ -70,6 +75,20 @@ class Controller:
     def state(self) -> State:
         return self._tracker.state(self.cost)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that are waiting or running, those included whose client has left a running task behind."""
+        return len(self._tracker.records)
+
+    def fork(self, policy: Policy) -> Controller:
+        """An equal controller that goes its own way from here: what-if runs start with one.
+
+        policy: one of the same kind; it may keep facts about trajectories, so an instance serves one controller.
+        """
+        forked = Controller(policy, self.cost, max_losses=self._max_losses)
+        forked._tracker = self._tracker.fork()
+        return forked
+
     def earliest_finish(self, request: Request, now: float) -> float:
         """When `request` could finish at the earliest if it were admitted now; see `control.admission`."""
         return earliest_finish(self.state, request, now)
@@ -77,8 +96,8 @@ class Controller:
     def _apply(self, event: Event, now: float) -> list[Command]:
         tracker = self._tracker
         match event:
-            case Submitted(request):
-                tracker.admit(request, self.earliest_finish(request, now))
+            case Submitted(request, promised_finish_s):
+                tracker.admit(request, promised_finish_s or self.earliest_finish(request, now))
             case Cancelled(request_id):
                 return self._cancel(request_id)
             case TaskFinished():
@@ -98,13 +117,18 @@ class Controller:
     def _start(self, task: Task, now: float) -> StartTask:
         self._check(task)
         record = self._tracker.records[task.request_id]
-        end_s = now + self.cost.switch_s + self._work_s(task, record.request)
+        end_s = now + self.cost.switch_s + self.expected_s(task, record.request)
         if record.trajectory.is_moved_by(task.ranks):
             end_s += self.cost.move_s
         task_id = self._tracker.take_off(task, now, end_s)
         return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
 
-    def _work_s(self, task: Task, request: Request) -> float:
+    def end_s(self, task_id: int) -> float:
+        """When a task in flight was expected to end as it started."""
+        return self._tracker.in_flight[task_id].end_s
+
+    def expected_s(self, task: Task, request: Request) -> float:
+        """Seconds that the leader of `task` is expected to compute; starting it comes on top."""
         match task.stage:
             case Stage.ENCODE:
                 return self.cost.encode_s(request)

@@ -60,6 +60,16 @@ class Tracker:
         self._busy: set[int] = set()  # by tasks in flight, living or not
         self._next_task_id = 0
 
+    def fork(self) -> Tracker:
+        """An equal tracker that is changed on its own; records start without the history of their runs."""
+        forked = Tracker()
+        forked.records = {name: replace(record, runs=[]) for name, record in self.records.items()}
+        forked.in_flight = dict(self.in_flight)
+        forked.ranks = set(self.ranks)
+        forked._busy = set(self._busy)
+        forked._next_task_id = self._next_task_id
+        return forked
+
     def state(self, cost: CostModel) -> State:
         return State(
             trajectories=tuple(record.trajectory for record in self.records.values() if not record.is_cancelled),

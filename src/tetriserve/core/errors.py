@@ -42,16 +42,16 @@ class QueueFull(TetriServeError):
 
 
 class DeadlineInfeasible(TetriServeError):
-    """Admission refused under `deadline_policy: reject`: no schedule in sight meets the deadline.
+    """Admission refused under `deadline_policy: reject`: the deadline cannot be promised; see `core.forecast.Quote`.
 
     Attributes:
-        earliest_finish_s: seconds from now to the earliest finish that could be expected.
+        earliest_deadline_s: seconds from now to the earliest deadline that could be promised; None if none was found.
         retry_after_s: seconds after which the same deadline is worth asking for again.
     """
 
-    def __init__(self, message: str, earliest_finish_s: float, retry_after_s: float) -> None:
+    def __init__(self, message: str, earliest_deadline_s: float | None, retry_after_s: float) -> None:
         super().__init__(message)
-        self.earliest_finish_s = earliest_finish_s
+        self.earliest_deadline_s = earliest_deadline_s
         self.retry_after_s = retry_after_s
 
 

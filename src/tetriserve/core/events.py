@@ -28,7 +28,10 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
+    """`promised_finish_s` is the finish that a quote forecast, if the request was admitted on its promise."""
+
     request: Request
+    promised_finish_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

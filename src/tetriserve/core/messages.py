@@ -47,7 +47,9 @@ ToWorker = RunTask | WarmGroup | DropGroup | Forget | Stop
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and warm."""
+    """The model is loaded and warm. `preview_basis` names the matrix of `models.preview`, if this rank left it."""
+
+    preview_basis: TensorRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,18 @@
 """The live driver of the controller: wall clock, executor, and the clients who wait."""
 
+from tetriserve.engine.foresight import Foresight
 from tetriserve.engine.intake import Generation, Intake
-from tetriserve.engine.live import GeneratedImage, LiveEngine
+from tetriserve.engine.live import LiveEngine
+from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
 from tetriserve.engine.tasks import EndedTask
 
-__all__ = ["EndedTask", "GeneratedImage", "Generation", "Intake", "LiveEngine"]
+__all__ = [
+    "EndedTask",
+    "Foresight",
+    "GeneratedImage",
+    "Generation",
+    "Intake",
+    "LiveEngine",
+    "Progress",
+    "Watcher",
+]

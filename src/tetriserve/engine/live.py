@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.control.admission import backlog_s
 from tetriserve.control.controller import Controller
-from tetriserve.core.errors import DeadlineInfeasible, QueueFull, RequestFailed, ShuttingDown
+from tetriserve.core.errors import QueueFull, RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
     CloseCancelled,
@@ -27,20 +28,25 @@ from tetriserve.core.events import (
     Submitted,
     TaskFailed,
     TaskFinished,
+    TensorRef,
     TimerFired,
     WakeAt,
     WorkerJoined,
 )
+from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage
+from tetriserve.engine.foresight import Foresight, Outlook, infeasible
 from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
 from tetriserve.engine.tasks import EndedTask, TaskBook
-from tetriserve.executor.protocol import Executor
+from tetriserve.executor.protocol import Executor, Preview
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
-    import numpy as np
+    from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -49,25 +55,19 @@ OnTask = Callable[[EndedTask], None]
 Recorder = Callable[[float, Event], None]
 
 
-@dataclass(frozen=True)
-class GeneratedImage:
-    """`pixels` are uint8, (height, width, 3); `outcome` says what happened on the way."""
-
-    pixels: np.ndarray
-    outcome: Outcome
-
-
 @dataclass
 class _Client:
     """Who waits for a request."""
 
     request: Request
     image: asyncio.Future[GeneratedImage]
+    tell: Callable[[Progress | GeneratedImage], None]
 
 
 class LiveEngine:
     """The engine on one event loop. `executor` is started already; `intake` holds the rules of admission.
 
+    foresight: looks ahead for quotes and forecasts.
     policy_name: the policy as the operator named it.
     on_event: hears of every event with its time, before it is handled; replayed through an equal controller, these
         give the same commands.
@@ -79,6 +79,7 @@ class LiveEngine:
         controller: Controller,
         executor: Executor,
         intake: Intake,
+        foresight: Foresight,
         *,
         max_queue: int,
         policy_name: str,
@@ -89,9 +90,14 @@ class LiveEngine:
         self._executor = executor
         self.policy_name = policy_name
         self._max_queue = max_queue
-        self._on_event = [] if on_event is None else [on_event]
+        self._outlook = Outlook(foresight, controller, lambda: self.now)
+        self._promising = asyncio.Lock()
+        self._on_event: list[Recorder] = [self._outlook.note]
+        if on_event is not None:
+            self._on_event.append(on_event)
         self._on_task: list[OnTask] = []
         self._on_outcome: list[OnOutcome] = []
+        self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
         self._clients: dict[str, _Client] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -120,6 +126,8 @@ class LiveEngine:
         if self._timer is not None:
             self._timer.cancel()
         self._abandon(ShuttingDown("the server shut down before the image was finished"))
+        for on_stop in self._on_stop:
+            on_stop()
         await self._executor.stop()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:
@@ -133,6 +141,10 @@ class LiveEngine:
     def subscribe_events(self, on_event: Recorder) -> None:
         """Hear of every event with its time, before it is handled: `state` still is what it was since the last one."""
         self._on_event.append(on_event)
+
+    def when_stopped(self, on_stop: Callable[[], None]) -> None:
+        """Call back when everyone who waited has been answered: nothing more will be heard of."""
+        self._on_stop.append(on_stop)
 
     @property
     def now(self) -> float:
@@ -157,18 +169,38 @@ class LiveEngine:
         """
         return (await self.generate_all([generation]))[0]
 
-    async def generate_all(self, generations: Sequence[Generation]) -> list[GeneratedImage]:
+    async def generate_all(
+        self, generations: Sequence[Generation], watch: Watcher | None = None
+    ) -> list[GeneratedImage]:
         """Several images, admitted together or not at all; when one fails, the others are cancelled.
+
+        `watch` hears of their progress, from their admission on, and of each image as soon as it is there.
 
         Raises: as `generate`.
         """
-        clients = self._admit(generations)
+        clients = await self._admit(generations, watch)
         try:
             return list(await asyncio.gather(*(client.image for client in clients)))
         finally:
             for client in clients:
                 if not client.image.done() or client.image.cancelled():
                     self._leave(client)
+
+    async def quote(self, generations: Sequence[Generation]) -> Quote:
+        """What could be promised to these images if they were asked for now, together. Nothing is admitted.
+
+        Raises:
+            InvalidRequest, ShuttingDown: they would not be admitted.
+        """
+        return await self._outlook.quote(self._requests(generations))
+
+    async def forecast(self) -> Forecast:
+        """What becomes of what is there; shared by all who ask, and up to a second old."""
+        return await self._outlook.forecast()
+
+    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
+        """See `Executor.read_preview`."""
+        return self._executor.read_preview(request, latents, before)
 
     def handle(self, event: Event) -> None:
         """Feed one event to the controller and carry out what it answers.
@@ -193,46 +225,69 @@ class LiveEngine:
             on_event(now, event)
         if isinstance(event, TaskFinished | TaskFailed):
             ended = self._tasks.end(event, now)
+            self._tell_client(
+                Progress(
+                    request=ended.request,
+                    stage=ended.run.task.stage,
+                    steps_done=ended.steps_done,
+                    degree=0,
+                    latents=event.result if ended.step_s is not None and isinstance(event, TaskFinished) else None,
+                )
+            )
             for on_task in self._on_task:
                 on_task(ended)
 
-    def _admit(self, generations: Sequence[Generation]) -> list[_Client]:
+    async def _admit(self, generations: Sequence[Generation], watch: Watcher | None) -> list[_Client]:
+        requests = self._requests(generations)
+        self._check_room(len(requests))
+        if not any(generation.reject_infeasible for generation in generations):
+            return self._submit(requests, [None] * len(requests), watch)
+        async with self._promising:  # of two promises at a time, the second has to know of the first
+            quote = await self._outlook.quote(requests)
+            if not quote.is_feasible:
+                raise infeasible(quote, backlog_s(self.state))
+            self._check_serving()
+            self._check_room(len(requests))
+            return self._submit(requests, [image.finish_s for image in quote.images], watch)
+
+    def _requests(self, generations: Sequence[Generation]) -> list[Request]:
+        self._check_serving()
+        now = self.now
+        return [
+            self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
+            for generation in generations
+        ]
+
+    def _check_serving(self) -> None:
         if self._is_draining:
             raise ShuttingDown("the server is shutting down")
         if self.failure is not None:
             raise RequestFailed(self.failure)
-        now = self.now
-        requests = [
-            self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
-            for generation in generations
-        ]
+
+    def _check_room(self, num_more: int) -> None:
         state = self.state
         num_waiting = len(state.waiting)
-        if num_waiting + len(requests) > self._max_queue:
+        if num_waiting + num_more > self._max_queue:
             raise QueueFull(
-                f"{num_waiting} requests are waiting, of at most {self._max_queue}; {len(requests)} more do not fit",
+                f"{num_waiting} requests are waiting, of at most {self._max_queue}; {num_more} more do not fit",
                 backlog_s(state),
             )
-        for generation, request in zip(generations, requests, strict=True):
-            if generation.reject_infeasible:
-                self._check_feasible(request, now)
-        clients = [_Client(request, asyncio.get_running_loop().create_future()) for request in requests]
-        for client in clients:
-            self._clients[client.request.request_id] = client
-            self._is_empty.clear()
-            self.handle(Submitted(client.request))
-        return clients
 
-    def _check_feasible(self, request: Request, now: float) -> None:
-        finish_s = self.controller.earliest_finish(request, now)
-        late_s = finish_s - request.deadline_s
-        if late_s > 0:
-            raise DeadlineInfeasible(
-                f"deadline in {request.deadline_s - now:.3f} s cannot be met; "
-                f"the earliest finish is expected in {finish_s - now:.3f} s",
-                earliest_finish_s=finish_s - now,
-                retry_after_s=late_s,
-            )
+    def _submit(
+        self, requests: Sequence[Request], promised_s: Sequence[float | None], watch: Watcher | None
+    ) -> list[_Client]:
+        loop = asyncio.get_running_loop()
+        clients = [
+            _Client(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
+            for number, request in enumerate(requests)
+        ]
+        for client, promised_finish_s in zip(clients, promised_s, strict=True):
+            request = client.request
+            self._clients[request.request_id] = client
+            self._is_empty.clear()
+            client.tell(Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0))
+            self.handle(Submitted(request, promised_finish_s))
+        return clients
 
     def _leave(self, client: _Client) -> None:
         """The client is gone: cancel its request. What still runs of it ends with its task."""
@@ -256,6 +311,12 @@ class LiveEngine:
         match command:
             case StartTask():
                 self._tasks.start(command, now, self.controller.cost)
+                task = command.task
+                self._tell_client(
+                    Progress(
+                        request=command.request, stage=task.stage, steps_done=command.steps_done, degree=task.degree
+                    )
+                )
                 self._executor.start_task(command)
             case WakeAt(time_s):
                 self._wake_at(time_s)
@@ -282,7 +343,9 @@ class LiveEngine:
                 logger.exception("request %s: the image is lost", request_id, extra=fields(image_id=request_id))
                 self._fail(FailRequest(request, runs, predicted_finish_s, str(error)))
                 return
-            client.image.set_result(GeneratedImage(pixels, outcome))
+            image = GeneratedImage(pixels, outcome)
+            client.image.set_result(image)
+            client.tell(image)
         self._clients.pop(request.request_id, None)
         self._report(outcome)
         self._note_empty()
@@ -294,6 +357,11 @@ class LiveEngine:
             client.image.set_exception(RequestFailed(command.message))
         self._report(self._outcome(request, Status.FAILED, command.runs, command.predicted_finish_s, command.message))
         self._note_empty()
+
+    def _tell_client(self, progress: Progress) -> None:
+        client = self._clients.get(progress.request.request_id)
+        if client is not None:
+            client.tell(progress)
 
     def _outcome(
         self, request: Request, status: Status, runs: tuple[Run, ...], predicted_finish_s: float, message: str = ""
@@ -316,3 +384,7 @@ class LiveEngine:
     def _note_empty(self) -> None:
         if not self._clients:
             self._is_empty.set()
+
+
+def _unheard(update: Progress | GeneratedImage) -> None:
+    """Nobody watches."""

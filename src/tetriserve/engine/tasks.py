@@ -14,6 +14,7 @@ from tetriserve.core.trajectory import Stage
 class EndedTask:
     """A task that is over.
 
+    steps_done: denoise steps of the request that are over by now.
     failure: why it ended without a result; None if it has one.
     step_s: seconds per denoise step, as its leader measured them; None without a result, and in other stages.
     expected_step_s: the same as the cost model had it when the task started; None in other stages.
@@ -21,6 +22,7 @@ class EndedTask:
 
     request: Request
     run: Run
+    steps_done: int
     failure: FailureKind | None
     step_s: float | None
     expected_step_s: float | None
@@ -47,12 +49,13 @@ class TaskBook:
     def end(self, event: TaskFinished | TaskFailed, now: float) -> EndedTask:
         started = self._started.pop(event.task_id)
         task = started.command.task
-        step_s = None
+        steps_done, step_s = started.command.steps_done, None
         if isinstance(event, TaskFinished) and task.stage is Stage.DENOISE:
-            step_s = event.elapsed_s / task.num_steps
+            steps_done, step_s = steps_done + task.num_steps, event.elapsed_s / task.num_steps
         return EndedTask(
             request=started.command.request,
             run=Run(task, started.start_s, now),
+            steps_done=steps_done,
             failure=None if isinstance(event, TaskFinished) else event.kind,
             step_s=step_s,
             expected_step_s=started.expected_step_s,

@@ -34,11 +34,13 @@ from tetriserve.core.messages import (
     ToWorker,
     WarmGroup,
 )
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.outbox import Outbox
+from tetriserve.executor.previews import PreviewReader
 from tetriserve.executor.processes import end_process, end_processes, exit_words, start_context, start_process
-from tetriserve.executor.protocol import OnEvent
+from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
@@ -46,6 +48,8 @@ from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,7 @@ class LocalExecutor:
         self._context = start_context(pool)
         self._directory = StoreDirectory()
         self._store = TensorStore(self._directory.path)
+        self._previews = PreviewReader(self._store, card)
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -161,6 +166,9 @@ class LocalExecutor:
             return self._store.load_numpy(ref)["pixels"]
         except Exception as error:  # safetensors has errors of its own, for what the disk has too
             raise RequestFailed(f"the finished image cannot be read: {type(error).__name__}: {error}") from error
+
+    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
+        return self._previews.read(request, latents, before)
 
     def forget(self, request_id: str) -> None:
         self._store.drop_request(request_id)
@@ -244,8 +252,9 @@ class LocalExecutor:
                         self._drop_group(ranks, group)  # its members disagree on whether it exists
                 self._warming.discard((group, rank))
                 self._check_warm()
-            case Ready():
+            case Ready(preview_basis):
                 worker.is_ready = True
+                self._previews.basis = preview_basis or self._previews.basis
                 self._num_failed_starts[rank] = 0
                 self._on_event(WorkerJoined(rank))
                 if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from tetriserve.core.events import Event, StartTask, TensorRef
+from tetriserve.core.request import Request
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tetriserve.models.preview import Latents
+
+
+@dataclass(frozen=True)
+class Preview:
+    """pixels: uint8, small, of the image's proportions. latents: what they were made from."""
+
+    pixels: np.ndarray
+    latents: Latents
+
 
 OnEvent = Callable[[Event], None]
 """Called on the event loop with TaskFinished, TaskFailed, WorkerLost and WorkerJoined."""
@@ -43,6 +56,14 @@ class Executor(Protocol):
 
         Raises:
             RequestFailed: they cannot be read.
+        """
+        ...
+
+    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
+        """What the latents that a denoise task left behind will look like; None if that cannot be said.
+
+        Any thread may call it: it takes a millisecond or two, and no rank's time. `before` is what an earlier call for
+        the same request returned the latents of.
         """
         ...
 

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tetriserve.config import AccessConfig
+from tetriserve.server.board.pages import OPEN_PATHS
 from tetriserve.server.errors import envelope
 from tetriserve.server.exchange import Exchange
 from tetriserve.server.limits import Allowance
@@ -36,7 +37,7 @@ class AccessMiddleware:
 
     def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
         self._app = app
-        self._open = PROBES if config.guard_metrics else PROBES | {"/metrics"}
+        self._open = PROBES | OPEN_PATHS | (frozenset() if config.guard_metrics else {"/metrics"})
         self._has_keys = bool(config.api_keys)
         self._clients = [
             Client(number, _digest(key.encode()), Allowance(config.rate_limit, config.max_concurrency))

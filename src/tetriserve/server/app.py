@@ -12,11 +12,14 @@ from starlette.middleware.cors import CORSMiddleware
 from tetriserve.config import AccessConfig
 from tetriserve.server import errors
 from tetriserve.server.access import AccessMiddleware
+from tetriserve.server.board import board_router
 from tetriserve.server.debug import debug_router
 from tetriserve.server.exchange import ExchangeMiddleware
 from tetriserve.server.metrics import Metrics
 from tetriserve.server.openai import openai_router
 from tetriserve.server.probes import probe_router
+from tetriserve.server.quotes import quote_router
+from tetriserve.server.recent import RecentRuns
 from tetriserve.server.slot import EngineSlot
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tr
         redoc_url=None,
         redirect_slashes=False,  # a redirect has no envelope
     )
-    metrics = Metrics(slot)
+    metrics, recent = Metrics(slot), RecentRuns(slot)
     # The last one added is the outermost.
     app.add_middleware(AccessMiddleware, config=access)
     if access.cors_origins:
@@ -56,6 +59,8 @@ def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tr
     # Says in /openapi.json that a key is needed; the middleware has asked for it before.
     guards = [Security(HTTPBearer(auto_error=False))] if access.api_keys else []
     app.include_router(openai_router(slot), dependencies=guards)
+    app.include_router(quote_router(slot), dependencies=guards)
     app.include_router(probe_router(slot, metrics))
-    app.include_router(debug_router(slot), dependencies=guards)
+    app.include_router(debug_router(recent), dependencies=guards)
+    app.include_router(board_router(slot, recent))
     return app

@@ -10,23 +10,18 @@ from fastapi import APIRouter, Query, Response
 
 from tetriserve.server.errors import RESPONSES
 from tetriserve.server.recent import RecentRuns
-from tetriserve.server.slot import EngineSlot
 
 MAX_SECONDS = 3600
 
 Seconds = Annotated[float, Query(gt=0, le=MAX_SECONDS, description="How far back.")]
 
 
-def debug_router(slot: EngineSlot) -> APIRouter:
+def debug_router(recent: RecentRuns) -> APIRouter:
     router = APIRouter(responses={status: RESPONSES[status] for status in (400, 401, 503)})
-    recents: list[RecentRuns] = []
-    slot.when_filled(lambda engine: recents.append(RecentRuns(engine)))
 
     @router.get("/debug/trace", response_class=Response)
     async def trace(seconds: Seconds = 30.0) -> Response:
         """The last tasks as a trace for ui.perfetto.dev or chrome://tracing: a row per rank, a block per task."""
-        slot.require()
-        (recent,) = recents
         excerpt = recent.last(seconds)
         content = await asyncio.to_thread(lambda: json.dumps(excerpt.trace()))
         return Response(content, media_type="application/json")

@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
 
     async def on_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, TetriServeError)
-        return _noted(request, _response(error))
+        return _noted(request, response_to(error))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -96,7 +96,7 @@ def envelope(
     param: str | None = None,
     *,
     retry_after_s: float | None = None,
-    earliest_finish_ms: float | None = None,
+    earliest_deadline_ms: float | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> ErrorResponse:
     """An error as OpenAI writes it. `retry_after_s` becomes a header of whole seconds, at least 1."""
@@ -105,8 +105,8 @@ def envelope(
         all_headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
-    if earliest_finish_ms is not None:
-        error["earliest_finish_ms"] = earliest_finish_ms
+    if earliest_deadline_ms is not None:
+        error["earliest_deadline_ms"] = earliest_deadline_ms
     return ErrorResponse(status, error, all_headers)
 
 
@@ -116,7 +116,8 @@ def _noted(request: Request, response: ErrorResponse) -> ErrorResponse:
     return response
 
 
-def _response(error: TetriServeError) -> ErrorResponse:
+def response_to(error: TetriServeError) -> ErrorResponse:
+    """What a client is told of an error."""
     message = str(error)
     match error:
         case UnknownModel():
@@ -132,7 +133,7 @@ def _response(error: TetriServeError) -> ErrorResponse:
                 "deadline_infeasible",
                 "slo_ms",
                 retry_after_s=error.retry_after_s,
-                earliest_finish_ms=round(error.earliest_finish_s * 1000, 3),
+                earliest_deadline_ms=_milliseconds(error.earliest_deadline_s),
             )
         case OverLimit():
             return envelope(429, message, error.code, retry_after_s=error.retry_after_s)
@@ -144,6 +145,10 @@ def _response(error: TetriServeError) -> ErrorResponse:
             return envelope(500, message, "generation_failed")
         case _:
             return envelope(500, message, "internal_error")
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
 
 
 def _explain(error: Mapping[str, Any]) -> tuple[str, str | None]:

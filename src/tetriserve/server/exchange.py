@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tetriserve.logs import MAX_FIELD_CHARS, fields
 from tetriserve.server.errors import ErrorResponse, envelope
 from tetriserve.server.metrics import Metrics
+from tetriserve.workload.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,11 @@ class Exchange:
     def note_error(self, response: ErrorResponse) -> None:
         self.error_code = response.code
         self.facts["error"] = response.message
+
+    def note_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """What became of the images of one call."""
+        self.facts["latency_s"] = round(max(outcome.latency_s for outcome in outcomes), 3)
+        self.facts["attained"] = f"{sum(outcome.is_attained for outcome in outcomes)}/{len(outcomes)}"
 
 
 class ExchangeMiddleware:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from tetriserve.engine import GeneratedImage
-from tetriserve.server.schemas import ImageData, Run, Schedule
+from tetriserve.server.schemas import ImageData, ImagesRequest, Run, Schedule
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 _PNG_LEVEL = 1
 """zlib's fastest: its default takes about three times as long for a file a fifth smaller, and a client waits."""
+
+
+def encoding_of(body: ImagesRequest) -> tuple[OutputFormat, int]:
+    """The file format that the client wants, and its quality."""
+    return body.output_format or "png", 100 if body.output_compression is None else body.output_compression
 
 
 def image_data(image: GeneratedImage, output_format: OutputFormat, quality: int) -> ImageData:

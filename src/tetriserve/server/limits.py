@@ -57,7 +57,7 @@ class Allowance:
             InvalidRequest: never, there are too many.
         """
         self._check_concurrency(num_images)
-        self._use_rate(num_images, now)
+        self.use_rate(num_images, now)
         self._num_pending += num_images
         try:
             yield
@@ -77,7 +77,11 @@ class Allowance:
                 _COME_BACK_S,
             )
 
-    def _use_rate(self, num_images: int, now: float) -> None:
+    def use_rate(self, num_images: int, now: float) -> None:
+        """Take `num_images` out of the rate.
+
+        Raises: as `admitted`.
+        """
         if self._bucket is None:
             return
         limit = self._bucket.capacity

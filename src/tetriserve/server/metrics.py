@@ -9,7 +9,7 @@ from itertools import pairwise
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
-from tetriserve.core.events import Event, WorkerJoined, WorkerLost
+from tetriserve.core.events import Event, Submitted, WorkerJoined, WorkerLost
 from tetriserve.core.request import Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import EndedTask, LiveEngine
@@ -33,6 +33,7 @@ class Metrics:
     def __init__(self, slot: EngineSlot) -> None:
         self._registry = CollectorRegistry()
         self._sizes: frozenset[Shape] = frozenset()
+        self._promised: set[str] = set()  # unfinished requests that were admitted on a promise
         self._declare_http()
         self._declare_requests()
         self._declare_tasks()
@@ -81,6 +82,9 @@ class Metrics:
             _SIGNED_SECONDS,
             "size",
         )
+        self._promises = self._counter(
+            "promises", "Images admitted on the promise of their deadline: kept or broken.", "end", "size"
+        )
         self._switches = self._counter("group_switches", "Denoise tasks on other ranks than the image's one before.")
 
     def _declare_tasks(self) -> None:
@@ -113,6 +117,8 @@ class Metrics:
         shape = outcome.request.shape
         size = str(shape) if shape in self._sizes else "other"
         self._requests.labels(outcome.status.value, size).inc()
+        was_promised = outcome.request.request_id in self._promised
+        self._promised.discard(outcome.request.request_id)
         denoise = [run.task for run in outcome.runs if run.task.stage is Stage.DENOISE]
         self._switches.inc(sum(set(before.ranks) != set(after.ranks) for before, after in pairwise(denoise)))
         if outcome.status is Status.CANCELLED:
@@ -120,6 +126,8 @@ class Metrics:
         # Both exist from a size's first image on, so that a size of which all are missed has a SAR, of 0.
         attained, missed = self._attained.labels(size), self._missed.labels(size)
         (attained if outcome.is_attained else missed).inc()
+        if was_promised:
+            self._promises.labels("kept" if outcome.is_attained else "broken", size).inc()
         if outcome.status is Status.FINISHED:
             self._observe_finished(outcome, size)
 
@@ -143,6 +151,8 @@ class Metrics:
 
     def _count_event(self, now: float, event: Event) -> None:
         match event:
+            case Submitted(request, promised_finish_s) if promised_finish_s is not None:
+                self._promised.add(request.request_id)
             case WorkerLost():
                 self._workers_lost.inc()
             case WorkerJoined():  # those of the start came before anyone listened

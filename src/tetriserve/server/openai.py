@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from tetriserve.core.errors import InvalidRequest, UnknownModel
-from tetriserve.engine import GeneratedImage, Generation, LiveEngine
+from tetriserve.engine import GeneratedImage, LiveEngine
 from tetriserve.server.access import Client
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import RESPONSES, envelope
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
-from tetriserve.server.images import image_data
+from tetriserve.server.generations import generations_of
+from tetriserve.server.images import encoding_of, image_data
 from tetriserve.server.schemas import (
     ClientId,
     ImagesRequest,
@@ -25,6 +25,7 @@ from tetriserve.server.schemas import (
     SizeRange,
 )
 from tetriserve.server.slot import EngineSlot
+from tetriserve.server.streaming import STREAM_RESPONSES, ImageEvents, ImageStream, Updates
 
 SloHeader = Annotated[float | None, Header(alias="X-SLO-Ms", description="As `slo_ms` in the body, which wins.")]
 IdHeader = Annotated[
@@ -36,28 +37,32 @@ def openai_router(slot: EngineSlot) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
     created = int(time.time())
 
-    @router.post("/v1/images/generations", response_model=ImagesResponse)
+    @router.post("/v1/images/generations", response_model=ImagesResponse, responses=STREAM_RESPONSES)
     async def generate_images(
         request: Request, body: ImagesRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
     ) -> Response:
-        """Make `n` images of a prompt, each by its deadline if that can be. Closing the connection cancels them."""
+        """Make `n` images of a prompt, each by its deadline if that can be. Closing the connection cancels them.
+
+        With `stream`, the answer is a stream of server-sent events.
+        """
         exchange: Exchange = request.state.exchange
         exchange.request_id = body.request_id or exchange.request_id
         num_images = body.n or 1
         exchange.facts |= {"size": body.size or "auto", "n": num_images}
         engine = slot.require()
-        _check_model(engine, body.model)
-        generations = _generations(body, num_images, x_slo_ms)
+        generations = generations_of(body, engine, x_slo_ms)
         client: Client = request.state.client
-        with client.allowance.admitted(num_images, time.monotonic()):
+        with contextlib.ExitStack() as pending:
+            pending.enter_context(client.allowance.admitted(num_images, time.monotonic()))
             exchange.facts["image_ids"] = ",".join(generation.request_id or "" for generation in generations)
+            if body.stream:
+                updates = await Updates.open(engine, generations)
+                return ImageStream(request, ImageEvents(body, engine), updates, pending.pop_all())
             try:
                 images = await unless_gone(request, engine.generate_all(generations))
             except ClientGone:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            outcomes = [image.outcome for image in images]
-            exchange.facts["latency_s"] = round(max(outcome.latency_s for outcome in outcomes), 3)
-            exchange.facts["attained"] = f"{sum(outcome.is_attained for outcome in outcomes)}/{num_images}"
+            exchange.note_outcomes([image.outcome for image in images])
             answer = await asyncio.to_thread(_answer, body, exchange.request_id, engine.intake.card.name, images)
         return Response(answer, media_type="application/json")
 
@@ -77,45 +82,9 @@ def openai_router(slot: EngineSlot) -> APIRouter:
     return router
 
 
-def _check_model(engine: LiveEngine, model: str | None) -> None:
-    served = engine.intake.card.name
-    if model is not None and model != served:
-        raise UnknownModel(f"model {model[:200]!r} is not served; served: {served!r}", "model")
-
-
-def _generations(body: ImagesRequest, num_images: int, header_slo_ms: float | None) -> list[Generation]:
-    """One per image, with consecutive seeds.
-
-    Raises:
-        InvalidRequest: fields contradict each other.
-    """
-    if body.output_format in (None, "png") and body.output_compression not in (None, 100):
-        raise InvalidRequest(
-            "output_compression is the quality of a jpeg or webp image, and output_format is png", "output_compression"
-        )
-    slo_ms = header_slo_ms if body.slo_ms is None else body.slo_ms
-    return [
-        Generation(
-            prompt=body.prompt,
-            size=body.size,
-            seed=None if body.seed is None else body.seed + number,
-            num_steps=body.num_inference_steps,
-            guidance_scale=body.guidance_scale,
-            negative_prompt=body.negative_prompt,
-            true_cfg_scale=body.true_cfg_scale,
-            slo_s=None if slo_ms is None else slo_ms / 1000,
-            priority=body.priority or 0,
-            reject_infeasible=body.deadline_policy == "reject",
-            request_id=uuid.uuid4().hex,
-        )
-        for number in range(num_images)
-    ]
-
-
 def _answer(body: ImagesRequest, request_id: str, model: str, images: list[GeneratedImage]) -> str:
     """The response as JSON. Encodes the images: call it off the event loop."""
-    output_format = body.output_format or "png"
-    quality = 100 if body.output_compression is None else body.output_compression
+    output_format, quality = encoding_of(body)
     response = ImagesResponse(
         id=request_id,
         created=int(time.time()),

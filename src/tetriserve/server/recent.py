@@ -10,6 +10,7 @@ from itertools import takewhile
 from tetriserve.core.events import Run
 from tetriserve.core.plan import State
 from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.perfetto import TraceEvent, deadline_mark, task_blocks, trace_document
 
@@ -38,26 +39,34 @@ class Excerpt:
 
 
 class RecentRuns:
-    """The last tasks and outcomes of an engine, without prompts."""
+    """The last tasks and outcomes of the slot's engine, without prompts."""
 
-    def __init__(self, engine: LiveEngine) -> None:
-        self._engine = engine
+    def __init__(self, slot: EngineSlot) -> None:
+        self._slot = slot
         self._tasks: deque[EndedTask] = deque(maxlen=MAX_TASKS)
         self._outcomes: deque[Outcome] = deque(maxlen=MAX_TASKS)
-        engine.subscribe_tasks(self._keep_task)
-        engine.subscribe(self._keep_outcome)
+        slot.when_filled(self._attach)
 
     def last(self, seconds: float) -> Excerpt:
-        """What ended in the last `seconds`, and what runs now."""
-        now = self._engine.now
+        """What ended in the last `seconds`, and what runs now.
+
+        Raises:
+            NotReady: the engine is not there yet.
+        """
+        engine = self._slot.require()
+        now = engine.now
         since = now - seconds
         return Excerpt(
             tasks=list(takewhile(lambda ended: ended.run.end_s >= since, reversed(self._tasks))),
             outcomes=list(takewhile(lambda outcome: outcome.finish_s >= since, reversed(self._outcomes))),
-            state=self._engine.state,
+            state=engine.state,
             now=now,
-            title=self._engine.intake.card.name,
+            title=engine.intake.card.name,
         )
+
+    def _attach(self, engine: LiveEngine) -> None:
+        engine.subscribe_tasks(self._keep_task)
+        engine.subscribe(self._keep_outcome)
 
     def _keep_task(self, ended: EndedTask) -> None:
         self._tasks.append(replace(ended, request=replace(ended.request, prompt="", negative_prompt=None)))

@@ -52,7 +52,9 @@ class ImagesRequest(BaseModel):
     )
     priority: int | None = Field(None, description="Class of the request: lower is served earlier, 0 by default.")
     deadline_policy: Literal["best_effort", "reject"] | None = Field(
-        None, description="`reject` refuses with 429 a request whose deadline cannot be met; best_effort by default."
+        None,
+        description="`reject` refuses with 429 a request whose deadline cannot be promised (see /v1/quotes); "
+        "best_effort by default.",
     )
     request_id: ClientId | None = Field(
         None, description="The client's own id, echoed in `id` and X-Request-Id; wins over the header X-Request-Id."
@@ -62,8 +64,10 @@ class ImagesRequest(BaseModel):
     style: Literal["auto"] | None = Field(None, description="Not served.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Backgrounds are opaque.")
     moderation: Literal["auto"] | None = Field(None, description="Not served.")
-    stream: Literal[False] | None = Field(None, description="Not served.")
-    partial_images: Literal[0] | None = Field(None, description="Not served.")
+    stream: bool | None = Field(None, description="Answer with server-sent events: progress, previews, images.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="At most so many previews of each image, with `stream`; 0 by default."
+    )
 
 
 class Run(BaseModel):
@@ -105,6 +109,82 @@ class ImagesResponse(BaseModel):
     output_format: Literal["png", "jpeg", "webp"]
     data: list[ImageData]
     user: str | None = None
+
+
+class ProgressEvent(BaseModel):
+    """A task of an image started or ended, or the image was admitted."""
+
+    type: Literal["image_generation.progress"] = "image_generation.progress"
+    image_index: int = Field(description="Which of the `n` images, from 0.")
+    stage: str
+    step: int = Field(description="Denoise steps that are over.")
+    num_steps: int
+    degree: int = Field(description="Ranks that work for the image from now on; 0 for none.")
+    predicted_finish_ms: float | None = Field(description="Milliseconds from now, by a forecast at most a second old.")
+
+
+class _PictureEvent(BaseModel):
+    """What OpenAI's two kinds of pictures have in common, and which of the `n` images it is."""
+
+    b64_json: str
+    created_at: int = Field(description="Unix time in seconds.")
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png", "jpeg", "webp"]
+    image_index: int = Field(description="Which of the `n` images, from 0.")
+
+
+class PartialImageEvent(_PictureEvent):
+    """A preview."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class UsageDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens that the model works on: the text's, padding included, and the image's."""
+
+    input_tokens: int
+    input_tokens_details: UsageDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class CompletedEvent(_PictureEvent):
+    """A finished image."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: Usage
+    seed: int
+    schedule: Schedule
+
+
+class QuotedImage(BaseModel):
+    """What is forecast for one image."""
+
+    predicted_finish_ms: float | None = Field(description="From now; null: it would never end, as no rank is up.")
+    degrees: list[int] = Field(description="Degree of every denoise step.")
+
+
+class QuoteResponse(BaseModel):
+    """What could be promised now. Milliseconds are from now."""
+
+    feasible: bool = Field(
+        description="All images are forecast to end by the deadline, and nobody in the queue to become late by it."
+    )
+    slo_ms: float = Field(description="The deadline asked for.")
+    predicted_finish_ms: float | None = Field(description="When the last image would end; null: never.")
+    earliest_deadline_ms: float | None = Field(
+        description="The least slo_ms of those tried that is feasible; null if none of them is."
+    )
+    queue_position: int = Field(description="Images now waiting that would go first.")
+    data: list[QuotedImage]
 
 
 class SizeRange(BaseModel):
@@ -149,8 +229,10 @@ class ErrorBody(BaseModel):
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None = Field(description="The field at fault, as the client spelt it.")
     code: str
-    earliest_finish_ms: float | None = Field(
-        None, description="With code deadline_infeasible: milliseconds from now to the earliest finish expected."
+    earliest_deadline_ms: float | None = Field(
+        None,
+        description="With code deadline_infeasible: the least slo_ms found that could be promised now; absent if none "
+        "was found.",
     )
 
 

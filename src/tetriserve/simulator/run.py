@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -78,12 +78,18 @@ class Simulation:
         for rank in range(num_ranks):
             self._take(WorkerJoined(rank))
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Outcome]:
-        """Outcomes in the order in which requests end; last those that the policy never finished, as failed."""
+    def run(
+        self, requests: Iterable[Request], admits: Callable[[Request], bool] = lambda request: True
+    ) -> Iterator[Outcome]:
+        """Outcomes in the order in which requests end; last those that the policy never finished, as failed.
+
+        admits: asked of each request when it arrives; one that is refused leaves no outcome.
+        """
         for request in requests:
             yield from self._run_until(request.arrival_s)
             self.now = max(self.now, request.arrival_s)
-            yield from self._take(Submitted(request))
+            if admits(request):
+                yield from self._take(Submitted(request))
         yield from self._run_until(float("inf"))
         for trajectory in self.controller.state.trajectories:  # no event is left that could move them
             request = trajectory.request

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tetriserve.core.events import TensorRef
 
@@ -26,6 +26,7 @@ _SHM = Path("/dev/shm")
 _MIN_SHM_BYTES = 2**30
 _PREFIX = "tetriserve-store-"
 _LOCK = "lock"
+_NUMPY_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 class TensorStore:
@@ -50,11 +51,10 @@ class TensorStore:
         return tensors
 
     def load_numpy(self, ref: TensorRef) -> dict[str, np.ndarray]:
-        """Without torch, for the server."""
-        from safetensors.numpy import load_file
+        """Without torch, for the server. bfloat16, which numpy does not have, comes as float32."""
+        from safetensors import deserialize
 
-        tensors: dict[str, np.ndarray] = load_file(self._path(ref.key))
-        return tensors
+        return {name: _array(view) for name, view in deserialize(self._path(ref.key).read_bytes())}  # type: ignore[no-untyped-call]
 
     def drop(self, ref: TensorRef) -> None:
         self._path(ref.key).unlink(missing_ok=True)
@@ -87,6 +87,18 @@ class StoreDirectory:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def _array(view: Mapping[str, Any]) -> np.ndarray:
+    """One tensor as safetensors describes it: dtype, shape and bytes."""
+    import numpy as np
+
+    kind, data = view["dtype"], view["data"]
+    if kind == "BF16":  # the upper half of a float32
+        array = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        array = np.frombuffer(data, _NUMPY_DTYPES[kind])
+    return array.reshape(view["shape"])
 
 
 def _parent() -> Path:

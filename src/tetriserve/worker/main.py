@@ -99,7 +99,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
-    pipe.send(Ready())
+    pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))
     threading.Thread(target=_beat, args=(pipe, runner, spec.heartbeat_s), daemon=True).start()
     while True:
         message = pipe.receive()

@@ -14,6 +14,8 @@ from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, DenoiseLoop, Embeds
+from tetriserve.models.card import ModelCard
+from tetriserve.models.preview import fit_basis
 from tetriserve.worker.groups import Groups, is_collective_error
 from tetriserve.worker.latents import TensorStore
 
@@ -85,6 +87,10 @@ class Runner:
         latents = self._adapter.denoise_loop(request, embeds, 0).step(self._adapter.initial_latents(request))
         self._adapter.decode(request, latents)
 
+    def save_preview_basis(self, card: ModelCard) -> TensorRef:
+        """Leave in the store what the server makes previews with."""
+        return self._store.save("preview-basis", {"basis": torch.from_numpy(fit_basis(self._adapter, card))})
+
     def _run_stage(self, message: RunTask) -> TensorRef | None:
         start = message.start
         with torch.no_grad():
@@ -115,7 +121,8 @@ class Runner:
         resident.latents, resident.steps_done, resident.loop = latents, steps_done, loop
         if self._rank != task.ranks[0]:
             return None
-        return self._store.save(f"{start.request.request_id}.latents.{steps_done}", {"latents": latents})
+        tensors = {"latents": latents, "noise_level": torch.tensor(loop.noise_level)}
+        return self._store.save(f"{start.request.request_id}.latents.{steps_done}", tensors)
 
     def _decode(self, start: StartTask) -> TensorRef:
         pixels = self._adapter.decode(start.request, self._latents(start, self._resident(start)))

@@ -52,6 +52,10 @@ class FaultyLoop:
         self._prompt = request.prompt
         self._loop = loop
 
+    @property
+    def noise_level(self) -> float:
+        return self._loop.noise_level
+
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         if SLOW in self._prompt:
             time.sleep(SLOW_STEP_S)

@@ -1,0 +1,81 @@
+"""Forecasts and quotes of a live engine, worked out beside its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tetriserve.control.controller import Controller
+from tetriserve.core.errors import DeadlineInfeasible
+from tetriserve.core.events import Event, TaskFinished, TimerFired
+from tetriserve.core.forecast import Forecast, Quote
+from tetriserve.core.request import Request
+
+MAX_AGE_S = 1.0
+"""How old a shared forecast may be; for quotes, besides, nobody may have come or gone since."""
+
+
+class Foresight(Protocol):
+    """Looks ahead by the policy that serves. Called in threads: it must not touch the controller that it is given."""
+
+    def forecast(self, controller: Controller, now: float, *, until_s: float = math.inf) -> Forecast:
+        """What the controller would do from `now` on if nobody else came."""
+        ...
+
+    def quote(self, controller: Controller, now: float, requests: Sequence[Request], without: Forecast) -> Quote:
+        """What could be promised to `requests`, which come at `now`; `without` is the forecast without them."""
+        ...
+
+
+class Outlook:
+    """The future of one engine. Forecasts are shared among all who ask; all methods are called on the event loop.
+
+    A forecast takes milliseconds of Python, under long queues tens of them. In a thread it holds up the event loop by
+    no more than Python's switch interval at a time. What it works on is a fork of the controller, which nobody else
+    has, and values that nobody mutates.
+    """
+
+    def __init__(self, foresight: Foresight, controller: Controller, clock: Callable[[], float]) -> None:
+        self._foresight = foresight
+        self._controller = controller
+        self._clock = clock
+        self._forecast: asyncio.Task[Forecast] | None = None
+        self._made_at = -math.inf
+        self._is_stale = False
+        self._quoting = asyncio.Lock()
+
+    def note(self, now: float, event: Event) -> None:
+        """Hear of an event: somebody's coming or going is what a forecast does not foresee."""
+        if not isinstance(event, TaskFinished | TimerFired):
+            self._is_stale = True
+
+    async def forecast(self) -> Forecast:
+        """The future of what is there, or was up to `MAX_AGE_S` ago."""
+        now = self._clock()
+        if self._forecast is None or now > self._made_at + MAX_AGE_S:
+            self._made_at, self._is_stale = now, False
+            work = asyncio.to_thread(self._foresight.forecast, self._snapshot(), now)
+            self._forecast = asyncio.create_task(work)
+        return await asyncio.shield(self._forecast)  # others may wait for it too
+
+    async def quote(self, requests: Sequence[Request]) -> Quote:
+        """What could be promised to `requests` if they were admitted now. One quote at a time is worked on."""
+        async with self._quoting:
+            if self._is_stale:
+                self._forecast = None
+            without = await self.forecast()
+            return await asyncio.to_thread(self._foresight.quote, self._snapshot(), self._clock(), requests, without)
+
+    def _snapshot(self) -> Controller:
+        return self._controller.fork(self._controller.policy)
+
+
+def infeasible(quote: Quote, backlog_s: float) -> DeadlineInfeasible:
+    """The refusal that follows from `quote`; `backlog_s` is when to come back if it names no deadline."""
+    slo_s, earliest_s = quote.deadline_s - quote.arrival_s, quote.earliest_deadline_s - quote.arrival_s
+    refusal = f"a deadline in {slo_s:.3f} s cannot be promised"
+    if math.isinf(earliest_s):
+        return DeadlineInfeasible(f"{refusal}, nor could a later one that was tried", None, backlog_s)
+    return DeadlineInfeasible(f"{refusal}; one in {earliest_s:.3f} s can", earliest_s, earliest_s - slo_s)

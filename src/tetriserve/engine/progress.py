@@ -1,0 +1,44 @@
+"""What those who wait for an image hear on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tetriserve.core.events import TensorRef
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Stage
+from tetriserve.workload.outcome import Outcome
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """`pixels` are uint8, (height, width, 3); `outcome` says what happened on the way."""
+
+    pixels: np.ndarray
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The request was admitted, or a task of it started or ended.
+
+    stage: of the task; encode at admission.
+    steps_done: denoise steps that are over.
+    degree: ranks that work for the request from now on; 0 for none.
+    latents: what a denoise task left behind as it ended; gone as soon as the next one has ended.
+    """
+
+    request: Request
+    stage: Stage
+    steps_done: int
+    degree: int
+    latents: TensorRef | None = None
+
+
+Watcher = Callable[[int, Progress | GeneratedImage], None]
+"""Hears of one of several images, counted from 0, on the event loop. Be quick and do not raise: the pool waits."""

@@ -1,0 +1,96 @@
+"""What the page is told of requests and tasks, as JSON. Never a prompt: whoever watches may be someone else."""
+
+from __future__ import annotations
+
+from itertools import islice
+from math import isfinite
+
+from tetriserve.core.events import Run
+from tetriserve.core.forecast import Forecast
+from tetriserve.core.plan import InFlight
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Trajectory
+from tetriserve.engine import EndedTask
+from tetriserve.workload.outcome import Outcome
+
+Row = dict[str, object]
+
+MAX_PLANNED = 500
+"""Tasks to come that are told: more than a screen can show apart."""
+_PAUSE_S = 0.02
+
+
+def request_row(request: Request) -> Row:
+    return {
+        "id": request.request_id,
+        "size": str(request.shape),
+        "num_steps": request.num_steps,
+        "arrival_s": seconds(request.arrival_s),
+        "deadline_s": seconds(request.deadline_s),
+    }
+
+
+def open_row(trajectory: Trajectory) -> Row:
+    """A request that has not ended, and how far it is."""
+    return {**request_row(trajectory.request), "steps_done": trajectory.steps_done}
+
+
+def ended_row(outcome: Outcome) -> Row:
+    return {
+        **request_row(outcome.request),
+        "status": outcome.status.value,
+        "attained": outcome.is_attained,
+        "finish_s": seconds(outcome.finish_s),
+    }
+
+
+def running_row(flight: InFlight) -> Row:
+    """A task that runs; its end is the expected one."""
+    task = flight.task
+    return run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, flight.start_s, flight.end_s)
+
+
+def ran_row(ended: EndedTask) -> Row:
+    """A task that is over. `failure` is there only if it has no result."""
+    run, task = ended.run, ended.run.task
+    row = run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, run.start_s, run.end_s)
+    return row if ended.failure is None else {**row, "failure": ended.failure.value}
+
+
+def plan_row(forecast: Forecast) -> Row:
+    """Tasks to come, the first `MAX_PLANNED`, those of a request that follow each other on the same ranks as one."""
+    rows: list[Row] = []
+    last: dict[str, tuple[Run, Row]] = {}
+    for run in islice((run for run in forecast.runs if run.start_s >= forecast.now), MAX_PLANNED):
+        task = run.task
+        before = last.get(task.request_id)
+        if before is not None and _continues(run, before[0]):
+            row = before[1]
+            row["end_s"] = seconds(run.end_s)
+        else:
+            row = run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, run.start_s, run.end_s)
+            rows.append(row)
+        last[task.request_id] = run, row
+    finishes = {name: seconds(finish_s) for name, finish_s in forecast.finish_s.items() if isfinite(finish_s)}
+    return {"runs": rows, "finishes": finishes}
+
+
+def _continues(run: Run, before: Run) -> bool:
+    is_same = (run.task.stage, run.task.ranks) == (before.task.stage, before.task.ranks)
+    return is_same and run.start_s - before.end_s < _PAUSE_S
+
+
+def run_row(request_id: str, stage: str, ranks: tuple[int, ...], num_steps: int, start_s: float, end_s: float) -> Row:
+    return {
+        "id": request_id,
+        "stage": stage,
+        "ranks": ranks,
+        "num_steps": num_steps,
+        "start_s": seconds(start_s),
+        "end_s": seconds(end_s),
+    }
+
+
+def seconds(time_s: float) -> float:
+    """To a tenth of a millisecond: finer than any screen."""
+    return round(time_s, 4)

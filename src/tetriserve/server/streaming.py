@@ -1,0 +1,203 @@
+"""Images as server-sent events: OpenAI's previews and finished images, and between them how they get on.
+
+An error before the first event is an ordinary answer; afterwards it is an event `error` with the same envelope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from tetriserve.core.errors import TetriServeError
+from tetriserve.engine import GeneratedImage, Generation, LiveEngine, Progress
+from tetriserve.server.disconnect import ClientGone, unless_gone
+from tetriserve.server.errors import response_to
+from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
+from tetriserve.server.images import encode, encoding_of, image_data
+from tetriserve.server.previews import PreviewMaker
+from tetriserve.server.schemas import (
+    CompletedEvent,
+    ImagesRequest,
+    PartialImageEvent,
+    ProgressEvent,
+    Usage,
+    UsageDetails,
+)
+from tetriserve.workload.outcome import Outcome
+
+MEDIA_TYPE = "text/event-stream"
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The images; with `stream`, events that lead to them.",
+        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+    }
+}
+"""For `/openapi.json`."""
+
+StreamEvent = ProgressEvent | PartialImageEvent | CompletedEvent
+Update = tuple[int, Progress | GeneratedImage]
+
+
+class Updates:
+    """Images that are being made, and what is heard of them until all are there. Whoever opens it closes it."""
+
+    def __init__(self, engine: LiveEngine, generations: Sequence[Generation]) -> None:
+        self._queue: asyncio.Queue[Update | None] = asyncio.Queue()
+        self._first: Update | None = None
+        watched = engine.generate_all(generations, lambda number, update: self._queue.put_nowait((number, update)))
+        self._working = asyncio.create_task(watched)
+        self._working.add_done_callback(lambda working: self._queue.put_nowait(None))
+
+    @classmethod
+    async def open(cls, engine: LiveEngine, generations: Sequence[Generation]) -> Updates:
+        """
+        Raises: as `LiveEngine.generate_all`, if the images are not admitted.
+        """
+        updates = cls(engine, generations)
+        try:
+            first = await updates._queue.get()
+        except asyncio.CancelledError:
+            await updates.close()
+            raise
+        if first is None:
+            updates._working.result()
+        updates._first = first
+        return updates
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        """
+        Raises: as `LiveEngine.generate_all`, if it ends without an image.
+        """
+        update = self._first
+        while update is not None:
+            yield update
+            update = await self._queue.get()
+        self._working.result()
+
+    async def close(self) -> None:
+        """Nobody listens any more: what is not finished is cancelled."""
+        self._working.cancel()
+        await asyncio.gather(self._working, return_exceptions=True)
+
+
+class ImageEvents:
+    """Updates of one call's images as events."""
+
+    def __init__(self, body: ImagesRequest, engine: LiveEngine) -> None:
+        self._body = body
+        self._engine = engine
+        self._format, self._quality = encoding_of(body)
+        self._makers: dict[int, PreviewMaker] = {}
+        self._num_previews: Counter[int] = Counter()
+
+    async def of(self, number: int, update: Progress | GeneratedImage) -> AsyncIterator[StreamEvent]:
+        """The events that one update of image `number` leads to."""
+        if isinstance(update, GeneratedImage):
+            yield await asyncio.to_thread(self._completed, number, update)
+            return
+        yield await self._progress(number, update)
+        if update.latents is not None and self._body.partial_images:
+            preview = await asyncio.to_thread(self._preview, number, update)
+            if preview is not None:
+                yield preview
+
+    async def _progress(self, number: int, update: Progress) -> ProgressEvent:
+        request = update.request
+        finish_s = (await self._engine.forecast()).finish_s.get(request.request_id)
+        return ProgressEvent(
+            image_index=number,
+            stage=update.stage.value,
+            step=update.steps_done,
+            num_steps=request.num_steps,
+            degree=update.degree,
+            predicted_finish_ms=None if finish_s is None else max(0.0, round((finish_s - self._engine.now) * 1000, 3)),
+        )
+
+    def _preview(self, number: int, update: Progress) -> PartialImageEvent | None:
+        if number not in self._makers:
+            self._makers[number] = PreviewMaker(self._engine, update.request, self._body.partial_images or 0)
+        pixels = self._makers[number].make(update)
+        if pixels is None:
+            return None
+        self._num_previews[number] += 1
+        return PartialImageEvent(
+            b64_json=base64.b64encode(encode(pixels, self._format, self._quality)).decode("ascii"),
+            partial_image_index=self._num_previews[number] - 1,
+            image_index=number,
+            created_at=int(time.time()),
+            size=str(update.request.shape),
+            output_format=self._format,
+        )
+
+    def _completed(self, number: int, image: GeneratedImage) -> CompletedEvent:
+        card, shape = self._engine.intake.card, image.outcome.request.shape
+        data = image_data(image, self._format, self._quality)
+        num_text, num_image = card.num_text_tokens, card.num_tokens(shape)
+        return CompletedEvent(
+            b64_json=data.b64_json,
+            seed=data.seed,
+            schedule=data.schedule,
+            image_index=number,
+            created_at=int(time.time()),
+            size=str(shape),
+            output_format=self._format,
+            usage=Usage(
+                input_tokens=num_text,
+                input_tokens_details=UsageDetails(text_tokens=num_text),
+                output_tokens=num_image,
+                total_tokens=num_text + num_image,
+            ),
+        )
+
+
+class ImageStream(Response):
+    """The answer: every event of `updates`. When it ends, one way or another, so do they and what is `pending`."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, request: Request, events: ImageEvents, updates: Updates, pending: ExitStack) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]
+        self._request = request
+        self._exchange: Exchange = request.state.exchange
+        self._events = events
+        self._updates = updates
+        self._pending = pending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(self._request, self._send_all(send))
+        except ClientGone:
+            self._exchange.status = CLIENT_CLOSED_REQUEST
+        finally:
+            with self._pending:
+                await self._updates.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        outcomes: list[Outcome] = []
+        try:
+            async for number, update in self._updates:
+                if isinstance(update, GeneratedImage):
+                    outcomes.append(update.outcome)
+                async for event in self._events.of(number, update):
+                    await _send_event(send, event.type, event.model_dump_json())
+            self._exchange.note_outcomes(outcomes)
+        except TetriServeError as error:
+            response = response_to(error)
+            self._exchange.note_error(response)
+            self._exchange.status = response.status_code
+            await _send_event(send, "error", bytes(response.body).decode())
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_event(send: Send, name: str, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"event: {name}\ndata: {data}\n\n".encode(), "more_body": True})

@@ -1,0 +1,181 @@
+"""Promises: what a request that comes now could be told about its end, from forecasts with and without it.
+
+A promise is kept by the policy that serves, so it is the policy that is asked: every answer is a forecast in which the
+newcomers have some deadline. What is promised to them must not be taken from others: whoever would be in time without
+them has to be in time with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+from tetriserve.control.controller import Controller
+from tetriserve.core.forecast import Forecast, Quote, QuotedImage
+from tetriserve.core.request import Request
+from tetriserve.policies.policy import Policy
+from tetriserve.simulator.forecast import forecast
+
+MAX_TRIALS = 5
+"""Deadlines that are tried for one quote, the one asked for included."""
+MAX_TASKS = 300
+"""After forecasts of so many tasks no further deadline is tried, but for one if the one asked for was not feasible: it
+bounds the time that a quote takes."""
+
+_RESOLUTION_PER_REQUEST = 0.01
+_COARSEST = 1.0
+_TICKS_PER_S = 1000
+"""Deadlines are tried in whole ticks from arrival: what is answered can be asked for again, digit by digit."""
+
+
+class SimulatedForesight:
+    """See `engine.foresight.Foresight`.
+
+    Args:
+        new_policy: makes a policy of the kind that serves; every forecast gets one of its own.
+    """
+
+    def __init__(self, new_policy: Callable[[], Policy]) -> None:
+        self._new_policy = new_policy
+
+    def forecast(self, controller: Controller, now: float, *, until_s: float = math.inf) -> Forecast:
+        """The future of what is there: exact if little is, and the coarser the more requests are unfinished."""
+        resolution = _resolution(controller, 0)
+        return forecast(controller, now, self._new_policy(), until_s=until_s, resolution=resolution)
+
+    def quote(self, controller: Controller, now: float, requests: Sequence[Request], without: Forecast) -> Quote:
+        """What could be promised to `requests`, which came together at `now` or just before, and are not admitted.
+
+        They share one deadline, the earliest of theirs, which is tried first. Then, feasible or not, the end that was
+        forecast for it; then deadlines between the latest that failed and the earliest that did not, by bisection.
+
+        Args:
+            without: the forecast without them, of about the same moment.
+        """
+        return _Search(self._new_policy, controller, now, requests, without).quote()
+
+
+def _resolution(controller: Controller, num_more: int) -> float:
+    return min(_COARSEST, _RESOLUTION_PER_REQUEST * (controller.num_unfinished + num_more))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One deadline tried."""
+
+    deadline_s: float
+    forecast: Forecast
+    finish_s: float
+    is_feasible: bool
+
+
+class _Search:
+    """Forecasts of one moment with the newcomers at several deadlines.
+
+    protected: the deadlines of those who are in time without them, by request id.
+    """
+
+    def __init__(
+        self,
+        new_policy: Callable[[], Policy],
+        controller: Controller,
+        now: float,
+        requests: Sequence[Request],
+        without: Forecast,
+    ) -> None:
+        self._new_policy = new_policy
+        self._controller = controller
+        self._now = now
+        self._requests = requests
+        self._arrival_s = requests[0].arrival_s
+        self._without = without
+        self._resolution = _resolution(controller, len(requests))
+        self._protected = _in_time(controller, without)
+        self._num_tasks = 0
+
+    def quote(self) -> Quote:
+        asked = self._try(min(request.deadline_s for request in self._requests))
+        waiting = {trajectory.request_id for trajectory in self._controller.state.waiting}
+        finish_s = asked.forecast.finish_s
+        return Quote(
+            is_feasible=asked.is_feasible,
+            arrival_s=self._arrival_s,
+            deadline_s=asked.deadline_s,
+            earliest_deadline_s=self._earliest(asked),
+            position=_position(asked.forecast, {request.request_id for request in self._requests}, waiting),
+            images=tuple(
+                QuotedImage(
+                    finish_s=finish_s.get(request.request_id, math.inf),
+                    degrees=asked.forecast.degrees(request.request_id),
+                )
+                for request in self._requests
+            ),
+        )
+
+    def _try(self, deadline_s: float) -> _Trial:
+        requests = [replace(request, deadline_s=deadline_s) for request in self._requests]
+        newcomers = dict.fromkeys((request.request_id for request in requests), math.inf)
+        course = forecast(
+            self._controller,
+            self._now,
+            self._new_policy(),
+            more=requests,
+            awaited={**newcomers, **self._protected},
+            resolution=self._resolution,
+        )
+        self._num_tasks += len(course.runs)
+        finish_s = max(course.finish_s.get(name, math.inf) for name in newcomers)
+        is_harmless = all(course.finish_s.get(name, math.inf) <= by_s for name, by_s in self._protected.items())
+        return _Trial(deadline_s, course, finish_s, finish_s <= deadline_s and is_harmless)
+
+    def _earliest(self, asked: _Trial) -> float:
+        """The earliest deadline that some trial confirms; infinite if none does."""
+        confirmed_s, refuted_s = (asked.deadline_s, self._now) if asked.is_feasible else (math.inf, asked.deadline_s)
+        candidate_s, last = asked.finish_s, asked
+        if candidate_s <= refuted_s:  # in time, but at the expense of others: whoever comes last is at nobody's
+            candidate_s += max(self._without.finish_s.values(), default=refuted_s) - self._now
+        for number in range(1, MAX_TRIALS):
+            candidate_s = self._in_ticks(candidate_s)
+            is_long_enough = self._num_tasks > MAX_TASKS and (number > 1 or confirmed_s < math.inf)
+            if is_long_enough or not refuted_s < candidate_s < confirmed_s:
+                break
+            trial = self._try(candidate_s)
+            if trial.is_feasible:
+                confirmed_s = candidate_s
+                if math.isclose(trial.finish_s, last.finish_s):
+                    break  # a tighter deadline does not bring it forward
+            else:
+                refuted_s = candidate_s
+            last = trial
+            if confirmed_s < math.inf:
+                candidate_s = (refuted_s + confirmed_s) / 2
+            else:
+                candidate_s = self._now + 2 * (max(candidate_s, trial.finish_s) - self._now)
+        return confirmed_s
+
+    def _in_ticks(self, time_s: float) -> float:
+        """The first tick from `time_s` on."""
+        if math.isinf(time_s):
+            return time_s
+        return self._arrival_s + math.ceil((time_s - self._arrival_s) * _TICKS_PER_S) / _TICKS_PER_S
+
+
+def _in_time(controller: Controller, course: Forecast) -> Mapping[str, float]:
+    """The deadlines of those who keep them, by request id."""
+    return {
+        trajectory.request_id: trajectory.request.deadline_s
+        for trajectory in controller.state.trajectories
+        if course.finish_s.get(trajectory.request_id, math.inf) <= trajectory.request.deadline_s
+    }
+
+
+def _position(course: Forecast, newcomers: Set[str], waiting: Set[str]) -> int:
+    ahead: set[str] = set()
+    for run in course.runs:
+        name = run.task.request_id
+        if name in newcomers:
+            break
+        if name in waiting:
+            ahead.add(name)
+    return len(ahead)

@@ -1,0 +1,63 @@
+"""Previews of the bundled model: made of latents on their way, they show the picture that comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tetriserve.core.request import Request, Shape
+from tetriserve.models.card import ModelCard
+from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.preview import Latents, fit_basis, project
+
+REQUEST = Request(
+    request_id="r", prompt="a red circle on a blue background", shape=Shape(256, 320), num_steps=10, seed=3,
+    arrival_s=0.0, deadline_s=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def course(reference: FluxAdapter) -> list[Latents]:
+    """The latents before the first step and after each."""
+    loop = reference.denoise_loop(REQUEST, reference.encode(REQUEST), 0)
+    latents = reference.initial_latents(REQUEST)
+    course = [Latents(latents[0].numpy(), loop.noise_level)]
+    for _ in range(REQUEST.num_steps):
+        latents = loop.step(latents)
+        course.append(Latents(latents[0].numpy(), loop.noise_level))
+    return course
+
+
+def test_the_noise_level_falls_from_one_to_zero(course: list[Latents], reference: FluxAdapter) -> None:
+    levels = [latents.noise_level for latents in course]
+    assert levels[0] == 1.0
+    assert levels[-1] == 0.0
+    assert levels == sorted(levels, reverse=True)
+    resumed = reference.denoise_loop(REQUEST, reference.encode(REQUEST), 4)
+    assert resumed.noise_level == levels[4]
+
+
+def test_latents_of_pixels_decode_to_them(reference: FluxAdapter) -> None:
+    pixels = np.full((256, 320, 3), (34, 75, 220), np.uint8)
+    pixels[100:180, 40:180] = 230, 220, 40
+    latents = reference.latents_of(pixels)
+    assert latents.shape == (1, (256 // 32) * (320 // 32), 64)
+    assert latents.dtype == torch.float32
+    decoded = reference.decode(REQUEST, latents)
+    assert np.abs(decoded.astype(float) - pixels).mean() < 12
+
+
+def test_half_way_a_preview_is_nearer_to_the_picture_than_its_mean_colour(
+    course: list[Latents], reference: FluxAdapter, bundled_card: ModelCard
+) -> None:
+    final = reference.decode(REQUEST, torch.from_numpy(course[-1].tokens)[None])
+    shrunk = final.reshape(16, 16, 20, 16, 3).mean(axis=(1, 3))
+    preview = project(fit_basis(reference, bundled_card), course[5], course[3], 8, 10)
+    assert preview.shape == (16, 20, 3)
+    error = np.abs(preview - shrunk).mean()
+    assert error < 0.6 * np.abs(shrunk - shrunk.mean(axis=(0, 1))).mean() + 15
+    unrelated = dataclasses.replace(course[5], tokens=course[0].tokens)
+    assert error < 0.5 * np.abs(project(fit_basis(reference, bundled_card), unrelated, None, 8, 10) - shrunk).mean()

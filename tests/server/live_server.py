@@ -1,0 +1,38 @@
+"""A real server on a real port, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from fake_engine import make_engine
+
+from tetriserve.config import ServerConfig
+from tetriserve.server import serve
+
+
+async def until(condition, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Live:
+    """A server in this process. `stop` sends it SIGTERM and gives its exit code."""
+
+    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0):
+        self.engine = None
+        self.url = asyncio.get_running_loop().create_future()
+
+        async def launch():
+            await asyncio.sleep(launch_time_s)
+            self.engine = make_engine(executor, max_queue=max_queue)
+            return self.engine
+
+        config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s)
+        self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))
+
+    async def stop(self):
+        if not self.serving.done():
+            signal.raise_signal(signal.SIGTERM)
+        return await self.serving

@@ -1,0 +1,123 @@
+"""Forecasts of a live engine are shared; quotes are made of fresh ones."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from tetriserve.control import Controller
+from tetriserve.core.errors import DeadlineInfeasible
+from tetriserve.core.events import Cancelled, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
+from tetriserve.core.forecast import Forecast, Quote, QuotedImage
+from tetriserve.core.plan import Plan
+from tetriserve.core.request import Request, Shape
+from tetriserve.engine.foresight import MAX_AGE_S, Outlook, infeasible
+
+REQUEST = Request(
+    request_id="r", prompt="", shape=Shape(256, 256), num_steps=1, seed=0, arrival_s=0.0, deadline_s=5.0
+)  # fmt: skip
+QUOTE = Quote(
+    is_feasible=False, arrival_s=2.0, deadline_s=3.0, earliest_deadline_s=7.5, position=0,
+    images=(QuotedImage(finish_s=7.0, degrees=()),),
+)  # fmt: skip
+
+
+class Idle:
+    def plan(self, state, now):
+        return Plan()
+
+
+class Noted:
+    """A foresight that only notes what it is asked."""
+
+    def __init__(self):
+        self.forecasts = []
+        self.quotes = []
+
+    def forecast(self, controller, now, *, until_s=float("inf")):
+        self.forecasts.append((controller, now))
+        return Forecast(now=now, runs=(), finish_s={})
+
+    def quote(self, controller, now, requests, without):
+        self.quotes.append((now, tuple(requests), without.now))
+        return QUOTE
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def foresight():
+    return Noted()
+
+
+@pytest.fixture
+def controller():
+    return Controller(Idle(), cost=None)
+
+
+@pytest.fixture
+def outlook(foresight, controller, clock):
+    return Outlook(foresight, controller, clock)
+
+
+async def test_all_who_ask_within_its_age_share_one_forecast(outlook, foresight, clock):
+    first, second = await asyncio.gather(outlook.forecast(), outlook.forecast())
+    clock.now = MAX_AGE_S
+    assert first is second is await outlook.forecast()
+    clock.now = MAX_AGE_S + 0.01
+    assert (await outlook.forecast()).now == clock.now
+    assert len(foresight.forecasts) == 2
+
+
+async def test_one_who_gives_up_takes_the_forecast_from_nobody(outlook):
+    leaving, staying = asyncio.create_task(outlook.forecast()), asyncio.create_task(outlook.forecast())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert (await staying).now == 0.0
+
+
+@pytest.mark.parametrize("event", [Submitted(REQUEST), Cancelled("r"), WorkerJoined(1)])
+async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_going(outlook, foresight, clock, event):
+    await outlook.forecast()
+    clock.now = 0.5
+    outlook.note(0.4, event)
+    assert await outlook.quote([REQUEST]) == QUOTE
+    assert foresight.quotes == [(0.5, (REQUEST,), 0.5)]
+
+
+@pytest.mark.parametrize("event", [TaskFinished(1, 0.1, TensorRef("r", 1)), TimerFired()])
+async def test_what_was_foreseen_makes_no_forecast_stale(outlook, foresight, clock, event):
+    await outlook.forecast()
+    clock.now = 0.5
+    outlook.note(0.4, event)
+    await outlook.quote([REQUEST])
+    assert foresight.quotes == [(0.5, (REQUEST,), 0.0)]
+
+
+async def test_the_foresight_gets_a_controller_of_its_own(outlook, foresight, controller):
+    await outlook.forecast()
+    ((forked, _),) = foresight.forecasts
+    assert forked is not controller
+    controller.handle(WorkerJoined(3), 0.0)
+    assert (forked.state.ranks, controller.state.ranks) == ((), (3,))
+
+
+def test_a_refusal_names_what_can_be_promised_or_when_to_come_back():
+    refusal = infeasible(QUOTE, backlog_s=9.0)
+    assert isinstance(refusal, DeadlineInfeasible)
+    assert (refusal.earliest_deadline_s, refusal.retry_after_s) == (5.5, 4.5)
+    assert str(refusal) == "a deadline in 1.000 s cannot be promised; one in 5.500 s can"
+    hopeless = infeasible(replace(QUOTE, earliest_deadline_s=float("inf")), backlog_s=9.0)
+    assert (hopeless.earliest_deadline_s, hopeless.retry_after_s) == (None, 9.0)
