@@ -94,7 +94,9 @@ def _losses(model: Denoiser, bank: LatentBank, random: Random, batch: int, devic
     latents_BSC = latents_BSC.to(device)
     noise_BSC = torch.randn_like(latents_BSC)
     # Each level as often as the sampler visits it: that is where layout and colours, which captions say, are decided.
-    sigma_B = torch.sigmoid(torch.logit(torch.rand(count, device=device)) + shift_of(num_tokens))
+    # Evenly spread over the batch, which makes its gradient less of a chance.
+    time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+    sigma_B = torch.sigmoid(torch.logit(time_B) + shift_of(num_tokens))
     noisy_BSC = torch.lerp(latents_BSC, noise_BSC, sigma_B[:, None, None])
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_BACKENDS[device.type]):
         prediction = model(noisy_BSC, sigma_B, *model.reader.tokenize(captions, device), bank.width)
