@@ -114,9 +114,10 @@ def calibrate(pool: Pool, spec: str, load: float, *, admits_all: bool, options: 
         _calibrate_seed(pool, spec, load, admits_all, seed, options, kept)
     share = _share(kept.feasible)
     promised = len(kept.feasible) / kept.num_asked
+    error = f"{statistics.median(map(abs, kept.errors)):.1%}" if kept.errors else "-"
     return (
         f"{spec:>13} {pool.num_ranks:5} {load:5.1f}  {'all' if admits_all else 'promised':>8}   {promised:8.1%}"
-        f"   {share:>8}   {_share(kept.infeasible):>10}   {statistics.median(map(abs, kept.errors)):6.1%}"
+        f"   {share:>8}   {_share(kept.infeasible):>10}   {error:>6}"
     )
 
 

@@ -36,7 +36,7 @@ class Noted:
         self.forecasts = []
         self.quotes = []
 
-    def forecast(self, controller, now, *, until_s=float("inf")):
+    def forecast(self, controller, now):
         self.forecasts.append((controller, now))
         return Forecast(now=now, runs=(), finish_s={})
 

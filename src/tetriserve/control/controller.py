@@ -97,7 +97,9 @@ class Controller:
         tracker = self._tracker
         match event:
             case Submitted(request, promised_finish_s):
-                tracker.admit(request, promised_finish_s or self.earliest_finish(request, now))
+                if promised_finish_s is None:
+                    promised_finish_s = self.earliest_finish(request, now)
+                tracker.admit(request, promised_finish_s)
             case Cancelled(request_id):
                 return self._cancel(request_id)
             case TaskFinished():

@@ -45,8 +45,8 @@ class QuotedImage:
 class Quote:
     """What could be promised to requests that come together. Times are seconds since the engine started.
 
-    is_feasible: in the forecast all of them end by their deadline, and everybody who would be in time without them
-        still is.
+    is_feasible: in the forecast all of them end by their deadline, with a little to spare, and everybody who would be
+        in time without them still is.
     arrival_s, deadline_s: when they came, and the deadline asked for.
     earliest_deadline_s: the earliest deadline found of which the same can be said; infinite if there is none. Asked
         for at once, it is feasible. An earlier one may exist: few are tried.

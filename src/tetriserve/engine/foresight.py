@@ -20,7 +20,7 @@ MAX_AGE_S = 1.0
 class Foresight(Protocol):
     """Looks ahead by the policy that serves. Called in threads: it must not touch the controller that it is given."""
 
-    def forecast(self, controller: Controller, now: float, *, until_s: float = math.inf) -> Forecast:
+    def forecast(self, controller: Controller, now: float) -> Forecast:
         """What the controller would do from `now` on if nobody else came."""
         ...
 

@@ -176,7 +176,8 @@ class QuoteResponse(BaseModel):
     """What could be promised now. Milliseconds are from now."""
 
     feasible: bool = Field(
-        description="All images are forecast to end by the deadline, and nobody in the queue to become late by it."
+        description="All images are forecast to end by the deadline with a little to spare, and nobody in the queue to "
+        "become late by it."
     )
     slo_ms: float = Field(description="The deadline asked for.")
     predicted_finish_ms: float | None = Field(description="When the last image would end; null: never.")

@@ -101,7 +101,8 @@ class _WhatIf:
             self._handle(self._landing() or [TimerFired()])
             if was_at_rest and not self.ends:
                 break  # the policy only asks to be asked again: without a rank it would do so for ever
-        return Forecast(now=self.start_s, runs=tuple(self.runs), finish_s=self.finish_s)
+        runs = sorted(self.runs, key=lambda run: run.start_s)
+        return Forecast(now=self.start_s, runs=tuple(runs), finish_s=self.finish_s)
 
     def _take_over_tasks(self) -> None:
         state = self.controller.state

@@ -17,9 +17,11 @@ from tetriserve.core.request import Request
 from tetriserve.policies.policy import Policy
 from tetriserve.simulator.forecast import forecast
 
+SPARE = 0.05
+"""What a promise keeps in hand, as a fraction of the time until the forecast finish: forecasts are a little off."""
 MAX_TRIALS = 5
 """Deadlines that are tried for one quote, the one asked for included."""
-MAX_TASKS = 300
+MAX_TASKS = 150
 """After forecasts of so many tasks no further deadline is tried, but for one if the one asked for was not feasible: it
 bounds the time that a quote takes."""
 
@@ -39,10 +41,9 @@ class SimulatedForesight:
     def __init__(self, new_policy: Callable[[], Policy]) -> None:
         self._new_policy = new_policy
 
-    def forecast(self, controller: Controller, now: float, *, until_s: float = math.inf) -> Forecast:
+    def forecast(self, controller: Controller, now: float) -> Forecast:
         """The future of what is there: exact if little is, and the coarser the more requests are unfinished."""
-        resolution = _resolution(controller, 0)
-        return forecast(controller, now, self._new_policy(), until_s=until_s, resolution=resolution)
+        return forecast(controller, now, self._new_policy(), resolution=_resolution(controller, 0))
 
     def quote(self, controller: Controller, now: float, requests: Sequence[Request], without: Forecast) -> Quote:
         """What could be promised to `requests`, which came together at `now` or just before, and are not admitted.
@@ -62,11 +63,12 @@ def _resolution(controller: Controller, num_more: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """One deadline tried."""
+    """One deadline tried. finish_s: when the last newcomer ends; promised_s: with what a promise keeps in hand."""
 
     deadline_s: float
     forecast: Forecast
     finish_s: float
+    promised_s: float
     is_feasible: bool
 
 
@@ -127,12 +129,13 @@ class _Search:
         self._num_tasks += len(course.runs)
         finish_s = max(course.finish_s.get(name, math.inf) for name in newcomers)
         is_harmless = all(course.finish_s.get(name, math.inf) <= by_s for name, by_s in self._protected.items())
-        return _Trial(deadline_s, course, finish_s, finish_s <= deadline_s and is_harmless)
+        promised_s = finish_s + SPARE * (finish_s - self._now)
+        return _Trial(deadline_s, course, finish_s, promised_s, promised_s <= deadline_s and is_harmless)
 
     def _earliest(self, asked: _Trial) -> float:
         """The earliest deadline that some trial confirms; infinite if none does."""
         confirmed_s, refuted_s = (asked.deadline_s, self._now) if asked.is_feasible else (math.inf, asked.deadline_s)
-        candidate_s, last = asked.finish_s, asked
+        candidate_s, last = asked.promised_s, asked
         if candidate_s <= refuted_s:  # in time, but at the expense of others: whoever comes last is at nobody's
             candidate_s += max(self._without.finish_s.values(), default=refuted_s) - self._now
         for number in range(1, MAX_TRIALS):
@@ -151,7 +154,7 @@ class _Search:
             if confirmed_s < math.inf:
                 candidate_s = (refuted_s + confirmed_s) / 2
             else:
-                candidate_s = self._now + 2 * (max(candidate_s, trial.finish_s) - self._now)
+                candidate_s = self._now + 2 * (max(candidate_s, trial.promised_s) - self._now)
         return confirmed_s
 
     def _in_ticks(self, time_s: float) -> float:
