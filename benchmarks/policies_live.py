@@ -7,7 +7,7 @@ where something else takes a core, the plain server with several of them is slow
 client's clock, the median over runs that differ by seed. Bar: where the best fixed degree attains 50 to 80 %, our best
 policy attains at least 10 points more. Run with
 
-    python benchmarks/policies_live.py [--load 0.9] [--slo-multiple 1.5] [--runs 5] [--requests 150]
+    python benchmarks/policies_live.py [--load 0.88] [--slo-multiple 2] [--runs 5] [--requests 40]
 """
 
 from __future__ import annotations
@@ -185,12 +185,12 @@ def main() -> None:
         "--policies", nargs="+", default=["fixed:1", "fixed:2", "fcfs", "tetriserve", "lookahead"], metavar="POLICY"
     )
     parser.add_argument("--mix", default="256x256:1,512x512:1")
-    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--runs", type=int, default=5, help="of every server, each with its own seed")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--load", type=float, default=0.9, help="share of what the ranks can do at degree 1")
-    parser.add_argument("--slo-multiple", type=float, default=1.5, help="deadline over the time alone at degree 1")
+    parser.add_argument("--load", type=float, default=0.88, help="share of what the ranks can do at degree 1")
+    parser.add_argument("--slo-multiple", type=float, default=2.0, help="deadline over the time alone at degree 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request counts as failed")
     parser.add_argument("--profile", type=Path, help="use this profile instead of measuring one")
@@ -198,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         path = options.profile or folder / "profile.json"
-        card = asyncio.run(find_model(None, lambda text: None))
+        card = find_model(None)
         if options.profile is None:
             save_profile(asyncio.run(measure_profile(None, PoolConfig(num_ranks=options.ranks), (), QUIET))[1], path)
         load = make_load(load_profile(path), options)

@@ -31,6 +31,8 @@ RESTART_S = 5.0
 RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorEnvelope, "description": "The request is at fault; `param` names the field."},
     401: {"model": ErrorEnvelope, "description": "No API key, or one that is not known here."},
+    404: {"model": ErrorEnvelope, "description": "The model is not served here, or nothing is at this address."},
+    405: {"model": ErrorEnvelope, "description": "The address takes another method."},
     413: {"model": ErrorEnvelope, "description": "The body is too large."},
     429: {
         "model": ErrorEnvelope,
