@@ -347,7 +347,8 @@ def _progress() -> Iterator[Progress]:
 def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
     card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
     console.print(
-        f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready; watch it and ask for pictures at [bold]{url}[/]\n"
+        f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
+        "Open it in a browser to watch the pool and to ask for pictures.\n"
         f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
         "A picture with a deadline of 5 seconds, saved as picture.png:\n"
     )
