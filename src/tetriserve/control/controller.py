@@ -89,6 +89,14 @@ class Controller:
         forked._tracker = self._tracker.fork()
         return forked
 
+    def skip_encoding(self) -> dict[str, float]:
+        """Take every request that waits to be encoded for encoded; what that would have taken, by request id."""
+        return {
+            record.request.request_id: self.cost.encode_s(record.request)
+            for record in self._tracker.records.values()
+            if record.skip_encoding()
+        }
+
     def earliest_finish(self, request: Request, now: float) -> float:
         """When `request` could finish at the earliest if it were admitted now; see `control.admission`."""
         return earliest_finish(self.state, request, now)

@@ -46,6 +46,13 @@ class Record:
             case Stage.DECODE:
                 self.trajectory = replace(trajectory, is_running=False)
 
+    def skip_encoding(self) -> bool:
+        """Whether the request waited to be encoded; it is taken for encoded from now on."""
+        is_due = not (self.trajectory.is_encoded or self.trajectory.is_running)
+        if is_due:
+            self.trajectory = replace(self.trajectory, is_encoded=True)
+        return is_due
+
     def set_running(self, is_running: bool) -> None:
         self.trajectory = replace(self.trajectory, is_running=is_running)
 

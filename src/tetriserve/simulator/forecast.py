@@ -6,7 +6,8 @@ to, every task takes what the cost model says, and nobody else arrives.
 **Resolution.** An exact forecast costs a decision per task, and under a long queue there are thousands. With a
 resolution r above 0 the future is looked at the more coarsely the further away it is: a denoise task that starts t
 seconds ahead lasts at least r * t, and tasks that end within r * t / 5 of each other are followed by one decision,
-though each of them ends, and its ranks go on, at its own time. So the number of decisions grows with the logarithm of
+though each of them ends, and its ranks go on, at its own time. Encoding is part of the first denoise task, and decoding
+follows the last at once, without a decision. So the number of decisions grows with the logarithm of
 the time that is forecast, and what comes next is nearly exact.
 """
 
@@ -72,11 +73,13 @@ def forecast(
 class _WhatIf:
     """One run of a fork. `ends` holds how and when each task in flight ends; of equal times the first started first.
 
-    ready_s: when each request's last task ends, by id. free_s: when each rank's does.
+    ready_s: when each request's last task ends, by id. free_s: when each rank's does. encode_s: what encoding adds to a
+    request's first denoise task, by id.
     """
 
     def __init__(self, controller: Controller, now: float, policy: Policy, resolution: float) -> None:
         self.controller = controller.fork(_Coarse(policy, now, resolution) if resolution else policy)
+        self.encode_s = self.controller.skip_encoding() if resolution else {}
         self.start_s = self.now = now
         self.blur = resolution / _MOMENTS
         self.ends: list[tuple[float, int, Event]] = []
@@ -120,7 +123,7 @@ class _WhatIf:
                 case StartTask(task_id, task, request):
                     # Within a moment a rank or a request may be in use for a little longer.
                     start_s = max(self.now, self.ready_s.get(task.request_id, 0.0), *map(self._free_s, task.ranks))
-                    takes_s = self.controller.end_s(task_id) - self.now
+                    takes_s = self.controller.end_s(task_id) - self.now + self.encode_s.pop(task.request_id, 0.0)
                     self._expect(Run(task, start_s, start_s + takes_s), task_id, self._end_of(task_id, task, request))
                 case WakeAt(time_s):
                     self.timer_s = max(time_s, self.now)
@@ -166,13 +169,27 @@ class _Coarse:
         self._resolution = resolution
 
     def plan(self, state: State, now: float) -> Plan:
-        plan = self._policy.plan(state, now)
         least_s = self._resolution * (now - self._start_s)
+        if least_s and (decoding := _decoding(state)) and len(decoding) == len(state.idle_ranks):
+            return Plan(decoding)  # nothing is left to decide on
+        plan = self._policy.plan(state, now)
         if not plan.tasks or not least_s:
             return plan
         waiting = {trajectory.request_id: trajectory for trajectory in state.waiting}
         tasks = tuple(_lengthened(task, waiting.get(task.request_id), state, least_s) for task in plan.tasks)
         return Plan(tasks, plan.wake_at)
+
+
+def _decoding(state: State) -> tuple[Task, ...]:
+    """The tasks of requests that wait to be decoded, each on its idle leader."""
+    idle = set(state.idle_ranks)
+    tasks = []
+    for trajectory in state.waiting:
+        leader = next(iter(trajectory.holders), None)
+        if trajectory.stage is Stage.DECODE and leader in idle:
+            idle.discard(leader)
+            tasks.append(Task(trajectory.request_id, Stage.DECODE, (leader,)))
+    return tuple(tasks)
 
 
 def _lengthened(task: Task, trajectory: Trajectory | None, state: State, least_s: float) -> Task:
