@@ -54,7 +54,7 @@ def train_dit(
     torch.manual_seed(0)
     model = Denoiser(load_reader(text, device)).to(device)
     blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
-    learner = Learner(path, model, blocks, horizon=500, weight_decay=_WEIGHT_DECAY)
+    learner = Learner(path, model, blocks, horizon=100, weight_decay=_WEIGHT_DECAY)
     if is_compiled:
         for block in blocks:
             block.compile()

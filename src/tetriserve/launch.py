@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import platformdirs
 
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
-from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
+from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.request import Shape
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.live import LiveEngine, Recorder
 from tetriserve.executor.local import LocalExecutor
-from tetriserve.models import bundled
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.measure import gpu_names, hardware_name, measure
+from tetriserve.simulator.foresight import SimulatedForesight
 
 logger = logging.getLogger(__name__)
 
+BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 BUNDLED_PROFILES = Path(__file__).parent / "profile" / "data"
 
 
@@ -50,28 +49,31 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
     spec, pool = config.scheduling.policy, config.pool
     find_policy(spec)
     _check_device(pool)
-    card = await find_model(config.model, progress.step)
+    card = find_model(config.model)
     card = replace(card, name=config.served_model_name or card.name)
     _check_degrees(card, pool)
     profile = find_profile(config, card)
 
-    def plan_with(profile: Profile) -> tuple[Policy, ProfileCost]:
+    def plan_with(profile: Profile) -> tuple[Callable[[], Policy], ProfileCost]:
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
-        return make_policy(spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes), cost
+        new_policy = partial(make_policy, spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes)
+        new_policy()  # what is wrong with it shows now
+        return new_policy, cost
 
     planned = None if profile is None else plan_with(profile)
     executor = LocalExecutor(card, pool)
     await executor.start(progress.step)
     try:
-        policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
+        new_policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
     except BaseException:
         await executor.stop()
         raise
     intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
     engine = LiveEngine(
-        Controller(policy, cost),
+        Controller(new_policy(), cost),
         executor,
         intake,
+        SimulatedForesight(new_policy),
         max_queue=config.scheduling.max_queue,
         policy_name=spec,
         on_event=on_event,
@@ -80,24 +82,13 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
     return engine
 
 
-async def find_model(model: str | None, on_step: Callable[[str], None]) -> ModelCard:
-    """The card of a checkpoint directory; None is the bundled model, built on first use.
+def find_model(model: str | None) -> ModelCard:
+    """The card of a checkpoint directory; None is the bundled model.
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
     """
-    if model is not None:
-        return read_card(Path(model))
-    directory = bundled.location(cache_directory())
-    if not directory.is_dir():
-        on_step("building the bundled model (once)")
-        # In a process of its own: the server itself never loads torch.
-        command = [sys.executable, "-m", "tetriserve.models.bundled", str(directory)]
-        built = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
-        if built.returncode != 0:
-            last_line = (built.stderr.strip().splitlines() or ["no output"])[-1]
-            raise CheckpointError(f"the bundled model could not be built in {directory}: {last_line}")
-    return read_card(directory)
+    return read_card(BUNDLED_MODEL if model is None else Path(model))
 
 
 def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
@@ -152,7 +143,7 @@ async def measure_profile(
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
     _check_device(pool)
-    card = await find_model(model, progress.step)
+    card = find_model(model)
     _check_degrees(card, pool)
     for shape in shapes:
         if shape.height % card.size_multiple or shape.width % card.size_multiple:

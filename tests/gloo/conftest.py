@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from tetriserve.core.request import Request
-from tetriserve.models import bundled
+from tetriserve.launch import BUNDLED_MODEL
 from tetriserve.models.card import ModelCard, read_card
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, save_profile
 
 if TYPE_CHECKING:
     from tetriserve.models.flux import FluxAdapter
@@ -26,19 +27,42 @@ if TYPE_CHECKING:
 # Worker processes begin with a copy of this path: it is how they find the adapters that tests inject.
 sys.path.append(str(Path(__file__).parent / "injected"))
 
+STEP_S = {256: {1: 0.1, 2: 0.06, 4: 0.04}, 512: {1: 0.3, 2: 0.17, 4: 0.1}}
+DECODE_S = {256: 0.05, 512: 0.2}
+
 Paint = Callable[[Request], np.ndarray]
 """A request's pixels as one process computes them alone at degree 1."""
 
 
 @pytest.fixture(scope="session")
-def bundled_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, built once per session."""
-    return bundled.ensure(tmp_path_factory.mktemp("models"))
+def bundled_dir() -> Path:
+    return BUNDLED_MODEL
 
 
 @pytest.fixture(scope="session")
 def bundled_card(bundled_dir: Path) -> ModelCard:
     return read_card(bundled_dir)
+
+
+@pytest.fixture(scope="session")
+def profile(bundled_card: ModelCard) -> Profile:
+    return Profile(
+        model=bundled_card.name, fingerprint=bundled_card.fingerprint, hardware="written by hand", dtype="float32",
+        source="tests", created="2026-01-01", encode_s=0.01, switch_s=0.002,
+        denoise=tuple(
+            DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
+            for side, times in STEP_S.items()
+            for degree, step_s in times.items()
+        ),
+        decode=tuple(DecodeRow(height=side, width=side, decode_s=seconds) for side, seconds in DECODE_S.items()),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def profile_path(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("profiles") / "profile.json"
+    save_profile(profile, path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

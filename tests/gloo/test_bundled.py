@@ -1,73 +1,52 @@
-"""The bundled model: reproducible, safe to build from several processes, and complete."""
+"""The bundled model: what is shipped, and that it draws what it is asked for."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tetriserve.core.request import Shape
-from tetriserve.models import bundled
+from tetriserve.evaluation.reading import read_image
+from tetriserve.launch import find_model
 from tetriserve.models.card import read_card
 
 
-def digests(directory: Path) -> dict[str, str]:
-    files = (file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+@pytest.fixture(scope="module")
+def pipeline(bundled_dir: Path) -> Any:
+    """As a user of diffusers would load it."""
+    from diffusers import FluxPipeline
+
+    torch.set_num_threads(1)
+    pipeline = FluxPipeline.from_pretrained(bundled_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def test_two_racing_processes_both_get_the_one_model_that_every_run_builds(bundled_dir: Path, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from tetriserve.models.bundled import ensure; " + (
-        "print(ensure(Path(sys.argv[1])))"
-    )
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("1", "2")
-    ]
-    outputs = [racer.communicate(timeout=120)[0].strip() for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0]
-    assert outputs == [str(bundled.location(tmp_path))] * 2
-    assert [entry.name for entry in tmp_path.iterdir()] == [f"tetriserve-tiny-{bundled.BUNDLED_VERSION}"]
-    built = digests(bundled.location(tmp_path))
-    assert built == digests(bundled_dir)
-    assert sum(name.endswith(".safetensors") for name in built) == 4
+def draw(pipeline: Any, prompt: str, seed: int = 0, height: int = 256, width: int = 256) -> np.ndarray:
+    image = pipeline(
+        prompt, height=height, width=width, num_inference_steps=20, max_sequence_length=40,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]  # fmt: skip
+    return np.asarray(image)
 
 
-def test_ensure_needs_no_torch_once_the_model_is_built(bundled_dir: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from tetriserve.models.bundled import ensure; "
-        "print(ensure(Path(sys.argv[1])), 'torch' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", code, bundled_dir.parent], capture_output=True, text=True, check=True)
-    assert run.stdout == f"{bundled_dir} False\n"
-
-
-def test_a_build_replaces_nothing_that_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundled, "_save", Path.mkdir)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious/file").write_text("kept")
-    with pytest.raises(OSError, match="precious"):
-        bundled.build(tmp_path / "precious")
-    assert [file.name for file in tmp_path.rglob("*")] == ["precious", "file"]
+def test_what_is_shipped_is_small_and_is_the_model_served_when_none_is_named(bundled_dir: Path) -> None:
+    weights = list(bundled_dir.rglob("*.safetensors"))
+    assert len(weights) == 4
+    assert sum(file.stat().st_size for file in weights) < 25e6
+    assert find_model(None) == read_card(bundled_dir)
 
 
 def test_the_card_of_the_bundled_model(bundled_dir: Path) -> None:
     card = read_card(bundled_dir)
     assert (card.name, card.dtype, card.default_num_steps) == ("tetriserve-tiny", "float32", 20)
     assert [card.num_tokens(Shape(side, side)) for side in (256, 512, 1024)] == [64, 256, 1024]
-    assert (card.num_heads, card.num_text_tokens) == (8, 64)
+    assert (card.num_heads, card.num_text_tokens) == (8, 40)
     assert card.valid_degrees(Shape(256, 256), (1, 2, 4, 8)) == (1, 2, 4, 8)
-    assert sum(file.stat().st_size for file in bundled_dir.rglob("*.safetensors")) < 42e6
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
@@ -81,3 +60,22 @@ def test_any_text_becomes_tokens_of_its_own(bundled_dir: Path, name: str) -> Non
     assert tokenizer("A  RED circle").input_ids == tokenizer("a red circle").input_ids
     prompt = "a red circle on a blue background"
     assert tokenizer.tokenize(prompt) == [f"{word}</w>" for word in prompt.split()]
+
+
+def test_colours_background_and_relation_are_those_of_the_prompt(pipeline: Any) -> None:
+    prompt = "a red circle above a blue square on a white background"
+    readings = [read_image(draw(pipeline, prompt, seed)) for seed in range(4)]
+    right = [
+        reading.background == "white"
+        and [found.colour for found in sorted(reading.objects, key=lambda found: found.y)] == ["red", "blue"]
+        for reading in readings
+    ]
+    assert sum(right) >= 3
+    places = {(round(reading.objects[0].x, 1), round(reading.objects[0].y, 1)) for reading in readings}
+    assert len(places) > 1, "a seed changes where things are"
+
+
+def test_a_prompt_beyond_the_vocabulary_is_a_picture_too(pipeline: Any) -> None:
+    pixels = draw(pipeline, "ein Gemälde von 東京 bei Nacht, 8k, trending 🙂")
+    assert pixels.shape == (256, 256, 3)
+    assert pixels.dtype == np.uint8

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +38,14 @@ from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import Progress, launch
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.registry import make_policy
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, save_profile
+from tetriserve.profile import Profile, ProfileCost
+from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
 
 Paint = Callable[[Request], np.ndarray]
 
 PIXEL_TOLERANCE = 1
 HEARTBEAT_TIMEOUT_S = 4.0
-STEP_S = {256: {1: 0.1, 2: 0.06, 4: 0.04}, 512: {1: 0.3, 2: 0.17, 4: 0.1}}
-DECODE_S = {256: 0.05, 512: 0.2}
-
-
-@pytest.fixture(scope="module")
-def profile(bundled_card: ModelCard) -> Profile:
-    return Profile(
-        model=bundled_card.name, fingerprint=bundled_card.fingerprint, hardware="written by hand", dtype="float32",
-        source="tests", created="2026-01-01", encode_s=0.01, switch_s=0.002,
-        denoise=tuple(
-            DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
-            for side, times in STEP_S.items()
-            for degree, step_s in times.items()
-        ),
-        decode=tuple(DecodeRow(height=side, width=side, decode_s=seconds) for side, seconds in DECODE_S.items()),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def profile_path(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("profiles") / "profile.json"
-    save_profile(profile, path)
-    return str(path)
 
 
 class Recorder:
@@ -126,7 +105,7 @@ class Setup:
         assert (state.trajectories, state.in_flight, state.ranks) == ((), (), self.all_ranks)
         assert self.engine.is_ready
         left = [path.name for path in self.executor._directory.path.iterdir()]
-        assert [name for name in left if name != "lock" and not name.startswith("group-")] == []
+        assert [name for name in left if not name.startswith(("lock", "group-", "preview-basis"))] == []
 
 
 async def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
@@ -142,9 +121,14 @@ async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, polic
     executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
     cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
-    policy = make_policy(policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
+    new_policy = partial(make_policy, policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
-        Controller(policy, cost), executor, Intake(card=card, cost=cost), max_queue=256, policy_name="test"
+        Controller(new_policy(), cost),
+        executor,
+        Intake(card=card, cost=cost),
+        SimulatedForesight(new_policy),
+        max_queue=256,
+        policy_name="test",
     )
     engine.start()
     try:
@@ -304,7 +288,7 @@ async def test_a_client_who_leaves_before_anything_ran_leaves_nothing(setup: Set
 async def test_a_deadline_that_cannot_be_met_is_refused_when_the_client_wants_that(setup: Setup) -> None:
     with pytest.raises(DeadlineInfeasible) as caught:
         await setup.engine.generate(Generation(prompt="at once", slo_s=0.001, reject_infeasible=True))
-    assert caught.value.earliest_finish_s > caught.value.retry_after_s > 0
+    assert caught.value.earliest_deadline_s > caught.value.retry_after_s > 0
     await setup.until_idle()
 
 

@@ -77,7 +77,7 @@ def call_pipeline(pipeline: Any, request: Request, output_type: str) -> Any:
         num_inference_steps=request.num_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=64,
+        max_sequence_length=40,
         output_type=output_type,
     ).images
 
@@ -168,7 +168,7 @@ def test_embeds_of_a_negative_prompt_come_only_with_two_passes(adapter: FluxAdap
     assert set(adapter.encode(CASES["negative prompt without scale"])) == names
     embeds = adapter.encode(NEGATIVE)
     assert set(embeds) == names | {f"negative_{name}" for name in names}
-    assert embeds["prompt_embeds"].shape == embeds["negative_prompt_embeds"].shape == (1, 64, 64)
+    assert embeds["prompt_embeds"].shape == embeds["negative_prompt_embeds"].shape == (1, 40, 128)
 
 
 def test_a_checkpoint_that_diffusers_cannot_load_is_a_checkpoint_error(card: ModelCard, tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
+from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request, Shape
+from tetriserve.engine import GeneratedImage, Generation
+from tetriserve.engine import Progress as Told
+from tetriserve.launch import Progress, launch
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.preview import Latents, fit_basis, project
@@ -61,3 +66,28 @@ def test_half_way_a_preview_is_nearer_to_the_picture_than_its_mean_colour(
     assert error < 0.6 * np.abs(shrunk - shrunk.mean(axis=(0, 1))).mean() + 15
     unrelated = dataclasses.replace(course[5], tokens=course[0].tokens)
     assert error < 0.5 * np.abs(project(fit_basis(reference, bundled_card), unrelated, None, 8, 10) - shrunk).mean()
+
+
+async def test_a_live_engine_previews_what_its_workers_left_and_they_come_ever_nearer(profile_path: str) -> None:
+    config = EngineConfig(
+        profile=profile_path, pool=PoolConfig(num_ranks=2), scheduling=SchedulingConfig(policy="lookahead")
+    )
+    engine = await launch(config, Progress())
+    told: asyncio.Queue[Told | GeneratedImage] = asyncio.Queue()
+    generation = Generation(prompt=REQUEST.prompt, size="512x512", num_steps=20, seed=3, slo_s=60.0)
+    making = asyncio.create_task(engine.generate_all([generation], lambda number, update: told.put_nowait(update)))
+    previews = []
+    before = None
+    while not isinstance(update := await told.get(), GeneratedImage):
+        if update.latents is not None:
+            preview = await asyncio.to_thread(engine.read_preview, update.request, update.latents, before)
+            if preview is not None:
+                before = preview.latents
+                previews.append(preview.pixels.astype(float))
+    (image,) = await making
+    await engine.stop()
+    assert len(previews) >= 3
+    shrunk = image.pixels.reshape(32, 16, 32, 16, 3).mean(axis=(1, 3))
+    errors = [np.abs(preview - shrunk).mean() for preview in previews]
+    assert errors[-1] < errors[0]
+    assert errors[-1] < 40

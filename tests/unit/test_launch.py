@@ -96,9 +96,9 @@ def test_a_kept_profile_is_used_until_the_model_has_a_size_that_it_lacks(
     assert find_profile(config, larger) is None
 
 
-async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / 'no'} is not a directory")):
-        await find_model(str(tmp_path / "no"), lambda text: None)
+        find_model(str(tmp_path / "no"))
 
 
 async def test_gpus_that_are_not_there_are_refused_before_anything_else(

@@ -23,6 +23,11 @@ class DenoiseLoop(Protocol):
         """The latents after one more step; the argument is left as it was. Every rank of the mesh gets the whole."""
         ...
 
+    @property
+    def noise_level(self) -> float:
+        """The share of noise in the latents as they stand: 1 before the first step, 0 after the last."""
+        ...
+
 
 class Adapter(Protocol):
     """One loaded checkpoint on one rank. Degree 1 is bit-identical to calling the diffusers pipeline."""
@@ -41,4 +46,8 @@ class Adapter(Protocol):
 
     def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
         """Pixels, uint8, (height, width, 3)."""
+        ...
+
+    def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
+        """The latents that decode to `pixels`, as nearly as the model can; (1, tokens, channels)."""
         ...

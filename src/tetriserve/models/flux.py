@@ -82,6 +82,15 @@ class FluxAdapter:
         image_BCHW = vae.decode(latents_BCHW, return_dict=False)[0]
         return np.array(pipeline.image_processor.postprocess(image_BCHW, output_type="pil")[0])
 
+    @torch.no_grad()
+    def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
+        """Packed latents (B, S, 4C) without noise, of pixels (H, W, 3), uint8."""
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        image_BCHW = pipeline.image_processor.preprocess(pixels[None] / np.float32(255)).to(self._device, self._dtype)
+        latents_BCHW = vae.encode(image_BCHW).latent_dist.mode()
+        latents_BCHW = (latents_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
+        return pipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)  # type: ignore[no-any-return]
+
     def _encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         prompt_embeds_BLD, pooled_prompt_embeds_BD, _ = self._pipeline.encode_prompt(
             prompt, device=self._device, max_sequence_length=self._card.num_text_tokens
@@ -135,6 +144,11 @@ class FluxDenoiseLoop:
             velocity_BSC = negative_BSC + self._true_cfg_scale * (velocity_BSC - negative_BSC)
         self._step += 1
         return self._scheduler.step(velocity_BSC, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    @property
+    def noise_level(self) -> float:
+        """Sigma of the flow matching schedule."""
+        return float(self._scheduler.sigmas[self._step])
 
     def _velocity(self, latents_BSC: torch.Tensor, timestep: torch.Tensor, prefix: str = "") -> torch.Tensor:
         return self._transformer(  # type: ignore[no-any-return]
