@@ -48,7 +48,7 @@ TEXT_MINUTES ?= 10
 DIT_MINUTES ?= 360
 TRAIN = $(BIN)/python -m training $(TRAIN_ARGS)
 
-train: $(VENV)/.run ## Train the bundled model anew, into out/training: most of a day on one CPU core
+train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as long as *_MINUTES say
 	$(TRAIN) vae --minutes $(VAE_MINUTES) --decay 0.5
 	$(TRAIN) latents
 	$(TRAIN) vae --decoder-only --rate 1e-3 --minutes $(VAE_MINUTES) --decay 0.5

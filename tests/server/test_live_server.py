@@ -157,8 +157,8 @@ async def test_the_openai_package_comes_back_to_a_full_queue_when_it_is_told_to(
         await asyncio.gather(*accepted)
 
 
-async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch):
-    monkeypatch.setattr("tetriserve.server.errors.RESTART_S", 1.0)
+def note_url(monkeypatch):
+    """Holds `url` as soon as a server listens, before it is ready."""
     seen = {}
 
     def listen_and_tell(host, port):
@@ -167,6 +167,12 @@ async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, m
         return listener
 
     monkeypatch.setattr(run, "listen", listen_and_tell)
+    return seen
+
+
+async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch):
+    monkeypatch.setattr("tetriserve.server.errors.RESTART_S", 1.0)
+    seen = note_url(monkeypatch)
     server = Live(executor, launch_time_s=0.5)
     await until(lambda: seen)
     async with openai.AsyncOpenAI(base_url=f"{seen['url']}/v1", api_key="none", max_retries=2) as ai:
@@ -176,14 +182,7 @@ async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, m
 
 
 async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):
-    seen = {}
-
-    def listen_and_tell(host, port):
-        listener = listen(host, port)
-        seen["url"] = url_of(listener)
-        return listener
-
-    monkeypatch.setattr(run, "listen", listen_and_tell)
+    seen = note_url(monkeypatch)
     server = Live(executor, launch_time_s=0.3)
     await until(lambda: seen)
     async with httpx.AsyncClient(base_url=seen["url"]) as client:

@@ -123,6 +123,21 @@ def test_coarse_it_takes_fewer_tasks_and_says_nearly_the_same(spec, controller_o
     assert statistics.median(errors) < 0.1
 
 
+def test_coarse_encoding_joins_the_first_denoise_task_and_decoding_follows_the_last(
+    flux, controller_of, new_policy, queue_of
+):
+    requests = queue_of(6, scale=20.0)
+    controller = controller_of("fixed:1", requests, num_ranks=1)
+    future = forecast(controller, 0.0, new_policy("fixed:1"), resolution=0.5)
+    waiting = requests[-1]
+    runs = [run for run in future.runs if run.task.request_id == waiting.request_id]
+    first, decode = runs[0], runs[-1]
+    assert (first.task.stage, decode.task.stage) == (Stage.DENOISE, Stage.DECODE)
+    work_s = first.task.num_steps * flux.step_times(waiting)[1] + flux.encode_s(waiting)
+    assert first.end_s - first.start_s == pytest.approx(work_s + flux.switch_s, abs=flux.move_s + 1e-9)
+    assert decode.start_s == pytest.approx(runs[-2].end_s)
+
+
 def test_the_task_of_a_cancelled_request_keeps_its_ranks_to_its_end(controller_of, new_policy, queue_of):
     leaving, staying = queue_of(2)
     controller = controller_of("fcfs", [leaving, staying])
