@@ -27,6 +27,8 @@ Train the bundled model. Every command continues what it finds in --folder.
   4. dit        learn to denoise the latents of 2 from what 3 reads
   5. export     write a FluxPipeline directory, for `tetriserve evaluate` and `tetriserve serve`
 
+  restore       checkpoints from such a directory, to go on from there; in place of 1 and 3
+
 A run with --decay 0 keeps its learning rate and can be continued at will; a last run with --decay 1 lets it fall to
 zero, which is when the result is best. `torchrun --nproc-per-node N -m training ...` trains with N processes.
 """
@@ -96,6 +98,12 @@ def _run(arguments: argparse.Namespace) -> None:
                 device=device,
                 is_compiled=arguments.compile,
             )
+        case "restore":
+            from training.export import restore_checkpoints
+
+            if existing := [path for path in (vae, text, dit) if path.exists()]:
+                raise ValueError(f"{existing[0]} exists: remove it, or name another --folder")
+            restore_checkpoints(arguments.directory, vae, text, dit)
         case "export":
             from training.export import export_pipeline, make_pipeline
 
@@ -137,6 +145,9 @@ def _parse() -> argparse.Namespace:
     )  # fmt: skip
 
     dit.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="with torch.compile")
+
+    restore = commands.add_parser("restore")
+    restore.add_argument("directory", type=Path, help="what `export` wrote, such as the model in the package")
 
     export = commands.add_parser("export")
     export.add_argument("--to", type=Path, help="directory; default: pipeline in --folder")

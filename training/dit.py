@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tetriserve.evaluation.captions import write_caption
@@ -53,10 +53,9 @@ def train_dit(
     """
     torch.manual_seed(0)
     model = Denoiser(load_reader(text, device)).to(device)
-    blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
-    learner = Learner(path, model, blocks, horizon=100, weight_decay=_WEIGHT_DECAY)
+    learner = dit_learner(path, model)
     if is_compiled:
-        for block in blocks:
+        for block in _blocks(model):
             block.compile()
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     random = Random(f"{rank} {learner.num_steps}")
@@ -75,6 +74,14 @@ def train_dit(
         return _losses(model, bank, random, batch, device)
 
     learner.train(schedule, loss_terms)
+
+
+def dit_learner(path: Path, model: Denoiser) -> Learner[Denoiser]:
+    return Learner(path, model, _blocks(model), horizon=100, weight_decay=_WEIGHT_DECAY)
+
+
+def _blocks(model: Denoiser) -> list[nn.Module]:
+    return [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
 
 
 def shift_of(num_tokens: int) -> float:

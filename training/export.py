@@ -1,4 +1,4 @@
-"""Writes the trained parts as a `FluxPipeline` directory, weights in half precision."""
+"""Writes the trained parts as a `FluxPipeline` directory, weights in half precision, and reads one back to train on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from training.dit import SHIFTS
+from training.dit import SHIFTS, dit_learner
 from training.learner import load
 from training.model import Denoiser, Reader
-from training.vae import load_vae
+from training.text import Questions, text_learner
+from training.vae import load_vae, make_vae, vae_learner
 
 CARD = {
     "name": "tetriserve-tiny",
@@ -56,3 +57,21 @@ def export_pipeline(pipeline: FluxPipeline, directory: Path) -> int:
         file.chmod(0o644)
     (directory / "tetriserve.json").write_text(json.dumps(CARD, indent=2) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+
+
+def restore_checkpoints(directory: Path, vae_path: Path, text_path: Path, dit_path: Path) -> None:
+    """Checkpoints of a pipeline that `export_pipeline` wrote, for its training to go on.
+
+    Optimizers start anew, and so do the layers that only training uses.
+    """
+    cpu = torch.device("cpu")
+    pipeline = FluxPipeline.from_pretrained(directory, dtype=torch.float32)
+    vae, denoiser = make_vae(), Denoiser(Reader())
+    vae.load_state_dict(pipeline.vae.state_dict())
+    denoiser.transformer.load_state_dict(pipeline.transformer.state_dict())
+    denoiser.reader.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+    denoiser.reader.text_encoder_2.load_state_dict(pipeline.text_encoder_2.state_dict())
+    facts = {name: pipeline.vae.config[name] for name in ("shift_factor", "scaling_factor")}
+    vae_learner(vae_path, vae).save(facts)
+    text_learner(text_path, Questions(denoiser.reader).to(cpu)).save({})
+    dit_learner(dit_path, denoiser).save({})

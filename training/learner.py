@@ -87,9 +87,9 @@ class Learner(Generic[_Module]):
                 said = ", ".join(f"{name} {mean:.4f}" for name, mean in means)
                 print(f"step {self.num_steps}, {time.monotonic() - start:.0f} s, rate {rate:.1e}: {said}", flush=True)
             if self.num_steps % _SAVE_STEPS == 0 and is_first():
-                self._save(measure())
+                self.save(measure())
         if is_first():
-            self._save(measure())
+            self.save(measure())
 
     def _step(self, loss: Tensor, rate: float) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -115,7 +115,8 @@ class Learner(Generic[_Module]):
             optimizer.load_state_dict(state)
         self.num_steps, self.facts = checkpoint["step"], checkpoint["facts"]
 
-    def _save(self, facts: dict[str, float]) -> None:
+    def save(self, facts: dict[str, float]) -> None:
+        """Write the checkpoint, with what was measured of the average."""
         self.facts = facts
         content = {"step": self.num_steps, "facts": facts}
         states = {"model": self.module.state_dict(), "average": self.average.state_dict()}

@@ -82,8 +82,7 @@ def train_text(path: Path, schedule: Schedule, *, batch: int, device: torch.devi
     """Train into the checkpoint `path`, continuing it if it exists. `batch`: captions."""
     torch.manual_seed(0)
     questions = Questions(Reader()).to(device)
-    encoders = [questions.reader.text_encoder.encoder, questions.reader.text_encoder_2.encoder]
-    learner = Learner(path, questions, encoders, horizon=200, weight_decay=0.01)
+    learner = text_learner(path, questions)
     random = Random(learner.num_steps)
 
     def loss_terms() -> dict[str, Tensor]:
@@ -94,6 +93,11 @@ def train_text(path: Path, schedule: Schedule, *, batch: int, device: torch.devi
         return {"scene": of_scene, "object": of_object}
 
     learner.train(schedule, loss_terms)
+
+
+def text_learner(path: Path, questions: Questions) -> Learner[Questions]:
+    encoders = [questions.reader.text_encoder.encoder, questions.reader.text_encoder_2.encoder]
+    return Learner(path, questions, encoders, horizon=200, weight_decay=0.01)
 
 
 def load_reader(path: Path, device: torch.device) -> Reader:

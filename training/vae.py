@@ -54,8 +54,7 @@ def train_vae(
     """
     torch.manual_seed(0)
     vae = make_vae().to(device)
-    blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, *vae.decoder.up_blocks]
-    learner = Learner(path, vae, blocks, horizon=200)
+    learner = vae_learner(path, vae)
     if decoder_only:
         # Stored latents are the averaged encoder's: the decoder learns from it, and the average stays what it is.
         vae.encoder.load_state_dict(learner.average.encoder.state_dict())
@@ -70,6 +69,11 @@ def train_vae(
         return learner.facts if decoder_only else _measure_latents(learner.average, device)
 
     learner.train(schedule, loss_terms, measure)
+
+
+def vae_learner(path: Path, vae: AutoencoderKL) -> Learner[AutoencoderKL]:
+    blocks = [*vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, *vae.decoder.up_blocks]
+    return Learner(path, vae, blocks, horizon=200)
 
 
 def load_vae(path: Path, device: torch.device) -> AutoencoderKL:
