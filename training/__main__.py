@@ -95,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 _schedule(arguments),
                 shares=dict(arguments.share),
                 batch=arguments.batch,
+                guidance=arguments.guidance,
                 device=device,
                 is_compiled=arguments.compile,
             )
@@ -144,6 +145,9 @@ def _parse() -> argparse.Namespace:
         metavar="SIZE=SHARE", help="share of the batches that are of this size",
     )  # fmt: skip
 
+    dit.add_argument(
+        "--guidance", type=float, default=1.0, help="for a last run: the scale of guidance to learn; 1 is none"
+    )
     dit.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="with torch.compile")
 
     restore = commands.add_parser("restore")

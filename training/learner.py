@@ -70,14 +70,15 @@ class Learner(Generic[_Module]):
         schedule: Schedule,
         loss_terms: Callable[[], dict[str, Tensor]],
         measure: Callable[[], dict[str, float]] = dict,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Minimise the sum of `loss_terms` until the time is used up; `measure` gives the checkpoints' facts.
 
         Under `torchrun` each process has batches of its own, and what is reported is the first one's.
         """
-        start = time.monotonic()
+        start = clock()
         recent: deque[Tensor] = deque(maxlen=_REPORT_STEPS)
-        while (elapsed := _agreed((time.monotonic() - start) / (60 * schedule.minutes))) < 1.0:
+        while (elapsed := _agreed((clock() - start) / (60 * schedule.minutes))) < 1.0:
             rate = schedule.rate(self.num_steps, elapsed)
             terms = loss_terms()
             self._step(torch.stack(list(terms.values())).sum(), rate)
@@ -85,7 +86,7 @@ class Learner(Generic[_Module]):
             if self.num_steps % _REPORT_STEPS == 0 and is_first():
                 means = zip(terms, torch.stack(list(recent)).mean(0).tolist(), strict=True)
                 said = ", ".join(f"{name} {mean:.4f}" for name, mean in means)
-                print(f"step {self.num_steps}, {time.monotonic() - start:.0f} s, rate {rate:.1e}: {said}", flush=True)
+                print(f"step {self.num_steps}, {clock() - start:.0f} s, rate {rate:.1e}: {said}", flush=True)
             if self.num_steps % _SAVE_STEPS == 0 and is_first():
                 self.save(measure())
         if is_first():

@@ -74,9 +74,6 @@ class Denoiser(nn.Module):
         self.transformer = _make_transformer()
         width = self.transformer.inner_dim
         self.colours, self.shapes = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(SHAPES) + 1)
-        for linear in (self.colours, self.shapes):
-            # They take nothing from a transformer that is already trained before they have something to say.
-            nn.init.zeros_(linear.weight)
         self._tapped: list[torch.Tensor] = []
         tapped_block = self.transformer.single_transformer_blocks[_TAPPED_BLOCK]
         tapped_block.register_forward_hook(lambda block, inputs, outputs: self._tapped.append(outputs[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tetriserve.evaluation.captions import WORDS, write_caption
 from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
-from training.dit import SHIFTS, shift_of
+from tetriserve.launch import BUNDLED_MODEL
+from training.dit import SHIFTS, guidance_of, shift_of
+from training.export import export_pipeline, make_pipeline, restore_checkpoints
 from training.learner import Learner, Schedule, load, save
 from training.model import Denoiser, Reader, image_ids, pack
 from training.muon import orthogonal
@@ -82,10 +85,15 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_learning_follows_the_loss_and_continues_where_it_stopped(tmp_path: Path) -> None:
     layer = torch.nn.Linear(2, 2)
-    schedule = Schedule(learning_rate=0.1, minutes=0.01, warmup_steps=1, decay=0.8)
+    schedule = Schedule(learning_rate=0.1, minutes=50, warmup_steps=1, decay=0.8)
     learner = Learner(tmp_path / "layer.pt", layer, [layer], horizon=5)
-    learner.train(schedule, lambda: {"weight": (layer.weight - 3.0).square().mean(), "bias": layer.bias.norm()})
-    assert learner.num_steps > 100
+    seconds = count()
+    learner.train(
+        schedule,
+        lambda: {"weight": (layer.weight - 3.0).square().mean(), "bias": layer.bias.norm()},
+        clock=lambda: next(seconds),
+    )
+    assert 2900 < learner.num_steps <= 3000
     for module in (learner.module, learner.average):
         assert (module.weight - 3.0).abs().max() < 0.1
         assert module.bias.abs().max() < 0.1
@@ -191,3 +199,23 @@ def test_the_denoiser_says_what_tokens_are_part_of_and_its_gradient_reaches_the_
     prediction.shapes.square().sum().backward()
     assert model.transformer.x_embedder.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.reader.parameters())
+
+
+def test_guidance_learnt_settles_at_classifier_free_guidance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    velocity, without_caption = torch.randn(2, 4, generator=generator)
+    learnt = velocity
+    for _ in range(50):
+        learnt = velocity + guidance_of(2.0, learnt, without_caption)
+    assert torch.allclose(learnt, without_caption + 2.0 * (velocity - without_caption), atol=1e-5)
+    assert torch.equal(guidance_of(1.0, velocity, without_caption), torch.zeros(4))
+
+
+def test_a_pipeline_restored_to_checkpoints_is_exported_as_it_was(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.pt" for name in ("vae", "text", "dit")]
+    restore_checkpoints(BUNDLED_MODEL, *paths)
+    export_pipeline(make_pipeline(paths[0], paths[2]), tmp_path / "pipeline")
+    weights = sorted(path.relative_to(BUNDLED_MODEL) for path in BUNDLED_MODEL.rglob("*.safetensors"))
+    assert len(weights) == 4
+    for name in weights:
+        assert (tmp_path / "pipeline" / name).read_bytes() == (BUNDLED_MODEL / name).read_bytes(), name
