@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from tetriserve.control import Controller
-from tetriserve.core.errors import DeadlineInfeasible
+from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Cancelled, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
-from tetriserve.engine.foresight import MAX_AGE_S, Outlook, infeasible
+from tetriserve.engine.foresight import MAX_AGE_S, MAX_WAIT_S, Outlook, infeasible
 
 REQUEST = Request(
     request_id="r", prompt="", shape=Shape(256, 256), num_steps=1, seed=0, arrival_s=0.0, deadline_s=5.0
@@ -121,3 +121,40 @@ def test_a_refusal_names_what_can_be_promised_or_when_to_come_back():
     assert str(refusal) == "a deadline in 1.000 s cannot be promised; one in 5.500 s can"
     hopeless = infeasible(replace(QUOTE, earliest_deadline_s=float("inf")), backlog_s=9.0)
     assert (hopeless.earliest_deadline_s, hopeless.retry_after_s) == (None, 9.0)
+
+
+async def test_turns_come_one_after_the_other_and_those_who_would_wait_long_are_refused_at_once(outlook, clock):
+    order = []
+
+    async def ask(number):
+        async with outlook.turn():
+            order.append(number)
+            await asyncio.sleep(0)
+            clock.now += 0.2
+            raise ZeroDivisionError  # a turn that ends in a refusal counts too
+
+    await asyncio.gather(*(ask(number) for number in range(3)), return_exceptions=True)
+    assert order == [0, 1, 2]
+    # By now a turn is known to take some 0.1 s: five may wait, and the one whose turn it is.
+    ends = await asyncio.gather(*(ask(number) for number in range(3, 103)), return_exceptions=True)
+    refusals = [end for end in ends if isinstance(end, QueueFull)]
+    assert 90 <= len(refusals) <= 96
+    assert all(MAX_WAIT_S < refusal.retry_after_s < 1 for refusal in refusals)
+    assert order == list(range(103 - len(refusals)))
+    with pytest.raises(ZeroDivisionError):
+        await ask(103)
+
+
+async def test_one_who_gives_up_waiting_for_a_turn_leaves_it_to_the_next(outlook):
+    entered = []
+
+    async def ask(number):
+        async with outlook.turn():
+            entered.append(number)
+            await asyncio.sleep(0.01)
+
+    first, leaving, last = (asyncio.create_task(ask(number)) for number in range(3))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(first, leaving, last, return_exceptions=True)
+    assert entered == [0, 2]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from tetriserve.control.controller import Controller
-from tetriserve.core.errors import DeadlineInfeasible
+from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Event, TaskFinished, TimerFired
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.request import Request
 
 MAX_AGE_S = 1.0
 """How old a shared forecast may be; for quotes, besides, nobody may have come or gone since."""
+MAX_WAIT_S = 0.5
+"""How long a turn may be expected to be away; who would wait longer is refused at once."""
+_MEMORY = 0.8
+"""Weight of what was known, against the latest, in how long a turn takes."""
 
 
 class Foresight(Protocol):
@@ -44,7 +49,9 @@ class Outlook:
         self._forecast: asyncio.Task[Forecast] | None = None
         self._made_at = -math.inf
         self._is_stale = False
-        self._quoting = asyncio.Lock()
+        self._turns = asyncio.Lock()
+        self._num_asking = 0
+        self._turn_s = 0.0
 
     def note(self, now: float, event: Event) -> None:
         """Hear of an event: somebody's coming or going is what a forecast does not foresee."""
@@ -60,13 +67,33 @@ class Outlook:
             self._forecast = asyncio.create_task(work)
         return await asyncio.shield(self._forecast)  # others may wait for it too
 
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """One's turn to ask for a quote, and to act on it before anybody else asks: promises must know of each other.
+
+        Raises:
+            QueueFull: too many wait for theirs.
+        """
+        wait_s = self._num_asking * self._turn_s
+        if wait_s > MAX_WAIT_S:
+            raise QueueFull(f"{self._num_asking} requests wait to hear whether they can be in time", wait_s)
+        self._num_asking += 1
+        try:
+            async with self._turns:
+                start_s = self._clock()
+                try:
+                    yield
+                finally:
+                    self._turn_s = _MEMORY * self._turn_s + (1 - _MEMORY) * (self._clock() - start_s)
+        finally:
+            self._num_asking -= 1
+
     async def quote(self, requests: Sequence[Request]) -> Quote:
-        """What could be promised to `requests` if they were admitted now. One quote at a time is worked on."""
-        async with self._quoting:
-            if self._is_stale:
-                self._forecast = None
-            without = await self.forecast()
-            return await asyncio.to_thread(self._foresight.quote, self._snapshot(), self._clock(), requests, without)
+        """What could be promised to `requests` if they were admitted now. Ask in turn."""
+        if self._is_stale:
+            self._forecast = None
+        without = await self.forecast()
+        return await asyncio.to_thread(self._foresight.quote, self._snapshot(), self._clock(), requests, without)
 
     def _snapshot(self) -> Controller:
         return self._controller.fork(self._controller.policy)

@@ -91,7 +91,6 @@ class LiveEngine:
         self.policy_name = policy_name
         self._max_queue = max_queue
         self._outlook = Outlook(foresight, controller, lambda: self.now)
-        self._promising = asyncio.Lock()
         self._on_event: list[Recorder] = [self._outlook.note]
         if on_event is not None:
             self._on_event.append(on_event)
@@ -191,8 +190,11 @@ class LiveEngine:
 
         Raises:
             InvalidRequest, ShuttingDown: they would not be admitted.
+            QueueFull: too many ask.
         """
-        return await self._outlook.quote(self._requests(generations))
+        requests = self._requests(generations)
+        async with self._outlook.turn():
+            return await self._outlook.quote(requests)
 
     async def forecast(self) -> Forecast:
         """What becomes of what is there; shared by all who ask, and up to a second old."""
@@ -242,7 +244,7 @@ class LiveEngine:
         self._check_room(len(requests))
         if not any(generation.reject_infeasible for generation in generations):
             return self._submit(requests, [None] * len(requests), watch)
-        async with self._promising:  # of two promises at a time, the second has to know of the first
+        async with self._outlook.turn():
             quote = await self._outlook.quote(requests)
             if not quote.is_feasible:
                 raise infeasible(quote, backlog_s(self.state))

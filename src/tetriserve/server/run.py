@@ -17,6 +17,7 @@ from tetriserve.config import LOOPBACK, ServerConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.engine import LiveEngine
 from tetriserve.server.app import create_app
+from tetriserve.server.connection import BoundedProtocol
 from tetriserve.server.slot import EngineSlot
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ async def serve(
             server_header=False,
             lifespan="off",
             ws="none",
-            http="h11",  # it bounds the size of headers; uvicorn's httptools, which it would prefer, does not
+            http=BoundedProtocol,
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
