@@ -37,8 +37,8 @@ from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine.foresight import Foresight, Outlook, infeasible
-from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.foresight import Foresight, Outlook
+from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor, Preview
@@ -95,7 +95,7 @@ class LiveEngine:
         if on_event is not None:
             self._on_event.append(on_event)
         self._on_task: list[OnTask] = []
-        self._on_outcome: list[OnOutcome] = []
+        self._on_outcome: list[OnOutcome] = [self._outlook.learn]
         self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
         self._clients: dict[str, _Client] = {}
@@ -244,10 +244,8 @@ class LiveEngine:
         self._check_room(len(requests))
         if not any(generation.reject_infeasible for generation in generations):
             return self._submit(requests, [None] * len(requests), watch)
-        async with self._outlook.turn():
-            quote = await self._outlook.quote(requests)
-            if not quote.is_feasible:
-                raise infeasible(quote, backlog_s(self.state))
+        async with self._outlook.turn(requests):
+            quote = await self._outlook.promise(requests)
             self._check_serving()
             self._check_room(len(requests))
             return self._submit(requests, [image.finish_s for image in quote.images], watch)
@@ -255,10 +253,12 @@ class LiveEngine:
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
         now = self.now
-        return [
+        requests = [
             self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
             for generation in generations
         ]
+        check_ids(requests, self.state)
+        return requests
 
     def _check_serving(self) -> None:
         if self._is_draining:
@@ -278,6 +278,7 @@ class LiveEngine:
     def _submit(
         self, requests: Sequence[Request], promised_s: Sequence[float | None], watch: Watcher | None
     ) -> list[_Client]:
+        check_ids(requests, self.state)
         loop = asyncio.get_running_loop()
         clients = [
             _Client(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
