@@ -141,7 +141,7 @@ def _calibrate_seed(
     for outcome in simulation.run(workload(pool, load, options.requests, seed), admits):
         quote = quotes[outcome.request.request_id]
         if quote.is_feasible:
-            spare.learn(outcome.request.arrival_s, quote.finish_s, outcome.finish_s)
+            spare.learn(outcome.is_attained)
         (kept.feasible if quote.is_feasible else kept.infeasible).append(outcome.is_attained)
         kept.errors.append((outcome.finish_s - quote.finish_s) / outcome.latency_s)
     kept.num_asked += len(quotes)

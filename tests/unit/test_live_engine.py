@@ -133,7 +133,11 @@ async def test_a_policy_that_fails_at_the_second_of_two_images_leaves_nobody_wai
 
 @pytest.mark.parametrize("reject", [False, True])
 async def test_a_request_id_that_is_in_use_is_the_clients_mistake_and_the_engine_goes_on(reject: bool) -> None:
-    engine, outcomes = running(ObedientExecutor())
+    class Slow(ObedientExecutor):
+        def start_task(self, command: StartTask) -> None:
+            asyncio.get_running_loop().call_later(0.1, super().start_task, command)
+
+    engine, outcomes = running(Slow())
     twice = [Generation(prompt="p", request_id="mine", reject_infeasible=reject, slo_s=60) for _ in range(2)]
     with pytest.raises(InvalidRequest, match="request_id 'mine' is that of an unfinished request"):
         await engine.generate_all(twice)

@@ -16,6 +16,7 @@ from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Event, Submitted, TaskFinished, TimerFired
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.request import Request
+from tetriserve.engine.intake import check_ids
 from tetriserve.workload.outcome import Outcome, Status
 
 MAX_AGE_S = 1.0
@@ -80,12 +81,12 @@ class Outlook:
             self._promised.add(event.request.request_id)
 
     def learn(self, outcome: Outcome) -> None:
-        """Hear of an end: how well it was forecast decides on how much is promised from now on."""
-        request = outcome.request
-        if request.request_id in self._promised:
-            self._promised.discard(request.request_id)
+        """Hear of an end: whether promises were kept decides on what is promised from now on."""
+        request_id = outcome.request.request_id
+        if request_id in self._promised:
+            self._promised.discard(request_id)
             if outcome.status is Status.FINISHED:
-                self._spare.learn(request.arrival_s, outcome.predicted_finish_s, outcome.finish_s)
+                self._spare.learn(outcome.is_attained)
 
     async def forecast(self) -> Forecast:
         """The future of what is there, or was up to `MAX_AGE_S` ago."""
@@ -139,11 +140,17 @@ class Outlook:
         return quote
 
     async def quote(self, requests: Sequence[Request], *, is_brief: bool = False) -> Quote:
-        """What could be promised to `requests` if they were admitted now; see `Foresight.quote`. Ask in turn."""
+        """What could be promised to `requests` if they were admitted now; see `Foresight.quote`. Ask in turn.
+
+        Raises:
+            InvalidRequest: the id of one is taken.
+        """
         if self._is_stale:
             self._forecast = None
         without = await self.forecast()
-        work = partial(self._foresight.quote, self._snapshot(), self._clock(), requests, without)
+        snapshot = self._snapshot()
+        check_ids(requests, snapshot.state)
+        work = partial(self._foresight.quote, snapshot, self._clock(), requests, without)
         return await asyncio.to_thread(work, spare=self._spare.fraction, is_brief=is_brief)
 
     def _refusal(self, arrival_s: float, deadline_s: float, earliest_s: float) -> DeadlineInfeasible:

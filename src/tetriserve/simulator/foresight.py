@@ -26,7 +26,6 @@ bounds the time that a quote takes."""
 
 _RESOLUTION_PER_REQUEST = 0.01
 _COARSEST = 1.0
-_TOLERANCE_S = 1e-6
 _TICKS_PER_S = 1000
 """Deadlines are tried in whole ticks from arrival: what is answered can be asked for again, digit by digit."""
 
@@ -91,8 +90,8 @@ class _Trial:
 class _Search:
     """Forecasts of one moment with the newcomers at several deadlines.
 
-    protected: until when those who are in time without them have to end, by request id. They keep what they have in
-        hand, up to the spare: else every newcomer would take a little of it.
+    protected: until when those who are in time without them have to end, by request id. Who has the spare in hand keeps
+        it: else every newcomer would take a little of it.
     """
 
     def __init__(
@@ -112,10 +111,7 @@ class _Search:
         self._without = without
         self._resolution = _resolution(controller, len(requests))
         self._spare = spare
-        self._protected = {
-            name: max(without.finish_s[name], now + (deadline_s - now) / (1 + spare)) + _TOLERANCE_S
-            for name, deadline_s in _in_time(controller, without).items()
-        }
+        self._protected = _bounds(controller, without, now, spare)
         self._num_tasks = 0
 
     def quote(self, is_brief: bool) -> Quote:
@@ -186,13 +182,16 @@ class _Search:
         return self._arrival_s + math.ceil((time_s - self._arrival_s) * _TICKS_PER_S) / _TICKS_PER_S
 
 
-def _in_time(controller: Controller, course: Forecast) -> Mapping[str, float]:
-    """The deadlines of those who keep them, by request id."""
-    return {
-        trajectory.request_id: trajectory.request.deadline_s
-        for trajectory in controller.state.trajectories
-        if course.finish_s.get(trajectory.request_id, math.inf) <= trajectory.request.deadline_s
-    }
+def _bounds(controller: Controller, course: Forecast, now: float, spare: float) -> Mapping[str, float]:
+    """Until when those who keep their deadlines have to end, by request id."""
+    bounds = {}
+    for trajectory in controller.state.trajectories:
+        finish_s = course.finish_s.get(trajectory.request_id, math.inf)
+        deadline_s = trajectory.request.deadline_s
+        with_spare_s = now + (deadline_s - now) / (1 + spare)
+        if finish_s <= deadline_s:
+            bounds[trajectory.request_id] = with_spare_s if finish_s <= with_spare_s else deadline_s
+    return bounds
 
 
 def _position(course: Forecast, newcomers: Set[str], waiting: Set[str]) -> int:
