@@ -134,14 +134,17 @@ def _calibrate_seed(
     def admits(request: Request) -> bool:
         controller, now = simulation.controller, simulation.now
         without = foresight.forecast(controller, now)
+        spare.note_time(now)
         quote = foresight.quote(controller, now, [request], without, spare=spare.fraction)
         quotes[request.request_id] = quote
+        if quote.is_feasible:
+            spare.note_promise(request)
         return admits_all or quote.is_feasible
 
     for outcome in simulation.run(workload(pool, load, options.requests, seed), admits):
         quote = quotes[outcome.request.request_id]
         if quote.is_feasible:
-            spare.learn(outcome.is_attained)
+            spare.note_end(outcome.request.request_id, outcome.finish_s)
         (kept.feasible if quote.is_feasible else kept.infeasible).append(outcome.is_attained)
         kept.errors.append((outcome.finish_s - quote.finish_s) / outcome.latency_s)
     kept.num_asked += len(quotes)

@@ -17,7 +17,7 @@ from tetriserve.core.events import Event, Submitted, TaskFinished, TimerFired
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import check_ids
-from tetriserve.workload.outcome import Outcome, Status
+from tetriserve.workload.outcome import Outcome
 
 MAX_AGE_S = 1.0
 """How old a shared forecast may be; for quotes, besides, nobody may have come or gone since."""
@@ -71,22 +71,17 @@ class Outlook:
         self._num_asking = 0
         self._turn_s = 0.0
         self._spare = Spare()
-        self._promised: set[str] = set()
 
     def note(self, now: float, event: Event) -> None:
         """Hear of an event: somebody's coming or going is what a forecast does not foresee."""
         if not isinstance(event, TaskFinished | TimerFired):
             self._is_stale = True
         if isinstance(event, Submitted) and event.promised_finish_s is not None:
-            self._promised.add(event.request.request_id)
+            self._spare.note_promise(event.request)
 
-    def learn(self, outcome: Outcome) -> None:
+    def note_end(self, outcome: Outcome) -> None:
         """Hear of an end: whether promises were kept decides on what is promised from now on."""
-        request_id = outcome.request.request_id
-        if request_id in self._promised:
-            self._promised.discard(request_id)
-            if outcome.status is Status.FINISHED:
-                self._spare.learn(outcome.is_attained)
+        self._spare.note_end(outcome.request.request_id, self._clock())
 
     async def forecast(self) -> Forecast:
         """The future of what is there, or was up to `MAX_AGE_S` ago."""
@@ -148,6 +143,7 @@ class Outlook:
         if self._is_stale:
             self._forecast = None
         without = await self.forecast()
+        self._spare.note_time(self._clock())
         snapshot = self._snapshot()
         check_ids(requests, snapshot.state)
         work = partial(self._foresight.quote, snapshot, self._clock(), requests, without)

@@ -95,7 +95,7 @@ class LiveEngine:
         if on_event is not None:
             self._on_event.append(on_event)
         self._on_task: list[OnTask] = []
-        self._on_outcome: list[OnOutcome] = [self._outlook.learn]
+        self._on_outcome: list[OnOutcome] = [self._outlook.note_end]
         self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
         self._clients: dict[str, _Client] = {}
