@@ -5,10 +5,11 @@ from __future__ import annotations
 from tetriserve.core.request import Request
 
 LEAST_SPARE = 0.05
-MOST_SPARE = 1.0
+MOST_SPARE = 0.5
 _KEPT = 0.95
 """The share of promises that shall be kept."""
 _RATE = 0.1
+_HALF_LIFE_S = 2.0
 
 
 class Spare:
@@ -16,12 +17,14 @@ class Spare:
 
     Each promise that was broken widens it, each that was kept narrows it a little, so that it settles where `_KEPT` of
     them are kept (stochastic approximation of a quantile; Robbins and Monro, 1951). So promises hold on a machine whose
-    tasks vary, or that others use too, and on a steady one little is kept in hand.
+    tasks vary, or that others use too, and on a steady one little is kept in hand. While no promise is open nothing can
+    be learnt, and what was learnt fades: else nothing might ever be promised again.
     """
 
     def __init__(self) -> None:
         self.fraction = LEAST_SPARE
         self._deadlines_s: dict[str, float] = {}
+        self._looked_at_s = 0.0
 
     def note_promise(self, request: Request) -> None:
         self._deadlines_s[request.request_id] = request.deadline_s
@@ -34,6 +37,10 @@ class Spare:
 
     def note_time(self, now: float) -> None:
         """Broken promises count when their deadlines pass: late requests are served last, perhaps much later."""
+        if not self._deadlines_s:
+            faded = 0.5 ** ((now - self._looked_at_s) / _HALF_LIFE_S)
+            self.fraction = LEAST_SPARE + faded * (self.fraction - LEAST_SPARE)
+        self._looked_at_s = now
         for request_id, deadline_s in list(self._deadlines_s.items()):
             if deadline_s < now:
                 del self._deadlines_s[request_id]
