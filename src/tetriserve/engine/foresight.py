@@ -21,7 +21,7 @@ from tetriserve.workload.outcome import Outcome
 
 MAX_AGE_S = 1.0
 """How old a shared forecast may be; for quotes, besides, nobody may have come or gone since."""
-MAX_WAIT_S = 0.5
+MAX_WAIT_S = 0.25
 """How long a turn may be expected to be away; who would wait longer is refused at once."""
 _MEMORY = 0.8
 """Weight of what was known, against the latest, in how long a turn takes."""
@@ -108,7 +108,7 @@ class Outlook:
             raise QueueFull(f"{self._num_asking} requests wait to hear whether they can be in time", wait_s)
         if self._num_asking and hopeful:
             first = min(hopeful, key=lambda request: request.deadline_s)
-            if self._controller.earliest_finish(first, self._clock()) > first.deadline_s:
+            if self._controller.earliest_finish(first, self._clock() + wait_s) > first.deadline_s:
                 raise self._refusal(first.arrival_s, first.deadline_s, math.inf)
         self._num_asking += 1
         try:
