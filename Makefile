@@ -6,7 +6,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve profile browser test lint types contracts check bench train clean
+.PHONY: help serve profile browser test lint types contracts audit check bench train clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,10 @@ types: $(VENV)/.dev ## Types
 contracts: $(VENV)/.dev ## Import contracts
 	$(BIN)/lint-imports
 
-check: lint types contracts test ## Everything that CI runs
+audit: $(VENV)/.dev ## Known vulnerabilities of what is installed, if the advisory service can be asked
+	@$(BIN)/python .ci/audit
+
+check: lint types contracts audit test ## Everything that CI runs
 
 bench: $(VENV)/.run ## Speed, as ratios measured in one run
 	$(BIN)/python benchmarks/policy_decision.py

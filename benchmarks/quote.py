@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tetriserve.control import Controller
+from tetriserve.control.spare import Spare
 from tetriserve.core.events import Submitted, WorkerJoined
 from tetriserve.core.forecast import Quote
 from tetriserve.core.request import Request
@@ -128,15 +129,22 @@ def _calibrate_seed(
     foresight = SimulatedForesight(new_policy)
     simulation = Simulation(new_policy(), pool.cost, num_ranks=pool.num_ranks, noise=options.noise, seed=seed)
     quotes: dict[str, Quote] = {}
+    spare = Spare()
 
     def admits(request: Request) -> bool:
         controller, now = simulation.controller, simulation.now
-        quote = foresight.quote(controller, now, [request], foresight.forecast(controller, now))
+        without = foresight.forecast(controller, now)
+        spare.note_time(now)
+        quote = foresight.quote(controller, now, [request], without, spare=spare.fraction)
         quotes[request.request_id] = quote
+        if quote.is_feasible:
+            spare.note_promise(request)
         return admits_all or quote.is_feasible
 
     for outcome in simulation.run(workload(pool, load, options.requests, seed), admits):
         quote = quotes[outcome.request.request_id]
+        if quote.is_feasible:
+            spare.note_end(outcome.request.request_id, outcome.finish_s)
         (kept.feasible if quote.is_feasible else kept.infeasible).append(outcome.is_attained)
         kept.errors.append((outcome.finish_s - quote.finish_s) / outcome.latency_s)
     kept.num_asked += len(quotes)

@@ -160,4 +160,4 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """What `save` wrote to `path`."""
-    return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]  # noqa: TID251

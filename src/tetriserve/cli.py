@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ def profile(
         pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
         with _progress() as progress:
             card, measured = asyncio.run(measure_profile(model, pool, shapes, progress))
-        path = out or Path(f"{card.name}.profile.json")
+        path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)
         _print_profile(measured)
         console.print(f"written to {path}; serve with: tetriserve serve {model or ''} --profile {path}")

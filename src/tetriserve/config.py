@@ -11,8 +11,14 @@ DEVICES = ("cpu", "cuda")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+MODEL_NAMES = "1 to 200 printable characters without spaces around them"
 _KEY = re.compile(r"[!-~]+")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether clients can be told to write `name`; see `MODEL_NAMES`."""
+    return 1 <= len(name) <= 200 and name.isprintable() and name == name.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,7 @@ class ServerConfig:
     port: int = 8000
     shutdown_timeout_s: float = 60.0
     access: AccessConfig = field(default_factory=AccessConfig)
-    otlp_traces_endpoint: str | None = None
+    otlp_traces_endpoint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -150,9 +156,8 @@ class ServerConfig:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout_s}; it must not be negative")
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"otlp-traces-endpoint is {endpoint!r}; write a URL, such as http://localhost:4318/v1/traces"
-            )
+            # Not quoted: it may hold a password.
+            raise ConfigError("otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,11 @@ class EngineConfig:
     served_model_name: str | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+
+    def __post_init__(self) -> None:
+        name = self.served_model_name
+        if name is not None and not is_model_name(name):
+            raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")
 
 
 def _listed(values: tuple[int, ...]) -> str:

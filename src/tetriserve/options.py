@@ -65,9 +65,11 @@ def _default(value: Any, is_repeatable: bool) -> Any:
 
 def _load_settings(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is not UTF-8 text") from None
     try:
         if path.suffix == ".toml":
             import tomllib
@@ -127,8 +129,9 @@ CorsOrigins = Annotated[
 LogFormat = Annotated[str, option("log-format", "text, or json: one object per line.")]
 OtlpEndpoint = Annotated[
     str | None,
-    option("otlp-traces-endpoint", "Send OpenTelemetry spans here, such as http://localhost:4318/v1/traces."),
-]
+    option("otlp-traces-endpoint", "Send OpenTelemetry spans here, such as http://localhost:4318/v1/traces.",
+           show_default=False),
+]  # fmt: skip
 
 SimulatedProfile = Annotated[str, option("profile", "Bundled profile's name or a profile file.")]
 Mix = Annotated[str, option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1.")]

@@ -105,7 +105,7 @@ class Setup:
         assert (state.trajectories, state.in_flight, state.ranks) == ((), (), self.all_ranks)
         assert self.engine.is_ready
         left = [path.name for path in self.executor._directory.path.iterdir()]
-        assert [name for name in left if not name.startswith(("lock", "group-", "preview-basis"))] == []
+        assert [name for name in left if not name.startswith(("lock", "group-", ".preview-basis"))] == []
 
 
 async def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Shape
@@ -139,6 +143,30 @@ def cut_short(path: Path) -> None:
     write_weights(path / "vae/diffusion_pytorch_model.safetensors", header, data=b"12345678")
 
 
+def only_pt(path: Path) -> None:
+    only_bin(path)
+    (path / "vae/diffusion_pytorch_model.bin").rename(path / "vae/diffusion_pytorch_model.pt")
+
+
+def pickle_in_the_index(path: Path) -> None:
+    index = path / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    (path / "transformer/weights.bin").write_bytes(b"\x80\x04.")
+    write_json(index, {"weight_map": {"a": "weights.bin"}})
+
+
+def weights_elsewhere(path: Path) -> None:
+    write_weights(path.parent / "other.safetensors")
+    write_json(
+        path / "transformer/diffusion_pytorch_model.safetensors.index.json",
+        {"weight_map": {"a": "../../other.safetensors"}},
+    )
+
+
+def a_pipe(path: Path) -> None:
+    (path / "vae/config.json").unlink()
+    os.mkfifo(path / "vae/config.json")
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no directory": (remove(""), "flux-dev is not a directory; give a directory that holds a diffusers pipeline"),
     "no index": (remove("model_index.json"), "has no model_index.json; give the top directory of a diffusers pipeline"),
@@ -186,6 +214,41 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "dtype is 'int8'; allowed: float32, bfloat16, float16",
     ),
     "malformed size": (put_json("tetriserve.json", {"sizes": ["big"]}), "size 'big' is not of the form WIDTHxHEIGHT"),
+    "pickled weights by another name": (only_pt, "vae has its weights as .pt only; safetensors are needed"),
+    "pickled shard": (pickle_in_the_index, "index.json: 'weights.bin' is no name of a safetensors file in this"),
+    "weights elsewhere": (weights_elsewhere, "'../../other.safetensors' is no name of a safetensors file in this"),
+    "code in a component": (
+        put_json("vae/config.json", {"block_out_channels": [1, 2], "auto_map": {"AutoModel": "evil.Evil"}}),
+        "vae/config.json names code in auto_map; code that models bring is never run: remove it",
+    ),
+    "code in a tokenizer": (
+        put_json("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+        "tokenizer/tokenizer_config.json names code in auto_map",
+    ),
+    "a module of its own": (
+        put_json("model_index.json", MODEL_INDEX | {"vae": ["evil", "Evil"]}),
+        'model_index.json: "vae" is ["evil", "Evil"]; allowed: classes of diffusers and transformers; code that models',
+    ),
+    "a pipeline of its own": (
+        put_json("model_index.json", MODEL_INDEX | {"_class_name": ["evil", "FluxPipeline"]}),
+        '_class_name is ["evil", "FluxPipeline"]; it must be a JSON string',
+    ),
+    "a component elsewhere": (
+        put_json("model_index.json", MODEL_INDEX | {"../vae": ["diffusers", "AutoencoderKL"]}),
+        'model_index.json: "../vae" is ["diffusers", "AutoencoderKL"]; allowed',
+    ),
+    "a pipe": (a_pipe, "cannot read"),
+    "deep JSON": (put("vae/config.json", "[" * 100_000), "vae/config.json is not valid JSON"),
+    "a header that is too deep": (
+        lambda path: write_weights(path / "vae/diffusion_pytorch_model.safetensors", b'{"a":' + b"[" * 100_000),
+        "diffusion_pytorch_model.safetensors is truncated or not a safetensors file",
+    ),
+    "no VAE": (put_json("vae/config.json", {"block_out_channels": []}), "has 0 items; allowed: 1 to 8"),
+    "a deep VAE": (put_json("vae/config.json", {"block_out_channels": [1] * 60}), "block_out_channels has 60 items"),
+    "no heads": (put_json("transformer/config.json", {"num_attention_heads": 0}), "num_attention_heads is 0; it"),
+    "no text": (put("tokenizer_2/tokenizer_config.json", '{"model_max_length": NaN}'), "model_max_length is nan; it"),
+    "a name of two lines": (put_json("tetriserve.json", {"name": "a\nb"}), "name is 'a\\nb'; allowed: 1 to 200"),
+    "a long name": (put_json("tetriserve.json", {"name": "a" * 201}), "; allowed: 1 to 200 printable characters"),
     "impossible size": (
         put_json("tetriserve.json", {"sizes": ["512x512", "100x512"]}),
         "sizes ['100x512'] are not possible; list at least one, each side a multiple of 16",
@@ -203,6 +266,59 @@ def test_each_fault_is_one_line_that_says_how_to_mend_it(checkpoint: Path, fault
     assert expected in message
     assert "\n" not in message
     assert str(checkpoint) in message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=8), values, max_size=4),
+    max_leaves=8,
+)
+FILES = {
+    "model_index.json": MODEL_INDEX,
+    "transformer/config.json": TRANSFORMER,
+    "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
+    "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
+    "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "transformer/diffusion_pytorch_model.safetensors.index.json": {"weight_map": {}},
+    "tetriserve.json": {"name": "n", "num_steps": 5, "guidance_scale": 1.0, "sizes": ["512x512"], "dtype": "float32"},
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_the_files_of_a_model_hold_it_is_read_or_refused_in_one_line(
+    checkpoint: Path, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(FILES)))
+    content: dict[str, Any] = FILES[name]
+    key = data.draw(st.sampled_from(sorted(content)) | st.text(max_size=8))
+    spoilt = data.draw(json_values.map(lambda value: {**content, key: value}) | json_values)
+    file = checkpoint / name
+    before = file.read_bytes() if file.exists() else None
+    file.write_bytes(data.draw(st.just(json.dumps(spoilt).encode()) | st.binary(max_size=40)))
+    try:
+        card = read_card(checkpoint)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000
+    else:
+        assert card.num_heads >= 1
+        assert card.num_text_tokens >= 1
+        assert card.valid_degrees(card.sizes[0], (1,)) == (1,)
+    finally:
+        if before is None:
+            file.unlink()
+        else:
+            file.write_bytes(before)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()), st.integers(0, 99))
+def test_whatever_a_weights_file_begins_with_it_is_whole_or_refused(checkpoint: Path, header: bytes, size: int) -> None:
+    file = checkpoint / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes((size or len(header)).to_bytes(8, "little") + header)
+    with contextlib.suppress(CheckpointError):
+        read_card(checkpoint)
 
 
 def test_reading_a_card_imports_neither_torch_nor_diffusers(checkpoint: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from tetriserve import __version__
@@ -104,11 +107,17 @@ def test_an_impossible_size_to_measure_is_one_line() -> None:
         ("c.toml", "ranks = = 2", "cannot be parsed: "),
         ("c.yaml", "- ranks\n- 2\n", "must hold option names and values"),
         ("c.yaml", "just words", "must hold option names and values"),
+        ("c.yaml", "ranks: \udcff", "is not UTF-8 text"),
+        ("c.toml", "ranks = '\udcff'", "is not UTF-8 text"),
+        ("c.yaml", "ranks: " + "[" * 1500, "cannot be parsed: "),
+        ("c.toml", "ranks = " + "[" * 5000, "cannot be parsed: "),
+        ("c.yaml", "ranks: !!python/object/apply:os.system ['exit 3']", "cannot be parsed: "),
+        ("c.yaml", "ranks: &a [*a]\n? [b]\n: c", "cannot be parsed: "),
     ],
 )
 def test_a_bad_config_file_is_one_line_with_its_name(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = tmp_path / name
-    path.write_text(content)
+    path.write_text(content, errors="surrogateescape")
     line = only_line(run("profile", "--config", path))
     assert str(path) in line
     assert message in line
@@ -150,3 +159,29 @@ def test_the_installed_command_fails_without_a_traceback(tmp_path: Path) -> None
     assert done.stderr == f"tetriserve: {tmp_path} has no model_index.json; give the top directory of a diffusers " + (
         "pipeline, not one of its parts\n"
     )
+
+
+settings_of_a_file = st.dictionaries(
+    st.sampled_from(["ranks", "device", "threads", "start-timeout", "log_level", "model", "profile", "sizes", "out"])
+    | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.lists(st.integers() | st.text(max_size=3), max_size=3)
+    | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    max_size=3,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=settings_of_a_file.map(lambda values: json.dumps(values | {"degrees": "1,x"})) | st.text(max_size=30))
+def test_whatever_a_config_file_holds_the_command_ends_with_2_and_no_traceback(tmp_path: Path, content: str) -> None:
+    """`degrees` is wrong in every file that could be right: nothing is ever started."""
+    path = tmp_path / "any.yaml"
+    path.write_text(content, errors="surrogatepass")
+    result = run("profile", "--config", path, env={"TETRISERVE_DEGREES": "1,x"})
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr

@@ -102,6 +102,18 @@ def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
         ({"slo_s": -1.0}, "slo_ms", "slo_ms is -1000; allowed: above 0"),
         ({"slo_s": math.inf}, "slo_ms", "slo_ms is inf; allowed: above 0"),
         ({"slo_s": math.nan}, "slo_ms", "slo_ms is nan; allowed: above 0"),
+        (
+            {"request_id": "../../etc/passwd"},
+            "request_id",
+            "request_id is '../../etc/passwd'; allowed: 1 to 128 of A-Z",
+        ),
+        ({"request_id": "a/b"}, "request_id", "allowed: 1 to 128 of A-Z, a-z, 0-9, - and _"),
+        ({"request_id": "a.b"}, "request_id", "request_id is 'a.b'; allowed"),  # would be dropped together with "a"
+        ({"request_id": "*"}, "request_id", "request_id is '*'; allowed"),
+        ({"request_id": ""}, "request_id", "request_id is ''; allowed"),
+        ({"request_id": "x" * 129}, "request_id", "allowed: 1 to 128 of A-Z"),
+        ({"request_id": "a\n"}, "request_id", "request_id is 'a\\n'; allowed"),
+        ({"request_id": "\u0663"}, "request_id", "allowed: 1 to 128 of A-Z"),
         ({"priority": 1_000_001}, "priority", "priority is 1000001; allowed: -1000000 to 1000000"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tetriserve.control import Controller
-from tetriserve.core.errors import RequestFailed
+from tetriserve.core.errors import InvalidRequest, RequestFailed
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.plan import Plan, State
 from tetriserve.core.request import Shape
@@ -128,4 +128,23 @@ async def test_a_policy_that_fails_at_the_second_of_two_images_leaves_nobody_wai
     with pytest.raises(RequestFailed, match="two are too many"):
         await asyncio.wait_for(engine.generate_all([Generation(prompt="one"), Generation(prompt="two")]), 10)
     assert [outcome.status for outcome in outcomes] == [Status.FAILED, Status.FAILED]
+    await engine.stop()
+
+
+@pytest.mark.parametrize("reject", [False, True])
+async def test_a_request_id_that_is_in_use_is_the_clients_mistake_and_the_engine_goes_on(reject: bool) -> None:
+    class Slow(ObedientExecutor):
+        def start_task(self, command: StartTask) -> None:
+            asyncio.get_running_loop().call_later(0.1, super().start_task, command)
+
+    engine, outcomes = running(Slow())
+    twice = [Generation(prompt="p", request_id="mine", reject_infeasible=reject, slo_s=60) for _ in range(2)]
+    with pytest.raises(InvalidRequest, match="request_id 'mine' is that of an unfinished request"):
+        await engine.generate_all(twice)
+    first, *others = await asyncio.gather(*map(engine.generate, [*twice, twice[0]]), return_exceptions=True)
+    assert not isinstance(first, BaseException)
+    assert [type(other) for other in others] == [InvalidRequest, InvalidRequest]
+    await engine.generate(twice[0])
+    assert engine.is_ready
+    assert [outcome.status for outcome in outcomes] == [Status.FINISHED] * 2
     await engine.stop()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import pickle
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import RequestFailed
@@ -25,10 +30,22 @@ from tetriserve.core.events import (
     WorkerJoined,
     WorkerLost,
 )
-from tetriserve.core.messages import DropGroup, Forget, GroupWarm, Ready, RunTask, TaskDone, TaskError, WarmGroup
+from tetriserve.core.messages import (
+    DropGroup,
+    Forget,
+    FromWorker,
+    GroupWarm,
+    Heartbeat,
+    Ready,
+    RunTask,
+    TaskDone,
+    TaskError,
+    WarmGroup,
+)
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
+from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
 
@@ -240,6 +257,83 @@ async def test_a_worker_that_dies_explains_the_errors_of_its_peers(pools: Callab
     await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
     (failed,) = [event for event in pool.events if isinstance(event, TaskFailed)]
     assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its process ended with signal 9")
+
+
+def framed(content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + content
+
+
+GARBAGE = {
+    "noise": framed(random.Random(0).randbytes(200)),
+    "a length that nothing follows": b"\x7f\xff\xff\xff",
+    "a negative length": b"\xff\xff\xff\xff\x00",
+    "no pickle": framed(b"hello"),
+    "a truncated pickle": framed(pickle.dumps(TaskDone(1, 0.5, None))[:-4]),
+    "a call": framed(b"cos\nsystem\n(S'exit 3'\ntR."),
+    "a call by way of a message's module": framed(pickle.dumps(pickle.dumps)),
+    "no message": framed(pickle.dumps(7)),
+    "a message of the other direction": framed(pickle.dumps(Forget("a"))),
+    "a field of another type": framed(pickle.dumps(TaskDone("1", 0.5, None))),  # type: ignore[arg-type]
+    "a field of a field of another type": framed(pickle.dumps(TaskDone(1, 0.5, TensorRef(7, 1)))),  # type: ignore[arg-type]
+    "a list for a number": framed(pickle.dumps(Heartbeat([]))),  # type: ignore[arg-type]
+    "nothing in it": framed(b""),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+async def test_a_worker_that_writes_garbage_is_replaced_and_its_task_ends_as_lost(
+    pools: Callable[..., Pool], garbage: bytes
+) -> None:
+    pool = await started(pools(2))
+    first, other = pool.workers[0], pool.workers[1]
+    pool.start_task(1, (0,))
+    os.write(first.connection.fileno(), garbage)
+    first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))  # whatever it says after that
+    await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0, 1})
+    (failed,) = [event for event in pool.events if isinstance(event, TaskFailed | TaskFinished)]
+    assert isinstance(failed, TaskFailed)
+    assert failed.message.startswith("rank 0 was lost: its message ")
+    assert pool.workers[1] is other
+    pool.start_task(2, (0,))
+    pool.workers[0].say(TaskDone(2, 0.5, TensorRef("a.latents.1", 1)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, TensorRef("a.latents.1", 1)))
+
+
+async def test_what_a_worker_wrote_before_the_garbage_counts(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(1))
+    pool.start_task(1, (0,))
+    done = framed(pickle.dumps(TaskDone(1, 0.5, TensorRef("a.latents.1", 1))))
+    os.write(pool.workers[0].connection.fileno(), done + GARBAGE["noise"])
+    await pool.until(lambda: pool.events[-1] == WorkerJoined(0) and pool.executor.num_restarts == 1)
+    assert TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events
+
+
+async def test_half_a_message_stops_nobody_and_is_read_once_it_is_whole(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(2))
+    pool.start_task(1, (0,))
+    pool.start_task(2, (1,))
+    message = framed(pickle.dumps(TaskDone(1, 0.5, TensorRef("a.latents.1", 1))))
+    for at in range(0, len(message) - 1, 7):
+        os.write(pool.workers[0].connection.fileno(), message[at : min(at + 7, len(message) - 1)])
+        await asyncio.sleep(0.001)
+    pool.workers[1].say(TaskDone(2, 0.5, TensorRef("a.latents.2", 1)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, TensorRef("a.latents.2", 1)))
+    os.write(pool.workers[0].connection.fileno(), message[-1:])
+    await pool.until(lambda: pool.events[-1] == TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)))
+    assert pool.executor.num_restarts == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.binary(max_size=60), is_framed=st.booleans(), cut=st.integers(0, 60))
+def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_framed: bool, cut: int) -> None:
+    real = pickle.dumps(TaskError(1, FailureKind.STEP, "text", 1.0))
+    written = framed(real[:cut] + content) if is_framed else content + real[cut:]
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), written or b"\0")
+    with contextlib.suppress(Garbled):
+        assert all(isinstance(message, get_args(FromWorker)) for message in Inbox(ours).read())
+    ours.close()
+    theirs.close()
 
 
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from tetriserve.control import Controller
-from tetriserve.core.errors import DeadlineInfeasible
+from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Cancelled, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
-from tetriserve.engine.foresight import MAX_AGE_S, Outlook, infeasible
+from tetriserve.engine.foresight import MAX_AGE_S, MAX_WAIT_S, Outlook
 
 REQUEST = Request(
     request_id="r", prompt="", shape=Shape(256, 256), num_steps=1, seed=0, arrival_s=0.0, deadline_s=5.0
@@ -40,7 +40,7 @@ class Noted:
         self.forecasts.append((controller, now))
         return Forecast(now=now, runs=(), finish_s={})
 
-    def quote(self, controller, now, requests, without):
+    def quote(self, controller, now, requests, without, *, spare, is_brief):
         self.quotes.append((now, tuple(requests), without.now))
         return QUOTE
 
@@ -114,10 +114,96 @@ async def test_the_foresight_gets_a_controller_of_its_own(outlook, foresight, co
     assert (forked.state.ranks, controller.state.ranks) == ((), (3,))
 
 
-def test_a_refusal_names_what_can_be_promised_or_when_to_come_back():
-    refusal = infeasible(QUOTE, backlog_s=9.0)
-    assert isinstance(refusal, DeadlineInfeasible)
-    assert (refusal.earliest_deadline_s, refusal.retry_after_s) == (5.5, 4.5)
-    assert str(refusal) == "a deadline in 1.000 s cannot be promised; one in 5.500 s can"
-    hopeless = infeasible(replace(QUOTE, earliest_deadline_s=float("inf")), backlog_s=9.0)
-    assert (hopeless.earliest_deadline_s, hopeless.retry_after_s) == (None, 9.0)
+def answering(outlook, foresight, monkeypatch, *quotes):
+    """From now on `foresight` answers so, and the last answer again."""
+    answers = list(quotes)
+
+    def quote(controller, now, requests, without, *, spare, is_brief):
+        foresight.quotes.append(is_brief)
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    monkeypatch.setattr(foresight, "quote", quote)
+    monkeypatch.setattr(outlook._controller, "earliest_finish", lambda request, now: 4.0)
+    monkeypatch.setattr("tetriserve.engine.foresight.backlog_s", lambda state: 9.0)
+
+
+async def promised(outlook, deadline_s=5.0):
+    request = replace(REQUEST, deadline_s=deadline_s)
+    async with outlook.turn([request]):
+        return await outlook.promise([request])
+
+
+async def test_a_promise_takes_one_brief_quote(outlook, foresight, monkeypatch):
+    feasible = replace(QUOTE, is_feasible=True)
+    answering(outlook, foresight, monkeypatch, feasible)
+    assert await promised(outlook) is feasible
+    assert foresight.quotes == [True]
+
+
+async def test_a_refusal_names_what_can_be_promised_or_when_to_come_back(outlook, foresight, monkeypatch):
+    answering(outlook, foresight, monkeypatch, QUOTE, QUOTE, replace(QUOTE, earliest_deadline_s=float("inf")))
+    with pytest.raises(
+        DeadlineInfeasible, match="a deadline in 1.000 s cannot be promised; one in 5.500 s can"
+    ) as refused:
+        await promised(outlook)
+    assert (refused.value.earliest_deadline_s, refused.value.retry_after_s) == (5.5, 4.5)
+    with pytest.raises(
+        DeadlineInfeasible, match="a deadline in 1.000 s cannot be promised, nor is a later one"
+    ) as refused:
+        await promised(outlook)
+    assert (refused.value.earliest_deadline_s, refused.value.retry_after_s) == (None, 9.0)
+    assert foresight.quotes == [True, False] * 2
+
+
+async def test_while_others_wait_no_later_deadline_is_looked_for(outlook, foresight, monkeypatch):
+    answering(outlook, foresight, monkeypatch, QUOTE)
+    ends = await asyncio.gather(*(promised(outlook) for _ in range(4)), return_exceptions=True)
+    assert all(isinstance(end, DeadlineInfeasible) for end in ends)
+    assert foresight.quotes == [True] * 4 + [False]  # the last one has time
+
+
+async def test_while_others_wait_the_hopeless_are_refused_without_a_quote(outlook, foresight, monkeypatch):
+    answering(outlook, foresight, monkeypatch, replace(QUOTE, is_feasible=True))
+    late = [promised(outlook, deadline_s=3.9) for _ in range(9)]
+    first, *ends = await asyncio.gather(promised(outlook), *late, return_exceptions=True)
+    assert isinstance(first, Quote)
+    assert all(isinstance(end, DeadlineInfeasible) and end.retry_after_s == 9.0 for end in ends)
+    assert foresight.quotes == [True]
+    assert isinstance(await promised(outlook, deadline_s=3.9), Quote)  # alone it is worth a quote
+
+
+async def test_turns_come_one_after_the_other_and_those_who_would_wait_long_are_refused_at_once(outlook, clock):
+    order = []
+
+    async def ask(number):
+        async with outlook.turn():
+            order.append(number)
+            await asyncio.sleep(0)
+            clock.now += 0.2
+            raise ZeroDivisionError  # a turn that ends in a refusal counts too
+
+    await asyncio.gather(*(ask(number) for number in range(3)), return_exceptions=True)
+    assert order == [0, 1, 2]
+    # By now a turn is known to take some 0.1 s: five may wait, and the one whose turn it is.
+    ends = await asyncio.gather(*(ask(number) for number in range(3, 103)), return_exceptions=True)
+    refusals = [end for end in ends if isinstance(end, QueueFull)]
+    assert 90 <= len(refusals) <= 96
+    assert all(MAX_WAIT_S < refusal.retry_after_s < 1 for refusal in refusals)
+    assert order == list(range(103 - len(refusals)))
+    with pytest.raises(ZeroDivisionError):
+        await ask(103)
+
+
+async def test_one_who_gives_up_waiting_for_a_turn_leaves_it_to_the_next(outlook):
+    entered = []
+
+    async def ask(number):
+        async with outlook.turn():
+            entered.append(number)
+            await asyncio.sleep(0.01)
+
+    first, leaving, last = (asyncio.create_task(ask(number)) for number in range(3))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(first, leaving, last, return_exceptions=True)
+    assert entered == [0, 2]

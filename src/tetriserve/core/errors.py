@@ -34,7 +34,7 @@ class UnknownModel(InvalidRequest):
 
 
 class QueueFull(TetriServeError):
-    """Admission refused because `max_queue` requests are already waiting."""
+    """Admission refused because `max_queue` requests are already waiting, or too many for their quotes."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

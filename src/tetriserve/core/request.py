@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,7 +25,7 @@ class Shape:
         """
         match = _SIZE.fullmatch(size)
         if match is None or min(int(match[1]), int(match[2])) == 0:
-            raise ValueError(f"size {size!r} is not of the form WIDTHxHEIGHT, such as 512x512")
+            raise ValueError(f"size {size[:40]!r} is not of the form WIDTHxHEIGHT, such as 512x512")
         return cls(height=int(match[2]), width=int(match[1]))
 
     @property

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tetriserve.core.errors import InvalidRequest
+from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.cost import ProfileCost
@@ -14,14 +17,16 @@ MAX_SEED = 2**63 - 1
 MAX_SLO_S = 24 * 3600.0
 MAX_PRIORITY = 1_000_000
 DEFAULT_TRUE_CFG_SCALE = 4.0
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
+"""Files of the tensor store begin with it, and what follows begins with a dot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """What a client may say about one image; None leaves the choice to the server.
 
-    `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests, and fit
-    to be a file's name.
+    `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests: 1 to 128
+    letters and digits of ASCII, `-` and `_`.
     """
 
     prompt: str
@@ -61,7 +66,7 @@ class Intake:
         )
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         request = Request(
-            request_id=generation.request_id or request_id,
+            request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._prompt(generation.prompt),
             shape=shape,
             num_steps=int(num_steps),
@@ -150,6 +155,23 @@ class Intake:
             + self.cost.decode_s(request)
         )
         return min(self.default_slo_scale * alone_s, MAX_SLO_S)
+
+
+def check_ids(requests: Sequence[Request], state: State) -> None:
+    """Raises InvalidRequest: one of `requests`, which are not admitted, has the id of another unfinished one."""
+    taken = {trajectory.request_id for trajectory in state.trajectories}
+    taken |= {flight.task.request_id for flight in state.in_flight}  # left by their clients
+    for request in requests:
+        if request.request_id in taken:
+            raise InvalidRequest(f"request_id {request.request_id!r} is that of an unfinished request", "request_id")
+        taken.add(request.request_id)
+
+
+def _checked_id(request_id: str) -> str:
+    if not _ID.fullmatch(request_id):
+        allowed = "allowed: 1 to 128 of A-Z, a-z, 0-9, - and _"
+        raise InvalidRequest(f"request_id is {request_id[:200]!r}; {allowed}", "request_id")
+    return request_id
 
 
 def _in_range(param: str, value: float | None, default: float, low: float, high: float) -> float:

@@ -37,8 +37,8 @@ from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine.foresight import Foresight, Outlook, infeasible
-from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.foresight import Foresight, Outlook
+from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor, Preview
@@ -91,12 +91,11 @@ class LiveEngine:
         self.policy_name = policy_name
         self._max_queue = max_queue
         self._outlook = Outlook(foresight, controller, lambda: self.now)
-        self._promising = asyncio.Lock()
         self._on_event: list[Recorder] = [self._outlook.note]
         if on_event is not None:
             self._on_event.append(on_event)
         self._on_task: list[OnTask] = []
-        self._on_outcome: list[OnOutcome] = []
+        self._on_outcome: list[OnOutcome] = [self._outlook.note_end]
         self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
         self._clients: dict[str, _Client] = {}
@@ -191,8 +190,11 @@ class LiveEngine:
 
         Raises:
             InvalidRequest, ShuttingDown: they would not be admitted.
+            QueueFull: too many ask.
         """
-        return await self._outlook.quote(self._requests(generations))
+        requests = self._requests(generations)
+        async with self._outlook.turn():
+            return await self._outlook.quote(requests)
 
     async def forecast(self) -> Forecast:
         """What becomes of what is there; shared by all who ask, and up to a second old."""
@@ -242,10 +244,8 @@ class LiveEngine:
         self._check_room(len(requests))
         if not any(generation.reject_infeasible for generation in generations):
             return self._submit(requests, [None] * len(requests), watch)
-        async with self._promising:  # of two promises at a time, the second has to know of the first
-            quote = await self._outlook.quote(requests)
-            if not quote.is_feasible:
-                raise infeasible(quote, backlog_s(self.state))
+        async with self._outlook.turn(requests):
+            quote = await self._outlook.promise(requests)
             self._check_serving()
             self._check_room(len(requests))
             return self._submit(requests, [image.finish_s for image in quote.images], watch)
@@ -276,6 +276,7 @@ class LiveEngine:
     def _submit(
         self, requests: Sequence[Request], promised_s: Sequence[float | None], watch: Watcher | None
     ) -> list[_Client]:
+        check_ids(requests, self.state)
         loop = asyncio.get_running_loop()
         clients = [
             _Client(request, loop.create_future(), _unheard if watch is None else partial(watch, number))

@@ -37,6 +37,7 @@ from tetriserve.core.messages import (
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.executor.groups import GroupTable
+from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.previews import PreviewReader
 from tetriserve.executor.processes import end_process, end_processes, exit_words, start_context, start_process
@@ -62,6 +63,7 @@ class _Worker:
 
     process: BaseProcess
     connection: Connection
+    inbox: Inbox
     outbox: Outbox
     last_sign_s: float
     num_steps: int = 0
@@ -206,7 +208,7 @@ class LocalExecutor:
         if self._is_stopping:
             end_process(process)
             return
-        self._workers[rank] = _Worker(process, ours, Outbox(ours), last_sign_s=time.monotonic())
+        self._workers[rank] = _Worker(process, ours, Inbox(ours), Outbox(ours), last_sign_s=time.monotonic())
         asyncio.get_running_loop().add_reader(ours.fileno(), self._read, rank)
 
     def _spec(self, rank: int) -> WorkerSpec:
@@ -227,15 +229,13 @@ class LocalExecutor:
     def _read(self, rank: int) -> None:
         """Take in what a worker wrote; end-of-file is its death."""
         worker = self._workers[rank]
-        while True:
-            try:
-                if not worker.connection.poll():
-                    return
-                message = worker.connection.recv()
-            except (EOFError, OSError):
-                self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
-                return
-            self._take(rank, worker, message)
+        try:
+            for message in worker.inbox.read():
+                self._take(rank, worker, message)
+        except (EOFError, OSError):
+            self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
+        except Garbled as error:
+            self._kill(rank, str(error))
 
     def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
         worker.last_sign_s = time.monotonic()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetriserve.config import MODEL_NAMES, is_model_name
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Shape
 from tetriserve.models.registry import adapter_target
@@ -24,6 +26,12 @@ _OVERRIDES: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
 }
 _DEFAULT_SIDES = (256, 512, 1024, 2048)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LIBRARIES = ("diffusers", "transformers")
+_COMPONENT = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
+_MAX_VAE_BLOCKS = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors format allows."""
 _JSON_NAMES: dict[object, str] = {str: "string", int: "integer", list: "array", dict: "object"}
 
 
@@ -86,8 +94,8 @@ def read_card(path: Path) -> ModelCard:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     for component, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            _check_component(path / component, *entry)
+        if isinstance(entry, list) and entry != [None, None]:
+            _check_component(path, component, entry)
     return _read_flux(path, pipeline_class)
 
 
@@ -105,7 +113,13 @@ def _read_flux(path: Path, pipeline_class: str) -> ModelCard:
     tokenizer = {"model_max_length": MAX_TEXT_TOKENS} | _read_json(tokenizer_file)
     has_guidance = bool(transformer.get("guidance_embeds", False))
     num_vae_blocks = len(_get(vae, "block_out_channels", list, path / "vae/config.json"))
+    if not 1 <= num_vae_blocks <= _MAX_VAE_BLOCKS:
+        raise CheckpointError(
+            f"{path / 'vae/config.json'}: block_out_channels has {num_vae_blocks} items; "
+            f"allowed: 1 to {_MAX_VAE_BLOCKS}"
+        )
     pixels_per_token = 2 * 2 ** (num_vae_blocks - 1)
+    num_text_tokens = _get_count(tokenizer, "model_max_length", (int, float), tokenizer_file)
     overrides = _read_overrides(path / "tetriserve.json", pixels_per_token)
     sizes = tuple(Shape(side, side) for side in _DEFAULT_SIDES if side % pixels_per_token == 0)
     return ModelCard(
@@ -115,8 +129,8 @@ def _read_flux(path: Path, pipeline_class: str) -> ModelCard:
         dtype=overrides.get("dtype", "bfloat16"),
         size_multiple=pixels_per_token,
         pixels_per_token=pixels_per_token,
-        num_heads=_get(transformer, "num_attention_heads", int, path / "transformer/config.json"),
-        num_text_tokens=int(min(MAX_TEXT_TOKENS, _get(tokenizer, "model_max_length", (int, float), tokenizer_file))),
+        num_heads=_get_count(transformer, "num_attention_heads", int, path / "transformer/config.json"),
+        num_text_tokens=int(min(MAX_TEXT_TOKENS, num_text_tokens)),
         default_num_steps=overrides.get("num_steps", 28 if has_guidance else 4),
         default_guidance_scale=float(overrides.get("guidance_scale", 3.5)),
         has_guidance=has_guidance,
@@ -137,8 +151,10 @@ def _read_overrides(file: Path, size_multiple: int) -> dict[str, Any]:
         if key not in _OVERRIDES:
             raise CheckpointError(f"{file}: unknown key {key!r}; allowed: {', '.join(_OVERRIDES)}")
         _get(overrides, key, _OVERRIDES[key], file)
-    if overrides.get("name") == "":
-        raise CheckpointError(f"{file}: name is empty; remove it to use the directory's name")
+    if not is_model_name(name := overrides.get("name", "unnamed")):
+        raise CheckpointError(
+            f"{file}: name is {name[:200]!r}; allowed: {MODEL_NAMES}; without it, the directory's name"
+        )
     if (num_steps := overrides.get("num_steps", 1)) < 1:
         raise CheckpointError(f"{file}: num_steps is {num_steps}; it must be at least 1")
     if not math.isfinite(guidance_scale := overrides.get("guidance_scale", 0)) or guidance_scale < 0:
@@ -159,8 +175,19 @@ def _read_overrides(file: Path, size_multiple: int) -> dict[str, Any]:
     return overrides
 
 
-def _check_component(folder: Path, library: str, class_name: str) -> None:
-    """That the component named by `model_index.json` is there, complete and not truncated."""
+def _check_component(path: Path, component: str, entry: list[object]) -> None:
+    """That the component named by `model_index.json` is there, complete and not truncated, and brings no code along."""
+    match entry:
+        case [str(library), str(class_name)] if library in _LIBRARIES and _COMPONENT.fullmatch(component):
+            folder = path / component
+        case _:
+            raise CheckpointError(
+                f"{path / 'model_index.json'}: {_quoted(component)} is {_quoted(entry)}; allowed: classes of "
+                f"{' and '.join(_LIBRARIES)}; code that models bring is never run"
+            )
+    for file in sorted(folder.glob("*.json")):
+        if file.name.endswith("config.json") and "auto_map" in _read_json(file):
+            raise CheckpointError(f"{file} names code in auto_map; code that models bring is never run: remove it")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing though model_index.json names it; download the checkpoint again")
     if any(kind in class_name for kind in ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")):
@@ -171,6 +198,8 @@ def _check_component(folder: Path, library: str, class_name: str) -> None:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         names = sorted({str(name) for name in _get(_read_json(index), "weight_map", dict, index).values()})
+        if bad := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise CheckpointError(f"{index}: {bad[0]!r} is no name of a safetensors file in this directory")
     else:
         names = [f"{stem}.safetensors"]
     for name in names:
@@ -178,10 +207,10 @@ def _check_component(folder: Path, library: str, class_name: str) -> None:
             _check_weights(folder / name)
         elif index.is_file():
             raise CheckpointError(f"{folder / name} is missing though {index.name} names it; download it again")
-        elif any(folder.glob("*.bin")):
+        elif pickled := [file for pattern in _PICKLED for file in folder.glob(pattern)]:
             raise CheckpointError(
-                f"{folder} has its weights as .bin only; safetensors are needed: save the pipeline again with "
-                "save_pretrained(..., safe_serialization=True)"
+                f"{folder} has its weights as {pickled[0].suffix} only; safetensors are needed: save the pipeline "
+                "again with save_pretrained(..., safe_serialization=True)"
             )
         else:
             raise CheckpointError(f"{folder} has no weights ({name}); download the checkpoint again")
@@ -193,11 +222,12 @@ def _check_weights(file: Path) -> None:
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(header_size)) if header_size <= size - 8 else None
+            header = json.loads(stream.read(header_size)) if header_size <= min(size - 8, _MAX_HEADER_BYTES) else None
             ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            header = None
-    if header is None or size != 8 + header_size + max(ends, default=0):
+            is_whole = header is not None and size == 8 + header_size + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            is_whole = False
+    if not is_whole:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({size} bytes); download it again")
 
 
@@ -212,15 +242,30 @@ def _fingerprint(*configs: Mapping[str, Any]) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():  # to read a pipe would be to wait for it
+        raise CheckpointError(f"cannot read {file} (there is no such file); download the checkpoint again")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file} ({error.strerror}); download the checkpoint again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); mend it or download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object; download it again")
     return content
+
+
+def _quoted(value: object) -> str:
+    """JSON, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _get_count(content: Mapping[str, Any], key: str, kind: type | tuple[type, ...], file: Path) -> Any:
+    value = _get(content, key, kind, file)
+    if not value >= 1:
+        raise CheckpointError(f"{file}: {key} is {value}; it must be at least 1")
+    return value
 
 
 def _get(content: Mapping[str, Any], key: str, kind: type | tuple[type, ...], file: Path) -> Any:
@@ -228,5 +273,5 @@ def _get(content: Mapping[str, Any], key: str, kind: type | tuple[type, ...], fi
     value = content.get(key)
     if isinstance(value, bool) or not isinstance(value, kind):
         name = _JSON_NAMES.get(kind, "number")
-        raise CheckpointError(f"{file}: {key} is {json.dumps(value)}; it must be a JSON {name}")
+        raise CheckpointError(f"{file}: {key} is {_quoted(value)}; it must be a JSON {name}")
     return value

@@ -23,6 +23,7 @@ from tetriserve.core.errors import ProfileError
 from tetriserve.core.request import Shape
 
 FORMAT = "tetriserve-profile/1"
+_MAX_COUNT = 2**31
 
 _Row = TypeVar("_Row", "DenoiseRow", "DecodeRow")
 
@@ -209,3 +210,5 @@ def _check_positive(where: str, row: object, names: tuple[str, ...]) -> None:
         value = getattr(row, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ProfileError(f"{where}.{name} is {value!r}; it must be a whole number of at least 1")
+        if value > _MAX_COUNT:
+            raise ProfileError(f"{where}.{name} has {value.bit_length()} bits; it must be at most {_MAX_COUNT}")

@@ -17,6 +17,7 @@ from tetriserve.config import LOOPBACK, ServerConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.engine import LiveEngine
 from tetriserve.server.app import create_app
+from tetriserve.server.connection import BoundedProtocol
 from tetriserve.server.slot import EngineSlot
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ async def serve(
             server_header=False,
             lifespan="off",
             ws="none",
-            http="h11",  # it bounds the size of headers; uvicorn's httptools, which it would prefer, does not
+            http=BoundedProtocol,
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
@@ -131,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
 def url_of(listener: socket.socket) -> str:
     """Where a client on this machine reaches it."""
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from tetriserve.control.controller import Controller
+from tetriserve.control.spare import LEAST_SPARE
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.request import Request
 from tetriserve.policies.policy import Policy
 from tetriserve.simulator.forecast import forecast
 
-SPARE = 0.05
-"""What a promise keeps in hand, as a fraction of the time until the forecast finish: forecasts are a little off."""
 MAX_TRIALS = 5
 """Deadlines that are tried for one quote, the one asked for included."""
 MAX_TASKS = 150
@@ -45,7 +44,16 @@ class SimulatedForesight:
         """The future of what is there: exact if little is, and the coarser the more requests are unfinished."""
         return forecast(controller, now, self._new_policy(), resolution=_resolution(controller, 0))
 
-    def quote(self, controller: Controller, now: float, requests: Sequence[Request], without: Forecast) -> Quote:
+    def quote(
+        self,
+        controller: Controller,
+        now: float,
+        requests: Sequence[Request],
+        without: Forecast,
+        *,
+        spare: float = LEAST_SPARE,
+        is_brief: bool = False,
+    ) -> Quote:
         """What could be promised to `requests`, which came together at `now` or just before, and are not admitted.
 
         They share one deadline, the earliest of theirs, which is tried first. Then, feasible or not, the end that was
@@ -53,8 +61,10 @@ class SimulatedForesight:
 
         Args:
             without: the forecast without them, of about the same moment.
+            spare: what promises keep in hand, as a fraction of the time until the forecast finish.
+            is_brief: try no other deadline. It takes a fraction of the time, and says no more than yes or no.
         """
-        return _Search(self._new_policy, controller, now, requests, without).quote()
+        return _Search(self._new_policy, controller, now, requests, without, spare).quote(is_brief)
 
 
 def _resolution(controller: Controller, num_more: int) -> float:
@@ -71,11 +81,17 @@ class _Trial:
     promised_s: float
     is_feasible: bool
 
+    @property
+    def known_s(self) -> float:
+        """The earliest deadline that this alone confirms; infinite if it confirms none."""
+        return self.deadline_s if self.is_feasible else math.inf
+
 
 class _Search:
     """Forecasts of one moment with the newcomers at several deadlines.
 
-    protected: the deadlines of those who are in time without them, by request id.
+    protected: until when those who are in time without them have to end, by request id. Who has the spare in hand keeps
+        it: else every newcomer would take a little of it.
     """
 
     def __init__(
@@ -85,6 +101,7 @@ class _Search:
         now: float,
         requests: Sequence[Request],
         without: Forecast,
+        spare: float,
     ) -> None:
         self._new_policy = new_policy
         self._controller = controller
@@ -93,10 +110,11 @@ class _Search:
         self._arrival_s = requests[0].arrival_s
         self._without = without
         self._resolution = _resolution(controller, len(requests))
-        self._protected = _in_time(controller, without)
+        self._spare = spare
+        self._protected = _bounds(controller, without, now, spare)
         self._num_tasks = 0
 
-    def quote(self) -> Quote:
+    def quote(self, is_brief: bool) -> Quote:
         asked = self._try(min(request.deadline_s for request in self._requests))
         waiting = {trajectory.request_id for trajectory in self._controller.state.waiting}
         finish_s = asked.forecast.finish_s
@@ -104,7 +122,7 @@ class _Search:
             is_feasible=asked.is_feasible,
             arrival_s=self._arrival_s,
             deadline_s=asked.deadline_s,
-            earliest_deadline_s=self._earliest(asked),
+            earliest_deadline_s=asked.known_s if is_brief else self._earliest(asked),
             position=_position(asked.forecast, {request.request_id for request in self._requests}, waiting),
             images=tuple(
                 QuotedImage(
@@ -129,7 +147,7 @@ class _Search:
         self._num_tasks += len(course.runs)
         finish_s = max(course.finish_s.get(name, math.inf) for name in newcomers)
         is_harmless = all(course.finish_s.get(name, math.inf) <= by_s for name, by_s in self._protected.items())
-        promised_s = finish_s + SPARE * (finish_s - self._now)
+        promised_s = finish_s + self._spare * (finish_s - self._now)
         return _Trial(deadline_s, course, finish_s, promised_s, promised_s <= deadline_s and is_harmless)
 
     def _earliest(self, asked: _Trial) -> float:
@@ -164,13 +182,16 @@ class _Search:
         return self._arrival_s + math.ceil((time_s - self._arrival_s) * _TICKS_PER_S) / _TICKS_PER_S
 
 
-def _in_time(controller: Controller, course: Forecast) -> Mapping[str, float]:
-    """The deadlines of those who keep them, by request id."""
-    return {
-        trajectory.request_id: trajectory.request.deadline_s
-        for trajectory in controller.state.trajectories
-        if course.finish_s.get(trajectory.request_id, math.inf) <= trajectory.request.deadline_s
-    }
+def _bounds(controller: Controller, course: Forecast, now: float, spare: float) -> Mapping[str, float]:
+    """Until when those who keep their deadlines have to end, by request id."""
+    bounds = {}
+    for trajectory in controller.state.trajectories:
+        finish_s = course.finish_s.get(trajectory.request_id, math.inf)
+        deadline_s = trajectory.request.deadline_s
+        with_spare_s = now + (deadline_s - now) / (1 + spare)
+        if finish_s <= deadline_s:
+            bounds[trajectory.request_id] = with_spare_s if finish_s <= with_spare_s else deadline_s
+    return bounds
 
 
 def _position(course: Forecast, newcomers: Set[str], waiting: Set[str]) -> int:

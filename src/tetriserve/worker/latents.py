@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_SHM = Path("/dev/shm")
+_SHM = Path("/dev/shm")  # noqa: S108
 _MIN_SHM_BYTES = 2**30
 _PREFIX = "tetriserve-store-"
 _LOCK = "lock"

@@ -89,7 +89,7 @@ class Runner:
 
     def save_preview_basis(self, card: ModelCard) -> TensorRef:
         """Leave in the store what the server makes previews with."""
-        return self._store.save("preview-basis", {"basis": torch.from_numpy(fit_basis(self._adapter, card))})
+        return self._store.save(".preview-basis", {"basis": torch.from_numpy(fit_basis(self._adapter, card))})
 
     def _run_stage(self, message: RunTask) -> TensorRef | None:
         start = message.start

@@ -156,7 +156,7 @@ def _number(row: Row, name: str, *, at_least: float) -> float:
     value = row[name]
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not at_least <= number < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a number of at least {at_least:g}")

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.control import Controller
+from tetriserve.control.spare import LEAST_SPARE
 from tetriserve.core.events import Submitted, WorkerJoined
 from tetriserve.policies import make_policy
 from tetriserve.simulator.forecast import forecast
-from tetriserve.simulator.foresight import SPARE, SimulatedForesight
+from tetriserve.simulator.foresight import SimulatedForesight
 
 POLICIES = ["tetriserve", "lookahead", "fixed:1", "fcfs", "rssp", "srtf", "edf", "edf-best-fit"]
 HEIGHTS = (256, 512, 1024, 2048)
@@ -74,7 +75,7 @@ def test_the_earliest_deadline_is_feasible_if_asked_for_at_once(
     assert quote.deadline_s == deadline_s
     assert [len(image.degrees) for image in quote.images] == [num_steps] * num_images
     if quote.is_feasible:
-        assert (1 + SPARE) * quote.finish_s <= deadline_s
+        assert (1 + LEAST_SPARE) * quote.finish_s <= deadline_s
         assert quote.earliest_deadline_s <= deadline_s
     else:
         assert quote.earliest_deadline_s > deadline_s
@@ -91,7 +92,7 @@ def test_an_empty_pool_quotes_the_time_alone_and_a_little_to_spare_to_the_tick(p
     alone_s = flux.encode_s(request) + 10 * flux.step_times(request)[1] + flux.decode_s(request) + 3 * flux.switch_s
     assert quote.is_feasible
     assert quote.finish_s == pytest.approx(alone_s)
-    assert quote.earliest_deadline_s == pytest.approx((1 + SPARE) * alone_s, abs=1e-3)
+    assert quote.earliest_deadline_s == pytest.approx((1 + LEAST_SPARE) * alone_s, abs=1e-3)
     assert quote.earliest_deadline_s * 1000 == pytest.approx(round(quote.earliest_deadline_s * 1000), abs=1e-6)
     assert quote.position == 0
     assert quote.images[0].degrees == (1,) * 10

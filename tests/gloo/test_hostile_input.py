@@ -1,0 +1,110 @@
+"""What strangers write, through the real tokenizers and the real model; and model directories that mean harm."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.core.errors import CheckpointError
+from tetriserve.core.request import Request, Shape
+from tetriserve.engine import Generation
+from tetriserve.launch import Progress, launch
+from tetriserve.models.card import read_card
+from tetriserve.models.flux import FluxAdapter
+
+PROMPTS = {
+    "NUL": "a\0b",
+    "control characters": "".join(map(chr, range(32))) + "a" + "".join(map(chr, range(0x7F, 0xA0))),
+    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e007f",
+    "right to left": "\u202e\u0645\u0631\u062d\u0628\u0627\u2066",
+    "combining": "e" + "\u0301" * 3000,
+    "zero width": "\u200b\ufeff\u2060",
+    "not characters": "\ufffe\uffff\U0010ffff",
+    "one long word": "x" * 8000,
+    "four bytes each": "\U0001f600" * 8000,
+    "special tokens": "<|endoftext|></s><pad><extra_id_0><unk> ",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
+    request = Request(
+        request_id="r", prompt=prompt, negative_prompt=prompt, true_cfg_scale=4.0, shape=Shape(64, 64), num_steps=1,
+        seed=0, arrival_s=0.0, deadline_s=0.0,
+    )  # fmt: skip
+    embeds = reference.encode(request)
+    assert {name.startswith("negative_") for name in embeds} == {True, False}
+    assert all(torch.isfinite(tensor).all() for tensor in embeds.values())
+
+
+async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: str) -> None:
+    config = EngineConfig(profile=profile_path, pool=PoolConfig(num_ranks=2))
+    engine = await launch(config, Progress(step=lambda text: None))
+    try:
+        pids = engine._executor.pids  # type: ignore[attr-defined]
+        for prompt in ("".join(PROMPTS.values())[:8000], PROMPTS["four bytes each"]):
+            image = await engine.generate(Generation(prompt=prompt, size="256x256", num_steps=1, seed=1, slo_s=600))
+            assert image.pixels.shape == (256, 256, 3)
+        assert engine._executor.pids == pids  # type: ignore[attr-defined]
+    finally:
+        await engine.stop()
+
+
+def test_sizes_at_the_ends_of_what_the_model_divides(reference: FluxAdapter) -> None:
+    for height, width in ((32, 32), (32, 512), (512, 32), (32, 64)):
+        request = Request(
+            request_id="r", prompt="a", shape=Shape(height, width), num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+        )
+        latents = reference.denoise_loop(request, reference.encode(request), 0).step(reference.initial_latents(request))
+        assert reference.decode(request, latents).shape == (height, width, 3)
+
+
+class Harm:
+    """A pickle that would touch `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self._mark,)
+
+
+def test_loading_a_model_unpickles_nothing_and_runs_none_of_its_files(
+    bundled_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickles and Python lie beside every part; safetensors alone are read."""
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(bundled_dir, model)
+    for part in [model, *(path for path in model.iterdir() if path.is_dir())]:
+        for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"):
+            (part / name).write_bytes(pickle.dumps(Harm(mark)))
+        for name in ("pipeline.py", "__init__.py", "modeling.py", "sitecustomize.py"):
+            (part / name).write_text(f"open({str(mark)!r}, 'w')")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    adapter = FluxAdapter(read_card(model), "cpu")
+    monkeypatch.undo()
+    request = Request(
+        request_id="r", prompt="a", shape=Shape(64, 64), num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+    )
+    assert np.isfinite(next(iter(adapter.encode(request).values())).numpy()).all()
+    assert not mark.exists()
+
+
+def test_weights_that_are_pickles_by_another_name_are_refused(bundled_dir: Path, tmp_path: Path) -> None:
+    model, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(bundled_dir, model)
+    (model / "vae/diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(Harm(mark)))
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+        read_card(model)
+    assert not mark.exists()

@@ -1,0 +1,200 @@
+"""What clients can do to a connection: stall, pipeline, send nonsense, open many. Nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+
+import httpx
+import pytest
+from live_server import until
+
+from tetriserve.server import connection
+
+URL = "/v1/images/generations"
+BODY = json.dumps({"prompt": "a lighthouse", "size": "64x64"}).encode()
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+async def http(live):
+    async with httpx.AsyncClient(base_url=await live.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Requests have little time to arrive."""
+    monkeypatch.setattr(connection, "ARRIVAL_S", 0.2)
+
+
+async def connect(live):
+    host, port = (await live.url).removeprefix("http://").split(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def answer_to(live, *pieces, then_s=0.0):
+    """All that the server says to `pieces`, until it closes."""
+    reader, writer = await connect(live)
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(then_s)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer
+
+
+STALLED = {
+    "half a request line": b"GET /hea",
+    "half a header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    "no body": POST + b"Content-Length: 100\r\n\r\n",
+    "half a body": POST + b'Content-Length: 100\r\n\r\n{"prompt": "',
+    "half a chunk": POST + b'Transfer-Encoding: chunked\r\n\r\n20\r\n{"prompt": ',
+}
+
+
+@pytest.mark.parametrize("piece", STALLED.values(), ids=STALLED)
+async def test_a_request_that_does_not_go_on_is_a_408_and_disturbs_nobody(live, http, short, piece):
+    stalling = [asyncio.create_task(answer_to(live, piece)) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    assert (await http.post(URL, content=BODY, headers={"Content-Type": "application/json"})).status_code == 200
+    for answer in await asyncio.gather(*stalling):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"]["code"] == "request_timeout"
+    assert live.engine.state.trajectories == ()
+
+
+@pytest.mark.parametrize("piece", STALLED.values(), ids=STALLED)
+async def test_dripping_bytes_gain_no_time(live, short, piece):
+    reader, writer = await connect(live)
+    writer.write(piece)
+    start_s = asyncio.get_running_loop().time()
+    reading = asyncio.create_task(reader.read())
+    while not reading.done():
+        writer.write(b" ")
+        await asyncio.sleep(0.02)
+        assert asyncio.get_running_loop().time() < start_s + 5
+    writer.close()
+    if not isinstance(reading.exception(), ConnectionError):  # the server closes without reading what still came
+        assert b" 408 " in reading.result()
+
+
+async def test_the_time_counts_anew_for_every_request_and_not_while_it_is_served(live, short, executor):
+    executor.gate.clear()
+    reader, writer = await connect(live)
+    writer.write(WHOLE)
+    await until(lambda: live.engine.state.trajectories)
+    await asyncio.sleep(0.4)
+    executor.gate.set()
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    await asyncio.sleep(0.4)  # idle between two requests
+    writer.write(GET[:9])
+    await asyncio.sleep(0.1)
+    writer.write(GET[9:])
+    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b'{"status":"alive"}'), 5)
+    writer.close()
+
+
+async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for(live, short):
+    """The answer needs no body, so it comes at once; the connection still ends in time."""
+    answer = await answer_to(live, b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_a_connection_without_a_request_is_closed_after_a_while(live, monkeypatch):
+    def idle_briefly(self, transport):
+        self.timeout_keep_alive = 0.1
+        made(self, transport)
+
+    made = connection.BoundedProtocol.connection_made
+    monkeypatch.setattr(connection.BoundedProtocol, "connection_made", idle_briefly)
+    assert await answer_to(live) == b""
+
+
+async def test_pipelined_requests_are_answered_in_order(live):
+    last = b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = await answer_to(live, GET + WHOLE + GET + last)
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200"] * 4
+    assert answer.index(b"alive") < answer.index(b"b64_json") < answer.rindex(b"alive") < answer.index(b'"ready"')
+
+
+async def test_the_second_of_two_pipelined_requests_may_not_stall_either(live, short):
+    answer = await answer_to(live, WHOLE + STALLED["half a body"])
+    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"408"]
+
+
+NONSENSE = {
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+    "a negative length": POST + b"Content-Length: -5\r\n\r\n",
+    "a length of many digits": POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    "a chunk that is none": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "a NUL in a header": b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", NONSENSE.values(), ids=NONSENSE)
+async def test_nonsense_is_a_400_in_the_envelope_without_a_traceback(live, http, piece, caplog):
+    with caplog.at_level(logging.DEBUG):
+        answer = await answer_to(live, piece)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert not [record for record in caplog.records if record.exc_info]
+    assert (await http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("line", [b"X: " + b"a" * 2**20, b"X: aaaaaaaaaa\r\n" * 2**16, b"a" * 2**20])
+async def test_headers_without_an_end_are_refused(live, http, line):
+    """What one read brings is parsed; beyond that 64 KiB may be unfinished."""
+    reader, writer = await connect(live)
+    with contextlib.suppress(ConnectionError):  # it closes without reading the rest
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n" + line)
+        await writer.drain()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+    writer.close()
+    assert (await http.get("/health")).status_code == 200
+
+
+async def test_nonsense_after_an_answer_has_begun_closes_the_connection_without_a_traceback(live, caplog):
+    """The answer to a route that reads no body is out before the body turns out to be no body."""
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = await answer_to(live, head, b"zz\r\n", then_s=0.1)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_many_idle_connections_take_nothing_from_others(live, http):
+    idle = [await connect(live) for _ in range(200)]
+    assert (await http.post(URL, content=BODY, headers={"Content-Type": "application/json"})).status_code == 200
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_more_connections_than_there_may_be_are_a_503_that_says_when_to_come_back(live, monkeypatch):
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
+    kept = [await connect(live) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    answer = await answer_to(live)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 5\r\n" in answer.lower()
+    assert b'"too_many_connections"' in answer
+    for _, writer in kept:
+        writer.close()
+    await asyncio.sleep(0.05)
+    assert b"alive" in await answer_to(live, GET.replace(b"Host", b"Connection: close\r\nHost"))
+
+
+async def test_an_upgrade_to_a_protocol_that_is_not_spoken_is_ignored(live):
+    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    assert (await answer_to(live, upgrade)).startswith(b"HTTP/1.1 200 ")

@@ -1,0 +1,131 @@
+"""Prompts, sizes and bodies at their limits: every text is drawn or refused, and what is drawn is what was sent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_engine import CARD, SIDES
+
+from tetriserve.core.request import Shape
+from tetriserve.server.exchange import MAX_BODY_BYTES
+
+URL = "/v1/images/generations"
+JSON = {"Content-Type": "application/json"}
+
+DRAWN = {
+    "NUL": "a\0b",
+    "control characters": "".join(map(chr, range(32))) + "a" + "".join(map(chr, range(0x7F, 0xA0))),
+    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e007f",
+    "right to left": "\u202e\u0645\u0631\u062d\u0628\u0627\u2066",
+    "combining": "e" + "\u0301" * 3000,
+    "zero width": "\u200b\ufeff\u2060",
+    "not characters": "\ufffe\uffff\U0010ffff",
+    "as long as it may be": "x" * 8000,
+    "as long as it may be, four bytes each": "\U0001f600" * 8000,
+    "markup": "<script>alert(1)</script> ${jndi:ldap://x} %s {0} '; DROP TABLE",
+}
+SPACES = [" ", "\t\r\n", "\u00a0", "\u2003\u3000", "\u2028\u2029", "\x1c\x1d\x1e\x1f\x85", "\x0b\x0c"]
+
+
+@pytest.fixture
+def seen(engine):
+    """The prompts of images that were made."""
+    prompts = []
+    engine.subscribe(lambda outcome: prompts.append(outcome.request.prompt))
+    return prompts
+
+
+@pytest.mark.parametrize("prompt", DRAWN.values(), ids=DRAWN)
+async def test_any_text_is_drawn_as_it_was_sent(draw, seen, prompt):
+    response = await draw(prompt=prompt, negative_prompt=prompt, user=prompt)
+    assert response.status_code == 200, response.text
+    assert response.json()["user"] == prompt
+    assert seen == [prompt]
+
+
+@pytest.mark.parametrize("prompt", SPACES)
+async def test_spaces_of_any_kind_are_no_prompt(draw, prompt):
+    response = await draw(prompt=prompt)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "prompt is empty; say what to draw"
+
+
+async def test_a_megabyte_of_text_is_refused_without_being_repeated(draw):
+    response = await draw(prompt="x" * (MAX_BODY_BYTES - 1000))
+    assert response.status_code == 400
+    assert "8000" in response.json()["error"]["message"]
+    assert len(response.content) < 1000
+    assert (await draw(prompt="x" * MAX_BODY_BYTES)).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("size", "status"),
+    [
+        (f"{SIDES[0]}x{SIDES[0]}", 200),
+        (f"{SIDES[-1]}x{SIDES[-1]}", 200),
+        ("64x48", 400),  # below the smallest
+        ("80x64", 200),
+        ("256x272", 400),  # above the largest
+        ("63x64", 400),
+        ("65x64", 400),
+        ("512x128", 200),  # as long as a side may be
+        ("128x512", 200),
+        ("528x112", 400),
+        ("4096x16", 400),
+        ("16x4096", 400),
+        ("999999x999999", 400),
+        ("9" * 5000 + "x64", 400),
+        ("\u0666\u0664x64", 400),
+        ("64X64", 400),
+        (" 64x64", 400),
+        ("64x64\n", 400),
+        ("+64x64", 400),
+        ("64x64x2", 400),
+        ("", 400),
+    ],
+)
+async def test_sizes_at_every_limit(draw, size, status):
+    response = await draw(size=size)
+    assert response.status_code == status, response.text
+    if status == 200:
+        assert Shape.parse(response.json()["size"]).num_pixels % CARD.size_multiple**2 == 0
+    else:
+        assert response.json()["error"]["param"] == "size"
+        assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "a", "x": ' + "[" * 500 + "]" * 500 + "}",
+        '{"prompt": "a", "x": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + "}",
+        '{"prompt": ' + "1" * 100_000 + "}",
+        '{"prompt": "a", "seed": -1e-999999999}',
+        '{"prompt": "a", "slo_ms": 1' + "0" * 4000 + "}",
+        '{"prompt": "a", ' + ", ".join(f'"f{n}": 1' for n in range(20_000)) + "}",
+    ],
+    ids=["deep", "deeper", "long number", "tiny number", "huge number", "many fields"],
+)
+async def test_extreme_json_is_a_400(client, body):
+    response = await client.post(URL, content=body, headers=JSON)
+    assert response.status_code == 400, response.text[:500]
+    assert len(response.content) < 2000
+
+
+async def test_of_fields_given_twice_the_last_one_counts(client, seen):
+    body = '{"prompt": "first", "size": "64x64", "prompt": "last"}'
+    assert (await client.post(URL, content=body, headers=JSON)).status_code == 200
+    assert seen == ["last"]
+
+
+@pytest.mark.parametrize("name", ["X-SLO-Ms", "X-Request-Id", "Authorization", "traceparent", "X-Unknown"])
+@pytest.mark.parametrize(
+    "value", [b"", b"\xff\xfe", b"\x01", b"a" * 60_000, b"9" * 5000, b"1e400", b"-0", b"0x10", b"1_0"]
+)
+async def test_no_header_is_the_servers_fault(client, name, value):
+    body = json.dumps({"prompt": "a lighthouse", "size": "64x64", "num_inference_steps": 1}).encode()
+    headers = [(b"Content-Type", b"application/json"), (name.encode(), value)]
+    response = await client.post(URL, content=body, headers=headers)
+    assert response.status_code in (200, 400), response.text
+    assert len(response.headers["X-Request-Id"]) <= 128
