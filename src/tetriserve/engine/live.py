@@ -7,8 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
@@ -17,6 +16,7 @@ from tetriserve.control.controller import Controller
 from tetriserve.core.errors import QueueFull, RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
+    Checkpoint,
     CloseCancelled,
     Command,
     Event,
@@ -36,16 +36,16 @@ from tetriserve.core.events import (
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 from tetriserve.engine.foresight import Foresight, Outlook, infeasible
 from tetriserve.engine.intake import Generation, Intake
-from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
+from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher, first_progress
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor, Preview
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
+    from tetriserve.engine.durable import DurableWork
     from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,8 @@ logger = logging.getLogger(__name__)
 OnOutcome = Callable[[Outcome], None]
 OnTask = Callable[[EndedTask], None]
 Recorder = Callable[[float, Event], None]
-
-
-@dataclass
-class _Client:
-    """Who waits for a request."""
-
-    request: Request
-    image: asyncio.Future[GeneratedImage]
-    tell: Callable[[Progress | GeneratedImage], None]
+Accept = Callable[[Sequence[Request]], Awaitable[None]]
+"""Makes an acceptance last, before anything runs."""
 
 
 class LiveEngine:
@@ -72,6 +65,7 @@ class LiveEngine:
     on_event: hears of every event with its time, before it is handled; replayed through an equal controller, these
         give the same commands.
     failure: why the engine cannot go on; None while it can.
+    durable: work that outlives its clients and this engine; None without a journal.
     """
 
     def __init__(
@@ -99,12 +93,13 @@ class LiveEngine:
         self._on_outcome: list[OnOutcome] = []
         self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Admitted] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
         self._is_draining = False
         self.failure: str | None = None
+        self.durable: DurableWork | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -129,6 +124,8 @@ class LiveEngine:
         for on_stop in self._on_stop:
             on_stop()
         await self._executor.stop()
+        if self.durable is not None:
+            await self.durable.close()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:
         """Hear of every ended request. Like every subscriber, be quick and do not raise: the pool waits."""
@@ -178,13 +175,53 @@ class LiveEngine:
 
         Raises: as `generate`.
         """
-        clients = await self._admit(generations, watch)
+        clients = await self.admit(generations, watch)
         try:
             return list(await asyncio.gather(*(client.image for client in clients)))
         finally:
-            for client in clients:
-                if not client.image.done() or client.image.cancelled():
-                    self._leave(client)
+            self.leave(clients)
+
+    async def admit(
+        self, generations: Sequence[Generation], watch: Watcher | None = None, accept: Accept | None = None
+    ) -> list[Admitted]:
+        """Requests that run from now on, whoever waits for them; all or none. See `generate_all` for `watch`.
+
+        `accept` is awaited when nothing speaks against them. Something may have come up by the time it returns.
+
+        Raises:
+            InvalidRequest, QueueFull, DeadlineInfeasible, ShuttingDown: not admitted.
+            RequestFailed: the engine has failed.
+        """
+        requests = self._requests(generations)
+        self._check_room(len(requests))
+        if not any(generation.reject_infeasible for generation in generations):
+            await self._accept(requests, accept)
+            return self._submit(requests, watch=watch)
+        async with self._promising:  # of two promises at a time, the second has to know of the first
+            quote = await self._outlook.quote(requests)
+            if not quote.is_feasible:
+                raise infeasible(quote, backlog_s(self.state))
+            self._check_serving()
+            self._check_room(len(requests))
+            await self._accept(requests, accept)
+            return self._submit(requests, [image.finish_s for image in quote.images], watch=watch)
+
+    def resume(
+        self, requests: Sequence[Request], checkpoints: Sequence[Checkpoint | None], watch: Watcher | None = None
+    ) -> list[Admitted]:
+        """As `admit`, for requests that were accepted in an earlier life: there is room for them however many wait.
+
+        Raises:
+            ShuttingDown, RequestFailed: the engine runs nothing any more.
+        """
+        self._check_serving()
+        return self._submit(requests, checkpoints=checkpoints, watch=watch)
+
+    def leave(self, clients: Sequence[Admitted]) -> None:
+        """Nobody waits for these: those that are not finished are cancelled. What runs of them ends with its task."""
+        for client in clients:
+            if not client.image.done() or client.image.cancelled():
+                self._leave(client)
 
     async def quote(self, generations: Sequence[Generation]) -> Quote:
         """What could be promised to these images if they were asked for now, together. Nothing is admitted.
@@ -237,18 +274,11 @@ class LiveEngine:
             for on_task in self._on_task:
                 on_task(ended)
 
-    async def _admit(self, generations: Sequence[Generation], watch: Watcher | None) -> list[_Client]:
-        requests = self._requests(generations)
-        self._check_room(len(requests))
-        if not any(generation.reject_infeasible for generation in generations):
-            return self._submit(requests, [None] * len(requests), watch)
-        async with self._promising:  # of two promises at a time, the second has to know of the first
-            quote = await self._outlook.quote(requests)
-            if not quote.is_feasible:
-                raise infeasible(quote, backlog_s(self.state))
+    async def _accept(self, requests: Sequence[Request], accept: Accept | None) -> None:
+        if accept is not None:
+            await accept(requests)
             self._check_serving()
             self._check_room(len(requests))
-            return self._submit(requests, [image.finish_s for image in quote.images], watch)
 
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
@@ -274,23 +304,28 @@ class LiveEngine:
             )
 
     def _submit(
-        self, requests: Sequence[Request], promised_s: Sequence[float | None], watch: Watcher | None
-    ) -> list[_Client]:
+        self,
+        requests: Sequence[Request],
+        promised_s: Sequence[float] | None = None,
+        *,
+        checkpoints: Sequence[Checkpoint | None] | None = None,
+        watch: Watcher | None,
+    ) -> list[Admitted]:
         loop = asyncio.get_running_loop()
         clients = [
-            _Client(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
+            Admitted(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
             for number, request in enumerate(requests)
         ]
-        for client, promised_finish_s in zip(clients, promised_s, strict=True):
+        for number, client in enumerate(clients):
             request = client.request
+            checkpoint = None if checkpoints is None else checkpoints[number]
             self._clients[request.request_id] = client
             self._is_empty.clear()
-            client.tell(Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0))
-            self.handle(Submitted(request, promised_finish_s))
+            client.tell(first_progress(request, checkpoint))
+            self.handle(Submitted(request, None if promised_s is None else promised_s[number], checkpoint))
         return clients
 
-    def _leave(self, client: _Client) -> None:
-        """The client is gone: cancel its request. What still runs of it ends with its task."""
+    def _leave(self, client: Admitted) -> None:
         request_id = client.request.request_id
         if self._clients.pop(request_id, None) is None:
             return
