@@ -13,19 +13,19 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from tetriserve.core.errors import JournalError, KeyReused, RequestFailed, ShuttingDown
 from tetriserve.core.events import Checkpoint
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
+from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher
 from tetriserve.engine.shared import SharedWork
-from tetriserve.engine.tasks import EndedTask
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Entry, Failure, Journal, Kept, Key, Picture
 from tetriserve.journal.times import moved_outcome, moved_request, moved_runs
@@ -54,16 +54,6 @@ class _Known:
     work: SharedWork | None = None
 
 
-@dataclass
-class _Following:
-    """A request whose course is noted as its tasks end."""
-
-    arrival_s: float
-    num_starts: int = 0
-    is_started: bool = False
-    checkpoint: Checkpoint | None = None
-
-
 class DurableWork:
     """All work under keys, of the past `result_ttl_s` seconds and unfinished. Lives on the engine's event loop.
 
@@ -90,9 +80,9 @@ class DurableWork:
         self._result_ttl_s = result_ttl_s
         self._wall_clock = wall_clock
         self._known: dict[Key, _Known] = {}
-        self._following: dict[str, _Following] = {}
+        self._courses = Courses(journal, executor)
         self._sweeper: asyncio.Task[None] | None = None
-        engine.subscribe_tasks(self._note_task)
+        engine.subscribe_tasks(self._courses.note_task)
 
     def is_known(self, key: Key) -> bool:
         """Whether a call with `key` joins what is there already."""
@@ -110,23 +100,22 @@ class DurableWork:
         known = self._find(key)
         if known is None:
             known = self._known[key] = _Known(digest)
-            known.work = work = SharedWork()
-            work.run(self._execute(key, known, generations, work.tell), held)
-            return work
+            work = SharedWork()
+            return self._begin(known, work, self._execute(key, known, generations, work.tell), held)
         if held is not None:
             held.close()
         if known.digest != digest:
             raise KeyReused("this key stands for other pictures already; a new request needs a new one")
-        if known.work is None or known.work.is_done:
+        if known.work is None:
             self.num_replayed += 1
-            known.work = work = SharedWork()
-            work.run(self._replay(key, known, work.tell))
+            work = SharedWork()
+            return self._begin(known, work, self._replay(key, known, work.tell))
         return known.work
 
     async def recover(self) -> None:
         """Take up what an earlier life left: call it once, before anybody else calls."""
         unfinished: list[tuple[Key, _Known]] = []
-        for kept in self.journal.loaded:
+        for kept in self.journal.take_loaded():
             key = kept.entry.key
             before = self._known.pop(key, None)
             if before is not None and before.name is not None:  # dropping it failed
@@ -143,8 +132,7 @@ class DurableWork:
             except (RequestFailed, JournalError) as error:
                 logger.error("request %s was not taken up: %s", known.name, error)
                 continue
-            known.work = work
-            work.run(self._see_through(key, known, images, admitted, work.tell))
+            self._begin(known, work, self._see_through(known, images, admitted, work.tell))
         if unfinished:
             logger.info(
                 "took up %d requests of an earlier life, %d of their steps already done",
@@ -168,28 +156,49 @@ class DurableWork:
             for known in self._known.values()
         )
 
+    def _begin(
+        self,
+        known: _Known,
+        work: SharedWork,
+        making: Coroutine[Any, Any, list[GeneratedImage]],
+        held: ExitStack | None = None,
+    ) -> SharedWork:
+        def rest() -> None:
+            known.work = None  # its images are in the journal: the next call reads them there
+            if held is not None:
+                held.close()
+
+        known.work = work
+        work.run(making, rest)
+        return work
+
     async def _execute(
         self, key: Key, known: _Known, generations: Sequence[Generation], tell: Tell
     ) -> list[GeneratedImage]:
         """New work. A refusal leaves nothing, so that the key can be used again."""
 
+        accepted: list[str] = []
+
         async def accept(requests: Sequence[Request]) -> None:
             entry = self._entry(key, known.digest, requests)
             known.name = entry.name
             await asyncio.wrap_future(self.journal.accept(entry))
-            self._following |= {request.request_id: _Following(request.arrival_s) for request in requests}
+            for request in requests:
+                accepted.append(request.request_id)
+                self._courses.follow(request)
 
         try:
             admitted = await self._engine.admit(generations, self._watch(range(len(generations)), tell), accept)
         except BaseException:
+            self._courses.leave(accepted)
             self._forget(key, known)
             raise
-        return await self._see_through(key, known, {}, dict(enumerate(admitted)), tell)
+        return await self._see_through(known, {}, dict(enumerate(admitted)), tell)
 
     async def _replay(self, key: Key, known: _Known, tell: Tell) -> list[GeneratedImage]:
         """What is in the journal; what is missing or corrupt is done again, with the same seed."""
         images, admitted = await self._readmit(key, known, tell)
-        return await self._see_through(key, known, images, admitted, tell)
+        return await self._see_through(known, images, admitted, tell)
 
     async def _readmit(
         self, key: Key, known: _Known, tell: Tell
@@ -232,9 +241,7 @@ class DurableWork:
             checkpoint = None
             if course is not None:
                 checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
-            self._following[request.request_id] = _Following(
-                arrival_s, 0 if course is None else course.num_starts, checkpoint=checkpoint
-            )
+            self._courses.follow(request, 0 if course is None else course.num_starts, checkpoint)
             if checkpoint is not None:
                 checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))
                 self.num_steps_saved += checkpoint.steps_done
@@ -244,14 +251,13 @@ class DurableWork:
         return dict(zip(missing, admitted, strict=True))
 
     async def _see_through(
-        self,
-        key: Key,
-        known: _Known,
-        images: dict[int, GeneratedImage],
-        admitted: Mapping[int, Admitted],
-        tell: Tell,
+        self, known: _Known, images: dict[int, GeneratedImage], admitted: Mapping[int, Admitted], tell: Tell
     ) -> list[GeneratedImage]:
-        """Keep each image as it comes, and tell of it only then. Those not finished stay in the journal as they are."""
+        """Keep each image as it comes, and tell of it only then.
+
+        What ends otherwise than by an image or a failure of its own stays in the journal as it is: the next call, or
+        the next life of the server, goes on with it.
+        """
 
         async def keep(number: int, client: Admitted) -> None:
             image = await client.image
@@ -266,15 +272,11 @@ class DurableWork:
             await self._fail(known, str(error))
             raise
         except ShuttingDown:
-            self._clear_starts(client.request.request_id for client in admitted.values())
-            raise
-        except JournalError:  # nobody was told anything: the same call may try again
-            self._forget(key, known)
+            self._courses.clear_starts(client.request.request_id for client in admitted.values())
             raise
         finally:
             self._engine.leave([*admitted.values()])
-            for client in admitted.values():
-                self._following.pop(client.request.request_id, None)
+            self._courses.leave(client.request.request_id for client in admitted.values())
         if known.ended_at is None:
             known.ended_at = self._wall_clock()
         return [images[number] for number in sorted(images)]
@@ -317,41 +319,10 @@ class DurableWork:
         def watch(index: int, update: Progress | GeneratedImage) -> None:
             if isinstance(update, Progress):
                 if update.degree:
-                    self._note_start(update.request.request_id)
+                    self._courses.note_start(update.request.request_id)
                 tell(numbers[index], update)
 
         return watch
-
-    def _note_start(self, request_id: str) -> None:
-        following = self._following.get(request_id)
-        if following is not None and not following.is_started:
-            following.is_started = True
-            following.num_starts += 1
-            self._note(request_id, following)
-
-    def _note_task(self, ended: EndedTask) -> None:
-        following = self._following.get(ended.request.request_id)
-        if following is None or ended.result is None or ended.run.task.stage is Stage.DECODE:
-            return
-        before = following.checkpoint
-        runs = (*(() if before is None else before.runs), *moved_runs([ended.run], -following.arrival_s))
-        if before is None or ended.run.task.stage is Stage.ENCODE:
-            following.checkpoint = Checkpoint(0, ended.result, None, runs)
-        else:
-            following.checkpoint = replace(before, steps_done=ended.steps_done, latents=ended.result, runs=runs)
-        following.num_starts = 0
-        self._note(ended.request.request_id, following)
-
-    def _clear_starts(self, request_ids: Iterable[str]) -> None:
-        """The server stops in good order: none of these is what brings it down."""
-        for request_id in request_ids:
-            following = self._following.get(request_id)
-            if following is not None and following.num_starts:
-                following.num_starts = 0
-                self._note(request_id, following)
-
-    def _note(self, request_id: str, following: _Following) -> None:
-        self.journal.advance(request_id, following.num_starts, following.checkpoint, self._executor.read_state)
 
     def _find(self, key: Key) -> _Known | None:
         known = self._known.get(key)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
@@ -18,12 +17,11 @@ class SharedWork:
         self._watchers: list[Watcher] = []
         self._latest: dict[int, Progress | GeneratedImage] = {}
 
-    def run(self, making: Coroutine[Any, Any, list[GeneratedImage]], held: ExitStack | None = None) -> None:
-        """Begin; `held` is closed when it ends, one way or another."""
+    def run(self, making: Coroutine[Any, Any, list[GeneratedImage]], on_end: Callable[[], None]) -> None:
+        """Begin; `on_end` is called when it ends, one way or another."""
         self._task = asyncio.create_task(making)
         self._task.add_done_callback(_retrieve)
-        if held is not None:
-            self._task.add_done_callback(lambda task: held.close())
+        self._task.add_done_callback(lambda task: on_end())
 
     async def images(self, watch: Watcher | None = None) -> list[GeneratedImage]:
         """The images once they are there; `watch` hears where each stands, and then of every change.
@@ -47,10 +45,6 @@ class SharedWork:
         self._latest[number] = update
         for watch in self._watchers:
             watch(number, update)
-
-    @property
-    def is_done(self) -> bool:
-        return self._task is not None and self._task.done()
 
     async def wait(self) -> None:
         """Until it has ended, one way or another."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
 from tetriserve.journal.database import Database, read_database, set_aside
-from tetriserve.journal.directory import Directory
+from tetriserve.journal.directory import Directory, sync_folder
 from tetriserve.journal.records import (
     Corrupt,
     Course,
@@ -86,20 +86,21 @@ class Journal:
         self.corrupt: Counter[str] = Counter()
         self._directory = Directory(path)
         try:
-            self.loaded, rows = self._load(path)
+            self._loaded, rows = self._load(path)
             self._database = Database(self._directory.database)
             self._database.apply(rows)
             self._database.shorten_log()
+            sync_folder(path)
         except (sqlite3.Error, OSError) as error:
             self._directory.release()
             raise ConfigError(f"journal {path} cannot be written: {error}; name another directory") from None
         except ConfigError:
             self._directory.release()
             raise
-        self._directory.remove_orphans({file.name for kept in self.loaded for file in kept.files})
+        self._directory.remove_orphans({file.name for kept in self._loaded for file in kept.files})
         self._courses = {
             name: kept.courses.get(name, Course(request_id=name))
-            for kept in self.loaded
+            for kept in self._loaded
             if kept.ended_at is None
             for name in kept.entry.request_ids
             if name not in kept.pictures
@@ -112,6 +113,11 @@ class Journal:
     def num_errors(self) -> int:
         """Reads and writes that failed since the start."""
         return self._writer.num_errors
+
+    def take_loaded(self) -> list[Kept]:
+        """What was there at the start, in order of arrival. Ask once: it is not kept in memory."""
+        loaded, self._loaded = self._loaded, []
+        return loaded
 
     def accept(self, entry: Entry) -> Future[None]:
         def work(batch: Batch) -> None:
@@ -222,7 +228,8 @@ class Journal:
                 )
         if damage is None and len(records) == len(rows):
             return kept, []
-        self.corrupt["database"] += damage is not None
+        if damage is not None:
+            self.corrupt["database"] += 1
         aside = set_aside(self._directory.database)
         logger.error(
             "the journal is damaged (%s): %s keeps it, and a new one goes on with the %d of %d records that are sound",
