@@ -11,12 +11,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FAILING, FakeExecutor, make_durable_engine
+from fake_engine import FAILING, MODEL, FakeExecutor, make_durable_engine, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
+from tetriserve.core.errors import RequestFailed
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import DurableWork, Generation, LiveEngine
+from tetriserve.journal import Journal, Key
 from tetriserve.server import EngineSlot
+from tetriserve.workload.outcome import Status
 
 URL = "/v1/images/generations"
 BODY = {"prompt": "a lighthouse", "size": "64x64"}
@@ -302,4 +305,84 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
     stages = {command.task.stage for command in second_life.started}
     assert Stage.ENCODE not in stages  # both were encoded in the first life
     assert set(second_life.put) >= {f"{request_id}.encode.0" for request_id in ids}
+    await engine.stop()
+
+
+async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
+    """As a killed server leaves things: nobody is told, nothing is cleared up."""
+    await until(lambda: not engine.durable.journal._writer._late)
+    engine.durable.journal.close()
+    await executor.stop()
+    engine.subscribe_events(lambda now, event: None)
+
+
+async def lives(tmp_path: Path, *, count: int) -> tuple[LiveEngine, FakeExecutor]:
+    """The last of `count` servers, all of which crashed but the last as soon as a task had begun."""
+    for _ in range(count - 1):
+        executor = FakeExecutor()
+        executor.gate.clear()
+        engine = await make_durable_engine(executor, tmp_path / "j")
+        if not engine.state.trajectories and engine.durable.count()["open"] == 0:
+            engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")])
+        await until(lambda: executor.started)  # noqa: B023
+        await crash(engine, executor)
+    executor = FakeExecutor()
+    return await make_durable_engine(executor, tmp_path / "j"), executor
+
+
+async def test_a_request_that_brings_the_server_down_again_and_again_is_failed(tmp_path):
+    engine, executor = await lives(tmp_path, count=5)
+    with pytest.raises(RequestFailed, match="the server went down 4 times in a row while it worked for this request"):
+        await engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")]).images()
+    assert not executor.started
+    assert engine.durable.count() == {"failed": 1}
+    await engine.stop()
+
+
+async def test_three_crashes_in_a_row_are_forgiven(tmp_path):
+    engine, executor = await lives(tmp_path, count=4)
+    (image,) = await engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")]).images()
+    assert image.outcome.status is Status.FINISHED
+    await engine.stop()
+
+
+async def test_who_only_waits_is_not_blamed_for_crashes(tmp_path):
+    for _ in range(5):
+        executor = FakeExecutor()
+        executor.gate.clear()
+        engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
+        if engine.durable.count()["open"] == 0:
+            for name in "abc":
+                engine.durable.call(Key("t", name), [Generation(prompt=name, size="64x64")])
+        await until(lambda: executor.started)  # noqa: B023
+        await crash(engine, executor)
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    (image,) = await engine.durable.call(Key("t", "c"), [Generation(prompt="c", size="64x64")]).images()
+    assert image.outcome.request.prompt == "c"
+    assert engine.durable.count()["failed"] == 1  # the first, on both ranks, in four lives
+    await engine.stop()
+
+
+async def test_deadlines_go_on_while_the_server_is_down(tmp_path, executor):
+    wall_s = 1000.0
+    first = FakeExecutor()
+    first.gate.clear()
+    engine = make_engine(first)
+    engine.durable = DurableWork(
+        engine, first, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    )
+    engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64", slo_s=30.0)])
+    await until(lambda: first.started)
+    await crash(engine, first)
+    wall_s = 1020.0
+    engine = make_engine(executor)
+    engine.durable = DurableWork(
+        engine, executor, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    )
+    await engine.durable.recover()
+    (trajectory,) = engine.state.trajectories
+    assert trajectory.request.deadline_s - engine.now == pytest.approx(10.0, abs=0.5)
+    assert trajectory.request.arrival_s == pytest.approx(-20.0, abs=0.5)
+    (image,) = await engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64")]).images()
+    assert image.outcome.latency_s == pytest.approx(20.0, abs=0.5)
     await engine.stop()
