@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tetriserve.core.errors import JournalError, KeyReused, RequestFailed, ShuttingDown
-from tetriserve.core.events import Checkpoint
+from tetriserve.core.events import Submitted
 from tetriserve.core.request import Request
 from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
@@ -235,7 +235,7 @@ class DurableWork:
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
         arrival_s = self._engine.now - away_s
         requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
-        checkpoints: list[Checkpoint | None] = []
+        arriving = []
         for request in requests:
             course = kept.courses.get(request.request_id)
             checkpoint = None
@@ -245,8 +245,8 @@ class DurableWork:
             if checkpoint is not None:
                 checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))
                 self.num_steps_saved += checkpoint.steps_done
-            checkpoints.append(checkpoint)
-        admitted = self._engine.resume(requests, checkpoints, self._watch(missing, tell))
+            arriving.append(Submitted(request, None, checkpoint))
+        admitted = self._engine.resume(arriving, self._watch(missing, tell))
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
 

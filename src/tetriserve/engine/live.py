@@ -7,16 +7,15 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
-from tetriserve.control.admission import backlog_s
+from tetriserve.control.admission import backlog_s, check_room
 from tetriserve.control.controller import Controller
-from tetriserve.core.errors import QueueFull, RequestFailed, ShuttingDown
+from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
-    Checkpoint,
     CloseCancelled,
     Command,
     Event,
@@ -38,7 +37,7 @@ from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.foresight import Foresight, Outlook, infeasible
 from tetriserve.engine.intake import Generation, Intake
-from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher, first_progress
+from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor, Preview
 from tetriserve.logs import fields
@@ -53,8 +52,6 @@ logger = logging.getLogger(__name__)
 OnOutcome = Callable[[Outcome], None]
 OnTask = Callable[[EndedTask], None]
 Recorder = Callable[[float, Event], None]
-Accept = Callable[[Sequence[Request]], Awaitable[None]]
-"""Makes an acceptance last, before anything runs."""
 
 
 class LiveEngine:
@@ -195,27 +192,22 @@ class LiveEngine:
         requests = self._requests(generations)
         self._check_room(len(requests))
         if not any(generation.reject_infeasible for generation in generations):
-            await self._accept(requests, accept)
-            return self._submit(requests, watch=watch)
+            return await self._accept([Submitted(request) for request in requests], watch, accept)
         async with self._promising:  # of two promises at a time, the second has to know of the first
             quote = await self._outlook.quote(requests)
             if not quote.is_feasible:
                 raise infeasible(quote, backlog_s(self.state))
-            self._check_serving()
-            self._check_room(len(requests))
-            await self._accept(requests, accept)
-            return self._submit(requests, [image.finish_s for image in quote.images], watch=watch)
+            promised = map(Submitted, requests, (image.finish_s for image in quote.images))
+            return await self._accept(list(promised), watch, accept)
 
-    def resume(
-        self, requests: Sequence[Request], checkpoints: Sequence[Checkpoint | None], watch: Watcher | None = None
-    ) -> list[Admitted]:
+    def resume(self, arriving: Sequence[Submitted], watch: Watcher | None = None) -> list[Admitted]:
         """As `admit`, for requests that were accepted in an earlier life: there is room for them however many wait.
 
         Raises:
             ShuttingDown, RequestFailed: the engine runs nothing any more.
         """
         self._check_serving()
-        return self._submit(requests, checkpoints=checkpoints, watch=watch)
+        return self._submit(arriving, watch)
 
     def leave(self, clients: Sequence[Admitted]) -> None:
         """Nobody waits for these: those that are not finished are cancelled. What runs of them ends with its task."""
@@ -274,11 +266,14 @@ class LiveEngine:
             for on_task in self._on_task:
                 on_task(ended)
 
-    async def _accept(self, requests: Sequence[Request], accept: Accept | None) -> None:
+    async def _accept(
+        self, arriving: Sequence[Submitted], watch: Watcher | None, accept: Accept | None
+    ) -> list[Admitted]:
+        self._check_room(len(arriving))
         if accept is not None:
-            await accept(requests)
-            self._check_serving()
-            self._check_room(len(requests))
+            await accept([event.request for event in arriving])
+            self._check_room(len(arriving))
+        return self._submit(arriving, watch)
 
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
@@ -295,34 +290,20 @@ class LiveEngine:
             raise RequestFailed(self.failure)
 
     def _check_room(self, num_more: int) -> None:
-        state = self.state
-        num_waiting = len(state.waiting)
-        if num_waiting + num_more > self._max_queue:
-            raise QueueFull(
-                f"{num_waiting} requests are waiting, of at most {self._max_queue}; {num_more} more do not fit",
-                backlog_s(state),
-            )
+        self._check_serving()
+        check_room(self.state, num_more, self._max_queue)
 
-    def _submit(
-        self,
-        requests: Sequence[Request],
-        promised_s: Sequence[float] | None = None,
-        *,
-        checkpoints: Sequence[Checkpoint | None] | None = None,
-        watch: Watcher | None,
-    ) -> list[Admitted]:
+    def _submit(self, arriving: Sequence[Submitted], watch: Watcher | None) -> list[Admitted]:
         loop = asyncio.get_running_loop()
         clients = [
-            Admitted(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
-            for number, request in enumerate(requests)
+            Admitted(event.request, loop.create_future(), unheard if watch is None else partial(watch, number))
+            for number, event in enumerate(arriving)
         ]
-        for number, client in enumerate(clients):
-            request = client.request
-            checkpoint = None if checkpoints is None else checkpoints[number]
-            self._clients[request.request_id] = client
+        for client, event in zip(clients, arriving, strict=True):
+            self._clients[event.request.request_id] = client
             self._is_empty.clear()
-            client.tell(first_progress(request, checkpoint))
-            self.handle(Submitted(request, None if promised_s is None else promised_s[number], checkpoint))
+            client.tell(first_progress(event))
+            self.handle(event)
         return clients
 
     def _leave(self, client: Admitted) -> None:
@@ -419,7 +400,3 @@ class LiveEngine:
     def _note_empty(self) -> None:
         if not self._clients:
             self._is_empty.set()
-
-
-def _unheard(update: Progress | GeneratedImage) -> None:
-    """Nobody watches."""

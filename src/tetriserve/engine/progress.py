@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tetriserve.core.events import Checkpoint, TensorRef
+from tetriserve.core.events import Submitted, TensorRef
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.workload.outcome import Outcome
@@ -44,6 +44,9 @@ class Progress:
 Watcher = Callable[[int, Progress | GeneratedImage], None]
 """Hears of one of several images, counted from 0, on the event loop. Be quick and do not raise: the pool waits."""
 
+Accept = Callable[[Sequence[Request]], Awaitable[None]]
+"""Makes an acceptance last, before anything runs."""
+
 
 @dataclass
 class Admitted:
@@ -54,9 +57,14 @@ class Admitted:
     tell: Callable[[Progress | GeneratedImage], None]
 
 
-def first_progress(request: Request, checkpoint: Checkpoint | None) -> Progress:
+def first_progress(event: Submitted) -> Progress:
     """What is heard at admission."""
+    request, checkpoint = event.request, event.checkpoint
     if checkpoint is None:
         return Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0)
     stage = Stage.DENOISE if checkpoint.steps_done < request.num_steps else Stage.DECODE
     return Progress(request=request, stage=stage, steps_done=checkpoint.steps_done, degree=0)
+
+
+def unheard(update: Progress | GeneratedImage) -> None:
+    """Nobody watches."""

@@ -16,8 +16,12 @@ RowName = tuple[str, str]
 _BUSY_S = 5.0
 
 
+DatabaseErrors = (sqlite3.Error, UnicodeDecodeError)
+"""What every method of `Database` may raise: messages of sqlite3 quote damaged text, which it then cannot decode."""
+
+
 class Database:
-    """Used by one thread at a time. Every method may raise `sqlite3.Error`."""
+    """Used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
@@ -30,7 +34,7 @@ class Database:
                 "CREATE TABLE IF NOT EXISTS records (kind TEXT, name TEXT, payload BLOB, checksum BLOB, "
                 "PRIMARY KEY (kind, name)) WITHOUT ROWID"
             )
-        except sqlite3.Error:
+        except DatabaseErrors:
             self._connection.close()
             raise
 
@@ -84,6 +88,8 @@ def read_database(path: Path) -> tuple[list[tuple[object, ...]], str | None]:
         with closing(Database(path)) as database:
             database.read_into(rows)
             database.check()
+    except UnicodeDecodeError:
+        return rows, "its tables are not readable"
     except sqlite3.Error as error:
         return rows, str(error)
     return rows, None

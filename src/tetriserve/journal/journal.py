@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
-from tetriserve.journal.database import Database, read_database, set_aside
+from tetriserve.journal.database import Database, DatabaseErrors, read_database, set_aside
 from tetriserve.journal.directory import Directory, sync_folder
 from tetriserve.journal.records import (
     Corrupt,
@@ -91,7 +90,7 @@ class Journal:
             self._database.apply(rows)
             self._database.shorten_log()
             sync_folder(path)
-        except (sqlite3.Error, OSError) as error:
+        except (*DatabaseErrors, OSError) as error:
             self._directory.release()
             raise ConfigError(f"journal {path} cannot be written: {error}; name another directory") from None
         except ConfigError:

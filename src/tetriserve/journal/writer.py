@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from tetriserve.core.errors import JournalError
-from tetriserve.journal.database import Database, RowName
+from tetriserve.journal.database import Database, DatabaseErrors, RowName
 from tetriserve.journal.directory import Directory
 from tetriserve.journal.records import KeptFile, Record, Row, row_of
 
@@ -117,7 +116,7 @@ class Writer:
         if changes:
             try:
                 self._database.apply(changes)
-            except sqlite3.Error as error:
+            except DatabaseErrors as error:
                 for job, _, _ in done:
                     self._fail(job, error)
                 return

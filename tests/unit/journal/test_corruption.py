@@ -190,6 +190,14 @@ def test_a_damaged_database_is_set_aside_under_another_name_and_what_is_sound_of
     assert "picture of" not in caplog.text
 
 
+def test_tables_whose_names_are_no_text_any_more(written: tuple[Path, dict[str, Kept]], tmp_path: Path) -> None:
+    """sqlite3 quotes them in its message, and fails to decode it."""
+    path = copied(written[0], tmp_path)
+    data = (path / DATABASE).read_bytes()
+    (path / DATABASE).write_bytes(data.replace(b"CREATE TABLE records", b"CREATE \xa0\xff\xfeLE records"))
+    assert check(path, written[1]).corrupt == {"database": 1}
+
+
 def test_a_file_that_is_no_database_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "j").mkdir()
     (tmp_path / "j" / DATABASE).write_text("a shopping list\n" * 1000)
