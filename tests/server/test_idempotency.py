@@ -310,7 +310,7 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
 
 async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
     """As a killed server leaves things: nobody is told, nothing is cleared up."""
-    await until(lambda: not engine.durable.journal._writer._late)
+    await until(lambda: not engine.durable.journal.num_waiting)
     engine.durable.journal.close()
     await executor.stop()
     engine.subscribe_events(lambda now, event: None)

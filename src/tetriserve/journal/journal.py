@@ -113,6 +113,11 @@ class Journal:
         """Reads and writes that failed since the start."""
         return self._writer.num_errors
 
+    @property
+    def num_waiting(self) -> int:
+        """Changes that are not on disk yet."""
+        return self._writer.num_waiting
+
     def take_loaded(self) -> list[Kept]:
         """What was there at the start, in order of arrival. Ask once: it is not kept in memory."""
         loaded, self._loaded = self._loaded, []

@@ -55,6 +55,7 @@ class Writer:
         self._urgent: list[_Job[Any]] = []
         self._late: dict[str, _Job[Any]] = {}
         self._wake = threading.Condition()
+        self._num_at_work = 0
         self._is_closing = False
         self.num_errors = 0
         self._thread = threading.Thread(target=self._run, name="tetriserve-journal", daemon=True)
@@ -81,6 +82,12 @@ class Writer:
                 self._late[name] = _Job(work)
                 self._wake.notify()
 
+    @property
+    def num_waiting(self) -> int:
+        """Pieces of work that are not on disk yet."""
+        with self._wake:
+            return len(self._urgent) + len(self._late) + self._num_at_work
+
     def close(self) -> None:
         """Finish what waits. Takes as long as the disk does."""
         with self._wake:
@@ -95,11 +102,13 @@ class Writer:
     def _next_jobs(self) -> list[_Job[Any]]:
         """All that is urgent, and one that is not; nothing at the end."""
         with self._wake:
+            self._num_at_work = 0
             while not (self._urgent or self._late or self._is_closing):
                 self._wake.wait()
             jobs, self._urgent = self._urgent, []
             if not jobs and self._late:
                 jobs = [self._late.pop(next(iter(self._late)))]
+            self._num_at_work = len(jobs)
             return jobs
 
     def _do(self, jobs: list[_Job[Any]]) -> None:
