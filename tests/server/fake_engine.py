@@ -183,11 +183,12 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
 
 
 async def make_durable_engine(
-    executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, **settings: Any
+    executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0, **settings: Any
 ) -> LiveEngine:
     """As `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
     engine = make_engine(executor, **settings)
-    engine.durable = DurableWork(engine, executor, Journal(directory, MODEL), result_ttl_s=result_ttl_s)
+    journal = Journal(directory, MODEL)
+    engine.durable = DurableWork(engine, executor, journal, result_ttl_s=result_ttl_s, hold_s=hold_s)
     await engine.durable.recover()
     return engine
 

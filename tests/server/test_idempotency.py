@@ -14,7 +14,7 @@ import pytest
 from fake_engine import FAILING, MODEL, FakeExecutor, make_durable_engine, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
-from tetriserve.core.errors import RequestFailed
+from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import DurableWork, Generation, LiveEngine
 from tetriserve.journal import Journal, Key
@@ -316,50 +316,86 @@ async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
     engine.subscribe_events(lambda now, event: None)
 
 
-async def lives(tmp_path: Path, *, count: int) -> tuple[LiveEngine, FakeExecutor]:
-    """The last of `count` servers, all of which crashed but the last as soon as a task had begun."""
-    for _ in range(count - 1):
+LIGHTHOUSE = [Generation(prompt="a lighthouse", size="64x64")]
+
+
+async def crash_at_work(tmp_path: Path, *, times: int, hold_s: float = 30.0) -> None:
+    """So many servers, one after the other, that go down as soon as a task of the request under key k has begun."""
+    for _ in range(times):
         executor = FakeExecutor()
         executor.gate.clear()
-        engine = await make_durable_engine(executor, tmp_path / "j")
-        if not engine.state.trajectories and engine.durable.count()["open"] == 0:
-            engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")])
-        await until(lambda: executor.started)  # noqa: B023
+        engine = await make_durable_engine(executor, tmp_path / "j", hold_s=hold_s)
+        engine.durable.call(Key("t", "k"), LIGHTHOUSE)
+        await until(lambda executor=executor: executor.started)
         await crash(engine, executor)
+
+
+async def test_a_request_that_brings_the_server_down_again_and_again_is_tried_and_failed(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    await crash_at_work(tmp_path, times=1, hold_s=0.05)
     executor = FakeExecutor()
-    return await make_durable_engine(executor, tmp_path / "j"), executor
-
-
-async def test_a_request_that_brings_the_server_down_again_and_again_is_failed(tmp_path):
-    engine, executor = await lives(tmp_path, count=5)
-    with pytest.raises(RequestFailed, match="the server went down 4 times in a row while it worked for this request"):
-        await engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")]).images()
+    engine = await make_durable_engine(executor, tmp_path / "j")
+    for _ in range(2):
+        with pytest.raises(RequestFailed, match="the server went down 5 times, each time while it worked for this"):
+            await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
     assert not executor.started
     assert engine.durable.count() == {"failed": 1}
     await engine.stop()
 
 
-async def test_three_crashes_in_a_row_are_forgiven(tmp_path):
-    engine, executor = await lives(tmp_path, count=4)
-    (image,) = await engine.durable.call(Key("t", "k"), [Generation(prompt="a lighthouse", size="64x64")]).images()
+async def test_a_suspect_with_which_the_server_stands_gets_its_image(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    executor = FakeExecutor()
+    engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.2)
+    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
+    (other,) = await engine.durable.call(Key("t", "other"), LIGHTHOUSE).images()
+    assert {command.request.request_id for command in executor.started} == {other.outcome.request.request_id}
+    (image,) = await waiting
     assert image.outcome.status is Status.FINISHED
     await engine.stop()
 
 
-async def test_who_only_waits_is_not_blamed_for_crashes(tmp_path):
-    for _ in range(5):
+async def test_a_suspect_is_as_good_as_new_when_the_server_goes_down_without_it(tmp_path):
+    for _ in range(3):
+        await crash_at_work(tmp_path, times=4)
+        executor = FakeExecutor()
+        engine = await make_durable_engine(executor, tmp_path / "j")
+        assert not engine.state.trajectories
+        await crash(engine, executor)
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    (image,) = await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
+    assert image.outcome.status is Status.FINISHED
+    await engine.stop()
+
+
+async def test_a_stop_does_not_wait_for_suspects_and_the_next_life_takes_them_up(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await engine.stop(0.01)
+    with pytest.raises(ShuttingDown):
+        await waiting
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    assert len(await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()) == 1
+    await engine.stop()
+
+
+async def test_who_only_waits_is_not_suspected(tmp_path):
+    for life in range(4):
         executor = FakeExecutor()
         executor.gate.clear()
         engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
-        if engine.durable.count()["open"] == 0:
-            for name in "abc":
+        if life == 0:
+            for name in "ab":
                 engine.durable.call(Key("t", name), [Generation(prompt=name, size="64x64")])
-        await until(lambda: executor.started)  # noqa: B023
+        await until(lambda executor=executor: executor.started)
         await crash(engine, executor)
-    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
-    (image,) = await engine.durable.call(Key("t", "c"), [Generation(prompt="c", size="64x64")]).images()
-    assert image.outcome.request.prompt == "c"
-    assert engine.durable.count()["failed"] == 1  # the first, on both ranks, in four lives
+    executor = FakeExecutor()
+    engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
+    await until(lambda: not engine.state.trajectories)
+    assert {command.request.prompt for command in executor.started} == {"b"}, "a held both ranks in every life"
     await engine.stop()
 
 

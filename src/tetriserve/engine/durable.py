@@ -26,15 +26,13 @@ from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher
 from tetriserve.engine.shared import SharedWork
+from tetriserve.engine.trials import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
 from tetriserve.executor.protocol import Executor
-from tetriserve.journal import Entry, Failure, Journal, Kept, Key, Picture
+from tetriserve.journal import Course, Entry, Failure, Journal, Kept, Key, Picture
 from tetriserve.journal.times import moved_outcome, moved_request, moved_runs
 from tetriserve.logs import fields
 
 logger = logging.getLogger(__name__)
-
-MAX_STARTS = 3
-"""Lives of the server that a request may begin tasks in, one after the other, without finishing one."""
 
 _SWEEP_S = 60.0
 _FREE_FIELDS = {"slo_s", "priority", "reject_infeasible", "request_id"}
@@ -58,6 +56,7 @@ class DurableWork:
     """All work under keys, of the past `result_ttl_s` seconds and unfinished. Lives on the engine's event loop.
 
     wall_clock: unix time, by which deadlines and results are kept across lives of the server.
+    hold_s: see `engine.trials`.
     num_resumed, num_steps_saved: requests taken up from an earlier life, and their steps that were not done again.
     num_replayed: calls that were answered from the journal.
     """
@@ -70,6 +69,7 @@ class DurableWork:
         *,
         result_ttl_s: float,
         wall_clock: Callable[[], float] = time.time,
+        hold_s: float = HOLD_S,
     ) -> None:
         self.journal = journal
         self.num_resumed = 0
@@ -81,6 +81,7 @@ class DurableWork:
         self._wall_clock = wall_clock
         self._known: dict[Key, _Known] = {}
         self._courses = Courses(journal, executor)
+        self._trials = Trials(hold_s)
         self._sweeper: asyncio.Task[None] | None = None
         engine.subscribe_tasks(self._courses.note_task)
 
@@ -114,7 +115,7 @@ class DurableWork:
 
     async def recover(self) -> None:
         """Take up what an earlier life left: call it once, before anybody else calls."""
-        unfinished: list[tuple[Key, _Known]] = []
+        unfinished: list[tuple[Kept, _Known]] = []
         for kept in self.journal.take_loaded():
             key = kept.entry.key
             before = self._known.pop(key, None)
@@ -123,16 +124,13 @@ class DurableWork:
             known = _Known(kept.entry.digest, kept.entry.name, kept.ended_at, kept.failure is not None)
             self._known[key] = known
             if kept.ended_at is None:
-                unfinished.append((key, known))
+                unfinished.append((kept, known))
         self._expire()
-        for key, known in unfinished:
-            work = SharedWork()
+        for kept, known in unfinished:
             try:
-                images, admitted = await self._readmit(key, known, work.tell)
+                await self._take_up(kept, known)
             except (RequestFailed, JournalError) as error:
                 logger.error("request %s was not taken up: %s", known.name, error)
-                continue
-            self._begin(known, work, self._see_through(known, images, admitted, work.tell))
         if unfinished:
             logger.info(
                 "took up %d requests of an earlier life, %d of their steps already done",
@@ -144,6 +142,7 @@ class DurableWork:
         """Let work end that the engine has ended, and close the journal. May be called again."""
         if self._sweeper is not None:
             self._sweeper.cancel()
+        self._trials.close()
         for known in list(self._known.values()):
             if known.work is not None:
                 await known.work.wait()
@@ -195,18 +194,38 @@ class DurableWork:
             raise
         return await self._see_through(known, {}, dict(enumerate(admitted)), tell)
 
+    async def _take_up(self, kept: Kept, known: _Known) -> None:
+        key, work = kept.entry.key, SharedWork()
+        if is_guilty(kept):
+            message = f"the server went down {num_starts(kept)} times, each time while it worked for this request"
+            await self._fail(known, message)
+            raise RequestFailed(message)
+        if is_suspect(kept):
+            logger.warning("request %s waits: the server went down %d times with it", known.name, num_starts(kept))
+            await asyncio.wrap_future(self.journal.clear_starts(kept.entry.name))
+            self._begin(known, work, self._try(key, known, work.tell))
+        else:
+            images, admitted = await self._readmit(key, known, work.tell)
+            self._begin(known, work, self._see_through(known, images, admitted, work.tell))
+
+    async def _try(self, key: Key, known: _Known, tell: Tell) -> list[GeneratedImage]:
+        """See a suspect through when its turn has come."""
+        async with self._trials.turn():
+            images, admitted = await self._readmit(key, known, tell, is_suspect=True)
+            return await self._see_through(known, images, admitted, tell)
+
     async def _replay(self, key: Key, known: _Known, tell: Tell) -> list[GeneratedImage]:
         """What is in the journal; what is missing or corrupt is done again, with the same seed."""
         images, admitted = await self._readmit(key, known, tell)
         return await self._see_through(known, images, admitted, tell)
 
     async def _readmit(
-        self, key: Key, known: _Known, tell: Tell
+        self, key: Key, known: _Known, tell: Tell, *, is_suspect: bool = False
     ) -> tuple[dict[int, GeneratedImage], dict[int, Admitted]]:
         """Of an entry's images those that are there, and those that are to be made, by number.
 
         Raises:
-            RequestFailed: it has failed, or must not be tried again.
+            RequestFailed: it has failed, or cannot be read.
         """
         assert known.name is not None
         kept = await asyncio.wrap_future(self.journal.read(known.name))
@@ -225,23 +244,17 @@ class DurableWork:
         missing = [number for number in range(len(kept.entry.requests)) if number not in images]
         if not missing:
             return images, {}
-        if any(kept.courses[name].num_starts > MAX_STARTS for name in kept.courses):
-            message = f"the server went down {MAX_STARTS + 1} times in a row while it worked for this request"
-            await self._fail(known, message)
-            raise RequestFailed(message)
-        return images, await self._resume(kept, missing, tell)
+        return images, await self._resume(kept, missing, tell, is_suspect)
 
-    async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell) -> dict[int, Admitted]:
+    async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell, is_suspect: bool) -> dict[int, Admitted]:
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
         arrival_s = self._engine.now - away_s
         requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
         arriving = []
         for request in requests:
-            course = kept.courses.get(request.request_id)
-            checkpoint = None
-            if course is not None:
-                checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
-            self._courses.follow(request, 0 if course is None else course.num_starts, checkpoint)
+            course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
+            checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
+            self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
             if checkpoint is not None:
                 checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))
                 self.num_steps_saved += checkpoint.steps_done

@@ -141,6 +141,17 @@ class Journal:
 
         self._writer.submit_late(request_id, work)
 
+    def clear_starts(self, name: str) -> Future[None]:
+        """Of an entry's requests: none of them is what brings the server down."""
+
+        def work(batch: Batch) -> None:
+            kept = self._kept(name)
+            for course in () if kept is None else kept.courses.values():
+                self._courses[course.request_id] = replace(course, num_starts=0)
+                batch.put(self._courses[course.request_id])
+
+        return self._writer.submit(work)
+
     def keep_picture(self, outcome: Outcome, shape: tuple[int, ...], pixels: bytes, stored_at: float) -> Future[None]:
         def work(batch: Batch) -> None:
             request_id = outcome.request.request_id
