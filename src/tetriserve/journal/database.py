@@ -14,6 +14,10 @@ RowName = tuple[str, str]
 """kind, name"""
 
 _BUSY_S = 5.0
+_HOST_CODES = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM
+}  # fmt: skip
+"""What can be wrong with the machine while the file is sound."""
 
 
 DatabaseErrors = (sqlite3.Error, UnicodeDecodeError)
@@ -82,7 +86,11 @@ class Database:
 
 
 def read_database(path: Path) -> tuple[list[tuple[object, ...]], str | None]:
-    """Every row that can be read, and what is wrong with the file; None if it is sound, or new."""
+    """Every row that can be read, and what is wrong with the file; None if it is sound, or new.
+
+    Raises:
+        sqlite3.Error, OSError: it is not the file that is at fault, but the disk or the memory.
+    """
     rows: list[tuple[object, ...]] = []
     try:
         with closing(Database(path)) as database:
@@ -91,6 +99,8 @@ def read_database(path: Path) -> tuple[list[tuple[object, ...]], str | None]:
     except UnicodeDecodeError:
         return rows, "its tables are not readable"
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _HOST_CODES:
+            raise
         return rows, str(error)
     return rows, None
 

@@ -19,6 +19,7 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.journal import Entry, Failure, Journal, Kept, Key, Model
+from tetriserve.journal.database import Database
 from tetriserve.workload.outcome import Outcome, Status
 
 MODEL = Model("tiny", "0123")
@@ -296,6 +297,25 @@ def test_a_failed_commit_keeps_nothing_and_says_so(
     assert journal.num_errors == 1
     wait(journal.accept(make_entry(make_request("b"))))
     assert [kept.entry.name for kept in reopen().take_loaded()] == ["b"]
+
+
+def test_a_full_disk_at_the_start_is_no_damage(
+    reopen: Callable[[], Journal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = reopen()
+    wait(journal.accept(make_entry()))
+    journal.close()
+
+    def full(database: Database, rows: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "read_into", full)
+        with pytest.raises(ConfigError, match="cannot be written: database or disk is full"):
+            Journal(tmp_path / "j", MODEL)
+    assert len(reopen().take_loaded()) == 1
 
 
 def test_after_closing_nothing_is_accepted(reopen: Callable[[], Journal]) -> None:
