@@ -68,13 +68,15 @@ def serve(
     max_concurrency: options.MaxConcurrency = None,
     guard_metrics: options.GuardMetrics = False,
     cors_origin: options.CorsOrigins = None,
+    journal: options.Journal = None,
+    result_ttl: options.ResultTtl = 3600.0,
     log_level: options.LogLevel = "info",
     log_format: options.LogFormat = "text",
     otlp_traces_endpoint: options.OtlpEndpoint = None,
 ) -> None:
     """Serve a model over OpenAI's images API, each request by its deadline."""
     with one_line_errors():
-        from tetriserve.config import AccessConfig, EngineConfig, SchedulingConfig, ServerConfig
+        from tetriserve.config import AccessConfig, EngineConfig, JournalConfig, SchedulingConfig, ServerConfig
         from tetriserve.launch import Progress, launch
         from tetriserve.server.run import run_server
 
@@ -87,6 +89,7 @@ def serve(
             served_model_name=served_model_name,
             pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
             scheduling=SchedulingConfig(policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue),
+            journal=None if journal is None else JournalConfig(directory=str(journal), result_ttl_s=result_ttl),
         )
         access_config = AccessConfig(
             api_keys=tuple(api_key or ()),

@@ -161,10 +161,23 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JournalConfig:
+    """What outlives the server, and for how long: `directory` holds it, finished work for `result_ttl_s`."""
+
+    directory: str
+    result_ttl_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not self.result_ttl_s > 0:
+            raise ConfigError(f"result-ttl is {self.result_ttl_s}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
 
     profile: path of a profile file; None finds, or measures, one for this model and machine.
+    journal: None keeps nothing.
     """
 
     model: str | None = None
@@ -172,6 +185,7 @@ class EngineConfig:
     served_model_name: str | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+    journal: JournalConfig | None = None
 
     def __post_init__(self) -> None:
         name = self.served_model_name

@@ -15,9 +15,11 @@ from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.live import LiveEngine, Recorder
 from tetriserve.executor.local import LocalExecutor
+from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
@@ -61,12 +63,18 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
         return new_policy, cost
 
     planned = None if profile is None else plan_with(profile)
-    executor = LocalExecutor(card, pool)
-    await executor.start(progress.step)
+    journal = _open_journal(config, card)
     try:
-        new_policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
+        executor = LocalExecutor(card, pool)
+        await executor.start(progress.step)
+        try:
+            new_policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
+        except BaseException:
+            await executor.stop()
+            raise
     except BaseException:
-        await executor.stop()
+        if journal is not None:
+            journal.close()
         raise
     intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
     engine = LiveEngine(
@@ -79,7 +87,20 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
         on_event=on_event,
     )
     engine.start()
+    if config.journal is not None and journal is not None:
+        engine.durable = DurableWork(engine, executor, journal, result_ttl_s=config.journal.result_ttl_s)
+        try:
+            await engine.durable.recover()
+        except BaseException:
+            await engine.stop()
+            raise
     return engine
+
+
+def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
+    if config.journal is None:
+        return None
+    return Journal(Path(config.journal.directory), Model(card.name, card.fingerprint))
 
 
 def find_model(model: str | None) -> ModelCard:

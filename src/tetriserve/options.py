@@ -126,6 +126,11 @@ CorsOrigins = Annotated[
     option("cors-origin", "Origin whose pages may call the server from a browser, or * (repeatable).",
            show_default=False),
 ]  # fmt: skip
+Journal = Annotated[
+    Path | None,
+    option("journal", "Keep requests with an Idempotency-Key in this directory: a restarted server finishes them."),
+]
+ResultTtl = Annotated[float, option("result-ttl", "Seconds that the journal keeps what is finished.")]
 LogFormat = Annotated[str, option("log-format", "text, or json: one object per line.")]
 OtlpEndpoint = Annotated[
     str | None,

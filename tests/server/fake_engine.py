@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from tetriserve.control import Controller
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import Intake, LiveEngine
+from tetriserve.engine import DurableWork, Intake, LiveEngine
 from tetriserve.executor.protocol import OnEvent, Preview
+from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import Latents
 from tetriserve.policies import make_policy
@@ -96,6 +98,8 @@ class FakeExecutor:
         self.num_previews = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.pixels: dict[str, np.ndarray] = {}
+        self.started: list[StartTask] = []
+        self.put: dict[str, bytes] = {}
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -105,6 +109,7 @@ class FakeExecutor:
         on_progress("nothing to start")
 
     def start_task(self, command: StartTask) -> None:
+        self.started.append(command)
         task = asyncio.create_task(self._run(command))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -118,7 +123,7 @@ class FakeExecutor:
         if is_denoise and request.prompt == FAILING:
             self._on_event(TaskFailed(command.task_id, FailureKind.STEP, "latents are not finite"))
             return
-        key = f"{request.request_id}/{task.stage}"
+        key = f"{request.request_id}.{task.stage}.{command.steps_done + task.num_steps}"
         if task.stage is Stage.DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
         self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1)))
@@ -132,6 +137,13 @@ class FakeExecutor:
         self.num_previews += 1
         small = picture(request.prompt, request.seed, Shape(request.shape.height // 8, request.shape.width // 8))
         return Preview(small, Latents(np.zeros((1, 1)), 0.5))
+
+    def read_state(self, ref: TensorRef) -> bytes | None:
+        return f"state of {ref.key}".encode()
+
+    def put_state(self, key: str, state: bytes) -> TensorRef:
+        self.put[key] = state
+        return TensorRef(key, len(state))
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
@@ -151,6 +163,9 @@ def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
     return (top * (1 - rows) + bottom * rows).astype(np.uint8)
 
 
+MODEL = Model(CARD.name, CARD.fingerprint)
+
+
 def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
     """A started engine; call it on the loop that it will run on."""
     cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, (1, 2)))
@@ -164,6 +179,17 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
         policy_name=policy,
     )
     engine.start()
+    return engine
+
+
+async def make_durable_engine(
+    executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0, **settings: Any
+) -> LiveEngine:
+    """As `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
+    engine = make_engine(executor, **settings)
+    journal = Journal(directory, MODEL)
+    engine.durable = DurableWork(engine, executor, journal, result_ttl_s=result_ttl_s, hold_s=hold_s)
+    await engine.durable.recover()
     return engine
 
 

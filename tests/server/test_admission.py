@@ -87,7 +87,7 @@ async def test_a_failed_task_is_a_500_for_its_request_alone(draw):
 async def test_an_unforeseen_error_is_a_500_envelope_without_details_and_a_log_entry_with_the_id(
     draw, engine, monkeypatch, caplog
 ):
-    async def broken(generations):
+    async def broken(generations, watch):
         raise ZeroDivisionError("a secret path")
 
     monkeypatch.setattr(engine, "generate_all", broken)
@@ -104,7 +104,7 @@ async def test_an_unforeseen_error_is_a_500_envelope_without_details_and_a_log_e
 
 
 async def test_an_error_of_ours_without_a_mapping_is_a_500(draw, engine, monkeypatch):
-    async def broken(generations):
+    async def broken(generations, watch):
         raise ProfileError("profile has no row")
 
     monkeypatch.setattr(engine, "generate_all", broken)

@@ -118,11 +118,12 @@ async def test_the_description_documents_errors_and_fields(client):
     description = (await client.get("/openapi.json")).json()
     operation = description["paths"]["/v1/images/generations"]["post"]
     assert {"200", "400", "401", "413", "429", "500", "503"} <= set(operation["responses"])
-    assert "422" not in operation["responses"]
+    assert operation["responses"]["422"]["description"].startswith("The idempotency key")
+    assert "422" not in description["paths"]["/v1/quotes"]["post"]["responses"]
     fields = description["components"]["schemas"]["ImagesRequest"]["properties"]
     assert {"prompt", "slo_ms", "deadline_policy", "num_inference_steps"} <= set(fields)
     parameters = {parameter["name"] for parameter in operation["parameters"]}
-    assert parameters == {"X-SLO-Ms", "X-Request-Id"}
+    assert parameters == {"X-SLO-Ms", "X-Request-Id", "Idempotency-Key"}
 
 
 async def test_one_line_of_log_per_request(draw, client, caplog):

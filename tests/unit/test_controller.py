@@ -18,6 +18,7 @@ from tetriserve.control import Controller
 from tetriserve.control.controller import PolicyError
 from tetriserve.core.events import (
     Cancelled,
+    Checkpoint,
     CloseCancelled,
     Command,
     Event,
@@ -141,6 +142,28 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
     assert dataclasses.replace(finish, predicted_finish_s=0.0) == FinishRequest(bench.request, runs, 0.0, pixels)
     assert forget == ForgetRequest("a")
     assert bench.controller.state == State((), (), (0, 1, 2, 3), bench.controller.cost)
+
+
+def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole() -> None:
+    bench = Bench()
+    embeds, latents, pixels = (TensorRef(key, 1) for key in ("b.embeds", "b.latents.3", "p"))
+    before = (Run(Task("b", Stage.ENCODE, (0,)), -3.0, -2.9), Run(Task("b", Stage.DENOISE, (0, 1), 3), -2.9, -2.0))
+    request = make_request("b")
+    bench.send(Submitted(request, None, Checkpoint(3, embeds, latents, before)), 1.0)
+    last, decode = Task("b", Stage.DENOISE, (3,), 1), Task("b", Stage.DECODE, (3,))
+    assert bench.send(TimerFired(), 1.0, plan=[last]) == [StartTask(0, last, request, 3, embeds, latents)]
+    after = TensorRef("b.latents.4", 1)
+    bench.send(TaskFinished(0, 0.1, after), 1.2, plan=[decode])
+    finish, _ = bench.send(TaskFinished(1, 0.1, pixels), 1.4)
+    assert isinstance(finish, FinishRequest)
+    assert finish.runs == (*before, Run(last, 1.0, 1.2), Run(decode, 1.2, 1.4))
+
+
+def test_a_checkpoint_after_the_last_step_leaves_the_decoding() -> None:
+    bench = Bench()
+    embeds, latents = TensorRef("b.embeds", 1), TensorRef("b.latents.4", 1)
+    bench.send(Submitted(make_request("b"), None, Checkpoint(4, embeds, latents, ())))
+    assert bench.start(Task("b", Stage.DECODE, (1,))).latents == latents
 
 
 def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tetriserve.cli import app
-from tetriserve.config import AccessConfig, ServerConfig
+from tetriserve.config import AccessConfig, EngineConfig, JournalConfig, ServerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,7 @@ def test_a_key_set_to_nothing_in_a_file_does_not_open_the_server(tmp_path: Path,
         (["--cors-origin", "here"], "cors-origin is 'here'; write an origin such as https://example.org, or *"),
         (["--served-model-name", ""], "served-model-name is ''; allowed: 1 to 200 printable characters"),
         (["--served-model-name", "a\nb"], "served-model-name is 'a\\nb'; allowed: 1 to 200 printable characters"),
+        (["--journal", "j", "--result-ttl", "0"], "result-ttl is 0.0; it must be above 0"),
         (["--log-format", "xml"], "log-format is 'xml'; allowed: text, json"),
         (
             ["--otlp-traces-endpoint", "grpc://user:secret@collector:4318"],
@@ -135,3 +136,28 @@ def test_keys_are_in_no_help_and_no_log_of_the_start(
         assert "my-secret" not in repr(configured(env=env))
     assert "secret" not in run("--help", env=env).stdout
     assert "secret" not in caplog.text
+
+
+def test_the_journal_comes_from_options_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[EngineConfig] = []
+
+    def run_server(config: ServerConfig, launch: Callable[[], Any], **settings: Any) -> int:
+        launch()
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+    monkeypatch.setattr("tetriserve.launch.launch", lambda config, progress: engines.append(config))
+    file = tmp_path / "c.yaml"
+    file.write_text("journal: /var/lib/j\nresult-ttl: 60\n")
+    for arguments, env in (
+        ((), {}),
+        (("--journal", "/var/lib/j"), {}),
+        (("--journal", "/var/lib/j", "--result-ttl", "60"), {}),
+        ((), {"TETRISERVE_JOURNAL": "/var/lib/j", "TETRISERVE_RESULT_TTL": "60"}),
+        (("--config", file), {}),
+    ):
+        assert run(*arguments, env=env).exit_code == 0
+    kept = JournalConfig(directory="/var/lib/j", result_ttl_s=60.0)
+    assert [engine.journal for engine in engines] == [
+        None, JournalConfig(directory="/var/lib/j", result_ttl_s=3600.0), kept, kept, kept
+    ]  # fmt: skip

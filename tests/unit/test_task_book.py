@@ -26,10 +26,22 @@ def test_step_times_are_the_leaders_beside_those_believed_at_the_start() -> None
     book.start(StartTask(1, DENOISE, REQUEST, 0), 1.0, COST)
     book.start(StartTask(2, DECODE, REQUEST, 4), 1.5, COST)
     assert book.end(TaskFinished(1, 2.0, RESULT), 3.5) == EndedTask(
-        request=REQUEST, run=Run(DENOISE, 1.0, 3.5), steps_done=4, failure=None, step_s=0.5, expected_step_s=0.25
+        request=REQUEST,
+        run=Run(DENOISE, 1.0, 3.5),
+        steps_done=4,
+        failure=None,
+        result=RESULT,
+        step_s=0.5,
+        expected_step_s=0.25,
     )
     assert book.end(TaskFinished(2, 0.1, RESULT), 3.75) == EndedTask(
-        request=REQUEST, run=Run(DECODE, 1.5, 3.75), steps_done=4, failure=None, step_s=None, expected_step_s=None
+        request=REQUEST,
+        run=Run(DECODE, 1.5, 3.75),
+        steps_done=4,
+        failure=None,
+        result=RESULT,
+        step_s=None,
+        expected_step_s=None,
     )
 
 

@@ -1,9 +1,10 @@
-"""When could a request finish? An estimate for admission: quick, and optimistic rather than pessimistic."""
+"""Is there room for a request, and when could it finish? Quick estimates, optimistic rather than pessimistic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Trajectory
@@ -30,6 +31,18 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
 def backlog_s(state: State) -> float:
     """Seconds the whole pool needs for what it has accepted: when to come back to a full queue."""
     return _least_gpu_time(state, state.trajectories) / max(len(state.ranks), 1)
+
+
+def check_room(state: State, num_more: int, max_queue: int) -> None:
+    """
+    Raises:
+        QueueFull: more than `max_queue` requests would be waiting.
+    """
+    num_waiting = len(state.waiting)
+    if num_waiting + num_more > max_queue:
+        raise QueueFull(
+            f"{num_waiting} requests are waiting, of at most {max_queue}; {num_more} more do not fit", backlog_s(state)
+        )
 
 
 def _goes_before(other: Trajectory, request: Request, now: float) -> bool:

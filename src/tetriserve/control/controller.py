@@ -104,10 +104,10 @@ class Controller:
     def _apply(self, event: Event, now: float) -> list[Command]:
         tracker = self._tracker
         match event:
-            case Submitted(request, promised_finish_s):
+            case Submitted(request, promised_finish_s, checkpoint):
                 if promised_finish_s is None:
                     promised_finish_s = self.earliest_finish(request, now)
-                tracker.admit(request, promised_finish_s)
+                tracker.admit(request, promised_finish_s, checkpoint)
             case Cancelled(request_id):
                 return self._cancel(request_id)
             case TaskFinished():

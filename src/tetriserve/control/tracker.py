@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from tetriserve.core.events import Run, TensorRef
+from tetriserve.core.events import Checkpoint, Run, TensorRef
 from tetriserve.core.plan import CostModel, InFlight, State, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage, Trajectory
@@ -92,9 +92,13 @@ class Tracker:
     def are_idle(self, ranks: tuple[int, ...]) -> bool:
         return self.ranks.issuperset(ranks) and self._busy.isdisjoint(ranks)
 
-    def admit(self, request: Request, predicted_finish_s: float) -> None:
+    def admit(self, request: Request, predicted_finish_s: float, checkpoint: Checkpoint | None = None) -> None:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
-        self.records[request.request_id] = Record(Trajectory(request), predicted_finish_s)
+        record = Record(Trajectory(request), predicted_finish_s)
+        if checkpoint is not None:
+            record.trajectory = Trajectory(request, is_encoded=True, steps_done=checkpoint.steps_done)
+            record.embeds, record.latents, record.runs = checkpoint.embeds, checkpoint.latents, [*checkpoint.runs]
+        self.records[request.request_id] = record
 
     def take_off(self, task: Task, start_s: float, end_s: float) -> int:
         """Mark the task as in flight and name it."""

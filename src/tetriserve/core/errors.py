@@ -33,6 +33,10 @@ class UnknownModel(InvalidRequest):
     """The request names a model that this server does not serve."""
 
 
+class KeyReused(InvalidRequest):
+    """The idempotency key stands for other work already."""
+
+
 class QueueFull(TetriServeError):
     """Admission refused because `max_queue` requests are already waiting, or too many for their quotes."""
 
@@ -57,6 +61,10 @@ class DeadlineInfeasible(TetriServeError):
 
 class RequestFailed(TetriServeError):
     """An accepted request ended without an image; the message says why."""
+
+
+class JournalError(TetriServeError):
+    """The journal cannot keep what it must: nothing may be promised, or answered, on its strength."""
 
 
 class ShuttingDown(TetriServeError):

@@ -27,11 +27,35 @@ class FailureKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """One task as it went: a line in a request's history."""
+
+    task: Task
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is there of an encoded request: where it stands, its state in the store, and the tasks that led there."""
+
+    steps_done: int
+    embeds: TensorRef
+    latents: TensorRef | None
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
-    """`promised_finish_s` is the finish that a quote forecast, if the request was admitted on its promise."""
+    """A request is there.
+
+    promised_finish_s: the finish that a quote forecast, if the request was admitted on its promise.
+    checkpoint: where it goes on; None for the beginning.
+    """
 
     request: Request
     promised_finish_s: float | None = None
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +122,6 @@ class WakeAt:
     """Send TimerFired at this time; replaces any earlier wish."""
 
     time_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One task as it went: a line in a request's history."""
-
-    task: Task
-    start_s: float
-    end_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
 """The live driver of the controller: wall clock, executor, and the clients who wait."""
 
+from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.foresight import Foresight
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
+from tetriserve.engine.shared import SharedWork
 from tetriserve.engine.tasks import EndedTask
 
 __all__ = [
+    "DurableWork",
     "EndedTask",
     "Foresight",
     "GeneratedImage",
@@ -14,5 +17,6 @@ __all__ = [
     "Intake",
     "LiveEngine",
     "Progress",
+    "SharedWork",
     "Watcher",
 ]

@@ -8,13 +8,12 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
-from tetriserve.control.admission import backlog_s
+from tetriserve.control.admission import check_room
 from tetriserve.control.controller import Controller
-from tetriserve.core.errors import QueueFull, RequestFailed, ShuttingDown
+from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
     CloseCancelled,
@@ -36,16 +35,16 @@ from tetriserve.core.events import (
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 from tetriserve.engine.foresight import Foresight, Outlook
 from tetriserve.engine.intake import Generation, Intake, check_ids
-from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
+from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.executor.protocol import Executor, Preview
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
+    from tetriserve.engine.durable import DurableWork
     from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
@@ -53,15 +52,6 @@ logger = logging.getLogger(__name__)
 OnOutcome = Callable[[Outcome], None]
 OnTask = Callable[[EndedTask], None]
 Recorder = Callable[[float, Event], None]
-
-
-@dataclass
-class _Client:
-    """Who waits for a request."""
-
-    request: Request
-    image: asyncio.Future[GeneratedImage]
-    tell: Callable[[Progress | GeneratedImage], None]
 
 
 class LiveEngine:
@@ -72,6 +62,7 @@ class LiveEngine:
     on_event: hears of every event with its time, before it is handled; replayed through an equal controller, these
         give the same commands.
     failure: why the engine cannot go on; None while it can.
+    durable: work that outlives its clients and this engine; None without a journal.
     """
 
     def __init__(
@@ -98,12 +89,13 @@ class LiveEngine:
         self._on_outcome: list[OnOutcome] = [self._outlook.note_end]
         self._on_stop: list[Callable[[], None]] = []
         self._tasks = TaskBook()
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Admitted] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
         self._is_draining = False
         self.failure: str | None = None
+        self.durable: DurableWork | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -128,6 +120,8 @@ class LiveEngine:
         for on_stop in self._on_stop:
             on_stop()
         await self._executor.stop()
+        if self.durable is not None:
+            await self.durable.close()
 
     def subscribe(self, on_outcome: OnOutcome) -> None:
         """Hear of every ended request. Like every subscriber, be quick and do not raise: the pool waits."""
@@ -177,13 +171,46 @@ class LiveEngine:
 
         Raises: as `generate`.
         """
-        clients = await self._admit(generations, watch)
+        clients = await self.admit(generations, watch)
         try:
             return list(await asyncio.gather(*(client.image for client in clients)))
         finally:
-            for client in clients:
-                if not client.image.done() or client.image.cancelled():
-                    self._leave(client)
+            self.leave(clients)
+
+    async def admit(
+        self, generations: Sequence[Generation], watch: Watcher | None = None, accept: Accept | None = None
+    ) -> list[Admitted]:
+        """Requests that run from now on, whoever waits for them; all or none. See `generate_all` for `watch`.
+
+        `accept` is awaited when nothing speaks against them. Something may have come up by the time it returns.
+
+        Raises:
+            InvalidRequest, QueueFull, DeadlineInfeasible, ShuttingDown: not admitted.
+            RequestFailed: the engine has failed.
+        """
+        requests = self._requests(generations)
+        self._check_room(len(requests))
+        if not any(generation.reject_infeasible for generation in generations):
+            return await self._accept([Submitted(request) for request in requests], watch, accept)
+        async with self._outlook.turn(requests):
+            quote = await self._outlook.promise(requests)
+            promised = map(Submitted, requests, (image.finish_s for image in quote.images))
+            return await self._accept(list(promised), watch, accept)
+
+    def resume(self, arriving: Sequence[Submitted], watch: Watcher | None = None) -> list[Admitted]:
+        """As `admit`, for requests that were accepted in an earlier life: there is room for them however many wait.
+
+        Raises:
+            ShuttingDown, RequestFailed: the engine runs nothing any more.
+        """
+        self._check_serving()
+        return self._submit(arriving, watch)
+
+    def leave(self, clients: Sequence[Admitted]) -> None:
+        """Nobody waits for these: those that are not finished are cancelled. What runs of them ends with its task."""
+        for client in clients:
+            if not client.image.done() or client.image.cancelled():
+                self._leave(client)
 
     async def quote(self, generations: Sequence[Generation]) -> Quote:
         """What could be promised to these images if they were asked for now, together. Nothing is admitted.
@@ -239,16 +266,14 @@ class LiveEngine:
             for on_task in self._on_task:
                 on_task(ended)
 
-    async def _admit(self, generations: Sequence[Generation], watch: Watcher | None) -> list[_Client]:
-        requests = self._requests(generations)
-        self._check_room(len(requests))
-        if not any(generation.reject_infeasible for generation in generations):
-            return self._submit(requests, [None] * len(requests), watch)
-        async with self._outlook.turn(requests):
-            quote = await self._outlook.promise(requests)
-            self._check_serving()
-            self._check_room(len(requests))
-            return self._submit(requests, [image.finish_s for image in quote.images], watch)
+    async def _accept(
+        self, arriving: Sequence[Submitted], watch: Watcher | None, accept: Accept | None
+    ) -> list[Admitted]:
+        self._check_room(len(arriving))
+        if accept is not None:
+            await accept([event.request for event in arriving])
+            self._check_room(len(arriving))
+        return self._submit(arriving, watch)
 
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
@@ -265,33 +290,24 @@ class LiveEngine:
             raise RequestFailed(self.failure)
 
     def _check_room(self, num_more: int) -> None:
-        state = self.state
-        num_waiting = len(state.waiting)
-        if num_waiting + num_more > self._max_queue:
-            raise QueueFull(
-                f"{num_waiting} requests are waiting, of at most {self._max_queue}; {num_more} more do not fit",
-                backlog_s(state),
-            )
+        self._check_serving()
+        check_room(self.state, num_more, self._max_queue)
 
-    def _submit(
-        self, requests: Sequence[Request], promised_s: Sequence[float | None], watch: Watcher | None
-    ) -> list[_Client]:
-        check_ids(requests, self.state)
+    def _submit(self, arriving: Sequence[Submitted], watch: Watcher | None) -> list[Admitted]:
+        check_ids([event.request for event in arriving], self.state)
         loop = asyncio.get_running_loop()
         clients = [
-            _Client(request, loop.create_future(), _unheard if watch is None else partial(watch, number))
-            for number, request in enumerate(requests)
+            Admitted(event.request, loop.create_future(), unheard if watch is None else partial(watch, number))
+            for number, event in enumerate(arriving)
         ]
-        for client, promised_finish_s in zip(clients, promised_s, strict=True):
-            request = client.request
-            self._clients[request.request_id] = client
+        for client, event in zip(clients, arriving, strict=True):
+            self._clients[event.request.request_id] = client
             self._is_empty.clear()
-            client.tell(Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0))
-            self.handle(Submitted(request, promised_finish_s))
+            client.tell(first_progress(event))
+            self.handle(event)
         return clients
 
-    def _leave(self, client: _Client) -> None:
-        """The client is gone: cancel its request. What still runs of it ends with its task."""
+    def _leave(self, client: Admitted) -> None:
         request_id = client.request.request_id
         if self._clients.pop(request_id, None) is None:
             return
@@ -385,7 +401,3 @@ class LiveEngine:
     def _note_empty(self) -> None:
         if not self._clients:
             self._is_empty.set()
-
-
-def _unheard(update: Progress | GeneratedImage) -> None:
-    """Nobody watches."""

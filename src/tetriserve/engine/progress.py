@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tetriserve.core.events import TensorRef
+from tetriserve.core.events import Submitted, TensorRef
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.workload.outcome import Outcome
@@ -27,7 +28,7 @@ class GeneratedImage:
 class Progress:
     """The request was admitted, or a task of it started or ended.
 
-    stage: of the task; encode at admission.
+    stage: of the task; at admission the one that comes first.
     steps_done: denoise steps that are over.
     degree: ranks that work for the request from now on; 0 for none.
     latents: what a denoise task left behind as it ended; gone as soon as the next one has ended.
@@ -42,3 +43,28 @@ class Progress:
 
 Watcher = Callable[[int, Progress | GeneratedImage], None]
 """Hears of one of several images, counted from 0, on the event loop. Be quick and do not raise: the pool waits."""
+
+Accept = Callable[[Sequence[Request]], Awaitable[None]]
+"""Makes an acceptance last, before anything runs."""
+
+
+@dataclass
+class Admitted:
+    """A request that runs, and who waits for it: `image` ends with it, `tell` hears of it until then."""
+
+    request: Request
+    image: asyncio.Future[GeneratedImage]
+    tell: Callable[[Progress | GeneratedImage], None]
+
+
+def first_progress(event: Submitted) -> Progress:
+    """What is heard at admission."""
+    request, checkpoint = event.request, event.checkpoint
+    if checkpoint is None:
+        return Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0)
+    stage = Stage.DENOISE if checkpoint.steps_done < request.num_steps else Stage.DECODE
+    return Progress(request=request, stage=stage, steps_done=checkpoint.steps_done, degree=0)
+
+
+def unheard(update: Progress | GeneratedImage) -> None:
+    """Nobody watches."""

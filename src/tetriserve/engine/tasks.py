@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished
+from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
@@ -16,6 +16,7 @@ class EndedTask:
 
     steps_done: denoise steps of the request that are over by now.
     failure: why it ended without a result; None if it has one.
+    result: what it left in the store; gone as soon as the request's next task has ended.
     step_s: seconds per denoise step, as its leader measured them; None without a result, and in other stages.
     expected_step_s: the same as the cost model had it when the task started; None in other stages.
     """
@@ -24,6 +25,7 @@ class EndedTask:
     run: Run
     steps_done: int
     failure: FailureKind | None
+    result: TensorRef | None
     step_s: float | None
     expected_step_s: float | None
 
@@ -57,6 +59,7 @@ class TaskBook:
             run=Run(task, started.start_s, now),
             steps_done=steps_done,
             failure=None if isinstance(event, TaskFinished) else event.kind,
+            result=event.result if isinstance(event, TaskFinished) else None,
             step_s=step_s,
             expected_step_s=started.expected_step_s,
         )

@@ -172,6 +172,15 @@ class LocalExecutor:
     def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
         return self._previews.read(request, latents, before)
 
+    def read_state(self, ref: TensorRef) -> bytes | None:
+        try:
+            return self._store.read(ref)
+        except OSError:
+            return None  # the next task has ended meanwhile, or the request has
+
+    def put_state(self, key: str, state: bytes) -> TensorRef:
+        return self._store.put(key, state)
+
     def forget(self, request_id: str) -> None:
         self._store.drop_request(request_id)
         for rank in self._workers:

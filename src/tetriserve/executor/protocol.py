@@ -67,6 +67,14 @@ class Executor(Protocol):
         """
         ...
 
+    def read_state(self, ref: TensorRef) -> bytes | None:
+        """What a task left, to be kept elsewhere; None if it is gone. Any thread may call it."""
+        ...
+
+    def put_state(self, key: str, state: bytes) -> TensorRef:
+        """Take back, under its old key, what `read_state` gave: tasks can start from it. Any thread may call it."""
+        ...
+
     def forget(self, request_id: str) -> None:
         """Drop all state of a request that no task runs for."""
         ...

@@ -48,7 +48,7 @@ def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tr
             CORSMiddleware,
             allow_origins=access.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-Request-Id", "X-SLO-Ms"),
+            allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "X-SLO-Ms"),
             expose_headers=("Retry-After", "X-Request-Id"),
         )
     if tracing is not None:

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from tetriserve.core.errors import (
     DeadlineInfeasible,
     InvalidRequest,
+    JournalError,
+    KeyReused,
     QueueFull,
     RequestFailed,
     ShuttingDown,
@@ -40,10 +42,18 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "concurrency_limit_exceeded); see Retry-After.",
     },
     500: {"model": ErrorEnvelope, "description": "The request was accepted and failed."},
-    503: {"model": ErrorEnvelope, "description": "The server is starting or shutting down; see Retry-After."},
+    503: {
+        "model": ErrorEnvelope,
+        "description": "The server is starting or shutting down, or its journal cannot be written; see Retry-After.",
+    },
     "default": {"model": ErrorEnvelope, "description": "Any other error."},
 }
 """For `/openapi.json`."""
+
+KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
+    422: {"model": ErrorEnvelope, "description": "The idempotency key stands for other pictures already."}
+}
+"""For `/openapi.json`, where a key can be used."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _repr = reprlib.Repr()
@@ -124,6 +134,8 @@ def response_to(error: TetriServeError) -> ErrorResponse:
     match error:
         case UnknownModel():
             return envelope(400, message, "model_not_found", error.param)
+        case KeyReused():
+            return envelope(422, message, "idempotency_key_reused", "Idempotency-Key")
         case InvalidRequest():
             return envelope(400, message, "invalid_value", error.param)
         case QueueFull():
@@ -143,6 +155,8 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             return envelope(503, message, "shutting_down", retry_after_s=RESTART_S)
         case NotReady():
             return envelope(503, message, "not_ready", retry_after_s=RESTART_S)
+        case JournalError():
+            return envelope(503, message, "journal_unavailable", retry_after_s=RESTART_S)
         case RequestFailed():
             return envelope(500, message, "generation_failed")
         case _:

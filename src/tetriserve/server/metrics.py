@@ -13,6 +13,7 @@ from tetriserve.core.events import Event, Submitted, WorkerJoined, WorkerLost
 from tetriserve.core.request import Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.server.durability import JournalCollector
 from tetriserve.server.occupancy import PoolCollector
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome, Status
@@ -40,6 +41,7 @@ class Metrics:
         self._model = Info("tetriserve_model", "The served model.", registry=self._registry)
         Info("tetriserve_build", "This server.", registry=self._registry).info({"version": version("tetriserve")})
         self._registry.register(PoolCollector(slot))
+        self._registry.register(JournalCollector(slot))
         slot.when_filled(self._attach)
 
     def count_exchange(self, route: str, method: str, status: int, error_code: str | None) -> None:

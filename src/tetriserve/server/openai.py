@@ -12,9 +12,10 @@ from fastapi import APIRouter, Header, Request, Response
 from tetriserve.engine import GeneratedImage, LiveEngine
 from tetriserve.server.access import Client
 from tetriserve.server.disconnect import ClientGone, unless_gone
-from tetriserve.server.errors import RESPONSES, envelope
+from tetriserve.server.errors import KEY_RESPONSES, RESPONSES, envelope
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from tetriserve.server.generations import generations_of
+from tetriserve.server.idempotency import KeyHeader, begin
 from tetriserve.server.images import encoding_of, image_data
 from tetriserve.server.schemas import (
     ClientId,
@@ -37,11 +38,16 @@ def openai_router(slot: EngineSlot) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
     created = int(time.time())
 
-    @router.post("/v1/images/generations", response_model=ImagesResponse, responses=STREAM_RESPONSES)
+    @router.post("/v1/images/generations", response_model=ImagesResponse, responses=STREAM_RESPONSES | KEY_RESPONSES)
     async def generate_images(
-        request: Request, body: ImagesRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
+        request: Request,
+        body: ImagesRequest,
+        x_slo_ms: SloHeader = None,
+        x_request_id: IdHeader = None,
+        idempotency_key: KeyHeader = None,
     ) -> Response:
-        """Make `n` images of a prompt, each by its deadline if that can be. Closing the connection cancels them.
+        """Make `n` images of a prompt, each by its deadline if that can be. Closing the connection cancels them, unless
+        they have an idempotency key.
 
         With `stream`, the answer is a stream of server-sent events.
         """
@@ -53,15 +59,16 @@ def openai_router(slot: EngineSlot) -> APIRouter:
         generations = generations_of(body, engine, x_slo_ms)
         client: Client = request.state.client
         with contextlib.ExitStack() as pending:
-            pending.enter_context(client.allowance.admitted(num_images, time.monotonic()))
+            make_images = begin(engine, client, generations, idempotency_key, pending)
             exchange.facts["image_ids"] = ",".join(generation.request_id or "" for generation in generations)
             if body.stream:
-                updates = await Updates.open(engine, generations)
+                updates = await Updates.open(make_images)
                 return ImageStream(request, ImageEvents(body, engine), updates, pending.pop_all())
             try:
-                images = await unless_gone(request, engine.generate_all(generations))
+                images = await unless_gone(request, make_images(None))
             except ClientGone:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
+            exchange.facts["image_ids"] = ",".join(image.outcome.request.request_id for image in images)
             exchange.note_outcomes([image.outcome for image in images])
             answer = await asyncio.to_thread(_answer, body, exchange.request_id, engine.intake.card.name, images)
         return Response(answer, media_type="application/json")

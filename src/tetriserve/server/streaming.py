@@ -9,7 +9,7 @@ import asyncio
 import base64
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,10 +17,11 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from tetriserve.core.errors import TetriServeError
-from tetriserve.engine import GeneratedImage, Generation, LiveEngine, Progress
+from tetriserve.engine import GeneratedImage, LiveEngine, Progress
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import response_to
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
+from tetriserve.server.idempotency import MakeImages
 from tetriserve.server.images import encode, encoding_of, image_data
 from tetriserve.server.previews import PreviewMaker
 from tetriserve.server.schemas import (
@@ -49,19 +50,19 @@ Update = tuple[int, Progress | GeneratedImage]
 class Updates:
     """Images that are being made, and what is heard of them until all are there. Whoever opens it closes it."""
 
-    def __init__(self, engine: LiveEngine, generations: Sequence[Generation]) -> None:
+    def __init__(self, make_images: MakeImages) -> None:
         self._queue: asyncio.Queue[Update | None] = asyncio.Queue()
         self._first: Update | None = None
-        watched = engine.generate_all(generations, lambda number, update: self._queue.put_nowait((number, update)))
+        watched = make_images(lambda number, update: self._queue.put_nowait((number, update)))
         self._working = asyncio.create_task(watched)
         self._working.add_done_callback(lambda working: self._queue.put_nowait(None))
 
     @classmethod
-    async def open(cls, engine: LiveEngine, generations: Sequence[Generation]) -> Updates:
+    async def open(cls, make_images: MakeImages) -> Updates:
         """
-        Raises: as `LiveEngine.generate_all`, if the images are not admitted.
+        Raises: as `make_images`, if the images are not admitted.
         """
-        updates = cls(engine, generations)
+        updates = cls(make_images)
         try:
             first = await updates._queue.get()
         except asyncio.CancelledError:
@@ -74,7 +75,7 @@ class Updates:
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """
-        Raises: as `LiveEngine.generate_all`, if it ends without an image.
+        Raises: as `make_images`, if it ends without an image.
         """
         update = self._first
         while update is not None:

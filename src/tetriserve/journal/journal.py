@@ -1,0 +1,348 @@
+"""The journal of one server: entries that were accepted, how far they have come, and what became of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.events import Checkpoint, TensorRef
+from tetriserve.journal.database import Database, DatabaseErrors, read_database, set_aside
+from tetriserve.journal.directory import Directory, sync_folder
+from tetriserve.journal.records import (
+    Corrupt,
+    Course,
+    Entry,
+    Failure,
+    KeptFile,
+    KeptTensors,
+    Picture,
+    Record,
+    kind_of,
+    record_of,
+    row_of,
+)
+from tetriserve.journal.writer import Batch, Writer
+from tetriserve.workload.outcome import Outcome
+
+logger = logging.getLogger(__name__)
+
+ReadState = Callable[[TensorRef], bytes | None]
+PutState = Callable[[str, bytes], TensorRef]
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """All that is known of an entry. Courses and pictures are by request id."""
+
+    entry: Entry
+    courses: dict[str, Course] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    @property
+    def ended_at(self) -> float | None:
+        """Unix time; None while it is unfinished."""
+        if self.failure is not None:
+            return self.failure.failed_at
+        if len(self.pictures) < len(self.entry.requests):
+            return None
+        return max(picture.stored_at for picture in self.pictures.values())
+
+    @property
+    def files(self) -> tuple[KeptFile, ...]:
+        files = [file for course in self.courses.values() for file in course.files]
+        return (*files, *(picture.file for picture in self.pictures.values()))
+
+
+class Journal:
+    """A directory that is held until `close`. Times are unix time, but for those within requests, runs and outcomes.
+
+    What comes back as a future is on disk, or read from it, when the future is done; it raises JournalError if that
+    cannot be. Whatever is read is verified: what is not as it was written is logged, counted and treated as absent.
+
+    corrupt: what was found so, by kind (a record's, `file` or `database`).
+
+    Raises:
+        ConfigError: the directory is in use, cannot be written, or holds work of another model.
+    """
+
+    def __init__(self, path: Path, model: Model) -> None:
+        self.model = model
+        self.corrupt: Counter[str] = Counter()
+        self._directory = Directory(path)
+        try:
+            self._loaded, rows = self._load(path)
+            self._database = Database(self._directory.database)
+            self._database.apply(rows)
+            self._database.shorten_log()
+            sync_folder(path)
+        except (*DatabaseErrors, OSError) as error:
+            self._directory.release()
+            raise ConfigError(f"journal {path} cannot be written: {error}; name another directory") from None
+        except ConfigError:
+            self._directory.release()
+            raise
+        self._directory.remove_orphans({file.name for kept in self._loaded for file in kept.files})
+        self._courses = {
+            name: kept.courses.get(name, Course(request_id=name))
+            for kept in self._loaded
+            if kept.ended_at is None
+            for name in kept.entry.request_ids
+            if name not in kept.pictures
+        }
+        self._writer = Writer(self._database, self._directory)
+        self._closing = threading.Lock()
+        self._is_closed = False
+
+    @property
+    def num_errors(self) -> int:
+        """Reads and writes that failed since the start."""
+        return self._writer.num_errors
+
+    @property
+    def num_waiting(self) -> int:
+        """Changes that are not on disk yet."""
+        return self._writer.num_waiting
+
+    def take_loaded(self) -> list[Kept]:
+        """What was there at the start, in order of arrival. Ask once: it is not kept in memory."""
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
+    def accept(self, entry: Entry) -> Future[None]:
+        def work(batch: Batch) -> None:
+            batch.put(entry)
+            self._courses.update({name: Course(request_id=name) for name in entry.request_ids})
+
+        return self._writer.submit(work)
+
+    def advance(self, request_id: str, num_starts: int, checkpoint: Checkpoint | None, read: ReadState) -> None:
+        """Note how far a request has come, some time soon; a newer note takes the place of one that waits.
+
+        num_starts: as in `Course`. read: gets the tensors; what is gone is left out, since something newer is there.
+        """
+
+        def work(batch: Batch) -> None:
+            self._advance(batch, request_id, num_starts, checkpoint, read)
+
+        self._writer.submit_late(request_id, work)
+
+    def clear_starts(self, name: str) -> Future[None]:
+        """Of an entry's requests: none of them is what brings the server down."""
+
+        def work(batch: Batch) -> None:
+            kept = self._kept(name)
+            for course in () if kept is None else kept.courses.values():
+                self._courses[course.request_id] = replace(course, num_starts=0)
+                batch.put(self._courses[course.request_id])
+
+        return self._writer.submit(work)
+
+    def keep_picture(self, outcome: Outcome, shape: tuple[int, ...], pixels: bytes, stored_at: float) -> Future[None]:
+        def work(batch: Batch) -> None:
+            request_id = outcome.request.request_id
+            file = self._directory.write(f"{request_id}.pixels", pixels)
+            batch.put(Picture(request_id=request_id, stored_at=stored_at, outcome=outcome, shape=shape, file=file))
+            self._drop_course(batch, request_id)
+
+        return self._writer.submit(work)
+
+    def fail(self, failure: Failure) -> Future[None]:
+        """The entry ends without its images; those that are there go."""
+
+        def work(batch: Batch) -> None:
+            kept = self._kept(failure.entry)
+            if kept is not None:
+                self._drop_requests(batch, kept.entry.request_ids)
+                batch.put(failure)
+
+        return self._writer.submit(work)
+
+    def drop(self, name: str) -> Future[None]:
+        """Forget an entry and all that belongs to it."""
+
+        def work(batch: Batch) -> None:
+            kept = self._kept(name)
+            if kept is not None:
+                self._drop_requests(batch, kept.entry.request_ids)
+            batch.drop(Entry, name)
+            batch.drop(Failure, name)
+
+        return self._writer.submit(work)
+
+    def read(self, name: str) -> Future[Kept | None]:
+        """All that is known of an entry; None if it cannot be read any more."""
+        return self._writer.submit(lambda batch: self._kept(name))
+
+    def read_pixels(self, picture: Picture) -> Future[bytes | None]:
+        return self._writer.submit(lambda batch: self._read(picture.file))
+
+    def restore(self, course: Course, put: PutState) -> Future[Checkpoint | None]:
+        """Bring a request's state into a store by `put`; None if there is none, or not all of it."""
+
+        def work(batch: Batch) -> Checkpoint | None:
+            if course.embeds is None:
+                return None
+            embeds = self._read(course.embeds.file)
+            latents = None if course.latents is None else self._read(course.latents.file)
+            if embeds is None or (latents is None and course.latents is not None):
+                self._courses[course.request_id] = Course(request_id=course.request_id, num_starts=course.num_starts)
+                batch.put(self._courses[course.request_id])
+                batch.drop_files(course.files)
+                return None
+            return Checkpoint(
+                course.steps_done,
+                put(course.embeds.key, embeds),
+                None if course.latents is None or latents is None else put(course.latents.key, latents),
+                course.runs,
+            )
+
+        return self._writer.submit(work)
+
+    def shorten_log(self) -> Future[None]:
+        """Keep the write-ahead log from growing."""
+        return self._writer.submit(lambda batch: self._database.shorten_log())
+
+    def close(self) -> None:
+        """Finish what waits and let go of the directory. May be called again."""
+        with self._closing:
+            if not self._is_closed:
+                self._is_closed = True
+                self._writer.close()
+                self._database.close()
+                self._directory.release()
+
+    def _load(self, path: Path) -> tuple[list[Kept], list[tuple[str, str, bytes, bytes]]]:
+        """Entries in order of arrival, and the rows that a new database has to begin with, if one does.
+
+        Raises:
+            ConfigError: they are another model's.
+        """
+        rows, damage = read_database(self._directory.database)
+        records = [record for row in rows if (record := self._verified(row)) is not None]
+        kept = _assembled(records)
+        for entry in (one.entry for one in kept):
+            if entry.fingerprint != self.model.fingerprint:
+                raise ConfigError(
+                    f"journal {path} holds work of model {entry.model!r} ({entry.fingerprint}), not of "
+                    f"{self.model.name!r} ({self.model.fingerprint}); serve that one, or name another directory"
+                )
+        if damage is None and len(records) == len(rows):
+            return kept, []
+        if damage is not None:
+            self.corrupt["database"] += 1
+        aside = set_aside(self._directory.database)
+        logger.error(
+            "the journal is damaged (%s): %s keeps it, and a new one goes on with the %d of %d records that are sound",
+            damage or "records do not match their checksums", aside, len(records), len(rows),
+        )  # fmt: skip
+        return kept, [row_of(record) for record in records]
+
+    def _verified(self, row: tuple[object, ...]) -> Record | None:
+        try:
+            return record_of(row)
+        except Corrupt as error:
+            self._report("record", error)
+            return None
+
+    def _report(self, kind: str, error: Corrupt) -> None:
+        self.corrupt[kind] += 1
+        logger.error("the journal is corrupt, and goes on without: %s", error)
+
+    # What follows runs on the writer's thread.
+
+    def _kept(self, name: str) -> Kept | None:
+        entry = self._get(Entry, name)
+        if entry is None:
+            return None
+        names = entry.request_ids
+        return Kept(
+            entry=entry,
+            courses={one: self._courses[one] for one in names if one in self._courses},
+            pictures={one: picture for one in names if (picture := self._get(Picture, one)) is not None},
+            failure=self._get(Failure, name),
+        )
+
+    def _get(self, kind: type[R], name: str) -> R | None:
+        row = self._database.get(kind.__name__.lower(), name)
+        record = None if row is None else self._verified(row)
+        return record if isinstance(record, kind) else None
+
+    def _read(self, file: KeptFile) -> bytes | None:
+        try:
+            return self._directory.read(file)
+        except Corrupt as error:
+            self._report("file", error)
+            return None
+
+    def _advance(
+        self, batch: Batch, request_id: str, num_starts: int, checkpoint: Checkpoint | None, read: ReadState
+    ) -> None:
+        before = self._courses.get(request_id)
+        if before is None:
+            return  # it has ended meanwhile
+        course = Course(request_id=request_id, num_starts=num_starts)
+        if checkpoint is not None:
+            embeds = self._copied(checkpoint.embeds, before.embeds, f"{request_id}.embeds", read)
+            name = f"{request_id}.latents.{checkpoint.steps_done}"
+            latents = self._copied(checkpoint.latents, before.latents, name, read)
+            if embeds is None or (latents is None and checkpoint.latents is not None):
+                course = replace(before, num_starts=num_starts)
+            else:
+                course = replace(
+                    course, steps_done=checkpoint.steps_done, runs=checkpoint.runs, embeds=embeds, latents=latents
+                )
+        batch.put(course)
+        batch.drop_files(file for file in before.files if file.name not in {kept.name for kept in course.files})
+        self._courses[request_id] = course
+
+    def _copied(
+        self, ref: TensorRef | None, before: KeptTensors | None, name: str, read: ReadState
+    ) -> KeptTensors | None:
+        """The copy that is there already, or a new one; None if there is nothing to copy."""
+        if ref is None or (before is not None and before.key == ref.key):
+            return before if ref is not None else None
+        data = read(ref)
+        return None if data is None else KeptTensors(ref.key, self._directory.write(name, data))
+
+    def _drop_requests(self, batch: Batch, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._drop_course(batch, request_id)
+            batch.drop(Picture, request_id)
+            batch.stale_files.append(f"{request_id}.pixels")
+
+    def _drop_course(self, batch: Batch, request_id: str) -> None:
+        course = self._courses.pop(request_id, None)
+        if course is not None:
+            batch.drop(Course, request_id)
+            batch.drop_files(course.files)
+
+
+def _assembled(records: Iterable[Record]) -> list[Kept]:
+    """What belongs together, in order of arrival. Records without their entry are left out."""
+    by_kind: defaultdict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        by_kind[kind_of(record)][record.name] = record
+    kept = []
+    for entry in by_kind["entry"].values():
+        assert isinstance(entry, Entry)
+        failure = by_kind["failure"].get(entry.name)
+        assert failure is None or isinstance(failure, Failure)
+        courses = {name: one for name in entry.request_ids if isinstance(one := by_kind["course"].get(name), Course)}
+        pictures = {name: one for name in entry.request_ids if isinstance(one := by_kind["picture"].get(name), Picture)}
+        kept.append(Kept(entry=entry, courses=courses, pictures=pictures, failure=failure))
+    return sorted(kept, key=lambda one: one.entry.arrived_at)

@@ -1,0 +1,424 @@
+"""Requests under an idempotency key: done once, whatever becomes of the connection, and answered alike every time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_engine import FAILING, MODEL, FakeExecutor, make_durable_engine, make_engine
+from prometheus_client.parser import text_string_to_metric_families
+
+from tetriserve.core.errors import RequestFailed, ShuttingDown
+from tetriserve.core.trajectory import Stage
+from tetriserve.engine import DurableWork, Generation, LiveEngine
+from tetriserve.journal import Journal, Key
+from tetriserve.server import EngineSlot
+from tetriserve.workload.outcome import Status
+
+URL = "/v1/images/generations"
+BODY = {"prompt": "a lighthouse", "size": "64x64"}
+
+Ask = Callable[..., Awaitable[httpx.Response]]
+
+
+async def until(condition, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def engine(executor: FakeExecutor, tmp_path: Path) -> AsyncIterator[LiveEngine]:
+    engine = await make_durable_engine(executor, tmp_path / "journal", max_queue=8)
+    yield engine
+    executor.gate.set()
+    await engine.stop()
+
+
+@pytest.fixture
+def ask(client: httpx.AsyncClient) -> Ask:
+    async def ask(key: str = "k", **fields: object) -> httpx.Response:
+        return await client.post(URL, json=BODY | fields, headers={"Idempotency-Key": key})
+
+    return ask
+
+
+def num_executed(executor: FakeExecutor) -> int:
+    return sum(command.task.stage is Stage.DECODE for command in executor.started)
+
+
+def items(response: httpx.Response) -> list[dict[str, object]]:
+    assert response.status_code == 200, response.text
+    return response.json()["data"]
+
+
+def completed(response: httpx.Response) -> list[dict[str, object]]:
+    """Images of a stream, as a plain answer would have them."""
+    events = [json.loads(block.split("data: ", 1)[1]) for block in response.text.split("\n\n")[:-1]]
+    images = [event for event in events if event["type"] == "image_generation.completed"]
+    images.sort(key=lambda event: event["image_index"])
+    return [{name: image[name] for name in ("b64_json", "seed", "schedule")} for image in images]
+
+
+async def metric(client: httpx.AsyncClient, name: str, **labels: str) -> float:
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    (value,) = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    return value
+
+
+async def test_the_same_call_gets_the_same_images_and_is_executed_once(ask, executor, client):
+    first = await ask(n=2)
+    again = [await ask(n=2) for _ in range(2)]
+    assert [items(response) for response in again] == [items(first)] * 2
+    assert len({item["seed"] for item in items(first)}) == 2
+    assert num_executed(executor) == 2
+    assert await metric(client, "tetriserve_journal_replays_total") == 2
+    assert await metric(client, "tetriserve_journal_entries", state="finished") == 1
+
+
+async def test_another_key_is_another_request(ask, executor):
+    (first,), (second,) = items(await ask("k")), items(await ask("l"))
+    assert first["seed"] != second["seed"]
+    assert num_executed(executor) == 2
+
+
+async def test_concurrent_first_calls_are_executed_once(ask, executor):
+    executor.gate.clear()
+    calls = [asyncio.create_task(ask()) for _ in range(5)]
+    await until(lambda: executor.started)
+    executor.gate.set()
+    answers = [items(response) for response in await asyncio.gather(*calls)]
+    assert answers == [answers[0]] * 5
+    assert num_executed(executor) == 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"prompt": "a ship"}, {"size": "128x128"}, {"n": 2}, {"seed": 1}, {"num_inference_steps": 2},
+     {"guidance_scale": 1.0}, {"negative_prompt": "fog"}],
+    ids=lambda field: next(iter(field)),
+)  # fmt: skip
+async def test_a_key_stands_for_its_pictures_alone(ask, field):
+    items(await ask())
+    response = await ask(**field)
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("idempotency_key_reused", "Idempotency-Key")
+    assert error["type"] == "invalid_request_error"
+    assert "new one" in error["message"]
+
+
+async def test_what_no_picture_depends_on_may_differ(ask, executor):
+    first = items(await ask(slo_ms=5000))
+    assert items(await ask(slo_ms=100, priority=3, deadline_policy="reject", user="ada", request_id="r")) == first
+    assert (await ask(output_format="jpeg")).json()["output_format"] == "jpeg"
+    assert num_executed(executor) == 1
+
+
+async def test_a_client_that_goes_away_cancels_nothing_and_finds_its_image_later(ask, executor, engine):
+    executor.gate.clear()
+    call = asyncio.create_task(ask(seed=7))
+    await until(lambda: executor.started)
+    call.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await call
+    (trajectory,) = engine.state.trajectories
+    executor.gate.set()
+    await until(lambda: not engine.state.trajectories)
+    assert items(await ask(seed=7))[0]["seed"] == 7
+    assert [command.request for command in executor.started].count(trajectory.request) == len(executor.started)
+
+
+async def test_a_stream_and_a_plain_answer_are_the_same_images(client, ask, executor):
+    plain = items(await ask(n=2))
+    streamed = await ask(n=2, stream=True)
+    assert completed(streamed) == plain
+    first = await ask("s", stream=True)
+    assert [item["schedule"] for item in items(await ask("s"))] == [item["schedule"] for item in completed(first)]
+    assert num_executed(executor) == 3
+
+
+async def test_a_stream_joins_work_that_runs(ask, executor):
+    executor.gate.clear()
+    plain = asyncio.create_task(ask())
+    await until(lambda: executor.started)
+    stream = asyncio.create_task(ask(stream=True))
+    await asyncio.sleep(0.05)
+    executor.gate.set()
+    assert completed(await stream) == items(await plain)
+    assert num_executed(executor) == 1
+
+
+async def test_a_failure_is_an_answer_too(ask, executor, client):
+    responses = [await ask(prompt=FAILING) for _ in range(3)]
+    assert [response.status_code for response in responses] == [500] * 3
+    assert {response.json()["error"]["message"] for response in responses} == {"latents are not finite"}
+    assert [command.task.stage for command in executor.started] == [Stage.ENCODE, Stage.DENOISE]
+    assert await metric(client, "tetriserve_journal_entries", state="failed") == 1
+
+
+async def test_a_refusal_leaves_the_key_free(ask, executor, engine):
+    assert (await ask(size="65x64")).status_code == 400
+    assert (await ask(slo_ms=0.001, deadline_policy="reject")).status_code == 429
+    executor.gate.clear()
+    crowd = [asyncio.create_task(ask(f"crowd {number}")) for number in range(10)]
+    await until(lambda: len(engine.state.trajectories) >= 9)
+    assert (await ask(n=9)).json()["error"]["code"] == "queue_full"
+    executor.gate.set()
+    await asyncio.gather(*crowd)
+    assert len(items(await ask())) == 1
+
+
+async def test_a_result_expires(executor, connect, tmp_path):
+    engine = await make_durable_engine(executor, tmp_path / "short", result_ttl_s=0.2)
+    async with connect(EngineSlot(engine)) as client:
+        headers = {"Idempotency-Key": "k"}
+        first = items(await client.post(URL, json=BODY, headers=headers))
+        assert list((tmp_path / "short" / "tensors").iterdir())
+        await until(lambda: not list((tmp_path / "short" / "tensors").iterdir()))
+        other = await client.post(URL, json=BODY | {"prompt": "a ship"}, headers=headers)
+        assert items(other) != first
+        assert num_executed(executor) == 2
+    await engine.stop()
+
+
+@pytest.mark.parametrize("key", ["", "x" * 129, "tab\there"])
+async def test_a_key_that_is_none(client, key):
+    response = await client.post(URL, json=BODY, headers={"Idempotency-Key": key})
+    assert response.status_code == 400
+    assert "allowed: 1 to 128 printable ASCII characters" in response.json()["error"]["message"]
+
+
+async def test_without_a_journal_the_header_is_refused(executor, connect, engine):
+    engine.durable, durable = None, engine.durable
+    async with connect(EngineSlot(engine)) as client:
+        response = await client.post(URL, json=BODY, headers={"Idempotency-Key": "k"})
+    engine.durable = durable
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "Idempotency-Key"
+    assert error["message"] == "Idempotency-Key needs a server with a journal: tetriserve serve --journal DIR"
+    assert not executor.started
+
+
+async def test_tenants_do_not_share_keys_whatever_the_order_of_api_keys(engine, connect, executor):
+    async def ask(client, api_key, **fields):
+        headers = {"Authorization": f"Bearer {api_key}", "Idempotency-Key": "k"}
+        return items(await client.post(URL, json=BODY | fields, headers=headers))
+
+    async with connect(EngineSlot(engine), api_keys=("ada", "bob")) as client:
+        adas, bobs = await ask(client, "ada"), await ask(client, "bob", prompt="a ship")
+    async with connect(EngineSlot(engine), api_keys=("bob", "ada")) as client:
+        assert await ask(client, "ada") == adas
+        assert await ask(client, "bob", prompt="a ship") == bobs
+    assert num_executed(executor) == 2
+
+
+async def test_work_counts_as_its_clients_while_it_goes_on_and_retries_do_not(engine, connect, executor):
+    async with connect(EngineSlot(engine), max_concurrency=1) as client:
+        executor.gate.clear()
+        call = asyncio.create_task(client.post(URL, json=BODY, headers={"Idempotency-Key": "k"}))
+        await until(lambda: executor.started)
+        call.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await call
+        refused = await client.post(URL, json=BODY, headers={"Idempotency-Key": "other"})
+        assert refused.json()["error"]["code"] == "concurrency_limit_exceeded"
+        retry = asyncio.create_task(client.post(URL, json=BODY, headers={"Idempotency-Key": "k"}))
+        await asyncio.sleep(0.02)
+        executor.gate.set()
+        items(await retry)
+        items(await client.post(URL, json=BODY, headers={"Idempotency-Key": "other"}))
+
+
+async def test_a_journal_that_cannot_be_written_promises_nothing(ask, engine, executor, monkeypatch):
+    def broken(changes):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.durable.journal._database, "apply", broken)
+        response = await ask()
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "journal_unavailable"
+        assert "Retry-After" in response.headers
+        assert not executor.started
+    assert len(items(await ask())) == 1
+
+
+async def test_an_image_that_cannot_be_kept_is_not_given_away(ask, engine, executor, monkeypatch):
+    def refuse(name, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.durable.journal._directory, "write", refuse)
+        assert (await ask(seed=3)).status_code == 503
+    assert items(await ask(seed=3))[0]["seed"] == 3
+    assert engine.durable.journal.num_errors >= 1
+
+
+async def test_a_corrupt_result_is_made_again_with_the_same_seed(ask, executor, client, tmp_path):
+    first = items(await ask())
+    (file,) = (tmp_path / "journal" / "tensors").iterdir()
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    again = items(await ask())
+    assert [(item["seed"], item["b64_json"]) for item in again] == [(i["seed"], i["b64_json"]) for i in first]
+    assert num_executed(executor) == 2
+    assert await metric(client, "tetriserve_journal_corrupt_total", kind="file") == 1
+    assert items(await ask()) == again
+
+
+async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect, tmp_path):
+    first_life = FakeExecutor()
+    engine = await make_durable_engine(first_life, tmp_path / "j", policy="fixed:1")
+    body = BODY | {"n": 2, "num_inference_steps": 4, "slo_ms": 60_000}
+    async with connect(EngineSlot(engine)) as client:
+        call = asyncio.create_task(client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
+        await until(lambda: any(command.task.stage is Stage.DENOISE for command in first_life.started))
+        first_life.gate.clear()
+        await until(lambda: engine.state.in_flight)
+        seeds = sorted(trajectory.request.seed for trajectory in engine.state.trajectories)
+        ids = {trajectory.request_id for trajectory in engine.state.trajectories}
+        await engine.stop(0.01)
+        response = await call
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "shutting_down"
+
+    second_life = FakeExecutor()
+    engine = await make_durable_engine(second_life, tmp_path / "j", max_queue=1)
+    assert {trajectory.request_id for trajectory in engine.state.trajectories} == ids
+    async with connect(EngineSlot(engine)) as client:
+        answer = items(await client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
+        assert sorted(item["seed"] for item in answer) == seeds
+        assert all(len(item["schedule"]["degrees"]) == 4 for item in answer)
+        assert all(item["schedule"]["slo_ms"] == pytest.approx(60_000) for item in answer)
+        assert await metric(client, "tetriserve_journal_resumed_total") == 2
+        items(await client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
+    assert num_executed(second_life) == 2
+    stages = {command.task.stage for command in second_life.started}
+    assert Stage.ENCODE not in stages  # both were encoded in the first life
+    assert set(second_life.put) >= {f"{request_id}.encode.0" for request_id in ids}
+    await engine.stop()
+
+
+async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
+    """As a killed server leaves things: nobody is told, nothing is cleared up."""
+    await until(lambda: not engine.durable.journal.num_waiting)
+    engine.durable.journal.close()
+    await executor.stop()
+    engine.subscribe_events(lambda now, event: None)
+
+
+LIGHTHOUSE = [Generation(prompt="a lighthouse", size="64x64")]
+
+
+async def crash_at_work(tmp_path: Path, *, times: int, hold_s: float = 30.0) -> None:
+    """So many servers, one after the other, that go down as soon as a task of the request under key k has begun."""
+    for _ in range(times):
+        executor = FakeExecutor()
+        executor.gate.clear()
+        engine = await make_durable_engine(executor, tmp_path / "j", hold_s=hold_s)
+        engine.durable.call(Key("t", "k"), LIGHTHOUSE)
+        await until(lambda executor=executor: executor.started)
+        await crash(engine, executor)
+
+
+async def test_a_request_that_brings_the_server_down_again_and_again_is_tried_and_failed(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    await crash_at_work(tmp_path, times=1, hold_s=0.05)
+    executor = FakeExecutor()
+    engine = await make_durable_engine(executor, tmp_path / "j")
+    for _ in range(2):
+        with pytest.raises(RequestFailed, match="the server went down 5 times, each time while it worked for this"):
+            await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
+    assert not executor.started
+    assert engine.durable.count() == {"failed": 1}
+    await engine.stop()
+
+
+async def test_a_suspect_with_which_the_server_stands_gets_its_image(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    executor = FakeExecutor()
+    engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.2)
+    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
+    (other,) = await engine.durable.call(Key("t", "other"), LIGHTHOUSE).images()
+    assert {command.request.request_id for command in executor.started} == {other.outcome.request.request_id}
+    (image,) = await waiting
+    assert image.outcome.status is Status.FINISHED
+    await engine.stop()
+
+
+async def test_a_suspect_is_as_good_as_new_when_the_server_goes_down_without_it(tmp_path):
+    for _ in range(3):
+        await crash_at_work(tmp_path, times=4)
+        executor = FakeExecutor()
+        engine = await make_durable_engine(executor, tmp_path / "j")
+        assert not engine.state.trajectories
+        await crash(engine, executor)
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    (image,) = await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
+    assert image.outcome.status is Status.FINISHED
+    await engine.stop()
+
+
+async def test_a_stop_does_not_wait_for_suspects_and_the_next_life_takes_them_up(tmp_path):
+    await crash_at_work(tmp_path, times=4)
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await engine.stop(0.01)
+    with pytest.raises(ShuttingDown):
+        await waiting
+    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
+    assert len(await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()) == 1
+    await engine.stop()
+
+
+async def test_who_only_waits_is_not_suspected(tmp_path):
+    for life in range(4):
+        executor = FakeExecutor()
+        executor.gate.clear()
+        engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
+        if life == 0:
+            for name in "ab":
+                engine.durable.call(Key("t", name), [Generation(prompt=name, size="64x64")])
+        await until(lambda executor=executor: executor.started)
+        await crash(engine, executor)
+    executor = FakeExecutor()
+    engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
+    await until(lambda: not engine.state.trajectories)
+    assert {command.request.prompt for command in executor.started} == {"b"}, "a held both ranks in every life"
+    await engine.stop()
+
+
+async def test_deadlines_go_on_while_the_server_is_down(tmp_path, executor):
+    wall_s = 1000.0
+    first = FakeExecutor()
+    first.gate.clear()
+    engine = make_engine(first)
+    engine.durable = DurableWork(
+        engine, first, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    )
+    engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64", slo_s=30.0)])
+    await until(lambda: first.started)
+    await crash(engine, first)
+    wall_s = 1020.0
+    engine = make_engine(executor)
+    engine.durable = DurableWork(
+        engine, executor, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    )
+    await engine.durable.recover()
+    (trajectory,) = engine.state.trajectories
+    assert trajectory.request.deadline_s - engine.now == pytest.approx(10.0, abs=0.5)
+    assert trajectory.request.arrival_s == pytest.approx(-20.0, abs=0.5)
+    (image,) = await engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64")]).images()
+    assert image.outcome.latency_s == pytest.approx(20.0, abs=0.5)
+    await engine.stop()
