@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.core.errors import TetriServeError
@@ -67,6 +69,7 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     """Entry point of the process. Ends when told to, or when the executor's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _name_process(spec.rank)
     set_up_logging("info", spec.log_format, rank=spec.rank)
     pipe = Pipe(connection)
     try:
@@ -81,6 +84,12 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     finally:
         # Torch's own teardown may wait for peers of half-dead groups.
         os._exit(0)
+
+
+def _name_process(rank: int) -> None:
+    """So that `ps` and `top` tell ranks apart; names may have 15 characters. Without /proc there is none."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"ts-rank-{rank}")
 
 
 def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
