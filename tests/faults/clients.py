@@ -19,13 +19,13 @@ from tests.faults.server import Server
 
 HANG_S = 60.0
 """A client that waits longer for its answer counts as hung."""
-FLOOD = 40
+FLOOD = 24
 """Requests at once, which the queue cannot hold."""
 
 _ROUTE = "/v1/images/generations"
 _GARBAGE = (
     b"\x00\xff\xfe" * 200,
-    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /v1/models HTTP/banana\r\n\r\n",
     b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{",
     b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b'POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n{"prompt": 7}',
@@ -123,9 +123,10 @@ class Clients:
             self.tally.answers["garbage, reset"] += 1
         else:
             status = answer[9:12].decode("ascii", "replace") or "closed"
-            self.tally.answers[f"garbage, {status}"] += 1
             if status.startswith(("2", "5")):
                 self._note_break(f"garbage was answered with {status}")
+            else:
+                self.tally.answers[f"garbage, {status}"] += 1
 
     async def _send(self, body: dict[str, Any], pictures: Sequence[Picture]) -> None:
         self.tally.sent += 1

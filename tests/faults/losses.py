@@ -93,7 +93,7 @@ def _losses(server: Server) -> list[Loss]:
 
 
 def _match_strikes(damage: Damage, feed: Feed, strikes: Sequence[Strike]) -> None:
-    """Each loss is the latest strike's that the rank suffered before it."""
+    """A loss is noticed from the first kill on that the worker suffered, or else from the first of anything."""
     failed = [task for task in feed.ran if task.failure is not None]
     unmatched = list(strikes)
     for loss in damage.losses:
@@ -107,7 +107,7 @@ def _match_strikes(damage: Damage, feed: Feed, strikes: Sequence[Strike]) -> Non
             continue
         deadly = [strike for strike in causes if strike.kind is Kind.KILL] or causes
         cause = deadly[0]
-        unmatched.remove(cause)
+        unmatched = [strike for strike in unmatched if strike not in causes]
         damage.noticed_s[cause.kind].append(loss.time_s - cause.time_s)
         stage = _stage_at(failed, feed, loss, cause)
         damage.hit_stages[cause.kind.value, cause.aim.value, stage] += 1

@@ -18,7 +18,7 @@ from typing import Any
 from tetriserve.launch import BUNDLED_PROFILES
 
 HEARTBEAT_TIMEOUT_S = 2.0
-MAX_QUEUE = 24
+MAX_QUEUE = 12
 _PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-xeon-cores.4-ranks.json"
 _START_TIMEOUT_S = 120.0
 

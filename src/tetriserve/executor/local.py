@@ -1,6 +1,6 @@
 """Ranks as supervised processes on this machine, one per GPU or CPU slot.
 
-A worker that dies is noticed by its pipe, one that hangs by its missing heartbeats; either is replaced under the same
+A worker that dies is noticed by its lifeline, one that hangs by its missing heartbeats; either is replaced under the same
 rank while the others keep their models. Requests survive through the copies in the tensor store.
 """
 
@@ -39,7 +39,16 @@ from tetriserve.core.trajectory import Stage
 from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.previews import PreviewReader
-from tetriserve.executor.processes import end_process, end_processes, exit_words, start_context, start_process
+from tetriserve.executor.processes import (
+    end_process,
+    end_processes,
+    exit_words,
+    keep_fork_server,
+    kill_process,
+    start_context,
+    start_process,
+    wait_for_end,
+)
 from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
@@ -54,6 +63,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_RESTART_DELAY_S = 30.0
+_LOADING_PATIENCE = 5.0
+"""Loading may hold up heartbeats for so many times as long as serving may."""
 
 
 @dataclass
@@ -62,7 +73,9 @@ class _Worker:
 
     process: BaseProcess
     connection: Connection
+    lifeline: Connection
     outbox: Outbox
+    born_s: float
     last_sign_s: float
     num_steps: int = 0
     last_step_s: float = 0.0
@@ -191,8 +204,9 @@ class LocalExecutor:
 
     async def _spawn(self, rank: int) -> None:
         ours, theirs = self._context.Pipe()
+        lifeline, held = self._context.Pipe(duplex=False)
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=worker_main, args=(self._spec(rank), theirs), name=f"tetriserve-rank-{rank}", daemon=True
+            target=worker_main, args=(self._spec(rank), theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
         )
         starting = asyncio.ensure_future(asyncio.to_thread(start_process, process, self._pool))
         try:
@@ -202,12 +216,15 @@ class LocalExecutor:
             end_process(process)
             raise
         finally:
-            theirs.close()  # so that our end reads end-of-file when the worker dies
+            theirs.close()  # so that our ends read end-of-file when the worker dies
+            held.close()
         if self._is_stopping:
             end_process(process)
             return
-        self._workers[rank] = _Worker(process, ours, Outbox(ours), last_sign_s=time.monotonic())
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._read, rank)
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        self._workers[rank] = _Worker(process, ours, lifeline, Outbox(ours), born_s=now, last_sign_s=now)
+        loop.add_reader(ours.fileno(), self._read, rank)
+        loop.add_reader(lifeline.fileno(), self._read_last, rank)
 
     def _spec(self, rank: int) -> WorkerSpec:
         device = self._pool.device_of(rank)
@@ -233,9 +250,16 @@ class LocalExecutor:
                     return
                 message = worker.connection.recv()
             except (EOFError, OSError):
-                self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
+                self._lose(rank, worker.verdict or "its process ended")
                 return
             self._take(rank, worker, message)
+
+    def _read_last(self, rank: int) -> None:
+        """A worker's lifeline has ended: it is dying, and what it wrote is all that it will have written."""
+        worker = self._workers[rank]
+        self._read(rank)
+        if self._workers.get(rank) is worker:
+            self._lose(rank, worker.verdict or "its process ended")
 
     def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
         worker.last_sign_s = time.monotonic()
@@ -270,12 +294,15 @@ class LocalExecutor:
         running = self._running.get(message.task_id)
         if running is None:
             return  # it came too late: the task was settled without this rank
-        running.pending.discard(rank)
         if isinstance(message, TaskError):
             running.errors.append(message)
             self._hurry(running)
+            if message.kind is FailureKind.MEMORY:  # for good, maybe: it would fail whatever it is given next
+                self._kill(rank, f"ran out of memory: {message.message}")
+                return  # its end settles the task
         elif rank == running.start.task.ranks[0]:
             running.done = message
+        running.pending.discard(rank)
         self._settle(running)
 
     def _settle(self, running: _Running) -> None:
@@ -317,12 +344,14 @@ class LocalExecutor:
             self._settle(running)
         self._warming = {(group, member) for group, member in self._warming if member != rank}
         self._check_warm()
-        restart = asyncio.create_task(self._restart(rank))
+        restart = asyncio.create_task(self._restart(rank, worker.process))
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
 
-    async def _restart(self, rank: int) -> None:
-        """Start a replacement, later and later if it keeps dying before it is ready."""
+    async def _restart(self, rank: int, last: BaseProcess) -> None:
+        """Start a replacement for the `last` process, later and later if it keeps dying before it is ready."""
+        how = await asyncio.to_thread(wait_for_end, last)
+        logger.info("the process of rank %d ended%s; another takes its place", rank, how)
         while True:
             num_failed = self._num_failed_starts[rank]
             self._num_failed_starts[rank] += 1
@@ -349,11 +378,10 @@ class LocalExecutor:
         worker = self._workers.get(rank)
         if worker is not None and worker.verdict is None:
             worker.verdict = reason
-            worker.process.kill()
+            kill_process(worker.process)
 
     async def _watch_heartbeats(self) -> None:
-        timeout_s = self._pool.heartbeat_timeout_s
-        every_s = timeout_s / 5
+        every_s = self._pool.heartbeat_timeout_s / 5
         looked_at = time.monotonic()
         while True:
             await asyncio.sleep(every_s)
@@ -362,17 +390,28 @@ class LocalExecutor:
             looked_at = now
             if away_s > every_s:
                 for worker in self._workers.values():
+                    worker.born_s += away_s
                     worker.last_sign_s += away_s
                     worker.last_step_s += away_s
             busy = {rank for running in self._running.values() for rank in running.pending}
+            keep_fork_server(self._context, self._pool)
             for rank, worker in list(self._workers.items()):
-                limit_s = timeout_s if worker.is_ready else self._pool.start_timeout_s
+                limit_s = self._silence_s(worker)
                 if worker.verdict is not None:
                     self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
+                elif not worker.is_ready and now - worker.born_s > self._pool.start_timeout_s:
+                    self._kill(rank, f"not ready within {self._pool.start_timeout_s:g} s")
                 elif now - worker.last_sign_s > limit_s:
                     self._kill(rank, f"no sign of life for {limit_s:g} s")
                 elif rank in busy and now - worker.last_step_s > self._pool.step_timeout_s:
                     self._kill(rank, f"no progress for {self._pool.step_timeout_s:g} s")
+
+    def _silence_s(self, worker: _Worker) -> float:
+        """How long a worker may say nothing. One that has yet to load its libraries says nothing at all."""
+        if worker.is_ready:
+            return self._pool.heartbeat_timeout_s
+        has_begun = worker.last_sign_s > worker.born_s
+        return _LOADING_PATIENCE * self._pool.heartbeat_timeout_s if has_begun else self._pool.start_timeout_s
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
@@ -401,8 +440,9 @@ class LocalExecutor:
 
     def _unwatch(self, worker: _Worker) -> None:
         worker.outbox.close()
-        asyncio.get_running_loop().remove_reader(worker.connection.fileno())
-        worker.connection.close()
+        for connection in (worker.connection, worker.lifeline):
+            asyncio.get_running_loop().remove_reader(connection.fileno())
+            connection.close()
 
 
 def restart_delay_s(num_failed: int) -> float:
@@ -416,4 +456,5 @@ def _failure(running: _Running) -> TaskFailed:
     if running.lost_reason is not None:
         return TaskFailed(task_id, FailureKind.LOST, running.lost_reason)
     first = min(running.errors, key=lambda error: error.failed_at)
-    return TaskFailed(task_id, first.kind, first.message)
+    message = f"a rank ran out of memory: {first.message}" if first.kind is FailureKind.MEMORY else first.message
+    return TaskFailed(task_id, first.kind, message)
