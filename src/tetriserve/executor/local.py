@@ -53,6 +53,7 @@ from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
+from tetriserve.worker.rendezvous import close_rendezvous, open_rendezvous
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class LocalExecutor:
         self._running[command.task_id] = running = _Running(command, set(task.ranks))
         group = None
         if task.degree > 1:
-            group = self._groups.name(task.ranks)
+            group = self._name_group(task.ranks)
             in_use = {other.start.task.ranks for other in self._running.values()}
             for ranks, name in self._groups.surplus(in_use):
                 self._drop_group(ranks, name)
@@ -417,7 +418,7 @@ class LocalExecutor:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
             if not self.ranks.issuperset(ranks):
                 continue  # one died since it was ready: nobody would answer for it
-            name = self._groups.name(ranks)
+            name = self._name_group(ranks)
             self._warming |= {(name, rank) for rank in ranks}
             for rank in ranks:
                 self._send(rank, WarmGroup(name, ranks))
@@ -428,10 +429,15 @@ class LocalExecutor:
         if not self._warming:
             self._warmed.set()
 
+    def _name_group(self, ranks: tuple[int, ...]) -> str:
+        name = self._groups.name(ranks)
+        open_rendezvous(self._directory.path / name)
+        return name
+
     def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
+        close_rendezvous(self._directory.path / name)
         for rank in ranks:
             self._send(rank, DropGroup(name))
-        (self._directory.path / name).unlink(missing_ok=True)
 
     def _send(self, rank: int, message: ToWorker) -> None:
         worker = self._workers.get(rank)

@@ -26,7 +26,7 @@ def start_context(pool: PoolConfig) -> BaseContext:
     if pool.device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tetriserve.models.preload"])
+    context.set_forkserver_preload(["tetriserve.models.preload", "tetriserve.models.flux", "tetriserve.worker.runner"])
     return context
 
 
