@@ -16,7 +16,7 @@ from tests.faults.losses import Damage, assess
 from tests.faults.marksman import Marksman
 from tests.faults.pictures import Gallery, make_catalogue
 from tests.faults.server import Server, serving
-from tests.faults.vitals import Sample, take_sample
+from tests.faults.vitals import Sample, files_left, take_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Result:
     feed: Feed
     faults: list[Fault]
     samples: list[Sample]
+    files_left: list[str]
     elapsed_s: float
 
 
@@ -83,11 +84,13 @@ async def _run(campaign: Campaign, folder: Path) -> Result:
         await feed.until(lambda: feed.arrived == set(feed.ended) or None, 10.0)
         sampling.cancel()
         await clients.close()
-        damage = assess(server, feed, marksman.strikes)
+        await asyncio.sleep(0.5)  # for tasks that still run of requests whose clients have left
+        left = files_left(server.pid)
+        damage = assess(server, feed, marksman.strikes, marksman.fork_server_deaths_s)
     await following
     return Result(
         campaign=campaign, tally=clients.tally, damage=damage, feed=feed, faults=faults, samples=samples,
-        elapsed_s=elapsed_s,
+        files_left=left, elapsed_s=elapsed_s,
     )  # fmt: skip
 
 

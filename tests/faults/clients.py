@@ -17,7 +17,7 @@ import httpx
 from tests.faults.pictures import TOLERANCE, Gallery, Picture
 from tests.faults.server import Server
 
-HANG_S = 60.0
+HANG_S = 90.0
 """A client that waits longer for its answer counts as hung."""
 FLOOD = 24
 """Requests at once, which the queue cannot hold."""

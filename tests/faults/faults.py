@@ -50,7 +50,7 @@ class Fault:
 
 _AIMS = {
     Aim.ANY: 30, Aim.ENCODE: 10, Aim.COLLECTIVE: 18, Aim.HANDOVER: 12, Aim.DECODE: 12, Aim.START: 6, Aim.BESIDE: 5,
-    Aim.GROUP: 4, Aim.POOL: 1, Aim.FORK_SERVER: 2,
+    Aim.GROUP: 4, Aim.POOL: 1, Aim.FORK_SERVER: 1,
 }  # fmt: skip
 _STOP_AIMS = {Aim.ANY: 4, Aim.COLLECTIVE: 3, Aim.HANDOVER: 2, Aim.DECODE: 2}
 _STOP_SHARE = 0.2

@@ -12,9 +12,12 @@ from tests.faults.feed import Feed, Task
 from tests.faults.marksman import Strike
 from tests.faults.server import HEARTBEAT_TIMEOUT_S, Server
 
-_LOST = re.compile(r"lost rank (\d+): (.*)")
+_LOST = re.compile(r"lost rank (\d+): (.*)|rank (\d+) could not be started again: (.*)")
 _MAX_NOTICE_S = {Kind.KILL: 5.0, Kind.STOP: 30.0, Kind.STARVE: 10.0, Kind.SLOW: 10.0}
 """Later than this, a loss is not taken for the strike's."""
+_MAX_OVER_S = 12.0
+_FORK_SERVER_START_S = 15.0
+"""It has to import torch and diffusers: 5 s on an idle machine, three times that on a busy one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,9 @@ class Damage:
     """
     noticed_s: seconds from a strike to the server's word of the loss, by kind.
     hit_stages: struck workers by what the server had them do.
-    back_s: from a loss until the rank is up again; useful_s: until it ends its first task.
+    over_s: from a loss until the task that it cost is over for all its ranks.
+    back_s: from a loss until the rank is up again; useful_s: until its first task starts. Those who had to wait for a
+        fork server to start are counted apart, in late_back_s.
     in_a_row: requests by the most losses in a row of any of theirs.
     overlaps: pairs of tasks of one request, or on one rank, that ran at once.
     """
@@ -65,7 +70,9 @@ class Damage:
     noticed_s: defaultdict[Kind, list[float]] = field(default_factory=lambda: defaultdict(list))
     hit_stages: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     hits: list[Hit] = field(default_factory=list)
+    over_s: list[float] = field(default_factory=list)
     back_s: list[float] = field(default_factory=list)
+    late_back_s: list[float] = field(default_factory=list)
     useful_s: list[float] = field(default_factory=list)
     in_a_row: Counter[int] = field(default_factory=Counter)
     overlaps: list[tuple[Task, Task]] = field(default_factory=list)
@@ -73,11 +80,11 @@ class Damage:
     losses: list[Loss] = field(default_factory=list)
 
 
-def assess(server: Server, feed: Feed, strikes: Sequence[Strike]) -> Damage:
+def assess(server: Server, feed: Feed, strikes: Sequence[Strike], fork_server_deaths_s: Sequence[float] = ()) -> Damage:
     damage = Damage(losses=_losses(server))
     _match_strikes(damage, feed, strikes)
     _find_hits(damage, feed)
-    _find_returns(damage, feed)
+    _find_returns(damage, feed, fork_server_deaths_s)
     _find_overlaps(damage, feed)
     damage.in_a_row = _losses_in_a_row(feed)
     return damage
@@ -88,7 +95,7 @@ def _losses(server: Server) -> list[Loss]:
     for time_s, line in server.log_lines():
         match = _LOST.match(line["message"])
         if match:
-            found.append(Loss(int(match[1]), time_s, match[2]))
+            found.append(Loss(int(match[1] or match[3]), time_s, match[2] or match[4]))
     return found
 
 
@@ -109,18 +116,21 @@ def _match_strikes(damage: Damage, feed: Feed, strikes: Sequence[Strike]) -> Non
         cause = deadly[0]
         unmatched = [strike for strike in unmatched if strike not in causes]
         damage.noticed_s[cause.kind].append(loss.time_s - cause.time_s)
-        stage = _stage_at(failed, feed, loss, cause)
+        stage, end_s = _task_at(failed, feed, loss, cause)
+        if end_s is not None:
+            damage.over_s.append(end_s - loss.time_s)
         damage.hit_stages[cause.kind.value, cause.aim.value, stage] += 1
     damage.num_unnoticed = sum(strike.kind in (Kind.KILL, Kind.STOP) for strike in unmatched)
 
 
-def _stage_at(failed: Sequence[Task], feed: Feed, loss: Loss, strike: Strike) -> str:
-    """What the rank was doing when it was struck, by the task that failed with it."""
+def _task_at(failed: Sequence[Task], feed: Feed, loss: Loss, strike: Strike) -> tuple[str, float | None]:
+    """What the rank was doing when it was struck, by the task that failed with it, and when that was over."""
     struck_s = strike.time_s - feed.origin_s
     for task in failed:
-        if loss.rank in task.ranks and task.start_s - 0.05 <= struck_s and abs(task.end_s + feed.origin_s - loss.time_s) < 1:
-            return f"{task.stage} at {len(task.ranks)}" if task.stage == "denoise" else task.stage
-    return "no task"
+        end_s = task.end_s + feed.origin_s
+        if loss.rank in task.ranks and task.start_s - 0.05 <= struck_s and -0.1 < end_s - loss.time_s < _MAX_OVER_S:
+            return f"{task.stage} at {len(task.ranks)}" if task.stage == "denoise" else task.stage, end_s
+    return "no task", None
 
 
 def _find_hits(damage: Damage, feed: Feed) -> None:
@@ -136,7 +146,7 @@ def _find_hits(damage: Damage, feed: Feed) -> None:
                 damage.hits.append(Hit(failed, again, expected_s, HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1))
 
 
-def _find_returns(damage: Damage, feed: Feed) -> None:
+def _find_returns(damage: Damage, feed: Feed, fork_server_deaths_s: Sequence[float]) -> None:
     """Of losses after which the rank came back and worked before it was lost again."""
     finished = sorted((task for task in feed.ran if task.failure is None), key=lambda task: task.end_s)
     for number, loss in enumerate(damage.losses):
@@ -144,6 +154,11 @@ def _find_returns(damage: Damage, feed: Feed) -> None:
         until_s = min(later, default=float("inf"))
         joined = next((at for at, rank in feed.joined if rank == loss.rank and loss.time_s < at < until_s), None)
         if joined is None:
+            continue
+        if any(
+            -_FORK_SERVER_START_S < death_s - loss.time_s < joined - loss.time_s for death_s in fork_server_deaths_s
+        ):
+            damage.late_back_s.append(joined - loss.time_s)
             continue
         damage.back_s.append(joined - loss.time_s)
         useful = (

@@ -41,6 +41,7 @@ class Strike:
 class Marksman:
     def __init__(self, server: Server, feed: Feed, random: Random) -> None:
         self.strikes: list[Strike] = []
+        self.fork_server_deaths_s: list[float] = []
         self._server = server
         self._feed = feed
         self._random = random
@@ -67,6 +68,7 @@ class Marksman:
             case Aim.FORK_SERVER:
                 pid = find_fork_server(self._server.pid)
                 if pid is not None:
+                    self.fork_server_deaths_s.append(time.time())
                     _signal(pid, signal.SIGKILL)
                 await self._hit(fault, self._anyone())
 

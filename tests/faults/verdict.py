@@ -41,6 +41,7 @@ def promises(result: Result) -> list[Promise]:
         Promise("and ends once", f"{len(twice)} more often", not twice),
         Promise("no image is wrong", f"{tally.num_wrong} of {sum(tally.distances.values())}", tally.num_wrong == 0),
         Promise("no request and no rank has two tasks at once", f"{len(damage.overlaps)}", not damage.overlaps),
+        Promise("nothing of them is left", f"{len(result.files_left)} files", not result.files_left),
         Promise("every kill and stop is noticed", f"{damage.num_unnoticed} were not", damage.num_unnoticed == 0),
     ]
     return found
@@ -52,9 +53,7 @@ def bars(result: Result) -> Iterator[Promise]:
     for kind, bar_s in ((Kind.KILL, KILL_BAR_S), (Kind.STOP, STOP_BAR_S)):
         if noticed := damage.noticed_s[kind]:
             num_late = sum(seconds > bar_s for seconds in noticed)
-            yield Promise(
-                f"{kind} noticed within {bar_s:.2g} s", f"{num_late} of {len(noticed)} later", num_late == 0
-            )
+            yield Promise(f"{kind} noticed within {bar_s:.2g} s", f"{num_late} of {len(noticed)} later", num_late == 0)
     if damage.useful_s:
         num_late = sum(seconds > USEFUL_BAR_S for seconds in damage.useful_s)
         text = f"{num_late} of {len(damage.useful_s)} later"
@@ -104,7 +103,9 @@ def _print_times(result: Result, console: Console) -> None:
     table = Table("seconds", "number", "p50", "p90", "p99", "max", title="times", title_justify="left")
     rows = {f"{kind} until noticed": seconds for kind, seconds in damage.noticed_s.items()}
     rows |= {
+        "loss until its task is over": damage.over_s,
         "loss until the rank is up": damage.back_s,
+        "the same, with a dead fork server": damage.late_back_s,
         "loss until its first task": damage.useful_s,
         "extra latency of a hit request": [hit.extra_s for hit in damage.hits],
         "of which it waited for ranks": [hit.wait_s for hit in damage.hits],

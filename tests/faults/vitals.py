@@ -1,4 +1,4 @@
-"""What a server's processes hold over time: memory, threads, open files, and files in the tensor store."""
+"""What a server's processes hold over time: memory, threads, open files, and groups in the tensor store."""
 
 from __future__ import annotations
 
@@ -51,8 +51,14 @@ def take_sample(session: int) -> Sample:
     if directory is not None:
         names = [path.name for path in directory.iterdir()]
         values["group files"] = sum(name.startswith("group-") for name in names)
-        values["tensor files"] = sum(name.endswith((".safetensors", ".tmp")) for name in names)
     return Sample(time.time(), dict(values))
+
+
+def files_left(session: int) -> list[str]:
+    """What the store holds of requests; nothing, if all have ended."""
+    directory = store_directory(session)
+    names = [] if directory is None else [path.name for path in directory.iterdir()]
+    return [name for name in names if name.endswith((".safetensors", ".tmp")) and not name.startswith("preview-basis")]
 
 
 def courses(samples: Sequence[Sample]) -> list[Course]:

@@ -1,7 +1,7 @@
 """Ranks as supervised processes on this machine, one per GPU or CPU slot.
 
-A worker that dies is noticed by its lifeline, one that hangs by its missing heartbeats; either is replaced under the same
-rank while the others keep their models. Requests survive through the copies in the tensor store.
+A worker that dies is noticed by its lifeline, one that hangs by its missing heartbeats; either is replaced under the
+same rank while the others keep their models. Requests survive through the copies in the tensor store.
 """
 
 from __future__ import annotations
