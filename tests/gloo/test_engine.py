@@ -419,7 +419,9 @@ async def test_a_request_that_kills_its_worker_every_time_is_failed_alone_after_
         asyncio.create_task(four.engine.generate(Generation(prompt=f"brave {n}", size="256x256", num_steps=8, seed=n)))
         for n in range(4)
     ]
-    with pytest.raises(RequestFailed, match=r"its workers were lost 4 times in a row, last: rank \d was lost: its process ended"):
+    with pytest.raises(
+        RequestFailed, match=r"its workers were lost 4 times in a row, last: rank \d was lost: its process ended"
+    ):
         await four.engine.generate(Generation(prompt="[kill] deadly", size="256x256", num_steps=5))
     await assert_right(await asyncio.gather(*good), expected)
     await four.until_idle()

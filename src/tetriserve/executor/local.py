@@ -10,15 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
 from tetriserve.core.errors import ConfigError, RequestFailed
-from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.events import FailureKind, StartTask, TaskFinished, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
     Forget,
@@ -44,12 +42,13 @@ from tetriserve.executor.processes import (
     end_processes,
     exit_words,
     keep_fork_server,
-    kill_process,
     start_context,
     start_process,
     wait_for_end,
 )
 from tetriserve.executor.protocol import OnEvent, Preview
+from tetriserve.executor.running import Running
+from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
@@ -64,36 +63,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_RESTART_DELAY_S = 30.0
-_LOADING_PATIENCE = 5.0
-"""Loading may hold up heartbeats for so many times as long as serving may."""
-
-
-@dataclass
-class _Worker:
-    """One rank's present process, as seen from outside."""
-
-    process: BaseProcess
-    connection: Connection
-    lifeline: Connection
-    outbox: Outbox
-    born_s: float
-    last_sign_s: float
-    num_steps: int = 0
-    last_step_s: float = 0.0
-    is_ready: bool = False
-    verdict: str | None = None
-    """Why it was killed, if we killed it."""
-
-
-@dataclass
-class _Running:
-    """A task in flight: which members have yet to answer, and what the others said."""
-
-    start: StartTask
-    pending: set[int]
-    done: TaskDone | None = None
-    errors: list[TaskError] = field(default_factory=list)
-    lost_reason: str | None = None
 
 
 class LocalExecutor:
@@ -103,8 +72,8 @@ class LocalExecutor:
         self._card = card
         self._pool = pool
         self._adapter = adapter
-        self._workers: dict[int, _Worker] = {}
-        self._running: dict[int, _Running] = {}
+        self._workers: dict[int, Worker] = {}
+        self._running: dict[int, Running] = {}
         self._groups = GroupTable(pool.max_groups)
         self._num_failed_starts: dict[int, int] = dict.fromkeys(range(pool.num_ranks), 0)
         self._restarts: set[asyncio.Task[None]] = set()
@@ -156,7 +125,7 @@ class LocalExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
-        self._running[command.task_id] = running = _Running(command, set(task.ranks))
+        self._running[command.task_id] = running = Running(command, set(task.ranks))
         group = None
         if task.degree > 1:
             group = self._name_group(task.ranks)
@@ -199,7 +168,7 @@ class LocalExecutor:
             self._send(rank, Stop())
         await asyncio.to_thread(end_processes, [worker.process for worker in self._workers.values()])
         for worker in self._workers.values():
-            self._unwatch(worker)
+            worker.unwatch()
         self._workers.clear()
         self._directory.remove()
 
@@ -223,7 +192,7 @@ class LocalExecutor:
             end_process(process)
             return
         now, loop = time.monotonic(), asyncio.get_running_loop()
-        self._workers[rank] = _Worker(process, ours, lifeline, Outbox(ours), born_s=now, last_sign_s=now)
+        self._workers[rank] = Worker(process, ours, lifeline, Outbox(ours), born_s=now, last_sign_s=now)
         loop.add_reader(ours.fileno(), self._read, rank)
         loop.add_reader(lifeline.fileno(), self._read_last, rank)
 
@@ -262,7 +231,7 @@ class LocalExecutor:
         if self._workers.get(rank) is worker:
             self._lose(rank, worker.verdict or "its process ended")
 
-    def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
+    def _take(self, rank: int, worker: Worker, message: FromWorker) -> None:
         worker.last_sign_s = time.monotonic()
         match message:
             case Heartbeat(num_steps):
@@ -299,24 +268,24 @@ class LocalExecutor:
             running.errors.append(message)
             self._hurry(running)
             if message.kind is FailureKind.MEMORY:  # for good, maybe: it would fail whatever it is given next
-                self._kill(rank, f"ran out of memory: {message.message}")
+                self._workers[rank].kill(f"ran out of memory: {message.message}")
                 return  # its end settles the task
         elif rank == running.start.task.ranks[0]:
             running.done = message
         running.pending.discard(rank)
         self._settle(running)
 
-    def _settle(self, running: _Running) -> None:
+    def _settle(self, running: Running) -> None:
         """Once every member has answered or died, the task is over: say how it went."""
         start = running.start
         if running.pending or start.task_id not in self._running:
             return
         del self._running[start.task_id]
-        if running.errors or running.lost_reason:
+        if failure := running.failure:
             name = self._groups.discard(start.task.ranks)
             if name is not None:
                 self._drop_group(start.task.ranks, name)
-            self._on_event(_failure(running))
+            self._on_event(failure)
             return
         assert running.done is not None and running.done.result is not None, "the leader leaves a result"
         if start.task.stage is Stage.DENOISE and start.latents is not None:
@@ -326,7 +295,7 @@ class LocalExecutor:
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""
         worker = self._workers.pop(rank)
-        self._unwatch(worker)
+        worker.unwatch()
         if self._is_stopping:
             return
         logger.error("lost rank %d: %s", rank, reason)
@@ -365,21 +334,14 @@ class LocalExecutor:
             else:
                 return
 
-    def _hurry(self, running: _Running) -> None:
+    def _hurry(self, running: Running) -> None:
         """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced."""
         asyncio.get_running_loop().call_later(self._pool.group_timeout_s, self._kill_pending, running)
 
-    def _kill_pending(self, running: _Running) -> None:
+    def _kill_pending(self, running: Running) -> None:
         if self._running.get(running.start.task_id) is running:
-            for rank in running.pending:
-                self._kill(rank, f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
-
-    def _kill(self, rank: int, reason: str) -> None:
-        """End a worker that no longer answers; its pipe then reports the loss."""
-        worker = self._workers.get(rank)
-        if worker is not None and worker.verdict is None:
-            worker.verdict = reason
-            kill_process(worker.process)
+            for rank in running.pending & self._workers.keys():
+                self._workers[rank].kill(f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
 
     async def _watch_heartbeats(self) -> None:
         every_s = self._pool.heartbeat_timeout_s / 5
@@ -391,28 +353,14 @@ class LocalExecutor:
             looked_at = now
             if away_s > every_s:
                 for worker in self._workers.values():
-                    worker.born_s += away_s
-                    worker.last_sign_s += away_s
-                    worker.last_step_s += away_s
+                    worker.shift(away_s)
             busy = {rank for running in self._running.values() for rank in running.pending}
-            keep_fork_server(self._context, self._pool)
             for rank, worker in list(self._workers.items()):
-                limit_s = self._silence_s(worker)
                 if worker.verdict is not None:
                     self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
-                elif not worker.is_ready and now - worker.born_s > self._pool.start_timeout_s:
-                    self._kill(rank, f"not ready within {self._pool.start_timeout_s:g} s")
-                elif now - worker.last_sign_s > limit_s:
-                    self._kill(rank, f"no sign of life for {limit_s:g} s")
-                elif rank in busy and now - worker.last_step_s > self._pool.step_timeout_s:
-                    self._kill(rank, f"no progress for {self._pool.step_timeout_s:g} s")
-
-    def _silence_s(self, worker: _Worker) -> float:
-        """How long a worker may say nothing. One that has yet to load its libraries says nothing at all."""
-        if worker.is_ready:
-            return self._pool.heartbeat_timeout_s
-        has_begun = worker.last_sign_s > worker.born_s
-        return _LOADING_PATIENCE * self._pool.heartbeat_timeout_s if has_begun else self._pool.start_timeout_s
+                elif complaint := worker.complaint(self._pool, now, is_busy=rank in busy):
+                    worker.kill(complaint)
+            keep_fork_server(self._context, self._pool)
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
@@ -444,23 +392,7 @@ class LocalExecutor:
         if worker is not None:
             worker.outbox.send(message)
 
-    def _unwatch(self, worker: _Worker) -> None:
-        worker.outbox.close()
-        for connection in (worker.connection, worker.lifeline):
-            asyncio.get_running_loop().remove_reader(connection.fileno())
-            connection.close()
-
 
 def restart_delay_s(num_failed: int) -> float:
     """How long to wait before the next start, after so many that failed in a row."""
     return min(2.0 ** min(num_failed, 10), _MAX_RESTART_DELAY_S) if num_failed else 0.0
-
-
-def _failure(running: _Running) -> TaskFailed:
-    """What to say of a task that failed: a dead worker explains its peers' errors, else the earliest error does."""
-    task_id = running.start.task_id
-    if running.lost_reason is not None:
-        return TaskFailed(task_id, FailureKind.LOST, running.lost_reason)
-    first = min(running.errors, key=lambda error: error.failed_at)
-    message = f"a rank ran out of memory: {first.message}" if first.kind is FailureKind.MEMORY else first.message
-    return TaskFailed(task_id, first.kind, message)
