@@ -50,6 +50,11 @@ class Hit:
         return self.again.start_s - self.failed.end_s
 
     @property
+    def failing_s(self) -> float:
+        """Of which the lost task took, beyond its expected length and the time to notice."""
+        return self.failed.end_s - self.failed.start_s - self.expected_s - self.notice_s
+
+    @property
     def excess_s(self) -> float:
         """Beyond the expected length of one task and the time to notice."""
         return self.extra_s - self.expected_s - self.notice_s
@@ -58,7 +63,8 @@ class Hit:
 @dataclass
 class Damage:
     """
-    noticed_s: seconds from a strike to the server's word of the loss, by kind.
+    noticed_s: seconds from a strike to the server's word of the loss, by kind. A worker that is stopped while it starts
+        holds up nobody, and may say nothing for longer: these are in starting_noticed_s.
     hit_stages: struck workers by what the server had them do.
     over_s: from a loss until the task that it cost is over for all its ranks.
     back_s: from a loss until the rank is up again; useful_s: until its first task starts. Those who had to wait for a
@@ -68,6 +74,7 @@ class Damage:
     """
 
     noticed_s: defaultdict[Kind, list[float]] = field(default_factory=lambda: defaultdict(list))
+    starting_noticed_s: list[float] = field(default_factory=list)
     hit_stages: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     hits: list[Hit] = field(default_factory=list)
     over_s: list[float] = field(default_factory=list)
@@ -115,7 +122,10 @@ def _match_strikes(damage: Damage, feed: Feed, strikes: Sequence[Strike]) -> Non
         deadly = [strike for strike in causes if strike.kind is Kind.KILL] or causes
         cause = deadly[0]
         unmatched = [strike for strike in unmatched if strike not in causes]
-        damage.noticed_s[cause.kind].append(loss.time_s - cause.time_s)
+        if cause.kind is Kind.STOP and not cause.is_up:
+            damage.starting_noticed_s.append(loss.time_s - cause.time_s)
+        else:
+            damage.noticed_s[cause.kind].append(loss.time_s - cause.time_s)
         stage, end_s = _task_at(failed, feed, loss, cause)
         if end_s is not None:
             damage.over_s.append(end_s - loss.time_s)

@@ -30,12 +30,13 @@ assert _HOLD_S < HEARTBEAT_TIMEOUT_S / 2
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """One worker struck, at `time_s` since the epoch."""
+    """One worker struck, at `time_s` since the epoch. `is_up`: it was ready to work, and not starting."""
 
     kind: Kind
     aim: Aim
     rank: int
     time_s: float
+    is_up: bool
 
 
 class Marksman:
@@ -127,7 +128,7 @@ class Marksman:
             pid = workers.get(rank)
             if pid is None:
                 continue  # it has just died
-            self.strikes.append(Strike(fault.kind, fault.aim, rank, time.time()))
+            self.strikes.append(Strike(fault.kind, fault.aim, rank, time.time(), rank in self._feed.ranks))
             match fault.kind:
                 case Kind.KILL:
                     _signal(pid, signal.SIGKILL)

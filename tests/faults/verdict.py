@@ -103,12 +103,14 @@ def _print_times(result: Result, console: Console) -> None:
     table = Table("seconds", "number", "p50", "p90", "p99", "max", title="times", title_justify="left")
     rows = {f"{kind} until noticed": seconds for kind, seconds in damage.noticed_s.items()}
     rows |= {
+        "stop until noticed, while it starts": damage.starting_noticed_s,
         "loss until its task is over": damage.over_s,
         "loss until the rank is up": damage.back_s,
         "the same, with a dead fork server": damage.late_back_s,
         "loss until its first task": damage.useful_s,
         "extra latency of a hit request": [hit.extra_s for hit in damage.hits],
         "of which it waited for ranks": [hit.wait_s for hit in damage.hits],
+        "the lost task, beyond its length and noticing": [hit.failing_s for hit in damage.hits],
         "beyond one task and noticing": [hit.excess_s for hit in damage.hits],
         "latency of all answers": result.tally.latencies_s,
     }
