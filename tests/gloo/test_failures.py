@@ -9,13 +9,16 @@ import resource
 import select
 import signal
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
+from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
+from tetriserve.executor.processes import keep_fork_server, kill_process
 from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.latents import TensorStore
 from tetriserve.worker.lifeline import hold
@@ -81,7 +84,7 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
     process = multiprocessing.get_context("fork").Process(target=_live, args=(held, theirs))
     process.start()
     held.close()
-    assert ours.recv() == "alive"
+    assert ours.recv() is True, "the process has given its end away, to a thread that dies first"
     assert not lifeline.poll(0.2), "it holds it for as long as it lives"
     assert process.pid is not None
     handle = os.pidfd_open(process.pid)
@@ -95,7 +98,26 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
     process.join()
 
 
+def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again() -> None:
+    pool = PoolConfig(num_ranks=1)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=time.sleep, args=(60,))
+    process.start()
+    assert process.pid is not None
+    handle = os.pidfd_open(process.pid)
+    server_pid = forkserver._forkserver._forkserver_pid
+    os.kill(server_pid, signal.SIGKILL)
+    process.join(10)
+    assert process.exitcode == 255, "multiprocessing takes it for dead"
+    assert select.select([handle], [], [], 0) == ([], [], []), "but it lives"
+    kill_process(process)
+    assert select.select([handle], [], [], 10) == ([handle], [], [])
+    os.close(handle)
+    keep_fork_server(context, pool)
+    assert forkserver._forkserver._forkserver_pid not in (None, server_pid)
+
+
 def _live(held: Connection, theirs: Connection) -> None:
     hold(held)
-    theirs.send("alive")
+    theirs.send(held.closed)
     time.sleep(60)

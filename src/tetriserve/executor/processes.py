@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,8 @@ from multiprocessing.context import BaseContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 
 from tetriserve.config import PoolConfig
+
+logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
 _ORPHANED = 255
@@ -42,6 +45,8 @@ def keep_fork_server(context: BaseContext, pool: PoolConfig) -> None:
         try:
             with _environment(pool):
                 forkserver.ensure_running()
+        except OSError as error:  # no process or no memory at the moment; it is tried again
+            logger.error("the fork server cannot be started: %s", error)
         finally:
             _lock.release()
 

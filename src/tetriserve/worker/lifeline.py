@@ -8,12 +8,11 @@ and threads die first.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from multiprocessing.connection import Connection
 
-_CLONE_FILES = 0x400
-_MAX_FILES = 2**20
+_CLOSE_RANGE_UNSHARE = 2
+_LAST_FILE = 2**32 - 1
 
 
 def hold(lifeline: Connection) -> None:
@@ -22,10 +21,7 @@ def hold(lifeline: Connection) -> None:
     has_own_files = threading.Event()
 
     def sleep() -> None:
-        if _unshare_files() == 0:
-            descriptor = lifeline.fileno()
-            os.closerange(0, descriptor)
-            os.closerange(descriptor + 1, _MAX_FILES)
+        if _keep_only(lifeline.fileno()):
             has_own_files.set()
         is_held.set()
         threading.Event().wait()
@@ -36,10 +32,14 @@ def hold(lifeline: Connection) -> None:
         lifeline.close()  # the thread's is the last; otherwise ours ends with the process, somewhat later
 
 
-def _unshare_files() -> int:
-    """0 if the calling thread now has a copy of the process's files of its own."""
+def _keep_only(descriptor: int) -> bool:
+    """Give the calling thread files of its own, and of them only this one. False where the system cannot."""
     try:
-        result: int = ctypes.CDLL(None).unshare(_CLONE_FILES)
-    except (OSError, AttributeError):  # not Linux
-        return -1
-    return result
+        close_range = ctypes.CDLL(None).close_range  # Linux 5.9, glibc 2.34
+    except (OSError, AttributeError):
+        return False
+    close_range.argtypes = (ctypes.c_uint, ctypes.c_uint, ctypes.c_int)
+    if close_range(0, descriptor - 1, _CLOSE_RANGE_UNSHARE) != 0:
+        return False
+    close_range(descriptor + 1, _LAST_FILE, 0)
+    return True
