@@ -55,6 +55,9 @@ def serve(
         option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
     ] = 3.0,
     max_queue: Annotated[int, option("max-queue", "Waiting requests at most; beyond it clients get a 429.")] = 256,
+    max_losses: Annotated[
+        int, option("max-losses", "Workers that a request may lose in a row; with one more it is failed alone.")
+    ] = options.MAX_LOSSES,
     threads: options.Threads = 1,
     heartbeat_timeout: Annotated[
         float, option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
@@ -88,7 +91,9 @@ def serve(
             profile=profile,
             served_model_name=served_model_name,
             pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
-            scheduling=SchedulingConfig(policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue),
+            scheduling=SchedulingConfig(
+                policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue, max_losses=max_losses
+            ),
             journal=None if journal is None else JournalConfig(directory=str(journal), result_ttl_s=result_ttl),
         )
         access_config = AccessConfig(

@@ -90,17 +90,21 @@ class SchedulingConfig:
     policy: a registered policy's name, with its argument after a colon (`fixed:2`, `tetriserve:scale_up=off`).
     default_slo_scale: deadline of a request that names none, as a multiple of its time alone at degree 1.
     max_queue: unfinished requests that may wait beyond the running ones before admission refuses more.
+    max_losses: how often in a row a request's workers may be lost before it is failed: it may be what kills them.
     """
 
     policy: str = "tetriserve"
     default_slo_scale: float = 3.0
     max_queue: int = 256
+    max_losses: int = 3
 
     def __post_init__(self) -> None:
         if not self.default_slo_scale > 0:
             raise ConfigError(f"default_slo_scale is {self.default_slo_scale}; it must be above 0")
         if self.max_queue < 1:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be at least 1")
+        if self.max_losses < 0:
+            raise ConfigError(f"max_losses is {self.max_losses}; it must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,9 @@ class ServerConfig:
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             # Not quoted: it may hold a password.
-            raise ConfigError("otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces")
+            raise ConfigError(
+                "otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

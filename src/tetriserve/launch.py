@@ -78,7 +78,7 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
         raise
     intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
     engine = LiveEngine(
-        Controller(new_policy(), cost),
+        Controller(new_policy(), cost, max_losses=config.scheduling.max_losses),
         executor,
         intake,
         SimulatedForesight(new_policy),

@@ -372,7 +372,6 @@ async def test_with_one_rank_everything_waits_for_the_replacement(
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("[memory]", "denoise failed: MemoryError: no room for another tensor"),
         ("[runtime]", "denoise failed: RuntimeError: expected 3 dimensions, got 4"),
         ("[nan]", "denoise failed: NonFiniteLatents: latents are not finite after step"),
     ],
@@ -404,8 +403,8 @@ async def test_a_step_that_fails_on_one_rank_of_two_fails_its_request_alone_and_
 
 
 async def test_of_images_asked_for_together_one_that_fails_takes_the_others_with_it(four: Setup) -> None:
-    prompts = ["[slow] together 1", "[memory] together 2", "[slow] together 3"]
-    with pytest.raises(RequestFailed, match="no room for another tensor"):
+    prompts = ["[slow] together 1", "[runtime] together 2", "[slow] together 3"]
+    with pytest.raises(RequestFailed, match="expected 3 dimensions, got 4"):
         await four.engine.generate_all([Generation(prompt=p, size="256x256", num_steps=50) for p in prompts])
     await four.until_idle()
     status = {o.request.prompt: o.status for o in four.outcomes if "together" in o.request.prompt}
@@ -420,11 +419,33 @@ async def test_a_request_that_kills_its_worker_every_time_is_failed_alone_after_
         asyncio.create_task(four.engine.generate(Generation(prompt=f"brave {n}", size="256x256", num_steps=8, seed=n)))
         for n in range(4)
     ]
-    with pytest.raises(RequestFailed, match=r"its workers were lost 4 times in a row, last: .* with signal 9"):
+    with pytest.raises(
+        RequestFailed, match=r"its workers were lost 4 times in a row, last: rank \d was lost: its process ended"
+    ):
         await four.engine.generate(Generation(prompt="[kill] deadly", size="256x256", num_steps=5))
     await assert_right(await asyncio.gather(*good), expected)
     await four.until_idle()
     assert four.executor.num_restarts == before + 4
+
+
+async def test_a_request_that_no_rank_has_the_memory_for_is_failed_alone_and_the_reason_named(
+    four: Setup, expected: Callable[[Request], np.ndarray]
+) -> None:
+    before, pids = four.executor.num_restarts, four.executor.pids
+    good = [
+        asyncio.create_task(four.engine.generate(Generation(prompt=f"lean {n}", size="256x256", num_steps=8, seed=n)))
+        for n in range(4)
+    ]
+    with pytest.raises(RequestFailed) as caught:
+        await four.engine.generate(Generation(prompt="[memory] huge", size="256x256", num_steps=5))
+    assert str(caught.value) == (
+        "its workers were lost 4 times in a row, last: a rank ran out of memory: "
+        "denoise failed: MemoryError: no room for another tensor"
+    )
+    await assert_right(await asyncio.gather(*good), expected)
+    await four.until_idle()
+    assert four.executor.num_restarts == before + 4
+    assert four.executor.pids != pids
 
 
 async def test_a_drained_engine_refuses_newcomers_and_finishes_what_it_took(

@@ -73,7 +73,7 @@ async def test_what_is_kept_is_bounded(engine, connect, monkeypatch):
     assert len([event for event in events if event["ph"] == "X" and event["tid"] == 0]) == 4
 
 
-@pytest.mark.parametrize(("seconds", "hint"), [("0", "greater than 0"), ("4000", "3600"), ("x", "number")])
+@pytest.mark.parametrize(("seconds", "hint"), [("0", "greater than 0"), ("301", "300"), ("x", "number")])
 async def test_a_time_that_cannot_be_is_named(client, seconds, hint):
     response = await client.get("/debug/trace", params={"seconds": seconds})
     assert response.status_code == 400

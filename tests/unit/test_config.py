@@ -50,6 +50,7 @@ def test_an_impossible_pool_is_refused(settings: dict[str, Any], message: str) -
         (SchedulingConfig, {"default_slo_scale": 0.0}, "default_slo_scale is 0.0; it must be above 0"),
         (SchedulingConfig, {"default_slo_scale": float("nan")}, "default_slo_scale is nan; it must be above 0"),
         (SchedulingConfig, {"max_queue": 0}, "max_queue is 0; it must be at least 1"),
+        (SchedulingConfig, {"max_losses": -1}, "max_losses is -1; it must be at least 0"),
         (ServerConfig, {"port": 65536}, "port is 65536; allowed: 0 to 65535"),
         (ServerConfig, {"port": -1}, "port is -1; allowed: 0 to 65535"),
         (ServerConfig, {"shutdown_timeout_s": -0.5}, "shutdown_timeout is -0.5; it must not be negative"),

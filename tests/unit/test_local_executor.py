@@ -60,8 +60,9 @@ REQUEST = Request(request_id="a", prompt="a", shape=Shape(256, 256), num_steps=9
 class PlayedWorker:
     """A worker's process and its end of the pipe, in the hands of the test."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, lifeline: Connection) -> None:
         self.connection = connection
+        self.lifeline = lifeline
         self.exitcode: int | None = None
         self.pid = 0
         self.unread: list[Any] = []
@@ -77,6 +78,7 @@ class PlayedWorker:
 
     def kill(self) -> None:
         self.exitcode = -9
+        self.lifeline.close()
         self.connection.close()
 
     def say(self, *messages: object) -> None:
@@ -97,12 +99,12 @@ class PlayedContext:
     def __init__(self, born: Callable[[int, PlayedWorker], None]) -> None:
         self._born = born
 
-    def Pipe(self) -> tuple[Connection, Connection]:  # noqa: N802
-        return multiprocessing.Pipe()
+    def Pipe(self, duplex: bool = True) -> tuple[Connection, Connection]:  # noqa: N802
+        return multiprocessing.Pipe(duplex)
 
-    def Process(self, *, args: tuple[Any, Connection], **_: object) -> PlayedWorker:  # noqa: N802
-        spec, theirs = args
-        worker = PlayedWorker(Connection(os.dup(theirs.fileno())))
+    def Process(self, *, args: tuple[Any, Connection, Connection], **_: object) -> PlayedWorker:  # noqa: N802
+        spec, theirs, held = args
+        worker = PlayedWorker(Connection(os.dup(theirs.fileno())), Connection(os.dup(held.fileno()), readable=False))
         self._born(spec.rank, worker)
         return worker
 
@@ -256,7 +258,84 @@ async def test_a_worker_that_dies_explains_the_errors_of_its_peers(pools: Callab
     pool.workers[0].kill()
     await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
     (failed,) = [event for event in pool.events if isinstance(event, TaskFailed)]
-    assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its process ended with signal 9")
+    assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its process ended")
+
+
+async def test_a_rank_that_ran_out_of_memory_is_replaced_before_its_task_is_planned_again(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(2))
+    starved = pool.workers[1]
+    pool.start_task(1, (0, 1))
+    starved.say(TaskError(1, FailureKind.MEMORY, "denoise failed: MemoryError: no room", 1.0))
+    await pool.until(lambda: any(isinstance(event, WorkerLost) for event in pool.events))
+    assert starved.exitcode == -9
+    pool.workers[0].say(TaskError(1, FailureKind.LOST, "denoise failed: a peer went away", 1.1))
+    await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
+    lost, failed = [event for event in pool.events if isinstance(event, WorkerLost | TaskFailed)]
+    assert lost == WorkerLost(1, "ran out of memory: denoise failed: MemoryError: no room")
+    message = "a rank ran out of memory: denoise failed: MemoryError: no room"
+    assert failed == TaskFailed(1, FailureKind.MEMORY, message)
+    await pool.until(lambda: pool.events[-1] == WorkerJoined(1))
+    assert pool.workers[1] is not starved
+
+
+async def test_what_a_killed_worker_had_written_counts_once_and_nothing_after_it(pools: Callable[..., Pool]) -> None:
+    pool = await started(pools(2))
+    first = pool.workers[0]
+    pool.start_task(1, (0,))
+    first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    first.lifeline.close()  # its pipe is still open: the kernel takes its time
+    await pool.until(lambda: any(isinstance(event, WorkerLost) for event in pool.events))
+    finished, lost = pool.events[-2:]
+    assert finished == TaskFinished(1, 0.5, TensorRef("a.latents.1", 1))
+    assert lost == WorkerLost(0, "its process ended")
+    with pytest.raises(BrokenPipeError):
+        first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    first.kill()
+    await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0, 1})
+    assert sum(isinstance(event, TaskFinished | TaskFailed) for event in pool.events) == 1
+
+
+async def test_the_answer_of_a_hung_worker_that_wakes_up_after_it_was_given_up_counts_for_nothing(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(2))
+    hung = pool.workers[0]
+    hung.kill = lambda: None  # type: ignore[method-assign]  # stuck in the kernel
+    pool.start_task(1, (0,))
+    pool.executor._lose(0, "no sign of life for 2 s")
+    hung.exitcode = -9
+    with pytest.raises(BrokenPipeError):
+        hung.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    await pool.until(lambda: pool.workers[0] is not hung and pool.executor.ranks == {0, 1})
+    ends = [event for event in pool.events if isinstance(event, TaskFinished | TaskFailed)]
+    assert ends == [TaskFailed(1, FailureKind.LOST, "rank 0 was lost: no sign of life for 2 s")]
+    hung.connection.close()
+    hung.lifeline.close()
+
+
+async def test_a_replacement_that_hangs_while_it_loads_is_replaced_long_before_the_start_timeout(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(1, heartbeat_timeout_s=0.05))
+    beating = asyncio.create_task(_beat(pool))
+    first = pool.workers[0]
+    pool._on_birth = lambda rank, worker: worker.say(Heartbeat(0))  # and then nothing
+    first.kill()
+    await pool.until(lambda: pool.workers[0] is not first)
+    second = pool.workers[0]
+    await pool.until(lambda: pool.workers[0] is not second)
+    assert second.exitcode == -9
+    beating.cancel()
+
+
+async def _beat(pool: Pool) -> None:
+    """Signs of life of all that are ready."""
+    while True:
+        for rank in pool.executor.ranks:
+            pool.workers[rank].say(Heartbeat(0))
+        await asyncio.sleep(0.01)
 
 
 def framed(content: bytes) -> bytes:

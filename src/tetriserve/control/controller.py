@@ -44,8 +44,8 @@ class PolicyError(TetriServeError):
 class Controller:
     """Drives requests through a pool of ranks as `policy` says.
 
-    `cost` is corrected by every denoise task that finishes. A request whose workers die more than `max_losses` times
-    in a row is failed alone: it may be what kills them.
+    `cost` is corrected by every denoise task that finishes. A request whose workers die or run out of memory more than
+    `max_losses` times in a row is failed alone: it may be what kills them.
     """
 
     def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 3) -> None:
@@ -176,7 +176,7 @@ class Controller:
         if record.is_cancelled:
             return self._close(record)
         message = event.message
-        if event.kind is FailureKind.LOST:
+        if event.kind is not FailureKind.STEP:
             record.num_losses += 1
             if record.num_losses <= self._max_losses:
                 logger.warning(

@@ -21,7 +21,9 @@ class FailureKind(StrEnum):
     """Whose fault a failed task is."""
 
     STEP = "step"
-    """The computation itself failed (out of memory, NaN latents): running it again elsewhere would fail again."""
+    """The computation itself failed (NaN latents): running it again elsewhere would fail again."""
+    MEMORY = "memory"
+    """A rank ran out of memory: the request continues from its last copy, on other ranks or a fresh process."""
     LOST = "lost"
     """A worker of the group died or hung: the request continues from its last copy."""
 

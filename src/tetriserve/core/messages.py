@@ -83,7 +83,7 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True)
 class TaskError:
-    """This rank's part of the task failed. LOST means that a peer went away in a collective.
+    """This rank's part of the task failed. LOST: a peer went away in a collective. MEMORY: this rank is not to go on.
 
     `failed_at` is the host's monotonic clock: of several ranks' errors in one task the earliest is the cause.
     """

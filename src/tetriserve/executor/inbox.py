@@ -36,26 +36,31 @@ class Inbox:
         self._unread = bytearray()
 
     def read(self) -> Iterator[FromWorker]:
-        """The messages that are complete now. Call when the connection is readable, and take all of them.
+        """The messages that are complete now.
 
         Raises:
             EOFError, OSError: the worker is gone.
             Garbled: end it, and read no more.
         """
-        content = os.read(self._connection.fileno(), _READ_BYTES)
-        if not content:
-            raise EOFError
-        self._unread += content
-        while len(self._unread) >= _HEADER_BYTES:
-            num_bytes = int.from_bytes(self._unread[:_HEADER_BYTES], "big")
-            if num_bytes > MAX_MESSAGE_BYTES:
-                raise Garbled(f"its message claims {num_bytes} bytes, of at most {MAX_MESSAGE_BYTES}")
-            end = _HEADER_BYTES + num_bytes
-            if len(self._unread) < end:
-                return
-            message = _message(bytes(self._unread[_HEADER_BYTES:end]))
-            del self._unread[:end]
-            yield message
+        while self._connection.poll():
+            content = os.read(self._connection.fileno(), _READ_BYTES)
+            if not content:
+                raise EOFError
+            self._unread += content
+            while (end := self._end()) is not None:
+                message = _message(bytes(self._unread[_HEADER_BYTES:end]))
+                del self._unread[:end]
+                yield message
+
+    def _end(self) -> int | None:
+        """Where the first message ends; None if it is not there yet."""
+        if len(self._unread) < _HEADER_BYTES:
+            return None
+        num_bytes = int.from_bytes(self._unread[:_HEADER_BYTES], "big")
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise Garbled(f"its message claims {num_bytes} bytes, of at most {MAX_MESSAGE_BYTES}")
+        end = _HEADER_BYTES + num_bytes
+        return end if len(self._unread) >= end else None
 
 
 def _message(content: bytes) -> FromWorker:

@@ -1,7 +1,7 @@
 """Ranks as supervised processes on this machine, one per GPU or CPU slot.
 
-A worker that dies is noticed by its pipe, one that hangs by its missing heartbeats; either is replaced under the same
-rank while the others keep their models. Requests survive through the copies in the tensor store.
+A worker that dies is noticed by its lifeline, one that hangs by its missing heartbeats; either is replaced under the
+same rank while the others keep their models. Requests survive through the copies in the tensor store.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
 from tetriserve.core.errors import ConfigError, RequestFailed
-from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.events import FailureKind, StartTask, TaskFinished, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
     Forget,
@@ -40,11 +38,22 @@ from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.previews import PreviewReader
-from tetriserve.executor.processes import end_process, end_processes, exit_words, start_context, start_process
+from tetriserve.executor.processes import (
+    end_process,
+    end_processes,
+    exit_words,
+    keep_fork_server,
+    start_context,
+    start_process,
+    wait_for_end,
+)
 from tetriserve.executor.protocol import OnEvent, Preview
+from tetriserve.executor.running import Running
+from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
+from tetriserve.worker.rendezvous import close_rendezvous, open_rendezvous
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -57,33 +66,6 @@ logger = logging.getLogger(__name__)
 _MAX_RESTART_DELAY_S = 30.0
 
 
-@dataclass
-class _Worker:
-    """One rank's present process, as seen from outside."""
-
-    process: BaseProcess
-    connection: Connection
-    inbox: Inbox
-    outbox: Outbox
-    last_sign_s: float
-    num_steps: int = 0
-    last_step_s: float = 0.0
-    is_ready: bool = False
-    verdict: str | None = None
-    """Why it was killed, if we killed it."""
-
-
-@dataclass
-class _Running:
-    """A task in flight: which members have yet to answer, and what the others said."""
-
-    start: StartTask
-    pending: set[int]
-    done: TaskDone | None = None
-    errors: list[TaskError] = field(default_factory=list)
-    lost_reason: str | None = None
-
-
 class LocalExecutor:
     """See `executor.protocol.Executor`. `adapter` replaces the card's own adapter, for tests."""
 
@@ -91,8 +73,8 @@ class LocalExecutor:
         self._card = card
         self._pool = pool
         self._adapter = adapter
-        self._workers: dict[int, _Worker] = {}
-        self._running: dict[int, _Running] = {}
+        self._workers: dict[int, Worker] = {}
+        self._running: dict[int, Running] = {}
         self._groups = GroupTable(pool.max_groups)
         self._num_failed_starts: dict[int, int] = dict.fromkeys(range(pool.num_ranks), 0)
         self._restarts: set[asyncio.Task[None]] = set()
@@ -144,10 +126,10 @@ class LocalExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
-        self._running[command.task_id] = running = _Running(command, set(task.ranks))
+        self._running[command.task_id] = running = Running(command, set(task.ranks))
         group = None
         if task.degree > 1:
-            group = self._groups.name(task.ranks)
+            group = self._name_group(task.ranks)
             in_use = {other.start.task.ranks for other in self._running.values()}
             for ranks, name in self._groups.surplus(in_use):
                 self._drop_group(ranks, name)
@@ -196,14 +178,15 @@ class LocalExecutor:
             self._send(rank, Stop())
         await asyncio.to_thread(end_processes, [worker.process for worker in self._workers.values()])
         for worker in self._workers.values():
-            self._unwatch(worker)
+            worker.unwatch()
         self._workers.clear()
         self._directory.remove()
 
     async def _spawn(self, rank: int) -> None:
         ours, theirs = self._context.Pipe()
+        lifeline, held = self._context.Pipe(duplex=False)
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=worker_main, args=(self._spec(rank), theirs), name=f"tetriserve-rank-{rank}", daemon=True
+            target=worker_main, args=(self._spec(rank), theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
         )
         starting = asyncio.ensure_future(asyncio.to_thread(start_process, process, self._pool))
         try:
@@ -213,12 +196,15 @@ class LocalExecutor:
             end_process(process)
             raise
         finally:
-            theirs.close()  # so that our end reads end-of-file when the worker dies
+            theirs.close()  # so that our ends read end-of-file when the worker dies
+            held.close()
         if self._is_stopping:
             end_process(process)
             return
-        self._workers[rank] = _Worker(process, ours, Inbox(ours), Outbox(ours), last_sign_s=time.monotonic())
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._read, rank)
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        self._workers[rank] = Worker(process, ours, lifeline, Inbox(ours), Outbox(ours), born_s=now, last_sign_s=now)
+        loop.add_reader(ours.fileno(), self._read, rank)
+        loop.add_reader(lifeline.fileno(), self._read_last, rank)
 
     def _spec(self, rank: int) -> WorkerSpec:
         device = self._pool.device_of(rank)
@@ -238,15 +224,28 @@ class LocalExecutor:
     def _read(self, rank: int) -> None:
         """Take in what a worker wrote; end-of-file is its death."""
         worker = self._workers[rank]
-        try:
-            for message in worker.inbox.read():
-                self._take(rank, worker, message)
-        except (EOFError, OSError):
-            self._lose(rank, worker.verdict or f"its process ended{exit_words(worker.process)}")
-        except Garbled as error:
-            self._kill(rank, str(error))
+        messages = worker.inbox.read()
+        while True:
+            try:
+                message = next(messages, None)
+            except (EOFError, OSError):
+                self._lose(rank, worker.verdict or "its process ended")
+                return
+            except Garbled as error:
+                worker.kill(str(error))
+                return
+            if message is None:
+                return
+            self._take(rank, worker, message)
 
-    def _take(self, rank: int, worker: _Worker, message: FromWorker) -> None:
+    def _read_last(self, rank: int) -> None:
+        """A worker's lifeline has ended: it is dying, and what it wrote is all that it will have written."""
+        worker = self._workers[rank]
+        self._read(rank)
+        if self._workers.get(rank) is worker:
+            self._lose(rank, worker.verdict or "its process ended")
+
+    def _take(self, rank: int, worker: Worker, message: FromWorker) -> None:
         worker.last_sign_s = time.monotonic()
         match message:
             case Heartbeat(num_steps):
@@ -279,25 +278,28 @@ class LocalExecutor:
         running = self._running.get(message.task_id)
         if running is None:
             return  # it came too late: the task was settled without this rank
-        running.pending.discard(rank)
         if isinstance(message, TaskError):
             running.errors.append(message)
             self._hurry(running)
+            if message.kind is FailureKind.MEMORY:  # for good, maybe: it would fail whatever it is given next
+                self._workers[rank].kill(f"ran out of memory: {message.message}")
+                return  # its end settles the task
         elif rank == running.start.task.ranks[0]:
             running.done = message
+        running.pending.discard(rank)
         self._settle(running)
 
-    def _settle(self, running: _Running) -> None:
+    def _settle(self, running: Running) -> None:
         """Once every member has answered or died, the task is over: say how it went."""
         start = running.start
         if running.pending or start.task_id not in self._running:
             return
         del self._running[start.task_id]
-        if running.errors or running.lost_reason:
+        if failure := running.failure:
             name = self._groups.discard(start.task.ranks)
             if name is not None:
                 self._drop_group(start.task.ranks, name)
-            self._on_event(_failure(running))
+            self._on_event(failure)
             return
         assert running.done is not None and running.done.result is not None, "the leader leaves a result"
         if start.task.stage is Stage.DENOISE and start.latents is not None:
@@ -307,7 +309,7 @@ class LocalExecutor:
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""
         worker = self._workers.pop(rank)
-        self._unwatch(worker)
+        worker.unwatch()
         if self._is_stopping:
             return
         logger.error("lost rank %d: %s", rank, reason)
@@ -326,12 +328,14 @@ class LocalExecutor:
             self._settle(running)
         self._warming = {(group, member) for group, member in self._warming if member != rank}
         self._check_warm()
-        restart = asyncio.create_task(self._restart(rank))
+        restart = asyncio.create_task(self._restart(rank, worker.process))
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
 
-    async def _restart(self, rank: int) -> None:
-        """Start a replacement, later and later if it keeps dying before it is ready."""
+    async def _restart(self, rank: int, last: BaseProcess) -> None:
+        """Start a replacement for the `last` process, later and later if it keeps dying before it is ready."""
+        how = await asyncio.to_thread(wait_for_end, last)
+        logger.info("the process of rank %d ended%s; another takes its place", rank, how)
         while True:
             num_failed = self._num_failed_starts[rank]
             self._num_failed_starts[rank] += 1
@@ -344,25 +348,17 @@ class LocalExecutor:
             else:
                 return
 
-    def _hurry(self, running: _Running) -> None:
+    def _hurry(self, running: Running) -> None:
         """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced."""
         asyncio.get_running_loop().call_later(self._pool.group_timeout_s, self._kill_pending, running)
 
-    def _kill_pending(self, running: _Running) -> None:
+    def _kill_pending(self, running: Running) -> None:
         if self._running.get(running.start.task_id) is running:
-            for rank in running.pending:
-                self._kill(rank, f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
-
-    def _kill(self, rank: int, reason: str) -> None:
-        """End a worker that no longer answers; its pipe then reports the loss."""
-        worker = self._workers.get(rank)
-        if worker is not None and worker.verdict is None:
-            worker.verdict = reason
-            worker.process.kill()
+            for rank in running.pending & self._workers.keys():
+                self._workers[rank].kill(f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
 
     async def _watch_heartbeats(self) -> None:
-        timeout_s = self._pool.heartbeat_timeout_s
-        every_s = timeout_s / 5
+        every_s = self._pool.heartbeat_timeout_s / 5
         looked_at = time.monotonic()
         while True:
             await asyncio.sleep(every_s)
@@ -371,23 +367,20 @@ class LocalExecutor:
             looked_at = now
             if away_s > every_s:
                 for worker in self._workers.values():
-                    worker.last_sign_s += away_s
-                    worker.last_step_s += away_s
+                    worker.shift(away_s)
             busy = {rank for running in self._running.values() for rank in running.pending}
             for rank, worker in list(self._workers.items()):
-                limit_s = timeout_s if worker.is_ready else self._pool.start_timeout_s
                 if worker.verdict is not None:
                     self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
-                elif now - worker.last_sign_s > limit_s:
-                    self._kill(rank, f"no sign of life for {limit_s:g} s")
-                elif rank in busy and now - worker.last_step_s > self._pool.step_timeout_s:
-                    self._kill(rank, f"no progress for {self._pool.step_timeout_s:g} s")
+                elif complaint := worker.complaint(self._pool, now, is_busy=rank in busy):
+                    worker.kill(complaint)
+            keep_fork_server(self._context, self._pool)
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
             if not self.ranks.issuperset(ranks):
                 continue  # one died since it was ready: nobody would answer for it
-            name = self._groups.name(ranks)
+            name = self._name_group(ranks)
             self._warming |= {(name, rank) for rank in ranks}
             for rank in ranks:
                 self._send(rank, WarmGroup(name, ranks))
@@ -398,31 +391,22 @@ class LocalExecutor:
         if not self._warming:
             self._warmed.set()
 
+    def _name_group(self, ranks: tuple[int, ...]) -> str:
+        name = self._groups.name(ranks)
+        open_rendezvous(self._directory.path / name)
+        return name
+
     def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
+        close_rendezvous(self._directory.path / name)
         for rank in ranks:
             self._send(rank, DropGroup(name))
-        (self._directory.path / name).unlink(missing_ok=True)
 
     def _send(self, rank: int, message: ToWorker) -> None:
         worker = self._workers.get(rank)
         if worker is not None:
             worker.outbox.send(message)
 
-    def _unwatch(self, worker: _Worker) -> None:
-        worker.outbox.close()
-        asyncio.get_running_loop().remove_reader(worker.connection.fileno())
-        worker.connection.close()
-
 
 def restart_delay_s(num_failed: int) -> float:
     """How long to wait before the next start, after so many that failed in a row."""
     return min(2.0 ** min(num_failed, 10), _MAX_RESTART_DELAY_S) if num_failed else 0.0
-
-
-def _failure(running: _Running) -> TaskFailed:
-    """What to say of a task that failed: a dead worker explains its peers' errors, else the earliest error does."""
-    task_id = running.start.task_id
-    if running.lost_reason is not None:
-        return TaskFailed(task_id, FailureKind.LOST, running.lost_reason)
-    first = min(running.errors, key=lambda error: error.failed_at)
-    return TaskFailed(task_id, first.kind, first.message)

@@ -9,11 +9,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from tetriserve.server.errors import RESPONSES
-from tetriserve.server.recent import RecentRuns
+from tetriserve.server.recent import KEEP_S, RecentRuns
 
-MAX_SECONDS = 3600
-
-Seconds = Annotated[float, Query(gt=0, le=MAX_SECONDS, description="How far back.")]
+Seconds = Annotated[float, Query(gt=0, le=KEEP_S, description="How far back.")]
 
 
 def debug_router(recent: RecentRuns) -> APIRouter:

@@ -91,7 +91,7 @@ class Metrics:
 
     def _declare_tasks(self) -> None:
         self._tasks = self._counter(
-            "tasks", "Tasks by end: finished, step (it failed), lost (with a worker).", "stage", "end"
+            "tasks", "Tasks by end: finished, step (it failed), memory (ran out), lost (with a worker).", "stage", "end"
         )
         self._steps = self._counter("steps", "Denoise steps by degree.", "degree")
         self._rank_seconds = self._counter("rank_seconds", "Rank time of ended tasks by stage.", "stage")

@@ -14,6 +14,8 @@ from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.perfetto import TraceEvent, deadline_mark, task_blocks, trace_document
 
+KEEP_S = 300.0
+"""How long tasks and outcomes are kept: for as long as anybody can ask for, or a quiet server would grow for hours."""
 MAX_TASKS = 20_000
 """Kept at most, and as many outcomes: some tens of megabytes."""
 
@@ -70,10 +72,14 @@ class RecentRuns:
 
     def _keep_task(self, ended: EndedTask) -> None:
         self._tasks.append(replace(ended, request=replace(ended.request, prompt="", negative_prompt=None)))
+        while self._tasks[0].run.end_s < ended.run.end_s - KEEP_S:
+            self._tasks.popleft()
 
     def _keep_outcome(self, outcome: Outcome) -> None:
         request = replace(outcome.request, prompt="", negative_prompt=None)
         self._outcomes.append(replace(outcome, request=request, runs=()))
+        while self._outcomes[0].finish_s < outcome.finish_s - KEEP_S:
+            self._outcomes.popleft()
 
 
 def _ended_blocks(ended: EndedTask) -> Iterator[TraceEvent]:

@@ -3,7 +3,7 @@
 The one file that uses torch's private group construction (pinned torch, tested in tests/gloo). `dist.new_group` will
 not do: its names hash a count local to each process, and it hangs when members have formed different numbers of
 groups. Here the world is a `fake` default group, large and never used for communication, so that a replacement takes
-a dead rank's id and nobody re-initialises; the real groups rendezvous through a file of their own in memory.
+a dead rank's id and nobody re-initialises; the real groups rendezvous in a directory of their own in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tetriserve.worker.rendezvous import PeerAbsent, meet
+
 MAX_RANKS = 4096
-_FORMING_TIMEOUT = timedelta(seconds=10)
-"""Members are told to form a group at the same moment; one that does not come has died."""
+_MEETING_TIMEOUT_S = 10.0
+"""Members are told to form a group at the same moment; one that does not come is stopped, and soon replaced."""
+_CONNECTING_TIMEOUT = timedelta(seconds=3)
+"""They connect when all have come, in about 10 ms; one that dies meanwhile holds up the others for this long."""
 _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
 
 
@@ -52,7 +56,7 @@ class Groups:
         """The group `name` of `ranks`, formed now if this is the first time (about 10 ms, all members at once).
 
         Raises:
-            RuntimeError: a member did not come within the timeout.
+            PeerAbsent: a member did not come, or the executor has dropped the group meanwhile.
         """
         if name not in self._groups:
             self._groups[name] = self._form(name, list(ranks))
@@ -76,17 +80,24 @@ class Groups:
                 c10d._abort_process_group(group.process_group)
 
     def _form(self, name: str, ranks: list[int]) -> Group:
-        store = dist.FileStore(str(self._rendezvous / name), len(ranks))  # type: ignore[attr-defined]
-        store.set_timeout(min(self._timeout, _FORMING_TIMEOUT))
-        process_group, _ = c10d._new_process_group_helper(
-            len(ranks),
-            ranks.index(self._rank),
-            ranks,
-            dist.Backend(self._backend),
-            store,
-            c10d.GroupName(name),
-            timeout=self._timeout,
-        )
+        meet(self._rendezvous / name, self._rank, ranks, _MEETING_TIMEOUT_S)
+        store = dist.FileStore(str(self._rendezvous / name / "store"), len(ranks))  # type: ignore[attr-defined]
+        # Gloo connects now, NCCL with its first collective.
+        connecting = min(self._timeout, _CONNECTING_TIMEOUT) if self._backend == "gloo" else self._timeout
+        store.set_timeout(connecting)
+        try:
+            process_group, _ = c10d._new_process_group_helper(
+                len(ranks),
+                ranks.index(self._rank),
+                ranks,
+                dist.Backend(self._backend),
+                store,
+                c10d.GroupName(name),
+                timeout=connecting,
+            )
+        except RuntimeError as error:  # of the store's too, whose texts say nothing of peers
+            raise PeerAbsent(f"a peer did not connect: {error}") from error
+        c10d._set_pg_timeout(self._timeout, process_group)
         c10d._world.pg_group_ranks[process_group] = {rank: index for index, rank in enumerate(ranks)}
         return Group(process_group, DeviceMesh.from_group(process_group, self._device.type))
 
@@ -96,7 +107,7 @@ def is_collective_error(error: BaseException) -> bool:
 
     Backends raise plain RuntimeErrors that only their text tells apart.
     """
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | PeerAbsent):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(mark in text for mark in _COLLECTIVE_MARKS)

@@ -40,8 +40,12 @@ class TensorStore:
         from safetensors.torch import save_file
 
         path, temporary = self._path(key), self._path(f"{key}.{os.getpid()}.tmp")
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        try:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # where there is no room, half a file takes what is left
+            raise
         return TensorRef(key, path.stat().st_size)
 
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.core.errors import TetriServeError
@@ -26,6 +29,7 @@ from tetriserve.core.messages import (
 )
 from tetriserve.core.request import Request
 from tetriserve.logs import set_up_logging
+from tetriserve.worker.lifeline import hold
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -63,10 +67,12 @@ class Pipe:
         return message
 
 
-def worker_main(spec: WorkerSpec, connection: Connection) -> None:
+def worker_main(spec: WorkerSpec, connection: Connection, lifeline: Connection) -> None:
     """Entry point of the process. Ends when told to, or when the executor's end of the pipe closes."""
+    hold(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _name_process(spec.rank)
     set_up_logging("info", spec.log_format, rank=spec.rank)
     pipe = Pipe(connection)
     try:
@@ -83,6 +89,12 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
         os._exit(0)
 
 
+def _name_process(rank: int) -> None:
+    """So that `ps` and `top` tell ranks apart; names may have 15 characters. Without /proc there is none."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"ts-rank-{rank}")
+
+
 def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import torch
 
@@ -94,13 +106,15 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     torch.set_num_threads(spec.num_threads)
     if spec.device.startswith("cuda"):
         torch.cuda.set_device(spec.device)
+    runner: Runner | None = None
+    num_steps = lambda: 0 if runner is None else runner.num_steps  # noqa: E731
+    threading.Thread(target=_beat, args=(pipe, num_steps, spec.heartbeat_s), daemon=True).start()
     groups = Groups(spec.rank, spec.backend, spec.device, spec.store, spec.group_timeout_s)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
     runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
     pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))
-    threading.Thread(target=_beat, args=(pipe, runner, spec.heartbeat_s), daemon=True).start()
     while True:
         message = pipe.receive()
         match message:
@@ -123,11 +137,11 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
                 assert_never(message)
 
 
-def _beat(pipe: Pipe, runner: Runner, every_s: float) -> None:
+def _beat(pipe: Pipe, num_steps: Callable[[], int], every_s: float) -> None:
     stopped = threading.Event()
     while not stopped.wait(every_s):
         try:
-            pipe.send(Heartbeat(runner.num_steps))
+            pipe.send(Heartbeat(num_steps()))
         except ExecutorGone:
             return
 

@@ -16,7 +16,8 @@ from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, DenoiseLoop, Embeds
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import fit_basis
-from tetriserve.worker.groups import Groups, is_collective_error
+from tetriserve.worker.failures import failure_kind
+from tetriserve.worker.groups import Groups
 from tetriserve.worker.latents import TensorStore
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ class Runner:
             result = self._run_stage(message)
             return TaskDone(start.task_id, time.monotonic() - started_at, result)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
-            is_lost = message.group is not None and is_collective_error(error)
-            kind = FailureKind.LOST if is_lost else FailureKind.STEP
+            kind = failure_kind(error, is_split=message.group is not None)
             if kind is FailureKind.STEP:
                 image_id = start.request.request_id
                 logger.exception("request %s: %s failed", image_id, start.task.stage, extra=fields(image_id=image_id))

@@ -107,6 +107,31 @@ def test_every_request_completes_with_jitter_and_dying_ranks(spec, drive, make, 
 
 
 @every_policy
+def test_degrees_that_no_longer_fit_are_dropped_and_come_back_with_the_ranks(
+    spec, drive, make, request_of, flux, death
+):
+    requests = [
+        request_of(1024, request_id=name, arrival_s=arrival_s, deadline_s=arrival_s + 3.0)
+        for name, arrival_s in (("before", 0.0), ("fewer", 100.0), ("after", 200.0))
+    ]
+    deaths = [death(50.0, rank, 150.0) for rank in (0, 2, 3, 5, 6)]
+    run = drive(make(spec, flux), requests, flux, deaths=deaths)
+    widest = {request_id: max(task.degree for task in run.denoise(request_id)) for request_id in run.finish_s}
+    assert widest["fewer"] <= 2, "three ranks live: 1, 4 and 7"
+    assert {rank for task in run.denoise("fewer") for rank in task.ranks} <= {1, 4, 7}
+    assert widest["after"] == widest["before"]
+
+
+@every_policy
+def test_with_no_rank_alive_everyone_waits(spec, drive, make, request_of, flux, death):
+    requests = [request_of(height, request_id=f"r{height}", deadline_s=3.0) for height in (256, 1024)]
+    deaths = [death(0.2, rank, 30.0 + rank) for rank in range(8)]
+    run = drive(make(spec, flux), requests, flux, deaths=deaths)
+    assert len(run.finish_s) == 2
+    assert not [start_s for start_s, _, _ in run.tasks if 0.2 < start_s < 30.0]
+
+
+@every_policy
 @pytest.mark.parametrize("height", [256, 2048])
 @pytest.mark.parametrize("deadline_s", [-1.0, 6.0, 1e5])
 def test_a_lone_request_completes(spec, height, deadline_s, drive, make, request_of, flux):

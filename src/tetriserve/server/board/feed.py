@@ -7,13 +7,13 @@ from collections.abc import Callable
 from tetriserve.core.events import Event, Submitted
 from tetriserve.engine import EndedTask, LiveEngine
 from tetriserve.server.board.rows import Row, ended_row, open_row, ran_row, request_row, running_row, seconds
-from tetriserve.server.recent import RecentRuns
+from tetriserve.server.recent import KEEP_S, RecentRuns
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
 
 BLOCKS_S = 120.0
 """How far back tasks are told to a page that opens."""
-OUTCOMES_S = 300.0
+OUTCOMES_S = KEEP_S
 """How far back ended requests are."""
 
 

@@ -1,0 +1,39 @@
+"""Whose fault an error is that ended a task."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+
+import torch
+
+from tetriserve.core.events import FailureKind
+from tetriserve.worker.groups import is_collective_error
+
+_MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc", "no space left on device")
+_PROBE_BYTES = 2**24
+
+
+def failure_kind(error: BaseException, *, is_split: bool) -> FailureKind:
+    """`is_split`: the task ran on several ranks."""
+    if is_memory_error(error) or is_starved():
+        return FailureKind.MEMORY
+    return FailureKind.LOST if is_split and is_collective_error(error) else FailureKind.STEP
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory, or the store's room in it, ran out. Most libraries say so by a RuntimeError's text alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
+        return True
+    return any(mark in str(error).lower() for mark in _MEMORY_MARKS) and not isinstance(error, ValueError)
+
+
+def is_starved() -> bool:
+    """Whether this process can get no more memory, whatever an error says: some libraries name another reason."""
+    try:
+        mmap.mmap(-1, _PROBE_BYTES).close()
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,119 @@
+"""One run: a server, a load, faults, and the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.faults.clients import Clients, Tally
+from tests.faults.faults import Fault, Kind, draw_faults
+from tests.faults.feed import Feed
+from tests.faults.losses import Damage, assess
+from tests.faults.marksman import Marksman
+from tests.faults.pictures import Gallery, make_catalogue
+from tests.faults.server import Server, serving
+from tests.faults.vitals import Sample, files_left, take_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """
+    num_strikes: workers killed or stopped; 0 leaves all other faults out too.
+    pause_s: of each client between two requests, on average.
+    folder: where the server's log is kept; None: nowhere.
+    """
+
+    duration_s: float
+    num_strikes: int
+    seed: int
+    num_ranks: int = 4
+    policy: str = "unsteady"
+    num_clients: int = 4
+    pause_s: float = 0.5
+    sample_every_s: float = 5.0
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    campaign: Campaign
+    tally: Tally
+    damage: Damage
+    feed: Feed
+    faults: list[Fault]
+    samples: list[Sample]
+    files_left: list[str]
+    elapsed_s: float
+
+
+async def run(campaign: Campaign) -> Result:
+    """Everything is drawn from the campaign's seed; what a fault meets depends on the machine's timing too."""
+    if campaign.folder is not None:
+        campaign.folder.mkdir(parents=True, exist_ok=True)
+        return await _run(campaign, campaign.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        return await _run(campaign, Path(folder))
+
+
+async def _run(campaign: Campaign, folder: Path) -> Result:
+    catalogue = make_catalogue()
+    pictures = [picture for pair in catalogue for picture in pair]
+    painting = asyncio.create_task(asyncio.to_thread(Gallery.paint, pictures))
+    async with serving(folder, campaign.num_ranks, campaign.policy) as server:
+        gallery = await painting
+        feed = Feed()
+        following = asyncio.create_task(feed.follow(server.url))
+        await feed.until(lambda: feed.ranks or None, 30.0)
+        clients = Clients(server, catalogue, gallery, Random(f"{campaign.seed} clients"))
+        faults = _faults(campaign)
+        samples: list[Sample] = []
+        start = time.monotonic()
+        sampling = asyncio.create_task(_sample(server, samples, campaign.sample_every_s))
+        asking = [asyncio.create_task(clients.ask_for_long(campaign.pause_s)) for _ in range(campaign.num_clients)]
+        marksman = Marksman(server, feed, Random(f"{campaign.seed} marksman"))
+        striking = [asyncio.create_task(_commit(fault, marksman, clients)) for fault in faults]
+        await asyncio.gather(asyncio.sleep(campaign.duration_s), *striking)
+        clients.finish()
+        await asyncio.gather(*asking)
+        await feed.until(lambda: len(feed.ranks) == campaign.num_ranks or None, 30.0)
+        elapsed_s = time.monotonic() - start
+        await feed.until(lambda: feed.arrived == set(feed.ended) or None, 10.0)
+        sampling.cancel()
+        await clients.close()
+        await asyncio.sleep(0.5)  # for tasks that still run of requests whose clients have left
+        left = files_left(server.pid)
+        damage = assess(server, feed, marksman.strikes, marksman.fork_server_deaths_s)
+    await following
+    return Result(
+        campaign=campaign, tally=clients.tally, damage=damage, feed=feed, faults=faults, samples=samples,
+        files_left=left, elapsed_s=elapsed_s,
+    )  # fmt: skip
+
+
+def _faults(campaign: Campaign) -> list[Fault]:
+    if campaign.num_strikes == 0:
+        return []
+    return draw_faults(Random(f"{campaign.seed} faults"), campaign.duration_s, campaign.num_strikes)
+
+
+async def _commit(fault: Fault, marksman: Marksman, clients: Clients) -> None:
+    await asyncio.sleep(fault.at_s)
+    match fault.kind:
+        case Kind.LEAVE:
+            await clients.leave()
+        case Kind.GARBAGE:
+            await clients.send_garbage()
+        case Kind.FLOOD:
+            await clients.flood()
+        case _:
+            await marksman.strike(fault)
+
+
+async def _sample(server: Server, samples: list[Sample], every_s: float) -> None:
+    while True:
+        samples.append(await asyncio.to_thread(take_sample, server.pid))
+        await asyncio.sleep(every_s)

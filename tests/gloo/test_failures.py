@@ -1,0 +1,123 @@
+"""Whose fault an error is, and how soon the end of a process shows."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import select
+import signal
+import time
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from tetriserve.config import PoolConfig
+from tetriserve.core.events import FailureKind
+from tetriserve.executor.processes import keep_fork_server, kill_process
+from tetriserve.worker.failures import failure_kind
+from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.lifeline import hold
+from tetriserve.worker.rendezvous import PeerAbsent
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(ALLOCATOR),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
+)
+def test_memory_that_ran_out_is_nobodys_fault(error: Exception) -> None:
+    assert {failure_kind(error, is_split=is_split) for is_split in (False, True)} == {FailureKind.MEMORY}
+
+
+def test_other_errors_are_the_requests_own_or_a_lost_peers() -> None:
+    assert failure_kind(RuntimeError("expected 3 dimensions, got 4"), is_split=True) is FailureKind.STEP
+    assert failure_kind(ValueError("a prompt about being out of memory"), is_split=False) is FailureKind.STEP
+    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    for error in (gloo, PeerAbsent("a peer is gone: the group was dropped")):
+        assert failure_kind(error, is_split=True) is FailureKind.LOST
+    assert failure_kind(gloo, is_split=False) is FailureKind.STEP
+
+
+def test_whatever_a_starved_process_says_is_memory() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    num_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, before[1]))
+    try:
+        kind = failure_kind(RuntimeError("could not create a primitive"), is_split=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert kind is FailureKind.MEMORY
+
+
+def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(Exception, match=r"File too large|os error 27"):
+            TensorStore(tmp_path).save("a.latents.1", {"latents": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_open() -> None:
+    lifeline, held = multiprocessing.Pipe(duplex=False)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_live, args=(held, theirs))
+    process.start()
+    held.close()
+    assert ours.recv() is True, "the process has given its end away, to a thread that dies first"
+    assert not lifeline.poll(0.2), "it holds it for as long as it lives"
+    assert process.pid is not None
+    handle = os.pidfd_open(process.pid)
+    process.kill()
+    start = time.monotonic()
+    with pytest.raises(EOFError):
+        lifeline.recv()
+    assert time.monotonic() - start < 5
+    select.select([handle], [], [], 5)
+    os.close(handle)
+    process.join()
+
+
+def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again() -> None:
+    pool = PoolConfig(num_ranks=1)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=time.sleep, args=(60,))
+    process.start()
+    assert process.pid is not None
+    handle = os.pidfd_open(process.pid)
+    server_pid = forkserver._forkserver._forkserver_pid
+    os.kill(server_pid, signal.SIGKILL)
+    process.join(10)
+    assert process.exitcode == 255, "multiprocessing takes it for dead"
+    assert select.select([handle], [], [], 0) == ([], [], []), "but it lives"
+    kill_process(process)
+    assert select.select([handle], [], [], 10) == ([handle], [], [])
+    os.close(handle)
+    keep_fork_server(context, pool)
+    assert forkserver._forkserver._forkserver_pid not in (None, server_pid)
+
+
+def _live(held: Connection, theirs: Connection) -> None:
+    hold(held)
+    theirs.send(held.closed)
+    time.sleep(60)

@@ -1,0 +1,62 @@
+"""Forming groups, with members that are slow or do not come."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tetriserve.worker import groups
+from tetriserve.worker.groups import Groups, is_collective_error
+from tetriserve.worker.rendezvous import meet, open_rendezvous
+
+CONNECTING_S, LATE_S = 1.0, 2.5
+RANKS = (0, 1)
+
+
+def test_connecting_is_given_little_time_and_collectives_as_much_as_wanted(tmp_path: Path) -> None:
+    for name in ("slow", "half"):
+        open_rendezvous(tmp_path / name)
+    context = multiprocessing.get_context("spawn")
+    ends, processes = [], []
+    for rank in RANKS:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_member, args=(rank, tmp_path, theirs))
+        process.start()
+        ends.append(ours)
+        processes.append(process)
+    assert all(end.poll(120) for end in ends)
+    (waited_s, released_s), _ = (end.recv() for end in ends)
+    for process in processes:
+        process.join()
+    assert waited_s > CONNECTING_S, "the late member was waited for"
+    assert CONNECTING_S / 2 < released_s < 20, "whose peer does not connect is released long before the group's timeout"
+
+
+def _member(rank: int, rendezvous: Path, theirs: Connection) -> None:
+    groups._CONNECTING_TIMEOUT = timedelta(seconds=CONNECTING_S)
+    formed = Groups(rank, "gloo", "cpu", rendezvous, timeout_s=60)
+    process_group = formed.get("slow", RANKS).process_group
+    if rank == 1:
+        time.sleep(LATE_S)
+    start = time.monotonic()
+    ones = torch.ones(2)
+    dist.all_to_all_single(torch.empty_like(ones), ones, group=process_group)
+    waited_s = time.monotonic() - start
+    start = time.monotonic()
+    if rank == 1:
+        meet(rendezvous / "half", 1, RANKS, 60)
+    else:
+        try:
+            formed.get("half", RANKS)
+        except RuntimeError as error:
+            assert is_collective_error(error), error
+    theirs.send((waited_s, time.monotonic() - start))
+    time.sleep(LATE_S)  # a peer that ends would release the other
+    os._exit(0)
