@@ -157,7 +157,13 @@ class ServerConfig:
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             # Not quoted: it may hold a password.
-            raise ConfigError("otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces")
+            raise ConfigError(
+                "otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces"
+            )
+        if endpoint is not None and "?" in endpoint:
+            raise ConfigError(
+                "otlp-traces-endpoint has a query, which OpenTelemetry logs; put tokens into OTEL_EXPORTER_OTLP_HEADERS"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

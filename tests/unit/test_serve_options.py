@@ -101,6 +101,7 @@ def test_a_key_set_to_nothing_in_a_file_does_not_open_the_server(tmp_path: Path,
         (["--cors-origin", "here"], "cors-origin is 'here'; write an origin such as https://example.org, or *"),
         (["--served-model-name", ""], "served-model-name is ''; allowed: 1 to 200 printable characters"),
         (["--served-model-name", "a\nb"], "served-model-name is 'a\\nb'; allowed: 1 to 200 printable characters"),
+        (["--otlp-traces-endpoint", "https://c/v1/traces?token=secret"], "otlp-traces-endpoint has a query, which"),
         (["--log-format", "xml"], "log-format is 'xml'; allowed: text, json"),
         (
             ["--otlp-traces-endpoint", "grpc://user:secret@collector:4318"],
