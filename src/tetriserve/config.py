@@ -164,6 +164,10 @@ class ServerConfig:
             raise ConfigError(
                 "otlp-traces-endpoint is no URL of HTTP; write one such as http://localhost:4318/v1/traces"
             )
+        if endpoint is not None and "?" in endpoint:
+            raise ConfigError(
+                "otlp-traces-endpoint has a query, which OpenTelemetry logs; put tokens into OTEL_EXPORTER_OTLP_HEADERS"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
-from fake_engine import CARD, SIDES
+from fake_engine import CARD, FAILING, SIDES
 
 from tetriserve.core.request import Shape
+from tetriserve.server import EngineSlot
 from tetriserve.server.exchange import MAX_BODY_BYTES
 
 URL = "/v1/images/generations"
@@ -129,3 +131,18 @@ async def test_no_header_is_the_servers_fault(client, name, value):
     response = await client.post(URL, content=body, headers=headers)
     assert response.status_code in (200, 400), response.text
     assert len(response.headers["X-Request-Id"]) <= 128
+
+
+async def test_neither_prompts_nor_keys_are_logged(connect, engine, caplog):
+    headers = {"Authorization": "Bearer hush-key"}
+    with caplog.at_level(logging.DEBUG):
+        async with connect(EngineSlot(engine), api_keys=("hush-key",)) as client:
+            for body in (
+                {"prompt": "hush", "size": "64x64"},
+                {"prompt": "hush", "size": "3x3"},
+                {"prompt": FAILING + " hush"},
+            ):
+                await client.post(URL, json=body, headers=headers)
+            await client.post(URL, json={"prompt": "hush"}, headers={"Authorization": "Bearer hush-other"})
+    assert len(caplog.records) >= 4
+    assert "hush" not in caplog.text

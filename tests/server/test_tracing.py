@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 import sys
 from itertools import pairwise
 
@@ -15,6 +17,7 @@ from tetriserve.server import EngineSlot, serve
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
 
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: E402
 from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter  # noqa: E402
@@ -113,3 +116,16 @@ async def test_without_the_extra_the_option_is_one_clear_line(monkeypatch):
     config = ServerConfig(port=0, otlp_traces_endpoint="http://localhost:4318/v1/traces")
     with pytest.raises(ConfigError, match=r"needs the package opentelemetry\..*pip install 'tetriserve\[otel\]'"):
         await serve(config, lambda: pytest.fail("launched"))
+
+
+async def test_a_collectors_password_is_not_logged_when_it_cannot_be_reached(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with caplog.at_level(logging.DEBUG):
+        exporter = OTLPSpanExporter(endpoint=f"http://user:hush@127.0.0.1:{port}/v1/traces", timeout=0.5)
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        provider.get_tracer("test").start_span("a").end()
+        provider.shutdown()
+    assert caplog.records
+    assert "hush" not in caplog.text

@@ -102,6 +102,7 @@ def test_a_key_set_to_nothing_in_a_file_does_not_open_the_server(tmp_path: Path,
         (["--served-model-name", ""], "served-model-name is ''; allowed: 1 to 200 printable characters"),
         (["--served-model-name", "a\nb"], "served-model-name is 'a\\nb'; allowed: 1 to 200 printable characters"),
         (["--journal", "j", "--result-ttl", "0"], "result-ttl is 0.0; it must be above 0"),
+        (["--otlp-traces-endpoint", "https://c/v1/traces?token=secret"], "otlp-traces-endpoint has a query, which"),
         (["--log-format", "xml"], "log-format is 'xml'; allowed: text, json"),
         (
             ["--otlp-traces-endpoint", "grpc://user:secret@collector:4318"],

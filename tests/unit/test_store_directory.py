@@ -74,3 +74,9 @@ def test_dropping_a_request_drops_its_files_and_nobody_elses(tmp_path: Path) -> 
     store.drop(TensorRef("b.embeds", 0))
     store.drop(TensorRef("b.embeds", 0))
     assert not (tmp_path / "b.embeds.safetensors").exists()
+
+
+def test_the_directory_is_its_owners_alone() -> None:
+    directory = StoreDirectory()
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    directory.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tetriserve.core.request import Request
 
 LEAST_SPARE = 0.05
+FIRST_SPARE = 0.2
 MOST_SPARE = 0.5
 _KEPT = 0.95
 """The share of promises that shall be kept."""
@@ -18,11 +19,11 @@ class Spare:
     Each promise that was broken widens it, each that was kept narrows it a little, so that it settles where `_KEPT` of
     them are kept (stochastic approximation of a quantile; Robbins and Monro, 1951). So promises hold on a machine whose
     tasks vary, or that others use too, and on a steady one little is kept in hand. While no promise is open nothing can
-    be learnt, and what was learnt fades: else nothing might ever be promised again.
+    be learnt, and what was learnt fades to the first guess: else nothing might ever be promised again.
     """
 
     def __init__(self) -> None:
-        self.fraction = LEAST_SPARE
+        self.fraction = FIRST_SPARE
         self._deadlines_s: dict[str, float] = {}
         self._looked_at_s = 0.0
 
@@ -39,7 +40,7 @@ class Spare:
         """Broken promises count when their deadlines pass: late requests are served last, perhaps much later."""
         if not self._deadlines_s:
             faded = 0.5 ** ((now - self._looked_at_s) / _HALF_LIFE_S)
-            self.fraction = LEAST_SPARE + faded * (self.fraction - LEAST_SPARE)
+            self.fraction = FIRST_SPARE + faded * (self.fraction - FIRST_SPARE)
         self._looked_at_s = now
         for request_id, deadline_s in list(self._deadlines_s.items()):
             if deadline_s < now:
