@@ -11,9 +11,10 @@ saying `deadline_policy: reject`, once with none. Judged by the client's clock. 
 - a refusal takes less than a second, 99 times of 100;
 - within 10 s after the burst the share in time is back at what it was before.
 
-Run with
+With `--timers` the ranks are timers (`timed_server.py`), whose speed hardly depends on what else the machine runs; all
+else is the same. Run with
 
-    python benchmarks/overload.py [--calm 0.5] [--burst 5] [--seconds 20] [--policy tetriserve]
+    python benchmarks/overload.py [--timers] [--calm 0.5] [--burst 5] [--seconds 20] [--policy tetriserve]
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pathlib import Path
 from policies_live import alone_times, free_port, running
 from rich.console import Console
 from rich.table import Table
+from timed_server import PROFILE
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.request import Shape
@@ -333,6 +335,7 @@ async def run(port: int, pid: int, profile: Profile, options: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--timers", action="store_true", help="ranks that only take their time")
     parser.add_argument("--policy", default="tetriserve", help="of the scheduler")
     parser.add_argument("--deadline-policies", nargs="+", default=["reject", "best_effort"])
     parser.add_argument("--mix", default="256x256:3,512x512:1")
@@ -349,15 +352,21 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="use this profile instead of measuring one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        log, path, port = Path(directory) / "server.log", options.profile, free_port()
-        if path is None:
-            path = Path(directory) / "profile.json"
-            quiet = Progress(step=lambda text: None)
-            save_profile(asyncio.run(measure_profile(None, PoolConfig(num_ranks=options.ranks), (), quiet))[1], path)
-        command = [sys.executable, "-c", "from tetriserve.cli import main; main()", "serve", "--port", str(port)]
-        command += ["--ranks", str(options.ranks), "--profile", str(path), "--policy", options.policy]
-        with running([*command, "--max-queue", str(options.max_queue)], log) as process:
-            broken = asyncio.run(run(port, process.pid, load_profile(path), options))
+        log, port = Path(directory) / "server.log", free_port()
+        if options.timers:
+            profile, options.mix, options.ranks = PROFILE, "128x128:3,256x256:1", 2
+            command = [sys.executable, str(Path(__file__).with_name("timed_server.py"))]
+        else:
+            path = options.profile or Path(directory) / "profile.json"
+            if options.profile is None:
+                quiet, pool = Progress(step=lambda text: None), PoolConfig(num_ranks=options.ranks)
+                save_profile(asyncio.run(measure_profile(None, pool, (), quiet))[1], path)
+            profile = load_profile(path)
+            command = [sys.executable, "-c", "from tetriserve.cli import main; main()", "serve", "--profile", str(path)]
+            command += ["--ranks", str(options.ranks)]
+        command += ["--port", str(port), "--policy", options.policy, "--max-queue", str(options.max_queue)]
+        with running(command, log) as process:
+            broken = asyncio.run(run(port, process.pid, profile, options))
         if "Traceback" in log.read_text():
             broken.append(f"the server's log has a traceback: {log.read_text()[-2000:]}")
     print("\n".join(f"broken: {line}" for line in broken) or "all bars hold")

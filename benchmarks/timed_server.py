@@ -1,0 +1,97 @@
+"""A server whose ranks are timers: the real HTTP side, engine, policies and quotes; tasks only take their time.
+
+For `overload.py --timers`: what others run on the same machine slows real ranks down, and timers hardly. Prints its
+URL. Tasks vary by a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/server"))
+
+from fake_engine import CARD, FakeExecutor, picture
+
+from tetriserve.config import ServerConfig
+from tetriserve.control import Controller
+from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.request import Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.engine import Intake, LiveEngine
+from tetriserve.policies import make_policy
+from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.server import run_server
+from tetriserve.simulator.foresight import SimulatedForesight
+
+NOISE = 0.1
+SPEEDUPS = {1: 1.0, 2: 1.6}
+STEP_S = {128: 0.04, 256: 0.16}
+PROFILE = Profile(
+    model=CARD.name, hardware="timers", dtype="float32", source="made up", created="2026-01-01",
+    encode_s=0.04, switch_s=0.001,
+    denoise=tuple(
+        DenoiseRow(
+            height=side, width=side, tokens=CARD.num_tokens(Shape(side, side)), degree=degree, step_s=step_s / speedup
+        )
+        for side, step_s in STEP_S.items()
+        for degree, speedup in SPEEDUPS.items()
+    ),
+    decode=tuple(DecodeRow(height=side, width=side, decode_s=0.2) for side in STEP_S),
+)  # fmt: skip
+
+
+class TimedExecutor(FakeExecutor):
+    def __init__(self, cost: ProfileCost, seed: int) -> None:
+        super().__init__()
+        self._cost = cost
+        self._dice = random.Random(seed)
+
+    async def _run(self, command: StartTask) -> None:
+        task, request = command.task, command.request
+        match task.stage:
+            case Stage.ENCODE:
+                takes_s = self._cost.encode_s(request)
+            case Stage.DENOISE:
+                takes_s = task.num_steps * self._cost.step_times(request)[task.degree]
+            case Stage.DECODE:
+                takes_s = self._cost.decode_s(request)
+        takes_s *= max(0.5, self._dice.gauss(1, NOISE))
+        await asyncio.sleep(takes_s)
+        key = f"{request.request_id}/{task.stage}"
+        if task.stage is Stage.DECODE:
+            self.pixels[key] = picture(request.prompt, request.seed, request.shape)
+        self._on_event(TaskFinished(command.task_id, takes_s, TensorRef(key, num_bytes=1)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--policy", required=True)
+    parser.add_argument("--max-queue", type=int, required=True)
+    options = parser.parse_args()
+    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, tuple(SPEEDUPS)))
+    new_policy = partial(make_policy, options.policy, cost, num_ranks=2, shapes=PROFILE.shapes)
+
+    async def launch() -> LiveEngine:
+        engine = LiveEngine(
+            Controller(new_policy(), cost),
+            TimedExecutor(cost, seed=0),
+            Intake(card=CARD, cost=cost),
+            SimulatedForesight(new_policy),
+            max_queue=options.max_queue,
+            policy_name=options.policy,
+        )
+        engine.start()
+        return engine
+
+    return run_server(ServerConfig(port=options.port), launch, on_ready=lambda url, engine: print(url, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
