@@ -96,7 +96,7 @@ class SchedulingConfig:
     policy: str = "tetriserve"
     default_slo_scale: float = 3.0
     max_queue: int = 256
-    max_losses: int = 3
+    max_losses: int = 5
 
     def __post_init__(self) -> None:
         if not self.default_slo_scale > 0:

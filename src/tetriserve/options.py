@@ -20,7 +20,7 @@ PROFILE = "flux.1-dev-8xh100"
 SHORTLIST = "lookahead,tetriserve,edf-best-fit,rssp"
 """What `plan` tries: the strongest policy, the paper's, GF-DiT's, and the paper's strongest baseline."""
 HEARTBEAT_TIMEOUT_S = 10.0
-MAX_LOSSES = 3
+MAX_LOSSES = 5
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ AIM_S = 1.5
 STARVE_S = 3.0
 SLOW_S = 3.0
 _STOPPED_S, _RUNNING_S = 0.15, 0.05
-_HOLD_S = 0.4
+_HOLD_S = 0.8
 """Idle workers are stopped for so long at most, until one of them is given a short task: far below the timeout."""
 assert _HOLD_S < HEARTBEAT_TIMEOUT_S / 2
 
@@ -43,6 +43,7 @@ class Marksman:
     def __init__(self, server: Server, feed: Feed, random: Random) -> None:
         self.strikes: list[Strike] = []
         self.fork_server_deaths_s: list[float] = []
+        self._stopped: set[int] = set()  # for good: nothing else may wake them
         self._server = server
         self._feed = feed
         self._random = random
@@ -100,14 +101,17 @@ class Marksman:
             for pid in held.values():
                 _signal(pid, signal.SIGSTOP)
             task = await self._feed.until(find, _HOLD_S)
+            if task is not None and self._random.random() < 0.5:  # before it begins
+                await self._hit(fault, task.ranks, held)
+                return
         finally:
             for pid in held.values():
-                _signal(pid, signal.SIGCONT)
+                self._wake(pid)
         if task is None:
             await self._hit(fault, self._anyone())
         else:
-            await asyncio.sleep(self._random.uniform(0.0, 0.006))
-            await self._hit(fault, task.ranks)
+            await asyncio.sleep(self._random.uniform(0.0, 0.004))
+            await self._hit(fault, task.ranks, held)
 
     async def _hit_replacement(self, fault: Fault) -> None:
         """Kill one, wait for its replacement, and strike that, or another rank meanwhile."""
@@ -122,8 +126,9 @@ class Marksman:
         others = sorted(set(self._workers()) - {first})
         await self._hit(fault, [first] if fault.aim is Aim.START or not others else [self._random.choice(others)])
 
-    async def _hit(self, fault: Fault, ranks: Sequence[int]) -> None:
-        workers = self._workers()
+    async def _hit(self, fault: Fault, ranks: Sequence[int], workers: Mapping[int, int] | None = None) -> None:
+        """`workers`: their processes, if known already; to look for them takes longer than to encode a prompt."""
+        workers = workers or self._workers()
         for rank in ranks:
             pid = workers.get(rank)
             if pid is None:
@@ -133,13 +138,25 @@ class Marksman:
                 case Kind.KILL:
                     _signal(pid, signal.SIGKILL)
                 case Kind.STOP:
+                    self._stopped.add(pid)
                     _signal(pid, signal.SIGSTOP)
                 case Kind.SLOW:
-                    await _slow(pid)
+                    await self._slow(pid)
                 case Kind.STARVE:
                     await _starve(pid)
                 case _:
                     raise AssertionError(f"{fault.kind} is nothing that is done to a worker")
+
+    async def _slow(self, pid: int) -> None:
+        until = time.monotonic() + SLOW_S
+        while time.monotonic() < until and _signal(pid, signal.SIGSTOP):
+            await asyncio.sleep(_STOPPED_S)
+            self._wake(pid)
+            await asyncio.sleep(_RUNNING_S)
+
+    def _wake(self, pid: int) -> None:
+        if pid not in self._stopped:
+            _signal(pid, signal.SIGCONT)
 
     def _anyone(self) -> list[int]:
         workers = sorted(self._workers())
@@ -147,14 +164,6 @@ class Marksman:
 
     def _workers(self) -> dict[int, int]:
         return find_workers(self._server.pid)
-
-
-async def _slow(pid: int) -> None:
-    until = time.monotonic() + SLOW_S
-    while time.monotonic() < until and _signal(pid, signal.SIGSTOP):
-        await asyncio.sleep(_STOPPED_S)
-        _signal(pid, signal.SIGCONT)
-        await asyncio.sleep(_RUNNING_S)
 
 
 async def _starve(pid: int) -> None:

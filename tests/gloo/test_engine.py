@@ -420,12 +420,30 @@ async def test_a_request_that_kills_its_worker_every_time_is_failed_alone_after_
         for n in range(4)
     ]
     with pytest.raises(
-        RequestFailed, match=r"its workers were lost 4 times in a row, last: rank \d was lost: its process ended"
+        RequestFailed, match=r"its workers were lost 6 times in a row, last: rank \d was lost: its process ended"
     ):
         await four.engine.generate(Generation(prompt="[kill] deadly", size="256x256", num_steps=5))
     await assert_right(await asyncio.gather(*good), expected)
     await four.until_idle()
-    assert four.executor.num_restarts == before + 4
+    assert four.executor.num_restarts == before + 6
+
+
+async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir: Path, profile_path: str) -> None:
+    config = EngineConfig(
+        model=str(bundled_dir),
+        profile=profile_path,
+        pool=PoolConfig(num_ranks=1),
+        scheduling=SchedulingConfig(max_losses=0),
+    )
+    one = Setup.of(await launch(config, Progress()), [])
+    try:
+        client = asyncio.create_task(one.engine.generate(Generation(prompt="fragile", size="256x256", num_steps=200)))
+        await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in one.engine.state.in_flight))
+        os.kill(one.executor.pids[0], signal.SIGKILL)
+        with pytest.raises(RequestFailed, match="its workers were lost 1 times in a row"):
+            await client
+    finally:
+        await one.engine.stop()
 
 
 async def test_a_request_that_no_rank_has_the_memory_for_is_failed_alone_and_the_reason_named(
@@ -439,12 +457,12 @@ async def test_a_request_that_no_rank_has_the_memory_for_is_failed_alone_and_the
     with pytest.raises(RequestFailed) as caught:
         await four.engine.generate(Generation(prompt="[memory] huge", size="256x256", num_steps=5))
     assert str(caught.value) == (
-        "its workers were lost 4 times in a row, last: a rank ran out of memory: "
+        "its workers were lost 6 times in a row, last: a rank ran out of memory: "
         "denoise failed: MemoryError: no room for another tensor"
     )
     await assert_right(await asyncio.gather(*good), expected)
     await four.until_idle()
-    assert four.executor.num_restarts == before + 4
+    assert four.executor.num_restarts == before + 6
     assert four.executor.pids != pids
 
 

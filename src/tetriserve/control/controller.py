@@ -48,7 +48,7 @@ class Controller:
     `max_losses` times in a row is failed alone: it may be what kills them.
     """
 
-    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 3) -> None:
+    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 5) -> None:
         self.policy = policy
         self.cost = cost
         self._max_losses = max_losses
