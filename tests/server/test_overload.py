@@ -51,8 +51,7 @@ async def test_every_answer_is_an_image_or_a_429_that_says_when_to_come_back(flo
     refusals = [answer for answer in answers if answer.status_code == 429]
     assert all(int(refusal.headers["Retry-After"]) >= 1 for refusal in refusals)
     codes = Counter(refusal.json()["error"]["code"] for refusal in refusals)
-    assert set(codes) <= {"queue_full", "deadline_infeasible"}
-    assert codes["queue_full" if policy == "best_effort" else "deadline_infeasible"] > 0
+    assert set(codes) <= ({"queue_full"} if policy == "best_effort" else {"queue_full", "deadline_infeasible"})
     assert max(lengths) <= MAX_QUEUE + NUM_RANKS  # those that run wait between their tasks
     assert engine.state.trajectories == ()
     assert (await client.post(URL, json=BODY)).status_code == 200
