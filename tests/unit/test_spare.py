@@ -21,14 +21,14 @@ def promise(spare: Spare, name: str, deadline_s: float) -> None:
 def test_promises_that_are_kept_narrow_it_to_its_least() -> None:
     spare = Spare()
     promise(spare, "stays open", 1e9)
-    for number in range(100):
+    for number in range(200):
         promise(spare, str(number), number + 1.0)
         spare.note_end(str(number), number + 0.9)
     assert spare.fraction == LEAST_SPARE
 
 
-def test_it_settles_where_19_of_20_are_kept() -> None:
-    """Finishes are late by up to half of the time until them, uniformly."""
+def test_it_settles_where_49_of_50_are_kept() -> None:
+    """Finishes are late by up to 0.4 of the time until them, uniformly."""
     spare, dice, num_kept = Spare(), random.Random(0), 0
     promise(spare, "stays open", 1e9)
     for number in range(4000):
@@ -37,7 +37,7 @@ def test_it_settles_where_19_of_20_are_kept() -> None:
         promise(spare, str(number), deadline_s)
         spare.note_end(str(number), number + 1.0 + lateness)
         num_kept += lateness <= deadline_s - number - 1.0
-    assert num_kept / 4000 == pytest.approx(0.95, abs=0.02)
+    assert num_kept / 4000 == pytest.approx(0.98, abs=0.01)
 
 
 def test_a_broken_promise_counts_once_and_as_soon_as_its_deadline_is_over() -> None:
@@ -46,7 +46,7 @@ def test_a_broken_promise_counts_once_and_as_soon_as_its_deadline_is_over() -> N
     promise(spare, "b", 9.0)
     spare.note_time(1.1)
     widened = spare.fraction
-    assert widened == pytest.approx(FIRST_SPARE + 0.095)
+    assert widened == pytest.approx(FIRST_SPARE + 0.098)
     spare.note_end("a", 5.0)
     assert spare.fraction == widened
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tetriserve.core.request import Request
 
 LEAST_SPARE = 0.05
-FIRST_SPARE = 0.2
+FIRST_SPARE = 0.25
 MOST_SPARE = 0.5
-_KEPT = 0.95
+_KEPT = 0.98
 """The share of promises that shall be kept."""
 _RATE = 0.1
 _HALF_LIFE_S = 2.0
