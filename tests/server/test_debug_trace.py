@@ -20,7 +20,7 @@ async def blocks(client, seconds=30):
 
 
 async def test_ended_tasks_are_blocks_on_their_ranks_and_deadlines_are_marks(client, draw):
-    answer = (await draw(size="64x64", num_inference_steps=3)).json()
+    answer = (await draw(size="64x64", num_inference_steps=3, slo_ms=60_000)).json()
     ran, marks = await blocks(client)
     schedule = answer["data"][0]["schedule"]
     assert [(block["cat"], block["tid"]) for block in ran] == [
