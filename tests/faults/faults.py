@@ -47,6 +47,11 @@ class Fault:
     kind: Kind
     aim: Aim = Aim.ANY
 
+    @property
+    def is_strike(self) -> bool:
+        """Whether a worker suffers it."""
+        return self.kind in (Kind.KILL, Kind.STOP, Kind.SLOW, Kind.STARVE)
+
 
 _AIMS = {
     Aim.ANY: 30, Aim.ENCODE: 10, Aim.COLLECTIVE: 18, Aim.HANDOVER: 12, Aim.DECODE: 12, Aim.START: 6, Aim.BESIDE: 5,
