@@ -183,7 +183,7 @@ async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, m
 
 async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):
     seen = note_url(monkeypatch)
-    server = Live(executor, launch_time_s=0.3)
+    server = Live(executor, launch_time_s=1.0)
     await until(lambda: seen)
     async with httpx.AsyncClient(base_url=seen["url"]) as client:
         assert (await client.get("/health")).status_code == 200
