@@ -17,7 +17,11 @@ WARM_UP = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`values` by what they are: megabytes of each role (proportional: pages that several share count once), counts."""
+    """`values` by what they are: megabytes of each role's own memory, counts.
+
+    Pages that several processes share count once. Libraries are left out: other servers on the machine map them too,
+    and with every one of them that comes or goes our share of them would change.
+    """
 
     time_s: float
     values: dict[str, float]
@@ -42,10 +46,10 @@ def take_sample(session: int) -> Sample:
     for process in find_processes(session):
         role = _role(process, session)
         try:
-            values[f"{role} PSS MB"] += _pss_mb(process.pid)
+            values[f"{role} memory MB"] += _memory_mb(process.pid)
             values[f"{role} threads"] += sum(1 for _ in Path(f"/proc/{process.pid}/task").iterdir())
             values[f"{role} fds"] += sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
-        except (OSError, StopIteration):
+        except OSError:
             continue  # it has just ended
     directory = store_directory(session)
     if directory is not None:
@@ -82,6 +86,6 @@ def _role(process: Process, session: int) -> str:
     return "workers" if process.rank is not None else "fork server"
 
 
-def _pss_mb(pid: int) -> float:
+def _memory_mb(pid: int) -> float:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
