@@ -44,6 +44,7 @@ class Marksman:
         self.strikes: list[Strike] = []
         self.fork_server_deaths_s: list[float] = []
         self._stopped: set[int] = set()  # for good: nothing else may wake them
+        self._killed: set[int] = set()  # some of whom are still dying
         self._server = server
         self._feed = feed
         self._random = random
@@ -131,11 +132,12 @@ class Marksman:
         workers = workers or self._workers()
         for rank in ranks:
             pid = workers.get(rank)
-            if pid is None:
+            if pid is None or pid in self._killed:
                 continue  # it has just died
             self.strikes.append(Strike(fault.kind, fault.aim, rank, time.time(), rank in self._feed.ranks))
             match fault.kind:
                 case Kind.KILL:
+                    self._killed.add(pid)
                     _signal(pid, signal.SIGKILL)
                 case Kind.STOP:
                     self._stopped.add(pid)

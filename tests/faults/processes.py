@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _RANK = re.compile(r"ts-rank-(\d+)")
+_PF_EXITING = 0x4
+"""The kernel's flag of a process that it is taking apart: that takes a while, in which the server knows already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ def find_processes(session: int) -> Iterator[Process]:
             except OSError:
                 continue  # it has just ended
             values = tail.split()
-            if int(values[3]) == session and values[0] not in "ZX":
+            is_dying = values[0] in "ZX" or int(values[6]) & _PF_EXITING
+            if int(values[3]) == session and not is_dying:
                 yield Process(int(directory.name), head.partition("(")[2], int(values[19]))
 
 
