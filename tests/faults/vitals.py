@@ -62,7 +62,7 @@ def files_left(session: int) -> list[str]:
     """What the store holds of requests; nothing, if all have ended."""
     directory = store_directory(session)
     names = [] if directory is None else [path.name for path in directory.iterdir()]
-    return [name for name in names if name.endswith((".safetensors", ".tmp")) and not name.startswith("preview-basis")]
+    return [name for name in names if name.endswith((".safetensors", ".tmp")) and not name.startswith(".preview-basis")]
 
 
 def courses(samples: Sequence[Sample]) -> list[Course]:
