@@ -103,7 +103,10 @@ def kill_process(process: BaseProcess) -> None:
 
 
 def wait_for_end(process: BaseProcess) -> str:
-    """Wait until a dying worker has let go of what it held, its memory and its device; how it ended, in words."""
+    """Wait until a dying worker has let go of what it held, its memory and its device; how it ended, in words.
+
+    Blocks: call it in a thread.
+    """
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         with _lock:  # a start looks at all processes, and of two looks at once one would miss the exit code

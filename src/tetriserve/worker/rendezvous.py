@@ -48,4 +48,4 @@ def meet(directory: Path, rank: int, ranks: Sequence[int], timeout_s: float) -> 
                 raise PeerAbsent("a peer is gone: the group was dropped")
             if time.monotonic() > give_up_at:
                 raise PeerAbsent(f"peer {other} did not come within {timeout_s:g} s")
-            time.sleep(_LOOK_S)
+            time.sleep(_LOOK_S)  # on the task's thread, which has nothing to do before all are here
