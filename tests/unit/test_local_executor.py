@@ -238,14 +238,20 @@ async def test_a_group_that_one_member_could_not_form_is_dropped_by_all_and_name
     await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events)
 
 
-async def test_a_step_that_failed_is_no_lost_task_because_a_peer_got_stuck_in_it(pools: Callable[..., Pool]) -> None:
-    pool = await started(pools(2, group_timeout_s=0.05))
+@pytest.mark.parametrize("timeouts", [{"group_timeout_s": 0.05}, {"heartbeat_timeout_s": 1.0}])
+async def test_a_step_that_failed_is_no_lost_task_because_a_peer_got_stuck_in_it(
+    pools: Callable[..., Pool], timeouts: dict[str, float]
+) -> None:
+    """Whether it is the collective's timeout or the heartbeat's: the shorter counts."""
+    pool = await started(pools(2, **timeouts))
     pool.start_task(1, (0, 1))
     pool.workers[1].say(TaskError(1, FailureKind.STEP, "denoise failed: MemoryError: no room", 1.0))
+    await asyncio.sleep(0.02)
+    pool.workers[0].say(Heartbeat(0))
     await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
     lost, failed = pool.events[-2:]
     assert isinstance(lost, WorkerLost)
-    assert (lost.rank, lost.reason) == (0, "stuck after a peer failed, for 0.05 s")
+    assert (lost.rank, lost.reason) == (0, f"stuck after a peer failed, for {min(timeouts.values()):g} s")
     assert failed == TaskFailed(1, FailureKind.STEP, "denoise failed: MemoryError: no room")
     await pool.until(lambda: pool.events[-1] == WorkerJoined(0))
 

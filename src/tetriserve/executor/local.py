@@ -349,13 +349,18 @@ class LocalExecutor:
                 return
 
     def _hurry(self, running: Running) -> None:
-        """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced."""
-        asyncio.get_running_loop().call_later(self._pool.group_timeout_s, self._kill_pending, running)
+        """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced.
 
-    def _kill_pending(self, running: Running) -> None:
+        Not only after the collective's own timeout: until then its task holds all that its other ranks could do, and
+        every block has a collective, so that one which merely computes comes to it before long.
+        """
+        patience_s = min(self._pool.group_timeout_s, self._pool.heartbeat_timeout_s)
+        asyncio.get_running_loop().call_later(patience_s, self._kill_pending, running, patience_s)
+
+    def _kill_pending(self, running: Running, patience_s: float) -> None:
         if self._running.get(running.start.task_id) is running:
             for rank in running.pending & self._workers.keys():
-                self._workers[rank].kill(f"stuck after a peer failed, for {self._pool.group_timeout_s:g} s")
+                self._workers[rank].kill(f"stuck after a peer failed, for {patience_s:g} s")
 
     async def _watch_heartbeats(self) -> None:
         every_s = self._pool.heartbeat_timeout_s / 5
