@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.hostile import PROMPTS
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Request, Shape
@@ -17,19 +18,6 @@ from tetriserve.engine import Generation
 from tetriserve.launch import Progress, launch
 from tetriserve.models.card import read_card
 from tetriserve.models.flux import FluxAdapter
-
-PROMPTS = {
-    "NUL": "a\0b",
-    "control characters": "".join(map(chr, range(32))) + "a" + "".join(map(chr, range(0x7F, 0xA0))),
-    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e007f",
-    "right to left": "\u202e\u0645\u0631\u062d\u0628\u0627\u2066",
-    "combining": "e" + "\u0301" * 3000,
-    "zero width": "\u200b\ufeff\u2060",
-    "not characters": "\ufffe\uffff\U0010ffff",
-    "one long word": "x" * 8000,
-    "four bytes each": "\U0001f600" * 8000,
-    "special tokens": "<|endoftext|></s><pad><extra_id_0><unk> ",
-}
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
@@ -48,7 +36,7 @@ async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: 
     engine = await launch(config, Progress(step=lambda text: None))
     try:
         pids = engine._executor.pids  # type: ignore[attr-defined]
-        for prompt in ("".join(PROMPTS.values())[:8000], PROMPTS["four bytes each"]):
+        for prompt in ("".join(PROMPTS.values())[:8000], PROMPTS["as long as it may be, four bytes each"]):
             image = await engine.generate(Generation(prompt=prompt, size="256x256", num_steps=1, seed=1, slo_s=600))
             assert image.pixels.shape == (256, 256, 3)
         assert engine._executor.pids == pids  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import logging
 import pytest
 from fake_engine import CARD, FAILING, SIDES
 
+from tests.hostile import PROMPTS
 from tetriserve.core.request import Shape
 from tetriserve.server import EngineSlot
 from tetriserve.server.exchange import MAX_BODY_BYTES
@@ -15,18 +16,6 @@ from tetriserve.server.exchange import MAX_BODY_BYTES
 URL = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
 
-DRAWN = {
-    "NUL": "a\0b",
-    "control characters": "".join(map(chr, range(32))) + "a" + "".join(map(chr, range(0x7F, 0xA0))),
-    "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e007f",
-    "right to left": "\u202e\u0645\u0631\u062d\u0628\u0627\u2066",
-    "combining": "e" + "\u0301" * 3000,
-    "zero width": "\u200b\ufeff\u2060",
-    "not characters": "\ufffe\uffff\U0010ffff",
-    "as long as it may be": "x" * 8000,
-    "as long as it may be, four bytes each": "\U0001f600" * 8000,
-    "markup": "<script>alert(1)</script> ${jndi:ldap://x} %s {0} '; DROP TABLE",
-}
 SPACES = [" ", "\t\r\n", "\u00a0", "\u2003\u3000", "\u2028\u2029", "\x1c\x1d\x1e\x1f\x85", "\x0b\x0c"]
 
 
@@ -38,7 +27,7 @@ def seen(engine):
     return prompts
 
 
-@pytest.mark.parametrize("prompt", DRAWN.values(), ids=DRAWN)
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 async def test_any_text_is_drawn_as_it_was_sent(draw, seen, prompt):
     response = await draw(prompt=prompt, negative_prompt=prompt, user=prompt)
     assert response.status_code == 200, response.text
