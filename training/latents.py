@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
@@ -53,6 +54,7 @@ class LatentBank:
     """All shards of one size, in memory: (N, S, 4C) float16 with N seeds."""
 
     def __init__(self, folder: Path, height: int, width: int) -> None:
+        self._size = height, width
         self.height, self.width = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
         self._folder = folder / f"{height}x{width}"
         self._names: set[str] = set()
@@ -73,9 +75,9 @@ class LatentBank:
         self._seeds = torch.cat([self._seeds, *(shard["seeds"] for shard in shards)])
         self._latents = torch.cat([self._latents, *(shard["latents"] for shard in shards)])
 
-    def labels(self, seed: int) -> tuple[tuple[int, int], ...]:
-        """What each of the picture's tokens is part of; see `labels_of`."""
-        return labels_of(seed, self.height * PIXELS_PER_TOKEN, self.width * PIXELS_PER_TOKEN)
+    def labels(self, seeds: list[int]) -> torch.Tensor:
+        """What each token of the pictures is part of (len(seeds), S, 5); see `Label`."""
+        return torch.from_numpy(np.stack([labels_of(seed, *self._size) for seed in seeds]))
 
     def draw(self, random: Random, count: int) -> tuple[list[int], torch.Tensor]:
         """`count` random seeds and their latents (count, S, 4C), float32."""

@@ -53,19 +53,24 @@ class Reader(nn.Module):
 
 
 class Prediction(NamedTuple):
-    """velocity (B, S, 4C); colours, shapes: logits (B, S, classes) of what each token is part of; 0 is nothing."""
+    """velocity (B, S, 4C), and of the object that each token is part of, see `Label`:
+
+    colours, shapes: logits (B, S, classes), the first of which is "none".
+    places: the rest (B, S, 3).
+    """
 
     velocity: torch.Tensor
     colours: torch.Tensor
     shapes: torch.Tensor
+    places: torch.Tensor
 
 
 class Denoiser(nn.Module):
     """Velocity of packed latents from captions: FLUX's transformer, small, with what reads the captions for it.
 
-    From the middle of the transformer two linear layers tell which object each token is part of. They are of use in
-    training alone: what the caption means for a token is learnt many times sooner when it is asked for than from the
-    velocity (as REPA does with features of another model: Yu et al. 2024).
+    From the middle of the transformer linear layers tell which object each token is part of, and which part. They are
+    of use in training alone: what the caption means for a token is learnt many times sooner when it is asked for than
+    from the velocity (as REPA does with features of another model: Yu et al. 2024).
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -74,6 +79,7 @@ class Denoiser(nn.Module):
         self.transformer = _make_transformer()
         width = self.transformer.inner_dim
         self.colours, self.shapes = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(SHAPES) + 1)
+        self.places = nn.Linear(width, 3)
         self._tapped: list[torch.Tensor] = []
         tapped_block = self.transformer.single_transformer_blocks[_TAPPED_BLOCK]
         tapped_block.register_forward_hook(lambda block, inputs, outputs: self._tapped.append(outputs[1]))
@@ -94,7 +100,7 @@ class Denoiser(nn.Module):
             return_dict=False,
         )[0]
         hidden_BSD = self._tapped.pop()
-        return Prediction(velocity_BSC, self.colours(hidden_BSD), self.shapes(hidden_BSD))
+        return Prediction(velocity_BSC, self.colours(hidden_BSD), self.shapes(hidden_BSD), self.places(hidden_BSD))
 
 
 def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:

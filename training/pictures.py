@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from itertools import product
+from math import log
 from multiprocessing import get_context
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tetriserve.evaluation.drawing import draw_image, place_items
+from tetriserve.evaluation.drawing import Place, draw_image, place_items
 from tetriserve.evaluation.scenes import Scene, draw_training
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
 
@@ -22,6 +23,8 @@ _CROPS = {64: 0.6, 128: 0.25, 256: 0.15}
 _SIDES = (256, 256, 512)
 _COLOURS = tuple(COLOURS)
 PIXELS_PER_TOKEN = 32
+_LEAST_COVERED = 0.05
+"""Of a token, by the object that it is part of."""
 _Result = TypeVar("_Result")
 
 
@@ -29,23 +32,43 @@ def scene_of(seed: int) -> Scene:
     return draw_scene_of_any_count(Random(seed))
 
 
+class Label(NamedTuple):
+    """What a token is part of: its object's colour and shape, numbered from 1, or 0 and 0 for nothing.
+
+    across, down: from the object's centre to the token's, over half the object's longer side.
+    extent: logarithm of half the object's longer side in tokens.
+    """
+
+    colour: int = 0
+    shape: int = 0
+    across: float = 0.0
+    down: float = 0.0
+    extent: float = 0.0
+
+
 @cache
-def labels_of(seed: int, height: int, width: int) -> tuple[tuple[int, int], ...]:
-    """For each token of `scene_of(seed)` drawn so, in rows: its object's colour and shape, numbered from 1; or 0, 0."""
-    random = Random(seed)
-    scene = draw_scene_of_any_count(random)
-    places = place_items(scene, random, height, width)
+def labels_of(seed: int, height: int, width: int) -> np.ndarray:
+    """For each token of `scene_of(seed)` drawn so, in rows, its `Label`: (S, 5), float32."""
+    scene, places = _laid_out(seed, height, width)
     side = PIXELS_PER_TOKEN / min(height, width)
     labels = []
     for row, column in product(range(height // PIXELS_PER_TOKEN), range(width // PIXELS_PER_TOKEN)):
-        label = (0, 0)
+        label = Label()
+        least_area = _LEAST_COVERED * side**2
         for item, place in zip(scene.items, places, strict=True):
-            across = _overlap(column * side, side, place.x, place.extent)
-            down = _overlap(row * side, side, place.y, place.extent)
-            if across * down > side**2 / 4:
-                label = (1 + _COLOURS.index(item.colour), 1 + SHAPES.index(item.shape))
+            width_covered = _overlap(column * side, side, place.x, place.extent)
+            area = width_covered * _overlap(row * side, side, place.y, place.extent)
+            if area > least_area:
+                least_area = area
+                label = Label(
+                    colour=1 + _COLOURS.index(item.colour),
+                    shape=1 + SHAPES.index(item.shape),
+                    across=((column + 0.5) * side - place.x) / place.extent,
+                    down=((row + 0.5) * side - place.y) / place.extent,
+                    extent=log(place.extent / side),
+                )
         labels.append(label)
-    return tuple(labels)
+    return np.array(labels, dtype=np.float32)
 
 
 def _overlap(start: float, length: float, centre: float, extent: float) -> float:
@@ -89,9 +112,13 @@ def draw_scene_of_any_count(random: Random) -> Scene:
 
 
 def _picture_of(seed: int, height: int, width: int) -> np.ndarray:
+    return draw_image(*_laid_out(seed, height, width), height, width)
+
+
+def _laid_out(seed: int, height: int, width: int) -> tuple[Scene, tuple[Place, ...]]:
     random = Random(seed)
     scene = draw_scene_of_any_count(random)
-    return draw_image(scene, place_items(scene, random, height, width), height, width)
+    return scene, place_items(scene, random, height, width)
 
 
 def _draw_crop(random: Random, crop: int) -> np.ndarray:

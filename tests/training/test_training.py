@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,7 @@ from training.export import export_pipeline, make_pipeline, restore_checkpoints
 from training.learner import Learner, Schedule, load, save
 from training.model import Denoiser, Reader, image_ids, pack
 from training.muon import orthogonal
-from training.pictures import crops_of, labels_of, pictures_of, prefetched, scene_of
+from training.pictures import Label, crops_of, labels_of, pictures_of, prefetched, scene_of
 from training.text import OBJECT_FACTS, Questions, object_facts, scene_facts
 from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 from training.vae import encode, load_vae, to_images, train_vae
@@ -175,18 +176,33 @@ def test_tokens_are_labelled_by_the_object_they_show(height: int, width: int) ->
         scene = scene_of(seed)
         pixels = pictures_of([seed], height, width)[0]
         cells = pixels.reshape(height // 32, 32, width // 32, 32, 3).swapaxes(1, 2).reshape(-1, 32 * 32, 3)
-        labels = labels_of(seed, height, width)
+        labels = [Label(*row) for row in labels_of(seed, height, width).tolist()]
         assert len(labels) == len(cells)
         known = {(1 + list(COLOURS).index(item.colour), 1 + SHAPES.index(item.shape)) for item in scene.items}
-        assert set(labels) - {(0, 0)} == known
+        assert {(label.colour, label.shape) for label in labels} - {(0, 0)} == known
         background = np.array(COLOURS[scene.background])
-        for cell, (colour, _) in zip(cells, labels, strict=True):
-            if colour:
-                ink = np.array(list(COLOURS.values())[colour - 1])
+        for cell, label in zip(cells, labels, strict=True):
+            if label.colour:
+                ink = np.array(list(COLOURS.values())[int(label.colour) - 1])
                 others = (cell != background).any(1) & (np.abs(cell.astype(int) - ink).sum(1) > 30)
                 assert others.mean() < 0.25, "no other object lies here"
             else:
-                assert (cell != background).any(1).mean() < 0.6
+                assert (cell != background).any(1).mean() < 0.06
+
+
+def test_labels_tell_where_in_its_object_a_token_lies() -> None:
+    seed = next(seed for seed in range(100) if scene_of(seed).items[0].size == "big" and len(scene_of(seed).items) == 1)
+    pixels = pictures_of([seed], 256, 256)[0]
+    rows, columns = np.nonzero((pixels != np.array(COLOURS[scene_of(seed).background])).any(-1))
+    left, right, top, bottom = columns.min(), columns.max(), rows.min(), rows.max()
+    labels = {number: Label(*row) for number, row in enumerate(labels_of(seed, 256, 256).tolist()) if row[0]}
+    for number, label in labels.items():
+        row, column = divmod(number, 8)
+        extent = math.exp(label.extent) * 32
+        assert (column + 0.5) * 32 - label.across * extent == pytest.approx((left + right) / 2, abs=2)
+        assert (row + 0.5) * 32 - label.down * extent == pytest.approx((top + bottom) / 2, abs=2)
+        assert extent == pytest.approx(max(right - left, bottom - top) / 2, abs=2)
+    assert len(labels) > 4
 
 
 def test_the_denoiser_says_what_tokens_are_part_of_and_its_gradient_reaches_the_transformer() -> None:
@@ -196,7 +212,8 @@ def test_the_denoiser_says_what_tokens_are_part_of_and_its_gradient_reaches_the_
     assert prediction.velocity.shape == (2, 64, 64)
     assert prediction.colours.shape == (2, 64, 1 + len(COLOURS))
     assert prediction.shapes.shape == (2, 64, 1 + len(SHAPES))
-    prediction.shapes.square().sum().backward()
+    assert prediction.places.shape == (2, 64, 3)
+    prediction.places.square().sum().backward()
     assert model.transformer.x_embedder.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.reader.parameters())
 
