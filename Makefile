@@ -44,11 +44,12 @@ bench: $(VENV)/.run ## Speed, as ratios measured in one run
 	$(BIN)/python benchmarks/execution.py
 	$(BIN)/python benchmarks/simulation.py
 
-# The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DIT_MINUTES=20
+# The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DIT_MINUTES=15 GUIDED_MINUTES=5
 TRAIN_ARGS ?=
 VAE_MINUTES ?= 30
 TEXT_MINUTES ?= 10
-DIT_MINUTES ?= 360
+DIT_MINUTES ?= 270
+GUIDED_MINUTES ?= 90
 TRAIN = $(BIN)/python -m training $(TRAIN_ARGS)
 
 train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as long as *_MINUTES say
@@ -56,7 +57,8 @@ train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as l
 	$(TRAIN) latents
 	$(TRAIN) vae --decoder-only --rate 1e-3 --minutes $(VAE_MINUTES) --decay 0.5
 	$(TRAIN) text --minutes $(TEXT_MINUTES) --rate 3e-3 --decay 0.5
-	$(TRAIN) dit --minutes $(DIT_MINUTES) --rate 3e-3 --decay 0.25
+	$(TRAIN) dit --minutes $(DIT_MINUTES) --rate 3e-3
+	$(TRAIN) dit --minutes $(GUIDED_MINUTES) --rate 2e-3 --decay 1 --guidance 2.5
 	$(TRAIN) export
 	$(BIN)/tetriserve evaluate out/training/pipeline --sizes 256x256,512x512,1024x1024 --sheet out/training/sheet.png
 
