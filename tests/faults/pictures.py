@@ -22,6 +22,8 @@ _PROMPTS = (
     "a blue star below a red triangle",
     "a yellow square and a green circle on a grey background",
 )
+_FIRST_SEED = 3
+"""Of seeds with which no two pictures look alike: at so few steps the bundled model may draw nothing at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def make_catalogue() -> tuple[tuple[Picture, Picture], ...]:
     pairs = []
     for number in range(15):
         size, num_steps = kinds[number % len(kinds)]
-        prompt, seed = _PROMPTS[number % len(_PROMPTS)], 100 * number
+        prompt, seed = _PROMPTS[number % len(_PROMPTS)], _FIRST_SEED + 100 * number
         pairs.append((Picture(prompt, size, seed, num_steps), Picture(prompt, size, seed + 1, num_steps)))
     return tuple(pairs)
 
