@@ -28,11 +28,7 @@ _REFRESH_STEPS = 100
 _OBJECTS_WEIGHT = 0.05
 _PLACES_WEIGHT = 0.1
 _NOISIER = 0.7
-"""How much further than the sampler's levels those that are trained on are shifted.
-
-Above a level of 0.7 layout and shapes are decided, and there the errors are made: of pictures that a young model takes
-up at 0.7 nearly all end right, when less than half do that it draws from the start.
-"""
+"""How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
 _NOTHING_WEIGHT = 0.15
 _BACKENDS = {
     # The fused one is several times slower for so few tokens.
