@@ -191,13 +191,13 @@ SPLIT_CASES = ("square", "wide", "negative prompt")
 def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
     """One of two ranks, a process of its own: cases under every plan, saved as `Results`."""
     from tetriserve.worker.groups import Groups
-    from tetriserve.worker.rendezvous import open_rendezvous
+    from tetriserve.worker.rendezvous import Rendezvous
 
     torch.set_num_threads(1)
     groups = Groups(rank, "gloo", "cpu", directory, timeout_s=60)
     adapter = FluxAdapter(read_card(model_dir), "cpu")
     for name in ("first", "second"):
-        open_rendezvous(directory / name)
+        Rendezvous(directory / name).open()
     first, second = (groups.get(name, (0, 1)).mesh for name in ("first", "second"))
     meshes = ((first,), (second, first, second), (None, first, None), (second, None, first), (None,))
     transformer = adapter._pipeline.transformer

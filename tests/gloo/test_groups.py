@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tetriserve.worker import groups
-from tetriserve.worker.groups import Groups, is_collective_error
-from tetriserve.worker.rendezvous import meet, open_rendezvous
+from tetriserve.worker.groups import Groups
+from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 
-CONNECTING_S, LATE_S = 1.0, 2.5
+CONNECTING_S, LATE_S, DROPPED_AFTER_S = 1.0, 2.5, 0.1
 RANKS = (0, 1)
 
 
 def test_connecting_is_given_little_time_and_collectives_as_much_as_wanted(tmp_path: Path) -> None:
-    for name in ("slow", "half"):
-        open_rendezvous(tmp_path / name)
+    for name in ("slow", "half", "dropped"):
+        Rendezvous(tmp_path / name).open()
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for rank in RANKS:
@@ -32,11 +34,12 @@ def test_connecting_is_given_little_time_and_collectives_as_much_as_wanted(tmp_p
         ends.append(ours)
         processes.append(process)
     assert all(end.poll(120) for end in ends)
-    (waited_s, released_s), _ = (end.recv() for end in ends)
+    (waited_s, released_s, dropped_s), _ = (end.recv() for end in ends)
     for process in processes:
         process.join()
     assert waited_s > CONNECTING_S, "the late member was waited for"
     assert CONNECTING_S / 2 < released_s < 20, "whose peer does not connect is released long before the group's timeout"
+    assert dropped_s < CONNECTING_S, "whose group is dropped meanwhile is released at once"
 
 
 def _member(rank: int, rendezvous: Path, theirs: Connection) -> None:
@@ -49,14 +52,21 @@ def _member(rank: int, rendezvous: Path, theirs: Connection) -> None:
     ones = torch.ones(2)
     dist.all_to_all_single(torch.empty_like(ones), ones, group=process_group)
     waited_s = time.monotonic() - start
-    start = time.monotonic()
-    if rank == 1:
-        meet(rendezvous / "half", 1, RANKS, 60)
-    else:
-        try:
-            formed.get("half", RANKS)
-        except RuntimeError as error:
-            assert is_collective_error(error), error
-    theirs.send((waited_s, time.monotonic() - start))
+    released_s = _seconds_without_peer(formed, rendezvous, rank, "half")
+    if rank == 0:
+        threading.Timer(DROPPED_AFTER_S, Rendezvous(rendezvous / "dropped").close).start()
+    dropped_s = _seconds_without_peer(formed, rendezvous, rank, "dropped")
+    theirs.send((waited_s, released_s, dropped_s))
     time.sleep(LATE_S)  # a peer that ends would release the other
     os._exit(0)
+
+
+def _seconds_without_peer(formed: Groups, rendezvous: Path, rank: int, group: str) -> float:
+    """How long rank 0 waits for rank 1, which meets it and goes no further."""
+    start = time.monotonic()
+    if rank == 1:
+        Rendezvous(rendezvous / group).meet(1, RANKS, 60)
+    else:
+        with pytest.raises(PeerAbsent):
+            formed.get(group, RANKS)
+    return time.monotonic() - start

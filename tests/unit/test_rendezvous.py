@@ -8,39 +8,52 @@ from pathlib import Path
 
 import pytest
 
-from tetriserve.worker.rendezvous import PeerAbsent, close_rendezvous, meet, open_rendezvous
+from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Path:
-    open_rendezvous(tmp_path / "group-1-0-2")
-    return tmp_path / "group-1-0-2"
+def group(tmp_path: Path) -> Rendezvous:
+    rendezvous = Rendezvous(tmp_path / "group-1-0-2")
+    rendezvous.open()
+    return rendezvous
 
 
-def test_all_members_meet(group: Path) -> None:
-    other = threading.Thread(target=meet, args=(group, 2, (0, 2), 10.0))
+def test_all_members_meet(group: Rendezvous) -> None:
+    other = threading.Thread(target=group.meet, args=(2, (0, 2), 10.0))
     other.start()
-    meet(group, 0, (0, 2), 10.0)
+    group.meet(0, (0, 2), 10.0)
     other.join(10.0)
     assert not other.is_alive()
 
 
-def test_whoever_waits_for_a_dead_peer_is_sent_away_when_the_group_is_dropped(group: Path) -> None:
-    threading.Timer(0.05, close_rendezvous, (group,)).start()
+def test_what_one_leaves_another_finds_whatever_its_name(group: Rendezvous) -> None:
+    group.put("cpu//0/1", b"\x00 address")
+    group.put("..", b"two dots")
+    group.wait(["cpu//0/1", ".."], 10.0)
+    assert [group.get(name) for name in ("cpu//0/1", "..")] == [b"\x00 address", b"two dots"]
+    assert group.has(["cpu//0/1"]) and not group.has(["cpu//0/1", "cpu//0/2"])
+
+
+def test_whoever_waits_for_a_dead_peer_is_sent_away_when_the_group_is_dropped(
+    group: Rendezvous, tmp_path: Path
+) -> None:
+    threading.Timer(0.05, group.close).start()
     start = time.monotonic()
     with pytest.raises(PeerAbsent, match="the group was dropped"):
-        meet(group, 0, (0, 2), 60.0)
+        group.meet(0, (0, 2), 60.0)
     assert time.monotonic() - start < 30
-    assert list(group.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_whoever_comes_after_the_group_was_dropped_is_sent_away(group: Path) -> None:
-    close_rendezvous(group)
-    close_rendezvous(group)  # once more is no error
+def test_whoever_comes_after_the_group_was_dropped_is_sent_away(group: Rendezvous) -> None:
+    group.close()
+    group.close()  # once more is no error
     with pytest.raises(PeerAbsent, match="the group was dropped"):
-        meet(group, 0, (0, 2), 60.0)
+        group.meet(0, (0, 2), 60.0)
+    with pytest.raises(PeerAbsent, match="the group was dropped"):
+        group.get("rank 0")
 
 
-def test_a_peer_that_does_not_come_is_named(group: Path) -> None:
-    with pytest.raises(PeerAbsent, match=r"peer 2 did not come within 0.01 s"):
-        meet(group, 0, (0, 2), 0.01)
+def test_a_peer_that_does_not_come_is_named(group: Rendezvous) -> None:
+    with pytest.raises(PeerAbsent, match=r"rank 2 did not come within 0.01 s"):
+        group.meet(0, (0, 2), 0.01)

@@ -53,7 +53,7 @@ from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
-from tetriserve.worker.rendezvous import close_rendezvous, open_rendezvous
+from tetriserve.worker.rendezvous import Rendezvous
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -398,11 +398,11 @@ class LocalExecutor:
 
     def _name_group(self, ranks: tuple[int, ...]) -> str:
         name = self._groups.name(ranks)
-        open_rendezvous(self._directory.path / name)
+        Rendezvous(self._directory.path / name).open()
         return name
 
     def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
-        close_rendezvous(self._directory.path / name)
+        Rendezvous(self._directory.path / name).close()
         for rank in ranks:
             self._send(rank, DropGroup(name))
 

@@ -20,20 +20,45 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tetriserve.worker.rendezvous import PeerAbsent, meet
+from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 
 MAX_RANKS = 4096
 _MEETING_TIMEOUT_S = 10.0
 """Members are told to form a group at the same moment; one that does not come is stopped, and soon replaced."""
 _CONNECTING_TIMEOUT = timedelta(seconds=3)
-"""They connect when all have come, in about 10 ms; one that dies meanwhile holds up the others for this long."""
+"""They connect when all have come, in a few ms; one that dies and is not noticed holds up the others for this long."""
 _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
+
+
+class _MeetingStore(c10d.Store):
+    """A group's rendezvous as its backend sees it. Unlike torch's stores it can be left, when a peer dies meanwhile."""
+
+    def __init__(self, rendezvous: Rendezvous, timeout: timedelta) -> None:
+        super().__init__()
+        self._rendezvous = rendezvous
+        self._timeout = timeout
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # backends write bytes
+        self._rendezvous.put(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._rendezvous.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._rendezvous.has(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._rendezvous.wait(keys, (timeout or self._timeout).total_seconds())
 
 
 @dataclass(frozen=True)
 class Group:
+    """`store` is what the backend met in: its native half calls the Python one for as long as the group is there."""
+
     process_group: dist.ProcessGroup
     mesh: DeviceMesh
+    store: c10d.Store
 
 
 class Groups:
@@ -43,11 +68,11 @@ class Groups:
     to say, for all members alike; deciding it here would leave some members waiting for others.
     """
 
-    def __init__(self, rank: int, backend: str, device: str, rendezvous: Path, timeout_s: float) -> None:
+    def __init__(self, rank: int, backend: str, device: str, directory: Path, timeout_s: float) -> None:
         self._rank = rank
         self._backend = backend
         self._device = torch.device(device)
-        self._rendezvous = rendezvous
+        self._directory = directory
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[str, Group] = {}
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=MAX_RANKS)
@@ -80,11 +105,11 @@ class Groups:
                 c10d._abort_process_group(group.process_group)
 
     def _form(self, name: str, ranks: list[int]) -> Group:
-        meet(self._rendezvous / name, self._rank, ranks, _MEETING_TIMEOUT_S)
-        store = dist.FileStore(str(self._rendezvous / name / "store"), len(ranks))  # type: ignore[attr-defined]
+        rendezvous = Rendezvous(self._directory / name)
+        rendezvous.meet(self._rank, ranks, _MEETING_TIMEOUT_S)
         # Gloo connects now, NCCL with its first collective.
         connecting = min(self._timeout, _CONNECTING_TIMEOUT) if self._backend == "gloo" else self._timeout
-        store.set_timeout(connecting)
+        store = _MeetingStore(rendezvous, connecting)
         try:
             process_group, _ = c10d._new_process_group_helper(
                 len(ranks),
@@ -95,11 +120,13 @@ class Groups:
                 c10d.GroupName(name),
                 timeout=connecting,
             )
-        except RuntimeError as error:  # of the store's too, whose texts say nothing of peers
+        except PeerAbsent:
+            raise
+        except RuntimeError as error:  # gloo's, whose texts say nothing of peers
             raise PeerAbsent(f"a peer did not connect: {error}") from error
         c10d._set_pg_timeout(self._timeout, process_group)
         c10d._world.pg_group_ranks[process_group] = {rank: index for index, rank in enumerate(ranks)}
-        return Group(process_group, DeviceMesh.from_group(process_group, self._device.type))
+        return Group(process_group, DeviceMesh.from_group(process_group, self._device.type), store)
 
 
 def is_collective_error(error: BaseException) -> bool:
