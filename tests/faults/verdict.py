@@ -11,6 +11,8 @@ from rich.table import Table
 
 from tests.faults.campaign import Result
 from tests.faults.faults import Kind
+from tests.faults.feed import Task
+from tests.faults.losses import Damage
 from tests.faults.server import HEARTBEAT_TIMEOUT_S
 from tests.faults.vitals import courses
 
@@ -19,6 +21,7 @@ STOP_BAR_S = HEARTBEAT_TIMEOUT_S * 1.2 + 0.1
 """The timeout, and a fifth of it until the server looks again."""
 USEFUL_BAR_S = 5.0
 GROWTH_BAR = 0.02
+_NUM_COSTLIEST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ def print_verdict(result: Result, console: Console) -> None:
     console.print(stages)
     _print_counts(console, "requests by losses in a row", damage.in_a_row)
     _print_times(result, console)
+    _print_costliest(damage, console)
     _print_courses(result, console)
     verdict = Table("promise", "found", "kept", title="verdict", title_justify="left")
     for promise in (*promises(result), *bars(result)):
@@ -119,6 +123,21 @@ def _print_times(result: Result, console: Console) -> None:
             quantiles = [f"{_quantile(seconds, q):.3f}" for q in (0.5, 0.9, 0.99, 1.0)]
             table.add_row(name, str(len(seconds)), *quantiles)
     console.print(table)
+
+
+def _print_costliest(damage: Damage, console: Console) -> None:
+    costly = sorted((hit for hit in damage.hits if hit.excess_s > 0), key=lambda hit: -hit.excess_s)
+    table = Table("task", "ranks", "took", "instead of", "waited", "then", title_justify="left")
+    table.title = f"{len(costly)} losses that cost more than one task and noticing"
+    for hit in costly[:_NUM_COSTLIEST]:
+        took_s = hit.failed.end_s - hit.failed.start_s
+        seconds = (f"{value:.3f}" for value in (took_s, hit.expected_s, hit.wait_s))
+        table.add_row(hit.failed.stage, _ranks(hit.failed), *seconds, _ranks(hit.again))
+    console.print(table)
+
+
+def _ranks(task: Task) -> str:
+    return " ".join(map(str, task.ranks))
 
 
 def _print_courses(result: Result, console: Console) -> None:
