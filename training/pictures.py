@@ -118,7 +118,7 @@ def _picture_of(seed: int, height: int, width: int) -> np.ndarray:
 def _laid_out(seed: int, height: int, width: int) -> tuple[Scene, tuple[Place, ...]]:
     random = Random(seed)
     scene = draw_scene_of_any_count(random)
-    return scene, place_items(scene, random, height, width)
+    return scene, place_items(scene, random, height, width, on_grid=True)
 
 
 def _draw_crop(random: Random, crop: int) -> np.ndarray:
