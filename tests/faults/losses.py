@@ -83,7 +83,7 @@ class Damage:
     useful_s: list[float] = field(default_factory=list)
     in_a_row: Counter[int] = field(default_factory=Counter)
     overlaps: list[tuple[Task, Task]] = field(default_factory=list)
-    num_unnoticed: int = 0
+    unnoticed: list[Strike] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
 
 
@@ -130,7 +130,7 @@ def _match_strikes(damage: Damage, feed: Feed, strikes: Sequence[Strike]) -> Non
         if end_s is not None:
             damage.over_s.append(end_s - loss.time_s)
         damage.hit_stages[cause.kind.value, cause.aim.value, stage] += 1
-    damage.num_unnoticed = sum(strike.kind in (Kind.KILL, Kind.STOP) for strike in unmatched)
+    damage.unnoticed = [strike for strike in unmatched if strike.kind in (Kind.KILL, Kind.STOP)]
 
 
 def _task_at(failed: Sequence[Task], feed: Feed, loss: Loss, strike: Strike) -> tuple[str, float | None]:

@@ -45,7 +45,7 @@ def promises(result: Result) -> list[Promise]:
         Promise("no image is wrong", f"{tally.num_wrong} of {sum(tally.distances.values())}", tally.num_wrong == 0),
         Promise("no request and no rank has two tasks at once", f"{len(damage.overlaps)}", not damage.overlaps),
         Promise("nothing of them is left", f"{len(result.files_left)} files", not result.files_left),
-        Promise("every kill and stop is noticed", f"{damage.num_unnoticed} were not", damage.num_unnoticed == 0),
+        Promise("every kill and stop is noticed", f"{len(damage.unnoticed)} were not", not damage.unnoticed),
     ]
     return found
 
@@ -93,6 +93,8 @@ def print_verdict(result: Result, console: Console) -> None:
     console.print(verdict)
     for text in tally.broken[:10]:
         console.print(f"broken: {text}", markup=False)
+    for strike in damage.unnoticed:
+        console.print(f"not noticed: {strike}", markup=False)
 
 
 def _print_counts(console: Console, title: str, counts: Counter[str] | Counter[int]) -> None:
