@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -65,7 +66,8 @@ def _seconds_without_peer(formed: Groups, rendezvous: Path, rank: int, group: st
     """How long rank 0 waits for rank 1, which meets it and goes no further."""
     start = time.monotonic()
     if rank == 1:
-        Rendezvous(rendezvous / group).meet(1, RANKS, 60)
+        with contextlib.suppress(PeerAbsent):  # on a busy core it may see that rank 0 has come only after the drop
+            Rendezvous(rendezvous / group).meet(1, RANKS, 60)
     else:
         with pytest.raises(PeerAbsent):
             formed.get(group, RANKS)

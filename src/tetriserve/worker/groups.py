@@ -26,7 +26,7 @@ MAX_RANKS = 4096
 _MEETING_TIMEOUT_S = 10.0
 """Members are told to form a group at the same moment; one that does not come is stopped, and soon replaced."""
 _CONNECTING_TIMEOUT = timedelta(seconds=3)
-"""They connect when all have come, in a few ms; one that dies and is not noticed holds up the others for this long."""
+"""They connect when all have come, in about 10 ms; an unnoticed death holds up the others for this long."""
 _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
 
 
