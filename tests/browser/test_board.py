@@ -125,6 +125,17 @@ def test_keys_alone_are_enough(page, keep):
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
 
 
+def test_what_is_told_of_a_request_stays_true_while_it_runs(page):
+    picture = ask(page, deadline=60)
+    expect(picture.locator(".state")).to_contain_text("step")
+    page.locator("#canvas").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#tip")).to_contain_text("deadline in")
+    expect(picture.locator(".verdict")).to_contain_text("In time by")
+    expect(page.locator("#tip")).to_contain_text("100 of 100 steps")
+    expect(page.locator("#tip")).to_contain_text("done, in time")
+
+
 def test_a_busy_pool_in_light_and_dark(open_page, url, keep):
     page = open_page(url)
     page.get_by_text("Requests as a table").click()

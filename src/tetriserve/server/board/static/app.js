@@ -34,6 +34,7 @@ function showWords() {
   byId("empty").hidden = pool.open.size > 0 || pool.runs.length > 0;
   showNumbers(pool);
   if (byId("table").open) showTable(pool, board.selected, select);
+  showTip();
 }
 
 byId("table").addEventListener("toggle", showWords);
@@ -42,11 +43,18 @@ byId("span").addEventListener("change", (event) => board.show(Number(event.targe
 // Which request is meant: by pointer, by arrow keys on the board, or from the table.
 
 const tip = byId("tip");
+let pointed = { run: null, at: null };
 
 function select(id, run = null, at = null) {
   board.selected = id;
+  pointed = { run, at };
   board.wake();
-  const request = pool.requests.get(id);
+  showTip();
+}
+
+function showTip() {
+  const { run, at } = pointed;
+  const request = pool.requests.get(board.selected);
   tip.hidden = request === undefined;
   if (request === undefined) return;
   tip.replaceChildren(...describe(request, run).map((line) => Object.assign(document.createElement("p"), { textContent: line })));
