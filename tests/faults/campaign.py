@@ -99,7 +99,7 @@ async def _run(campaign: Campaign, folder: Path) -> Result:
         await clients.close()
         await asyncio.sleep(0.5)  # for tasks that still run of requests whose clients have left
         left = files_left(server.pid)
-        damage = assess(server, feed, marksman.strikes, marksman.fork_server_deaths_s)
+        damage = assess(server, feed, marksman)
     await following
     return Result(
         campaign=campaign, tally=clients.tally, damage=damage, feed=feed, faults=faults, samples=samples,

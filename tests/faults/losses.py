@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tests.faults.faults import Kind
 from tests.faults.feed import Feed, Task
-from tests.faults.marksman import Strike
+from tests.faults.marksman import Hold, Marksman, Strike
 from tests.faults.server import HEARTBEAT_TIMEOUT_S, Server
 
 _LOST = re.compile(r"lost rank (\d+): (.*)|rank (\d+) could not be started again: (.*)")
@@ -69,6 +69,7 @@ class Damage:
     over_s: from a loss until the task that it cost is over for all its ranks.
     back_s: from a loss until the rank is up again; useful_s: until its first task starts. Those who had to wait for a
         fork server to start are counted apart, in late_back_s.
+    hits: tasks that were lost, with what followed; held_up: those of them that the campaign had slowed down before.
     in_a_row: requests by the most losses in a row of any of theirs.
     overlaps: pairs of tasks of one request, or on one rank, that ran at once.
     """
@@ -77,6 +78,7 @@ class Damage:
     starting_noticed_s: list[float] = field(default_factory=list)
     hit_stages: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     hits: list[Hit] = field(default_factory=list)
+    held_up: list[Hit] = field(default_factory=list)
     over_s: list[float] = field(default_factory=list)
     back_s: list[float] = field(default_factory=list)
     late_back_s: list[float] = field(default_factory=list)
@@ -87,11 +89,11 @@ class Damage:
     losses: list[Loss] = field(default_factory=list)
 
 
-def assess(server: Server, feed: Feed, strikes: Sequence[Strike], fork_server_deaths_s: Sequence[float] = ()) -> Damage:
+def assess(server: Server, feed: Feed, marksman: Marksman) -> Damage:
     damage = Damage(losses=_losses(server))
-    _match_strikes(damage, feed, strikes)
-    _find_hits(damage, feed)
-    _find_returns(damage, feed, fork_server_deaths_s)
+    _match_strikes(damage, feed, marksman.strikes)
+    _find_hits(damage, feed, marksman.holds)
+    _find_returns(damage, feed, marksman.fork_server_deaths_s)
     _find_overlaps(damage, feed)
     damage.in_a_row = _losses_in_a_row(feed)
     return damage
@@ -143,7 +145,7 @@ def _task_at(failed: Sequence[Task], feed: Feed, loss: Loss, strike: Strike) -> 
     return "no task", None
 
 
-def _find_hits(damage: Damage, feed: Feed) -> None:
+def _find_hits(damage: Damage, feed: Feed, holds: Sequence[Hold]) -> None:
     by_request: defaultdict[str, list[Task]] = defaultdict(list)
     for task in feed.ran:
         by_request[task.request_id].append(task)
@@ -153,7 +155,16 @@ def _find_hits(damage: Damage, feed: Feed) -> None:
             if failed.failure is not None:
                 expected_s = feed.expected_s.get(failed.key, failed.end_s - failed.start_s)
                 is_hang = failed.end_s - failed.start_s > HEARTBEAT_TIMEOUT_S - 1
-                damage.hits.append(Hit(failed, again, expected_s, HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1))
+                hit = Hit(failed, again, expected_s, HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1)
+                if any(_is_held_up(failed, hold, feed) for hold in holds):
+                    damage.held_up.append(hit)
+                else:
+                    damage.hits.append(hit)
+
+
+def _is_held_up(task: Task, hold: Hold, feed: Feed) -> bool:
+    start_s, end_s = task.start_s + feed.origin_s, task.end_s + feed.origin_s
+    return hold.rank in task.ranks and hold.start_s < end_s and start_s < hold.end_s
 
 
 def _find_returns(damage: Damage, feed: Feed, fork_server_deaths_s: Sequence[float]) -> None:

@@ -39,9 +39,19 @@ class Strike:
     is_up: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A rank that was kept from working, from `start_s` to `end_s` since the epoch, and then went on."""
+
+    rank: int
+    start_s: float
+    end_s: float
+
+
 class Marksman:
     def __init__(self, server: Server, feed: Feed, random: Random) -> None:
         self.strikes: list[Strike] = []
+        self.holds: list[Hold] = []
         self.fork_server_deaths_s: list[float] = []
         self._stopped: set[int] = set()  # for good: nothing else may wake them
         self._killed: set[int] = set()  # some of whom are still dying
@@ -98,6 +108,7 @@ class Marksman:
             running = self._feed.running
             return next((task for task in running if task.stage == "encode" and task.ranks[0] in held), None)
 
+        start_s = time.time()
         try:
             for pid in held.values():
                 _signal(pid, signal.SIGSTOP)
@@ -108,6 +119,7 @@ class Marksman:
         finally:
             for pid in held.values():
                 self._wake(pid)
+            self.holds += [Hold(rank, start_s, time.time()) for rank in held]
         if task is None:
             await self._hit(fault, self._anyone())
         else:
@@ -143,7 +155,9 @@ class Marksman:
                     self._stopped.add(pid)
                     _signal(pid, signal.SIGSTOP)
                 case Kind.SLOW:
+                    start_s = time.time()
                     await self._slow(pid)
+                    self.holds.append(Hold(rank, start_s, time.time()))
                 case Kind.STARVE:
                     await _starve(pid)
                 case _:

@@ -118,6 +118,7 @@ def _print_times(result: Result, console: Console) -> None:
         "of which it waited for ranks": [hit.wait_s for hit in damage.hits],
         "the lost task, beyond its length and noticing": [hit.failing_s for hit in damage.hits],
         "beyond one task and noticing": [hit.excess_s for hit in damage.hits],
+        "extra latency of those the campaign had slowed down": [hit.extra_s for hit in damage.held_up],
         "latency of all answers": result.tally.latencies_s,
     }
     for name, seconds in rows.items():

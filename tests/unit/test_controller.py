@@ -274,25 +274,57 @@ def test_a_step_that_fails_ends_that_request_alone() -> None:
     assert state.idle_ranks == (0, 1, 3)
 
 
-def test_a_lost_task_is_tried_again_from_the_last_finished_step() -> None:
+def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy_is_asked() -> None:
     bench = Bench()
     embeds = bench.encoded()
     latents = bench.denoised(2, 0, 1)
     lost = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    bench.send(Submitted(make_request("b")))
     assert bench.send(WorkerLost(1, "killed")) == []
-    retry = Task("a", Stage.DENOISE, (0,), 2)
-    assert bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[retry]) == [
-        StartTask(lost.task_id + 1, retry, bench.request, 2, embeds, latents)
-    ]
+    encode_b = Task("b", Stage.ENCODE, (0,))
+    again, other = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[encode_b])
+    assert again == StartTask(lost.task_id + 1, Task("a", Stage.DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
+    assert isinstance(other, StartTask)
+    assert other.task == encode_b
+    seen, _ = bench.policy.seen[-1]
+    assert [trajectory.request_id for trajectory in seen.waiting] == ["b"]
+    assert seen.idle_ranks == (0,)
+
+
+def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
+    bench = Bench()
+    bench.encoded()
+    lost = bench.start(Task("a", Stage.DENOISE, (0,), 2))
+    (again,) = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 0 hung"))
+    assert isinstance(again, StartTask)
+    assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef("a.latents.1", 20))) == []
+
+
+def test_lost_tasks_go_first_on_as_many_ranks_as_are_idle() -> None:
+    bench = Bench()
+    bench.encoded()
+    wide = bench.start(Task("a", Stage.DENOISE, (0, 1, 2, 3), 1))
+    for rank in range(1, 4):
+        bench.send(WorkerLost(rank, "killed"))
+    (narrow,) = bench.send(TaskFailed(wide.task_id, FailureKind.LOST, "they died"))
+    assert isinstance(narrow, StartTask)
+    assert narrow.task == Task("a", Stage.DENOISE, (0,), 1)
+    bench.send(WorkerLost(0, "killed"))
+    assert bench.send(TaskFailed(narrow.task_id, FailureKind.LOST, "it died")) == []
+    bench.send(Submitted(make_request("b")))
+    (first,) = bench.send(WorkerJoined(2))
+    assert isinstance(first, StartTask)
+    assert first.task == Task("a", Stage.DENOISE, (2,), 1)
 
 
 @pytest.mark.parametrize("max_losses", [0, 2])
 def test_a_request_that_loses_its_workers_too_often_fails_and_says_so(max_losses: int) -> None:
     bench = Bench(max_losses=max_losses)
+    start = bench.start(Task("a", Stage.ENCODE, (0,)))
     for _ in range(max_losses):
-        start = bench.start(Task("a", Stage.ENCODE, (0,)))
-        assert bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died")) == []
-    start = bench.start(Task("a", Stage.ENCODE, (1,)))
+        (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
+        assert isinstance(again, StartTask)
+        start = again
     fail, forget = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 1 died"))
     assert isinstance(fail, FailRequest)
     assert f"lost {max_losses + 1} times in a row" in fail.message
@@ -304,10 +336,11 @@ def test_a_request_that_loses_its_workers_too_often_fails_and_says_so(max_losses
 def test_losses_count_only_in_a_row() -> None:
     bench = Bench(max_losses=1)
     bench.encoded()
-    for _ in range(3):
+    for step in range(3):
         start = bench.start(Task("a", Stage.DENOISE, (0,), 1))
-        assert bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died")) == []
-        bench.denoised(1, 1)
+        (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
+        assert isinstance(again, StartTask)
+        assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef(f"a.latents.{step + 1}", 20))) == []
 
 
 def test_a_lost_worker_holds_nothing_and_comes_back_empty() -> None:
@@ -329,6 +362,7 @@ def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None
     start = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
     bench.send(WorkerLost(1, "killed"))
     assert bench.controller.state.idle_ranks == (2, 3)
+    bench.send(Cancelled("a"))
     bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 1 died"))
     assert bench.controller.state.idle_ranks == (0, 2, 3)
 
@@ -422,6 +456,8 @@ class Pool:
     def _send(self, event: Event) -> None:
         commands = self.controller.handle(event, self.now)
         self.log.append((self.now, event, commands))
+        state = self.controller.state
+        assert not (state.idle_ranks and any(trajectory.lost_degree for trajectory in state.waiting))
         for command in commands:
             self._carry_out(command)
 

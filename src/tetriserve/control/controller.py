@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from tetriserve.control.admission import earliest_finish
+from tetriserve.control.recovery import lost_tasks
 from tetriserve.control.tracker import Record, Tracker
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import (
@@ -42,7 +43,7 @@ class PolicyError(TetriServeError):
 
 
 class Controller:
-    """Drives requests through a pool of ranks as `policy` says.
+    """Drives requests through a pool of ranks as `policy` says; only lost tasks start again without being asked for.
 
     `cost` is corrected by every denoise task that finishes. A request whose workers die or run out of memory more than
     `max_losses` times in a row is failed alone: it may be what kills them.
@@ -65,7 +66,11 @@ class Controller:
     def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
         """What to do about several events that happened at `now`, with one plan for all of them; see `handle`."""
         commands = [command for event in events for command in self._apply(event, now)]
-        plan = self.policy.plan(self.state, now)
+        state = self.state
+        if again := [self._start(task, now) for task in lost_tasks(state)]:
+            commands += again
+            state = self.state
+        plan = self.policy.plan(state, now)
         commands += [self._start(task, now) for task in plan.tasks]
         if plan.wake_at is not None:
             commands.append(WakeAt(plan.wake_at))
@@ -172,12 +177,12 @@ class Controller:
         return [finish, self._forget(record)]
 
     def _fail_task(self, event: TaskFailed) -> list[Command]:
-        _, record = self._tracker.land(event.task_id)
+        flight, record = self._tracker.land(event.task_id)
         if record.is_cancelled:
             return self._close(record)
         message = event.message
         if event.kind is not FailureKind.STEP:
-            record.num_losses += 1
+            record.lose(flight.task)
             if record.num_losses <= self._max_losses:
                 logger.warning(
                     "request %s continues from step %d after a lost task: %s",

@@ -34,17 +34,22 @@ class Record:
         """Take in a finished task."""
         self.runs.append(run)
         self.num_losses = 0
-        trajectory, task = self.trajectory, run.task
+        task, trajectory = run.task, replace(self.trajectory, is_running=False, lost_degree=0)
         match task.stage:
             case Stage.ENCODE:
                 self.embeds = result
-                self.trajectory = replace(trajectory, is_running=False, is_encoded=True, holders=task.ranks)
+                self.trajectory = replace(trajectory, is_encoded=True, holders=task.ranks)
             case Stage.DENOISE:
                 self.latents = result
                 steps_done = trajectory.steps_done + task.num_steps
-                self.trajectory = replace(trajectory, is_running=False, steps_done=steps_done, holders=task.ranks)
+                self.trajectory = replace(trajectory, steps_done=steps_done, holders=task.ranks)
             case Stage.DECODE:
-                self.trajectory = replace(trajectory, is_running=False)
+                self.trajectory = trajectory
+
+    def lose(self, task: Task) -> None:
+        """Take in a task that was lost with its workers."""
+        self.num_losses += 1
+        self.trajectory = replace(self.trajectory, lost_degree=task.degree)
 
     def skip_encoding(self) -> bool:
         """Whether the request waited to be encoded; it is taken for encoded from now on."""

@@ -20,7 +20,8 @@ class Trajectory:
     """How far one request has come.
 
     `holders` are the ranks that hold its current state in memory, the last task's leader first. They are a hint for
-    placement only: a rank that lacks the state loads the copy that the last task left in the store.
+    placement only: a rank that lacks the state loads the copy that the last task left in the store. `lost_degree` is
+    the degree of the task that was lost since, with its workers; 0 if none was.
     """
 
     request: Request
@@ -28,6 +29,7 @@ class Trajectory:
     steps_done: int = 0
     holders: tuple[int, ...] = ()
     is_running: bool = False
+    lost_degree: int = 0
 
     @property
     def request_id(self) -> str:

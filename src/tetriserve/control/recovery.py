@@ -1,0 +1,33 @@
+"""What starts again before the policy is asked: tasks that were lost with their workers."""
+
+from __future__ import annotations
+
+from tetriserve.core.plan import State, Task
+from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.placement import place
+
+
+def lost_tasks(state: State) -> list[Task]:
+    """The tasks to do again now, in order of arrival, on whatever ranks are idle: first of all the survivors'.
+
+    A loss shall cost a request one task, and not its turn. Of a denoise task this is one step, at the degree that was
+    lost or the widest that idle ranks allow; what comes after it is the policy's again.
+    """
+    num_idle = len(state.idle_ranks)
+    wanted: list[tuple[Trajectory, int]] = []
+    for trajectory in state.waiting:
+        degree = _degree(trajectory, state, num_idle) if trajectory.lost_degree else 0
+        if degree:
+            wanted.append((trajectory, degree))
+            num_idle -= degree
+    return [
+        Task(trajectory.request_id, trajectory.stage, ranks, int(trajectory.stage is Stage.DENOISE))
+        for (trajectory, _), ranks in zip(wanted, place(wanted, state.idle_ranks), strict=True)
+    ]
+
+
+def _degree(trajectory: Trajectory, state: State, num_idle: int) -> int:
+    """0 if it fits on no ranks that are idle."""
+    most = min(trajectory.lost_degree, num_idle)
+    degrees = state.cost.step_times(trajectory.request) if trajectory.stage is Stage.DENOISE else (1,)
+    return max((degree for degree in degrees if degree <= most), default=0)
