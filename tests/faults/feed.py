@@ -92,6 +92,10 @@ class Feed:
         except TimeoutError:
             return None
 
+    def back_at(self, rank: int, after_s: float) -> float:
+        """When `rank` came up next after `after_s`, since the epoch; infinity if it never did."""
+        return next((at for at, joined in self.joined if joined == rank and at > after_s), float("inf"))
+
     def is_handed_over(self, task: Task) -> bool:
         """Whether the request's task before this one ran on other ranks."""
         return set(self.last_ranks.get(task.request_id, task.ranks)) != set(task.ranks)

@@ -16,6 +16,8 @@ _LOST = re.compile(r"lost rank (\d+): (.*)|rank (\d+) could not be started again
 _MAX_NOTICE_S = {Kind.KILL: 5.0, Kind.STOP: 30.0, Kind.STARVE: 10.0, Kind.SLOW: 10.0}
 """Later than this, a loss is not taken for the strike's."""
 _MAX_OVER_S = 12.0
+_AROUND_S = 0.1
+"""The feed tells of a rank that joined a moment later."""
 _FORK_SERVER_START_S = 15.0
 """It has to import torch and diffusers: 5 s on an idle machine, three times that on a busy one."""
 
@@ -38,6 +40,8 @@ class Hit:
     expected_s: float
     notice_s: float
     """How long the loss may take to be noticed."""
+    num_idle: int
+    """Ranks that lived and had nothing to do when the failed task was over."""
 
     @property
     def extra_s(self) -> float:
@@ -155,11 +159,25 @@ def _find_hits(damage: Damage, feed: Feed, holds: Sequence[Hold]) -> None:
             if failed.failure is not None:
                 expected_s = feed.expected_s.get(failed.key, failed.end_s - failed.start_s)
                 is_hang = failed.end_s - failed.start_s > HEARTBEAT_TIMEOUT_S - 1
-                hit = Hit(failed, again, expected_s, HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1)
+                notice_s = HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1
+                num_idle = len(_idle_ranks(failed.end_s, damage.losses, feed))
+                hit = Hit(failed, again, expected_s, notice_s, num_idle)
                 if any(_is_held_up(failed, hold, feed) for hold in holds):
                     damage.held_up.append(hit)
                 else:
                     damage.hits.append(hit)
+
+
+def _idle_ranks(at_s: float, losses: Sequence[Loss], feed: Feed) -> set[int]:
+    """Those that lived and had nothing to do at `at_s`, by the engine's clock; none that came or went around then."""
+    time_s = at_s + feed.origin_s
+    busy = {rank for task in feed.ran if task.start_s < at_s < task.end_s for rank in task.ranks}
+    away = {
+        loss.rank
+        for loss in losses
+        if loss.time_s - _AROUND_S < time_s < feed.back_at(loss.rank, loss.time_s) + _AROUND_S
+    }
+    return {rank for task in feed.ran for rank in task.ranks} - busy - away
 
 
 def _is_held_up(task: Task, hold: Hold, feed: Feed) -> bool:
@@ -173,8 +191,8 @@ def _find_returns(damage: Damage, feed: Feed, fork_server_deaths_s: Sequence[flo
     for number, loss in enumerate(damage.losses):
         later = [other.time_s for other in damage.losses[number + 1 :] if other.rank == loss.rank]
         until_s = min(later, default=float("inf"))
-        joined = next((at for at, rank in feed.joined if rank == loss.rank and loss.time_s < at < until_s), None)
-        if joined is None:
+        joined = feed.back_at(loss.rank, loss.time_s)
+        if not joined < until_s:
             continue
         if any(
             -_FORK_SERVER_START_S < death_s - loss.time_s < joined - loss.time_s for death_s in fork_server_deaths_s

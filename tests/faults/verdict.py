@@ -21,6 +21,7 @@ STOP_BAR_S = HEARTBEAT_TIMEOUT_S * 1.2 + 0.1
 """The timeout, and a fifth of it until the server looks again."""
 USEFUL_BAR_S = 5.0
 GROWTH_BAR = 0.02
+_AT_ONCE_S = 0.001
 _NUM_COSTLIEST = 20
 
 
@@ -45,6 +46,7 @@ def promises(result: Result) -> list[Promise]:
         Promise("no image is wrong", f"{tally.num_wrong} of {sum(tally.distances.values())}", tally.num_wrong == 0),
         Promise("no request and no rank has two tasks at once", f"{len(damage.overlaps)}", not damage.overlaps),
         Promise("nothing of them is left", f"{len(result.files_left)} files", not result.files_left),
+        _promise_of_turns(damage),
         Promise("every kill and stop is noticed", f"{len(damage.unnoticed)} were not", not damage.unnoticed),
     ]
     return found
@@ -63,11 +65,20 @@ def bars(result: Result) -> Iterator[Promise]:
         yield Promise(f"a lost rank works again within {USEFUL_BAR_S:g} s", text, num_late == 0)
     if hits := damage.hits:
         num_over = sum(hit.excess_s > 0 for hit in hits)
-        yield Promise("a loss costs one task and noticing", f"{num_over} of {len(hits)} more", num_over == 0)
+        num_alone = sum(hit.excess_s > 0 and hit.num_idle == 0 for hit in hits)
+        text = f"{num_over} of {len(hits)} more; of these {num_alone} when no rank was idle"
+        yield Promise("a loss costs one task and noticing", text, num_over == 0)
     if not result.faults:
         for course in courses(result.samples):
             is_flat = course.growth <= GROWTH_BAR
             yield Promise(f"flat: {course.name}", f"{course.growth:+.1%}", is_flat)
+
+
+def _promise_of_turns(damage: Damage) -> Promise:
+    some_idle = [hit for hit in (*damage.hits, *damage.held_up) if hit.num_idle]
+    num_late = sum(hit.wait_s > _AT_ONCE_S for hit in some_idle)
+    text = f"{num_late} of {len(some_idle)} were not"
+    return Promise("a lost task is done again at once if a rank is idle", text, num_late == 0)
 
 
 def print_verdict(result: Result, console: Console) -> None:
@@ -130,12 +141,12 @@ def _print_times(result: Result, console: Console) -> None:
 
 def _print_costliest(damage: Damage, console: Console) -> None:
     costly = sorted((hit for hit in damage.hits if hit.excess_s > 0), key=lambda hit: -hit.excess_s)
-    table = Table("task", "ranks", "took", "instead of", "waited", "then", title_justify="left")
+    table = Table("task", "ranks", "took", "instead of", "waited", "idle ranks", "then", title_justify="left")
     table.title = f"{len(costly)} losses that cost more than one task and noticing"
     for hit in costly[:_NUM_COSTLIEST]:
         took_s = hit.failed.end_s - hit.failed.start_s
         seconds = (f"{value:.3f}" for value in (took_s, hit.expected_s, hit.wait_s))
-        table.add_row(hit.failed.stage, _ranks(hit.failed), *seconds, _ranks(hit.again))
+        table.add_row(hit.failed.stage, _ranks(hit.failed), *seconds, str(hit.num_idle), _ranks(hit.again))
     console.print(table)
 
 
