@@ -11,6 +11,7 @@ class Policy(Protocol):
     """Decides what starts now.
 
     The controller asks at every event (submission, task end, worker lost or joined, timer) and starts what it is told.
+    Only tasks that were lost with their workers start without being asked for, and before it asks.
     Nothing is remembered between calls: equal arguments give equal plans, so a recorded run can be replayed.
     """
 
