@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from tests.faults.faults import Kind
@@ -153,25 +153,36 @@ def _find_hits(damage: Damage, feed: Feed, holds: Sequence[Hold]) -> None:
     by_request: defaultdict[str, list[Task]] = defaultdict(list)
     for task in feed.ran:
         by_request[task.request_id].append(task)
+    pairs: list[tuple[Task, Task]] = []
     for tasks in by_request.values():
         tasks.sort(key=lambda task: task.start_s)
-        for failed, again in zip(tasks, tasks[1:], strict=False):
-            if failed.failure is not None:
-                expected_s = feed.expected_s.get(failed.key, failed.end_s - failed.start_s)
-                is_hang = failed.end_s - failed.start_s > HEARTBEAT_TIMEOUT_S - 1
-                notice_s = HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1
-                num_idle = len(_idle_ranks(failed.end_s, damage.losses, feed))
-                hit = Hit(failed, again, expected_s, notice_s, num_idle)
-                if any(_is_held_up(failed, hold, feed) for hold in holds):
-                    damage.held_up.append(hit)
-                else:
-                    damage.hits.append(hit)
+        pairs += [
+            (failed, again) for failed, again in zip(tasks, tasks[1:], strict=False) if failed.failure is not None
+        ]
+    repeats = {again.key for _, again in pairs}
+    for failed, again in pairs:
+        expected_s = feed.expected_s.get(failed.key, failed.end_s - failed.start_s)
+        is_hang = failed.end_s - failed.start_s > HEARTBEAT_TIMEOUT_S - 1
+        notice_s = HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1
+        idle = _idle_ranks(failed.end_s, again, repeats, damage.losses, feed)
+        hit = Hit(failed, again, expected_s, notice_s, len(idle))
+        (damage.held_up if any(_is_held_up(failed, hold, feed) for hold in holds) else damage.hits).append(hit)
 
 
-def _idle_ranks(at_s: float, losses: Sequence[Loss], feed: Feed) -> set[int]:
-    """Those that lived and had nothing to do at `at_s`, by the engine's clock; none that came or went around then."""
+def _idle_ranks(
+    at_s: float, again: Task, repeats: Collection[tuple[str, float]], losses: Sequence[Loss], feed: Feed
+) -> set[int]:
+    """Those that `again` could have had at `at_s`, by the engine's clock; none that came or went around then.
+
+    repeats: keys of lost tasks that were done again, which may go before this one.
+    """
     time_s = at_s + feed.origin_s
-    busy = {rank for task in feed.ran if task.start_s < at_s < task.end_s for rank in task.ranks}
+    busy = {
+        rank
+        for task in feed.ran
+        if task.start_s < at_s < task.end_s or (task.start_s == at_s and task is not again and task.key in repeats)
+        for rank in task.ranks
+    }
     away = {
         loss.rank
         for loss in losses

@@ -12,7 +12,7 @@ from rich.table import Table
 from tests.faults.campaign import Result
 from tests.faults.faults import Kind
 from tests.faults.feed import Task
-from tests.faults.losses import Damage
+from tests.faults.losses import Damage, Hit
 from tests.faults.server import HEARTBEAT_TIMEOUT_S
 from tests.faults.vitals import courses
 
@@ -37,6 +37,7 @@ def promises(result: Result) -> list[Promise]:
     tally, damage, feed = result.tally, result.damage, result.feed
     num_answered = sum(tally.answers.values())
     lost = feed.arrived - set(feed.ended)
+    late = late_repeats(damage)
     twice = [name for name, count in feed.ended.items() if count > 1]
     found = [
         Promise("every request has an answer", f"{num_answered} of {tally.sent}", num_answered == tally.sent),
@@ -46,7 +47,7 @@ def promises(result: Result) -> list[Promise]:
         Promise("no image is wrong", f"{tally.num_wrong} of {sum(tally.distances.values())}", tally.num_wrong == 0),
         Promise("no request and no rank has two tasks at once", f"{len(damage.overlaps)}", not damage.overlaps),
         Promise("nothing of them is left", f"{len(result.files_left)} files", not result.files_left),
-        _promise_of_turns(damage),
+        Promise("a lost task is done again at once if a rank is idle", f"{len(late)} were not", not late),
         Promise("every kill and stop is noticed", f"{len(damage.unnoticed)} were not", not damage.unnoticed),
     ]
     return found
@@ -74,11 +75,9 @@ def bars(result: Result) -> Iterator[Promise]:
             yield Promise(f"flat: {course.name}", f"{course.growth:+.1%}", is_flat)
 
 
-def _promise_of_turns(damage: Damage) -> Promise:
-    some_idle = [hit for hit in (*damage.hits, *damage.held_up) if hit.num_idle]
-    num_late = sum(hit.wait_s > _AT_ONCE_S for hit in some_idle)
-    text = f"{num_late} of {len(some_idle)} were not"
-    return Promise("a lost task is done again at once if a rank is idle", text, num_late == 0)
+def late_repeats(damage: Damage) -> list[Hit]:
+    """Lost tasks that were not done again at once although a rank was idle."""
+    return [hit for hit in (*damage.hits, *damage.held_up) if hit.num_idle and hit.wait_s > _AT_ONCE_S]
 
 
 def print_verdict(result: Result, console: Console) -> None:
@@ -104,6 +103,8 @@ def print_verdict(result: Result, console: Console) -> None:
     console.print(verdict)
     for text in tally.broken[:10]:
         console.print(f"broken: {text}", markup=False)
+    for hit in late_repeats(damage):
+        console.print(f"not done again at once: {hit}", markup=False)
     for strike in damage.unnoticed:
         console.print(f"not noticed: {strike}", markup=False)
 
