@@ -67,7 +67,9 @@ def bars(result: Result) -> Iterator[Promise]:
     if hits := damage.hits:
         num_over = sum(hit.excess_s > 0 for hit in hits)
         num_alone = sum(hit.excess_s > 0 and hit.num_idle == 0 for hit in hits)
+        num_slowed = sum(hit.excess_s > 0 for hit in damage.held_up)
         text = f"{num_over} of {len(hits)} more; of these {num_alone} when no rank was idle"
+        text += f" (and {num_slowed} of {len(damage.held_up)} that were slowed down before)"
         yield Promise("a loss costs one task and noticing", text, num_over == 0)
     if not result.faults:
         for course in courses(result.samples):

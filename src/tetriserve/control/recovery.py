@@ -8,7 +8,7 @@ from tetriserve.policies.placement import place
 
 
 def lost_tasks(state: State) -> list[Task]:
-    """The tasks to do again now, in order of arrival, on whatever ranks are idle: first of all the survivors'.
+    """The tasks to do again now, in order of arrival, on whatever ranks are idle, survivors of the loss among them.
 
     A loss shall cost a request one task, and not its turn. Of a denoise task this is one step, at the degree that was
     lost or the widest that idle ranks allow; what comes after it is the policy's again.
