@@ -127,8 +127,15 @@ async def _commit(fault: Fault, marksman: Marksman, clients: Clients) -> None:
 
 
 async def _strike_patiently(faults: Sequence[Fault], marksman: Marksman, feed: Feed, num_ranks: int) -> None:
+    """The feed tells of a loss a moment later: those struck before must be back, or the next finds no one to strike."""
+
+    def is_whole() -> bool:
+        deadly = (strike for strike in marksman.strikes if strike.kind in (Kind.KILL, Kind.STOP))
+        are_back = all(feed.back_at(strike.rank, strike.time_s) < float("inf") for strike in deadly)
+        return are_back and len(feed.ranks) == num_ranks
+
     for fault in faults:
-        await feed.until(lambda: len(feed.ranks) == num_ranks or None, _REPLACED_S)
+        await feed.until(lambda: is_whole() or None, _REPLACED_S)
         await marksman.strike(fault)
 
 

@@ -42,6 +42,8 @@ class Hit:
     """How long the loss may take to be noticed."""
     num_idle: int
     """Ranks that lived and had nothing to do when the failed task was over."""
+    num_overtaking: int
+    """Tasks that started while it waited, and were not lost ones themselves."""
 
     @property
     def extra_s(self) -> float:
@@ -165,7 +167,10 @@ def _find_hits(damage: Damage, feed: Feed, holds: Sequence[Hold]) -> None:
         is_hang = failed.end_s - failed.start_s > HEARTBEAT_TIMEOUT_S - 1
         notice_s = HEARTBEAT_TIMEOUT_S * 1.2 if is_hang else 0.1
         idle = _idle_ranks(failed.end_s, again, repeats, damage.losses, feed)
-        hit = Hit(failed, again, expected_s, notice_s, len(idle))
+        overtaking = [
+            task for task in feed.ran if failed.end_s < task.start_s < again.start_s and task.key not in repeats
+        ]
+        hit = Hit(failed, again, expected_s, notice_s, len(idle), len(overtaking))
         (damage.held_up if any(_is_held_up(failed, hold, feed) for hold in holds) else damage.hits).append(hit)
 
 

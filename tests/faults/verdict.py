@@ -38,6 +38,7 @@ def promises(result: Result) -> list[Promise]:
     num_answered = sum(tally.answers.values())
     lost = feed.arrived - set(feed.ended)
     late = late_repeats(damage)
+    overtaken = overtaken_repeats(damage)
     twice = [name for name, count in feed.ended.items() if count > 1]
     found = [
         Promise("every request has an answer", f"{num_answered} of {tally.sent}", num_answered == tally.sent),
@@ -48,6 +49,7 @@ def promises(result: Result) -> list[Promise]:
         Promise("no request and no rank has two tasks at once", f"{len(damage.overlaps)}", not damage.overlaps),
         Promise("nothing of them is left", f"{len(result.files_left)} files", not result.files_left),
         Promise("a lost task is done again at once if a rank is idle", f"{len(late)} were not", not late),
+        Promise("and else before anything else starts", f"{len(overtaken)} were not", not overtaken),
         Promise("every kill and stop is noticed", f"{len(damage.unnoticed)} were not", not damage.unnoticed),
     ]
     return found
@@ -82,6 +84,11 @@ def late_repeats(damage: Damage) -> list[Hit]:
     return [hit for hit in (*damage.hits, *damage.held_up) if hit.num_idle and hit.wait_s > _AT_ONCE_S]
 
 
+def overtaken_repeats(damage: Damage) -> list[Hit]:
+    """Lost tasks that waited for a rank while others were given one."""
+    return [hit for hit in (*damage.hits, *damage.held_up) if hit.num_overtaking]
+
+
 def print_verdict(result: Result, console: Console) -> None:
     campaign, tally, damage = result.campaign, result.tally, result.damage
     console.print(
@@ -107,6 +114,8 @@ def print_verdict(result: Result, console: Console) -> None:
         console.print(f"broken: {text}", markup=False)
     for hit in late_repeats(damage):
         console.print(f"not done again at once: {hit}", markup=False)
+    for hit in overtaken_repeats(damage):
+        console.print(f"overtaken: {hit}", markup=False)
     for strike in damage.unnoticed:
         console.print(f"not noticed: {strike}", markup=False)
 

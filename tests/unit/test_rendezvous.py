@@ -37,11 +37,13 @@ def test_what_one_leaves_another_finds_whatever_its_name(group: Rendezvous) -> N
 def test_whoever_waits_for_a_dead_peer_is_sent_away_when_the_group_is_dropped(
     group: Rendezvous, tmp_path: Path
 ) -> None:
-    threading.Timer(0.05, group.close).start()
+    closing = threading.Timer(0.05, group.close)
+    closing.start()
     start = time.monotonic()
     with pytest.raises(PeerAbsent, match="the group was dropped"):
         group.meet(0, (0, 2), 60.0)
     assert time.monotonic() - start < 30
+    closing.join()  # whoever waits is sent away before the files are gone
     assert list(tmp_path.iterdir()) == []
 
 
