@@ -21,10 +21,12 @@ from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 
 CONNECTING_S, LATE_S, DROPPED_AFTER_S = 1.0, 2.5, 0.1
 RANKS = (0, 1)
+DEAF = [f"deaf {number}" for number in range(12)]
+"""Which of two members waits for the other to connect is chance: the first group will do in which it is rank 0."""
 
 
 def test_connecting_is_given_little_time_and_collectives_as_much_as_wanted(tmp_path: Path) -> None:
-    for name in ("slow", "half", "dropped"):
+    for name in ("slow", "half", "dropped", *DEAF):
         Rendezvous(tmp_path / name).open()
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
@@ -35,11 +37,13 @@ def test_connecting_is_given_little_time_and_collectives_as_much_as_wanted(tmp_p
         ends.append(ours)
         processes.append(process)
     assert all(end.poll(120) for end in ends)
-    (waited_s, released_s, dropped_s), _ = (end.recv() for end in ends)
-    for process in processes:
+    (waited_s, released_s, dropped_s, deaf_s), _ = (end.recv() for end in ends)
+    for end, process in zip(ends, processes, strict=True):
+        end.send("end")
         process.join()
     assert waited_s > CONNECTING_S, "the late member was waited for"
-    assert CONNECTING_S / 2 < released_s < 20, "whose peer does not connect is released long before the group's timeout"
+    assert CONNECTING_S / 2 < released_s < 4 * CONNECTING_S, "whose peer leaves no address is released after as long"
+    assert CONNECTING_S / 2 < deaf_s < 4 * CONNECTING_S, "and so is whose peer left its address, and died"
     assert dropped_s < CONNECTING_S, "whose group is dropped meanwhile is released at once"
 
 
@@ -57,8 +61,9 @@ def _member(rank: int, rendezvous: Path, theirs: Connection) -> None:
     if rank == 0:
         threading.Timer(DROPPED_AFTER_S, Rendezvous(rendezvous / "dropped").close).start()
     dropped_s = _seconds_without_peer(formed, rendezvous, rank, "dropped")
-    theirs.send((waited_s, released_s, dropped_s))
-    time.sleep(LATE_S)  # a peer that ends would release the other
+    deaf_s = _seconds_with_deaf_peer(formed, rank)
+    theirs.send((waited_s, released_s, dropped_s, deaf_s))
+    theirs.recv()  # a peer that ends would release the other
     os._exit(0)
 
 
@@ -72,3 +77,19 @@ def _seconds_without_peer(formed: Groups, rendezvous: Path, rank: int, group: st
         with pytest.raises(PeerAbsent):
             formed.get(group, RANKS)
     return time.monotonic() - start
+
+
+def _seconds_with_deaf_peer(formed: Groups, rank: int) -> float:
+    """How long rank 0 waits for rank 1, which leaves its address and never looks for that of rank 0."""
+    if rank == 1:
+        groups._MeetingStore.get = lambda store, key: time.sleep(60)  # type: ignore[method-assign, return-value]
+        for group in DEAF:
+            threading.Thread(target=formed.get, args=(group, RANKS), daemon=True).start()
+        return 0.0
+    for group in DEAF:
+        start = time.monotonic()
+        try:
+            formed.get(group, RANKS)
+        except PeerAbsent:
+            return time.monotonic() - start
+    return 0.0

@@ -25,8 +25,10 @@ from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 MAX_RANKS = 4096
 _MEETING_TIMEOUT_S = 10.0
 """Members are told to form a group at the same moment; one that does not come is stopped, and soon replaced."""
-_CONNECTING_TIMEOUT = timedelta(seconds=3)
-"""They connect when all have come, in about 10 ms; an unnoticed death holds up the others for this long."""
+_CONNECTING_TIMEOUT = timedelta(seconds=1.5)
+"""They connect when all have come, in about 10 ms; a death in the midst of it holds up the others for this long."""
+_GLOO_PATIENCE = 5
+"""Gloo waits for a connection so many times as long as the timeout that it is given."""
 _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
 
 
@@ -49,7 +51,8 @@ class _MeetingStore(c10d.Store):
         return self._rendezvous.has(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._rendezvous.wait(keys, (timeout or self._timeout).total_seconds())
+        """For as long as the store says, whatever the backend does: see `_GLOO_PATIENCE`."""
+        self._rendezvous.wait(keys, self._timeout.total_seconds())
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class Groups:
         rendezvous = Rendezvous(self._directory / name)
         rendezvous.meet(self._rank, ranks, _MEETING_TIMEOUT_S)
         # Gloo connects now, NCCL with its first collective.
-        connecting = min(self._timeout, _CONNECTING_TIMEOUT) if self._backend == "gloo" else self._timeout
+        is_gloo = self._backend == "gloo"
+        connecting = min(self._timeout, _CONNECTING_TIMEOUT) if is_gloo else self._timeout
         store = _MeetingStore(rendezvous, connecting)
         try:
             process_group, _ = c10d._new_process_group_helper(
@@ -118,7 +122,7 @@ class Groups:
                 dist.Backend(self._backend),
                 store,
                 c10d.GroupName(name),
-                timeout=connecting,
+                timeout=connecting / _GLOO_PATIENCE if is_gloo else connecting,
             )
         except PeerAbsent:
             raise
