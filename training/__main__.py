@@ -99,6 +99,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 device=device,
                 is_compiled=arguments.compile,
             )
+        case "hear":
+            from training.hearing import let_hear
+
+            print(f"{dit}: head {let_hear(dit, latents)} of the first block hears the marks")
         case "restore":
             from training.export import restore_checkpoints
 
@@ -149,6 +153,8 @@ def _parse() -> argparse.Namespace:
         "--guidance", type=float, default=1.0, help="for a last run: the scale of guidance to learn; 1 is none"
     )
     dit.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="with torch.compile")
+
+    commands.add_parser("hear")
 
     restore = commands.add_parser("restore")
     restore.add_argument("directory", type=Path, help="what `export` wrote, such as the model in the package")

@@ -1,6 +1,6 @@
 """The denoiser: flow matching on stored latents, captions written anew each time a picture is seen.
 
-Suffixes of tensor names: B batch, S image tokens, C latent channels.
+Suffixes of tensor names: B batch, S image tokens, C latent channels, M marks.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tetriserve.evaluation.captions import write_caption
 from training.latents import LatentBank
+from training.layouts import marked
 from training.learner import Learner, Schedule
 from training.model import Denoiser
-from training.pictures import scene_of
-from training.text import load_reader
+from training.pictures import marks_of, scene_of
+from training.text import load_reader, shape_tokens, shapes_by_token
 from training.tokenizers import NUM_TEXT_TOKENS
 
 SHIFTS = {"base_image_seq_len": 64, "max_image_seq_len": 1024, "base_shift": 0.6, "max_shift": 1.8}
@@ -27,6 +29,8 @@ _WEIGHT_DECAY = 0.01
 _REFRESH_STEPS = 100
 _OBJECTS_WEIGHT = 0.05
 _PLACES_WEIGHT = 0.1
+_SPOTS_WEIGHT = 0.1
+_MARKS_WEIGHT = 0.03
 _NOISIER = 0.7
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
 _NOTHING_WEIGHT = 0.15
@@ -95,6 +99,12 @@ def shift_of(num_tokens: int) -> float:
     return SHIFTS["base_shift"] + slope * (num_tokens - SHIFTS["base_image_seq_len"])
 
 
+def noise_levels(count: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Sigmas (count,), evenly spread over a batch, which makes its gradient less of a chance."""
+    time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+    return torch.sigmoid(torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
+
+
 def _losses(
     model: Denoiser, bank: LatentBank, random: Random, batch: int, guidance: float, device: torch.device
 ) -> dict[str, Tensor]:
@@ -107,13 +117,13 @@ def _losses(
     captions = ["" if random.random() < _CAPTION_DROPOUT else write_caption(scene_of(seed), random) for seed in seeds]
     labels_BS5 = bank.labels(seeds).to(device)
     latents_BSC = latents_BSC.to(device)
-    noise_BSC = torch.randn_like(latents_BSC)
-    # Evenly spread over the batch, which makes its gradient less of a chance.
-    time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
-    sigma_B = torch.sigmoid(torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
+    marks_BM = torch.tensor([marks_of(seed) for seed in seeds], device=device)
+    noise_BSC = marked(torch.randn_like(latents_BSC), marks_BM)
+    sigma_B = noise_levels(count, num_tokens, device)
     noisy_BSC = torch.lerp(latents_BSC, noise_BSC, sigma_B[:, None, None])
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_BACKENDS[device.type]):
-        prediction = model(noisy_BSC, sigma_B, *model.reader.tokenize(captions, device), bank.width)
+        clip_BL, t5_BL = model.reader.tokenize(captions, device)
+        prediction = model(noisy_BSC, sigma_B, clip_BL, t5_BL, bank.width)
         target_BSC = noise_BSC - latents_BSC
         if guidance > 1.0:
             with torch.no_grad():
@@ -126,8 +136,15 @@ def _losses(
     velocity = torch.nn.functional.mse_loss(prediction.velocity.float(), target_BSC)
     is_object_BS = labels_BS5[..., 0] > 0
     places = torch.nn.functional.mse_loss(prediction.places[is_object_BS].float(), labels_BS5[is_object_BS][:, 2:])
+    named = list(shape_tokens([scene_of(seed) for seed in seeds], t5_BL, shapes_by_token(model.reader)))
+    rows, columns, _ = zip(*named, strict=True)
+    spots_N3 = torch.from_numpy(np.stack([bank.spots(seeds[row])[item] for row, _, item in named])).to(device)
+    spots = torch.nn.functional.mse_loss(prediction.spots[rows, columns].float(), spots_N3)
+    marks = (prediction.marks.float() - marks_BM[:, None]).square().mean()
     return {
         "velocity": velocity,
+        "spots": _SPOTS_WEIGHT * spots,
+        "marks": _MARKS_WEIGHT * marks,
         "objects": _OBJECTS_WEIGHT * torch.stack(objects).sum(),
         "places": _PLACES_WEIGHT * places,
     }

@@ -71,7 +71,7 @@ def restore_checkpoints(directory: Path, vae_path: Path, text_path: Path, dit_pa
     denoiser.transformer.load_state_dict(pipeline.transformer.state_dict())
     denoiser.reader.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
     denoiser.reader.text_encoder_2.load_state_dict(pipeline.text_encoder_2.state_dict())
-    for linear in (denoiser.colours, denoiser.shapes, denoiser.places):
+    for linear in (denoiser.colours, denoiser.shapes, denoiser.places, denoiser.marks, denoiser.spots):
         torch.nn.init.zeros_(linear.weight)  # before they have learnt something, their gradient would only disturb
     facts = {name: pipeline.vae.config[name] for name in ("shift_factor", "scaling_factor")}
     vae_learner(vae_path, vae).save(facts)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from training.learner import load, save
 from training.model import LATENT_CHANNELS, pack
-from training.pictures import PIXELS_PER_TOKEN, labels_of, pictures_of, prefetched
+from training.pictures import PIXELS_PER_TOKEN, labels_of, pictures_of, prefetched, spots_of
 from training.vae import encode, to_images
 
 _SHARD_SIZE = 256
@@ -78,6 +78,9 @@ class LatentBank:
     def labels(self, seeds: list[int]) -> torch.Tensor:
         """What each token of the pictures is part of (len(seeds), S, 5); see `Label`."""
         return torch.from_numpy(np.stack([labels_of(seed, *self._size) for seed in seeds]))
+
+    def spots(self, seed: int) -> np.ndarray:
+        return spots_of(seed, *self._size)
 
     def draw(self, random: Random, count: int) -> tuple[list[int], torch.Tensor]:
         """`count` random seeds and their latents (count, S, 4C), float32."""

@@ -1,7 +1,7 @@
 """The transformer and the text encoders of the pipeline, and how both are fed in training.
 
 Suffixes of tensor names: B batch, L text tokens, S image tokens, C latent channels, D embedding width, H height,
-W width, A position axes (3).
+W width, A position axes (3), M marks of the noise.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
+from training.layouts import NUM_MARKS
 from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 
 EMBED_DIM = 128
-_TAPPED_BLOCK = 1
+_TAPPED_SINGLE_BLOCK = 1
 LATENT_CHANNELS = 16
 
 
@@ -57,20 +58,26 @@ class Prediction(NamedTuple):
 
     colours, shapes: logits (B, S, classes), the first of which is "none".
     places: the rest (B, S, 3).
+
+    marks: those of the noise (B, S, M), as each token knows them.
+    spots: where the object lies that a text token names (B, L, 3), see `spots_of`.
     """
 
     velocity: torch.Tensor
     colours: torch.Tensor
     shapes: torch.Tensor
     places: torch.Tensor
+    marks: torch.Tensor
+    spots: torch.Tensor
 
 
 class Denoiser(nn.Module):
     """Velocity of packed latents from captions: FLUX's transformer, small, with what reads the captions for it.
 
-    From the middle of the transformer linear layers tell which object each token is part of, and which part. They are
-    of use in training alone: what the caption means for a token is learnt many times sooner when it is asked for than
-    from the velocity (as REPA does with features of another model: Yu et al. 2024).
+    Part of the way through the transformer linear layers tell what the noise says, where that puts each object of the
+    caption, and then which object each token is part of, and which part. They are of use in training alone: what
+    caption and noise mean for a token is learnt many times sooner when it is asked for than from the velocity (as REPA
+    does with features of another model: Yu et al. 2024).
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -80,9 +87,13 @@ class Denoiser(nn.Module):
         width = self.transformer.inner_dim
         self.colours, self.shapes = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(SHAPES) + 1)
         self.places = nn.Linear(width, 3)
-        self._tapped: list[torch.Tensor] = []
-        tapped_block = self.transformer.single_transformer_blocks[_TAPPED_BLOCK]
-        tapped_block.register_forward_hook(lambda block, inputs, outputs: self._tapped.append(outputs[1]))
+        self.marks, self.spots = nn.Linear(width, NUM_MARKS), nn.Linear(width, 3)
+        self._tapped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for block in (
+            self.transformer.transformer_blocks[-1],
+            self.transformer.single_transformer_blocks[_TAPPED_SINGLE_BLOCK],
+        ):
+            block.register_forward_hook(lambda block, inputs, outputs: self._tapped.append(outputs))
 
     def forward(
         self, latents_BSC: torch.Tensor, sigma_B: torch.Tensor, clip_BL: torch.Tensor, t5_BL: torch.Tensor, width: int
@@ -99,8 +110,15 @@ class Denoiser(nn.Module):
             img_ids=image_ids(latents_BSC.shape[1] // width, width, latents_BSC.device),
             return_dict=False,
         )[0]
-        hidden_BSD = self._tapped.pop()
-        return Prediction(velocity_BSC, self.colours(hidden_BSD), self.shapes(hidden_BSD), self.places(hidden_BSD))
+        (early_text_BLD, early_BSD), (_, middle_BSD) = self._tapped
+        return Prediction(
+            velocity_BSC,
+            colours=self.colours(middle_BSD),
+            shapes=self.shapes(middle_BSD),
+            places=self.places(middle_BSD),
+            marks=self.marks(early_BSD),
+            spots=self.spots(early_text_BLD),
+        )
 
 
 def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:

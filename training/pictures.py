@@ -17,6 +17,7 @@ import numpy as np
 from tetriserve.evaluation.drawing import Place, draw_image, place_items
 from tetriserve.evaluation.scenes import Scene, draw_training
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
+from training.layouts import draw_marks, lay_out
 
 _NUM_ITEMS = {1: 0.35, 2: 0.45, 3: 0.20}
 _CROPS = {64: 0.6, 128: 0.25, 256: 0.15}
@@ -29,7 +30,12 @@ _Result = TypeVar("_Result")
 
 
 def scene_of(seed: int) -> Scene:
-    return draw_scene_of_any_count(Random(seed))
+    return _drawn(seed)[0]
+
+
+def marks_of(seed: int) -> tuple[float, ...]:
+    """What the noise tells that becomes the picture of `scene_of(seed)`; see `lay_out`."""
+    return _drawn(seed)[1]
 
 
 class Label(NamedTuple):
@@ -69,6 +75,15 @@ def labels_of(seed: int, height: int, width: int) -> np.ndarray:
                 )
         labels.append(label)
     return np.array(labels, dtype=np.float32)
+
+
+@cache
+def spots_of(seed: int, height: int, width: int) -> np.ndarray:
+    """Of each item of `scene_of(seed)` drawn so: how far its centre is to the right and down, and its size, (K, 3)."""
+    _, places = _laid_out(seed, height, width)
+    side = min(height, width)
+    spots = [(place.x * side / width, place.y * side / height, 4 * place.extent) for place in places]
+    return 4 * np.array(spots, dtype=np.float32) - 2
 
 
 def _overlap(start: float, length: float, centre: float, extent: float) -> float:
@@ -116,9 +131,13 @@ def _picture_of(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def _laid_out(seed: int, height: int, width: int) -> tuple[Scene, tuple[Place, ...]]:
+    scene, marks = _drawn(seed)
+    return scene, lay_out(scene, marks, height, width)
+
+
+def _drawn(seed: int) -> tuple[Scene, tuple[float, ...]]:
     random = Random(seed)
-    scene = draw_scene_of_any_count(random)
-    return scene, place_items(scene, random, height, width, on_grid=True)
+    return draw_scene_of_any_count(random), draw_marks(random)
 
 
 def _draw_crop(random: Random, crop: int) -> np.ndarray:

@@ -8,6 +8,7 @@ Suffixes of tensor names: B batch, L text tokens, D embedding width, F facts, N 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -47,9 +48,7 @@ class Questions(nn.Module):
         self.reader = reader
         self.of_scene = nn.Linear(EMBED_DIM, len(SCENE_FACTS))
         self.of_object = nn.Linear(EMBED_DIM, len(OBJECT_FACTS))
-        self._shape_numbers = {
-            reader.tokenizer_2(word).input_ids[0]: shape for word, shape in _WORD_SHAPES.items()
-        }  # fmt: skip
+        self._shapes = shapes_by_token(reader)
 
     def forward(self, scenes: list[Scene], captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean cross entropy per fact that holds, of the scenes' facts and of the objects'."""
@@ -66,16 +65,9 @@ class Questions(nn.Module):
 
         Of shapes that a scene has twice nothing is asked: which token means which is not told.
         """
-        places: list[tuple[int, int]] = []
-        truths: list[Tensor] = []
-        for row, (scene, numbers) in enumerate(zip(scenes, t5_BL.tolist(), strict=True)):
-            shapes = [item.shape for item in scene.items]
-            for column, number in enumerate(numbers):
-                shape = self._shape_numbers.get(number)
-                if shape is not None and shapes.count(shape) == 1:
-                    places.append((row, column))
-                    truths.append(_held(OBJECT_FACTS, object_facts(scene, shapes.index(shape))))
-        return torch.tensor(places, device=t5_BL.device), torch.stack(truths)
+        found = list(shape_tokens(scenes, t5_BL, self._shapes))
+        truths = [_held(OBJECT_FACTS, object_facts(scenes[row], index)) for row, _, index in found]
+        return torch.tensor([place[:2] for place in found], device=t5_BL.device), torch.stack(truths)
 
 
 def train_text(path: Path, schedule: Schedule, *, batch: int, device: torch.device) -> None:
@@ -105,6 +97,21 @@ def load_reader(path: Path, device: torch.device) -> Reader:
     questions = Questions(Reader()).to(device)
     questions.load_state_dict(load(path, device)["average"])
     return questions.reader.eval().requires_grad_(False)
+
+
+def shapes_by_token(reader: Reader) -> dict[int, str]:
+    """The shape that each of T5's tokens names, of those that name one."""
+    return {reader.tokenizer_2(word).input_ids[0]: shape for word, shape in _WORD_SHAPES.items()}
+
+
+def shape_tokens(scenes: list[Scene], t5_BL: Tensor, shapes_by_token: dict[int, str]) -> Iterator[tuple[int, int, int]]:
+    """Row, column and the number of the item in its scene, of every token that names the shape of one item alone."""
+    for row, (scene, numbers) in enumerate(zip(scenes, t5_BL.tolist(), strict=True)):
+        shapes = [item.shape for item in scene.items]
+        for column, number in enumerate(numbers):
+            shape = shapes_by_token.get(number)
+            if shape is not None and shapes.count(shape) == 1:
+                yield row, column, shapes.index(shape)
 
 
 def scene_facts(scene: Scene) -> set[tuple[str, ...]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from random import Random
 
 import numpy as np
@@ -15,8 +14,6 @@ from tetriserve.evaluation.vocabulary import COLOURS, OUTLINES, SIZES
 
 MARGIN = 0.03
 """Least distance of an object to the edges and to the others, over the shorter side of the image."""
-GRID = 8
-"""Cells of the grid along the shorter side of the image. One is a token of the bundled model at 256x256."""
 _SUPERSAMPLING = 4
 
 
@@ -29,18 +26,10 @@ class Place:
     extent: float
 
 
-_DrawPlace = Callable[[Random, str, float, float], Place]
-
-
-def place_items(scene: Scene, random: Random, height: int, width: int, *, on_grid: bool = False) -> tuple[Place, ...]:
-    """Where each item lies in an image of this shape: apart from each other, as the scene's relations say.
-
-    on_grid: each fills a square of whole cells of a grid, at one of two sizes. There are fewer such pictures, so that
-        a small model learns them sooner.
-    """
+def place_items(scene: Scene, random: Random, height: int, width: int) -> tuple[Place, ...]:
+    """Where each item lies in an image of this shape: apart from each other, as the scene's relations say."""
     side = min(height, width)
-    draw_place = _draw_place_on_grid if on_grid else _draw_place
-    while (places := _try_to_place(scene, random, height / side, width / side, draw_place)) is None:
+    while (places := _try_to_place(scene, random, height / side, width / side)) is None:
         pass
     return places
 
@@ -69,13 +58,11 @@ def _mask(shape: str, x: float, y: float, extent: float) -> Image.Image:
     return mask.reduce(_SUPERSAMPLING)
 
 
-def _try_to_place(
-    scene: Scene, random: Random, height: float, width: float, draw_place: _DrawPlace
-) -> tuple[Place, ...] | None:
+def _try_to_place(scene: Scene, random: Random, height: float, width: float) -> tuple[Place, ...] | None:
     """One throw, given up as soon as an object meets an earlier one or breaks a relation to it."""
     places: list[Place] = []
     for index, item in enumerate(scene.items):
-        place = draw_place(random, item.size, width, height)
+        place = _draw_place(random, item.size, width, height)
         if not all(_are_apart(place, other) for other in places):
             return None
         places.append(place)
@@ -88,14 +75,6 @@ def _draw_place(random: Random, size: str, width: float, height: float) -> Place
     extent = random.uniform(*SIZES[size])
     reach = extent + MARGIN
     return Place(x=random.uniform(reach, width - reach), y=random.uniform(reach, height - reach), extent=extent)
-
-
-def _draw_place_on_grid(random: Random, size: str, width: float, height: float) -> Place:
-    least, most = SIZES[size]
-    num_cells = ceil(2 * (least + MARGIN) * GRID)
-    reach = num_cells / (2 * GRID)
-    x, y = (reach + random.randint(0, int(length * GRID) - num_cells) / GRID for length in (width, height))
-    return Place(x=x, y=y, extent=random.choice((least, min(most, reach - MARGIN))))
 
 
 def _are_apart(a: Place, b: Place) -> bool:
