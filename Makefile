@@ -44,12 +44,13 @@ bench: $(VENV)/.run ## Speed, as ratios measured in one run
 	$(BIN)/python benchmarks/execution.py
 	$(BIN)/python benchmarks/simulation.py
 
-# The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DIT_MINUTES=15 GUIDED_MINUTES=5
+# The defaults suit one CPU core. On a GPU: make train TRAIN_ARGS="--device cuda --workers 16" VAE_MINUTES=10 DEAF_MINUTES=4 DIT_MINUTES=10 GUIDED_MINUTES=6
 TRAIN_ARGS ?=
 VAE_MINUTES ?= 30
 TEXT_MINUTES ?= 10
-DIT_MINUTES ?= 270
-GUIDED_MINUTES ?= 90
+DEAF_MINUTES ?= 60
+DIT_MINUTES ?= 200
+GUIDED_MINUTES ?= 100
 TRAIN = $(BIN)/python -m training $(TRAIN_ARGS)
 
 train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as long as *_MINUTES say
@@ -57,6 +58,8 @@ train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as l
 	$(TRAIN) latents
 	$(TRAIN) vae --decoder-only --rate 1e-3 --minutes $(VAE_MINUTES) --decay 0.5
 	$(TRAIN) text --minutes $(TEXT_MINUTES) --rate 3e-3 --decay 0.5
+	$(TRAIN) dit --minutes $(DEAF_MINUTES) --rate 3e-3
+	$(TRAIN) hear
 	$(TRAIN) dit --minutes $(DIT_MINUTES) --rate 3e-3
 	$(TRAIN) dit --minutes $(GUIDED_MINUTES) --rate 2e-3 --decay 1 --guidance 2.5
 	$(TRAIN) export

@@ -31,9 +31,13 @@ _NUM_UNROTATED = 8
 
 def let_hear(path: Path, latents: Path) -> int:
     """Give the denoiser of checkpoint `path` its head for marks; which it is."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; `python -m training dit` or `restore` makes it")
     model = Denoiser(Reader())
     learner = dit_learner(path, model)
     bank = LatentBank(latents, 256, 256)
+    if not len(bank):
+        raise FileNotFoundError(f"no latents of 256x256 in {latents}; `python -m training latents` makes them")
     random = Random(0)
     torch.manual_seed(0)
     seeds, latents_BSC = bank.draw(random, _NUM_PICTURES)
