@@ -109,7 +109,8 @@ def _losses(
     model: Denoiser, bank: LatentBank, random: Random, batch: int, guidance: float, device: torch.device
 ) -> dict[str, Tensor]:
     """Mean squared error of the velocity, noise less data (Lipman et al. 2023; Esser et al. 2024, section 2), how
-    surprising it was what each token is part of, and mean squared error of where in its object it lies.
+    surprising it was what each token is part of, and mean squared error of where in its object it lies, of what the
+    noise says, and of where the objects lie that text tokens name.
     """
     num_tokens = bank.height * bank.width
     count = max(1, batch * (64 + NUM_TEXT_TOKENS) // (num_tokens + NUM_TEXT_TOKENS))
@@ -136,14 +137,12 @@ def _losses(
     velocity = torch.nn.functional.mse_loss(prediction.velocity.float(), target_BSC)
     is_object_BS = labels_BS5[..., 0] > 0
     places = torch.nn.functional.mse_loss(prediction.places[is_object_BS].float(), labels_BS5[is_object_BS][:, 2:])
-    named = list(shape_tokens([scene_of(seed) for seed in seeds], t5_BL, shapes_by_token(model.reader)))
-    rows, columns, _ = zip(*named, strict=True)
-    spots_N3 = torch.from_numpy(np.stack([bank.spots(seeds[row])[item] for row, _, item in named])).to(device)
-    spots = torch.nn.functional.mse_loss(prediction.spots[rows, columns].float(), spots_N3)
     marks = (prediction.marks.float() - marks_BM[:, None]).square().mean()
+    named = shape_tokens([scene_of(seed) for seed in seeds], t5_BL, shapes_by_token(model.reader))
+    spots = {(row, column): bank.spots(seeds[row])[item] for row, column, item in named}
     return {
         "velocity": velocity,
-        "spots": _SPOTS_WEIGHT * spots,
+        "spots": _SPOTS_WEIGHT * spots_loss(prediction.spots, spots),
         "marks": _MARKS_WEIGHT * marks,
         "objects": _OBJECTS_WEIGHT * torch.stack(objects).sum(),
         "places": _PLACES_WEIGHT * places,
@@ -156,6 +155,12 @@ def guidance_of(scale: float, velocity_BSC: Tensor, without_caption_BSC: Tensor)
     Where the model has learnt v' = v + (1 - 1/s)(v' - u), v' is u + s(v - u): classifier-free guidance of scale s.
     """
     return (1 - 1 / scale) * (velocity_BSC - without_caption_BSC)
+
+
+def spots_loss(predicted_BL3: Tensor, spots: dict[tuple[int, int], np.ndarray]) -> Tensor:
+    """Mean squared error at those tokens (row, column) that name an object; of none it is 0."""
+    found = [predicted_BL3[token].float() - torch.from_numpy(spot).to(predicted_BL3) for token, spot in spots.items()]
+    return torch.stack(found).square().mean() if found else 0.0 * predicted_BL3.float().sum()
 
 
 def _object_loss(logits_BSK: Tensor, labels_BS: Tensor) -> Tensor:

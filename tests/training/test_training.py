@@ -18,7 +18,7 @@ from tetriserve.evaluation.captions import WORDS, write_caption
 from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
 from tetriserve.launch import BUNDLED_MODEL
-from training.dit import SHIFTS, guidance_of, shift_of
+from training.dit import SHIFTS, guidance_of, shift_of, spots_loss
 from training.export import export_pipeline, make_pipeline, restore_checkpoints
 from training.learner import Learner, Schedule, load, save
 from training.model import Denoiser, Reader, image_ids, pack
@@ -236,3 +236,11 @@ def test_a_pipeline_restored_to_checkpoints_is_exported_as_it_was(tmp_path: Path
     assert len(weights) == 4
     for name in weights:
         assert (tmp_path / "pipeline" / name).read_bytes() == (BUNDLED_MODEL / name).read_bytes(), name
+
+
+def test_objects_are_missed_by_where_their_tokens_put_them_and_of_none_nothing_is() -> None:
+    predicted_BL3 = torch.zeros(2, 40, 3, requires_grad=True)
+    spots = {(0, 3): np.full(3, 2.0, dtype=np.float32), (1, 7): np.zeros(3, dtype=np.float32)}
+    assert spots_loss(predicted_BL3, spots).item() == 2.0
+    spots_loss(predicted_BL3, {}).backward()
+    assert predicted_BL3.grad is not None and not predicted_BL3.grad.any()
