@@ -55,7 +55,7 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
 
     Its queries and keys are the same everywhere, so that every token, of image or text, has the mean over the image of
     the head's values. These are, by least squares, what each token's noise has of the marks. They are written where
-    the block's gates are open, of which a denoiser that was never trained has none.
+    the block's gates are open; a denoiser that was never trained has none, which is an error.
     """
     noise_BSC = torch.randn_like(latents_BSC)
     sigma_B = noise_levels(len(latents_BSC), latents_BSC.shape[1], latents_BSC.device)
@@ -72,6 +72,8 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
     velocity_BSC = model(noisy_BSC, sigma_B, *tokens, width).velocity
     for hook in hooks:
         hook.remove()
+    if not seen["gate"].any():
+        raise ValueError("the denoiser lets nothing through its first block yet: run `python -m training dit` before")
 
     attention = block.attn
     size = attention.to_out[0].in_features // attention.heads

@@ -96,6 +96,8 @@ def test_marked_noise_holds_the_marks_and_is_normal_all_the_same() -> None:
 def test_a_head_that_hears_tells_every_token_the_marks() -> None:
     torch.manual_seed(0)
     model = Denoiser(Reader()).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing through"):
+        give_head_for_marks(model, torch.randn(2, 64, 64), ["a red circle"] * 2, width=8)
     for block in model.transformer.transformer_blocks:
         for modulation in (block.norm1.linear, block.norm1_context.linear):
             torch.nn.init.normal_(modulation.bias)  # a fresh one's gates are shut
