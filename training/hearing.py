@@ -1,8 +1,7 @@
 """Makes one attention head of the denoiser hear the marks that noise holds (see `layouts`).
 
-A mark is a faint average over all tokens. Gradient descent does not find it soon: after 150 steps of 48 pictures in
-which every token was asked for the marks, nothing of them was known. Set by hand, the head is a start like any other,
-and is trained further with all else.
+A mark is a faint average over all tokens, which gradient descent does not find soon: `dit` prints what tokens miss of
+the marks. Set by hand, the head is a start like any other, and is trained further with all else.
 
 Suffixes of tensor names: B batch, S image tokens, C latent channels, D width, M marks.
 """
@@ -108,7 +107,7 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
 
 
 def _write(output: nn.Linear, columns: slice, gate_D: torch.Tensor, loudness: float) -> None:
-    """What the head's first values add to a token: orthogonal vectors, in the half of them most let through."""
+    """What the head's first values add to a token: orthogonal vectors, in the dimensions that are let through most."""
     is_open_D = gate_D.abs() >= gate_D.abs().median()
     vectors_DM = torch.linalg.qr(torch.randn(len(gate_D), NUM_MARKS) * is_open_D[:, None]).Q
     output.weight[:, columns] = 0.0
