@@ -13,6 +13,7 @@ import torch
 from tetriserve.evaluation.drawing import MARGIN
 from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
 from tetriserve.evaluation.vocabulary import OPPOSITE, SIZES
+from training.dit import keep_silent_rows
 from training.hearing import give_head_for_marks
 from training.layouts import GRID, NUM_MARKS, draw_marks, lay_out, marked
 from training.model import Denoiser, Reader
@@ -114,3 +115,18 @@ def test_a_head_that_hears_tells_every_token_the_marks() -> None:
         told = torch.linalg.lstsq(heard_BD[:512], marks_BM[:512]).solution
         missed = (heard_BD[512:] @ told - marks_BM[512:]).square().mean()
         assert missed < 0.2, "of a variance of 1"
+
+
+def test_what_looks_at_nothing_is_not_trained() -> None:
+    model = Denoiser(Reader())
+    attention = model.transformer.transformer_blocks[0].attn
+    silent = torch.arange(64, 96)
+    layers = (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight[silent] = 0.0
+    keep_silent_rows(model)
+    torch.stack([(layer.weight + 1.0).square().sum() for layer in layers]).sum().backward()
+    for layer in layers:
+        is_trained = layer.weight.grad.ne(0.0).any(dim=1)
+        assert not is_trained[silent].any() and is_trained.sum() == len(is_trained) - len(silent)
