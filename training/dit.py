@@ -31,8 +31,10 @@ _OBJECTS_WEIGHT = 0.05
 _PLACES_WEIGHT = 0.1
 _SPOTS_WEIGHT = 0.1
 _MARKS_WEIGHT = 0.03
-_NOISIER = 0.7
+_NOISIER = 1.1
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
+_SPREAD = 0.6
+"""Of their logits, 1 being an even time's: from a true picture below 0.78 hardly anything goes wrong any more."""
 _NOTHING_WEIGHT = 0.15
 _BACKENDS = {
     # The fused one is several times slower for so few tokens.
@@ -114,7 +116,7 @@ def shift_of(num_tokens: int) -> float:
 def noise_levels(count: int, num_tokens: int, device: torch.device) -> Tensor:
     """Sigmas (count,), evenly spread over a batch, which makes its gradient less of a chance."""
     time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
-    return torch.sigmoid(torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
+    return torch.sigmoid(_SPREAD * torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
 
 
 def _losses(
