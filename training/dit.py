@@ -65,7 +65,7 @@ def train_dit(
     torch.manual_seed(0)
     model = Denoiser(load_reader(text, device)).to(device)
     learner = dit_learner(path, model)
-    keep_silent_rows(model)
+    keep_silent_heads(model)
     if is_compiled:
         for block in _blocks(model):
             block.compile()
@@ -92,15 +92,18 @@ def dit_learner(path: Path, model: Denoiser) -> Learner[Denoiser]:
     return Learner(path, model, _blocks(model), horizon=100, weight_decay=_WEIGHT_DECAY)
 
 
-def keep_silent_rows(model: Denoiser) -> None:
-    """Leave queries and keys that look at nothing as they are: those of the head that hears marks (see `hearing`).
+def keep_silent_heads(model: Denoiser) -> None:
+    """Leave it as it is whom heads attend to whose queries are the same everywhere: that which hears (see `hearing`).
 
-    Its gradients are next to nothing, but Muon makes all directions alike, and attention that was to be even drifts.
+    Its gradients are next to nothing, but Muon makes all directions alike, and attention that is to be even drifts.
     """
     for block in model.transformer.transformer_blocks:
-        for layer in (block.attn.to_q, block.attn.to_k, block.attn.add_q_proj, block.attn.add_k_proj):
-            looks_O1 = layer.weight.detach().ne(0.0).any(dim=1, keepdim=True)
-            layer.weight.register_hook(lambda gradient_OI, looks_O1=looks_O1: gradient_OI * looks_O1)
+        attention = block.attn
+        looks = attention.to_q.weight.detach().unflatten(0, (attention.heads, -1)).ne(0.0).any(dim=(1, 2))
+        looks_O = looks.repeat_interleave(attention.to_q.out_features // attention.heads)
+        for layer in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
+            layer.weight.register_hook(lambda gradient_OI, looks_O=looks_O: gradient_OI * looks_O[:, None])
+            layer.bias.register_hook(lambda gradient_O, looks_O=looks_O: gradient_O * looks_O)
 
 
 def _blocks(model: Denoiser) -> list[nn.Module]:

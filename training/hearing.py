@@ -1,7 +1,8 @@
 """Makes one attention head of the denoiser hear the marks that noise holds (see `layouts`).
 
 A mark is a faint average over all tokens, which gradient descent does not find soon: `dit` prints what tokens miss of
-the marks. Set by hand, the head is a start like any other, and is trained further with all else.
+the marks. Set by hand, the head's values are a start like any other, and are trained further with all else. Whom it
+attends to stays as it is, and is set anew by the next `hear`, for what tokens are by then.
 
 Suffixes of tensor names: B batch, S image tokens, C latent channels, D width, M marks.
 """
@@ -29,7 +30,7 @@ _NUM_UNROTATED = 8
 
 
 def let_hear(path: Path, latents: Path) -> int:
-    """Give the denoiser of checkpoint `path` its head for marks; which it is."""
+    """Give the denoiser of checkpoint `path` its head for marks, or see to it that the one it has still hears; its number."""
     if not path.exists():
         raise FileNotFoundError(f"no {path}; `python -m training dit` or `restore` makes it")
     model = Denoiser(Reader())
@@ -50,11 +51,11 @@ def let_hear(path: Path, latents: Path) -> int:
 
 @torch.no_grad()
 def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: list[str], width: int) -> int:
-    """Of the first block's heads that which does least becomes the one; its number.
+    """Of the first block's heads that which does least becomes the one; its number. If one is already, it attends anew.
 
-    Its queries and keys are the same everywhere, so that every token, of image or text, has the mean over the image of
-    the head's values. These are, by least squares, what each token's noise has of the marks. They are written where
-    the block's gates are open; a denoiser that was never trained has none, which is an error.
+    Every token, of image or text, has from it the mean over the image of the head's values. These are, by least
+    squares, what each token's noise has of the marks. They are written where the block's gates are open; a denoiser
+    that was never trained has none, which is an error.
     """
     noise_BSC = torch.randn_like(latents_BSC)
     sigma_B = noise_levels(len(latents_BSC), latents_BSC.shape[1], latents_BSC.device)
@@ -64,7 +65,7 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         block.norm1.register_forward_hook(
-            lambda layer, inputs, outputs: seen.update(normed=outputs[0], gate=outputs[1])
+            lambda layer, inputs, outputs: seen.update(embedded=inputs[0], normed=outputs[0], gate=outputs[1])
         ),
         block.norm1_context.register_forward_hook(lambda layer, inputs, outputs: seen.update(text_gate=outputs[1])),
     ]
@@ -73,37 +74,68 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
         hook.remove()
     if not seen["gate"].any():
         raise ValueError("the denoiser lets nothing through its first block yet: run `python -m training dit` before")
+    normed_BSD = seen["normed"]
+    lengths_BS = (seen["embedded"] - seen["embedded"].mean(-1, keepdim=True)).norm(dim=-1)
 
     attention = block.attn
     size = attention.to_out[0].in_features // attention.heads
+    heads = [slice(head * size, (head + 1) * size) for head in range(attention.heads)]
+    for head, rows in enumerate(heads):
+        if not attention.to_q.weight[rows].any():
+            _attend_by_length(attention, rows, normed_BSD, lengths_BS)
+            return head
 
     def change_without(head: int) -> float:
         outputs = (attention.to_out[0], attention.to_add_out)
         kept = [output.weight.clone() for output in outputs]
         for output in outputs:
-            output.weight[:, head * size : (head + 1) * size] = 0.0
+            output.weight[:, heads[head]] = 0.0
         change = (model(noisy_BSC, sigma_B, *tokens, width).velocity - velocity_BSC).square().mean().item()
         for output, weight in zip(outputs, kept, strict=True):
             output.weight.copy_(weight)
         return change
 
     head = min(range(attention.heads), key=change_without)
-    rows = slice(head * size, (head + 1) * size)
-    same = torch.zeros(size)
-    same[:_NUM_UNROTATED] = 1.0
-    attends = {"to_q": same, "to_k": same, "add_q_proj": same, "add_k_proj": -same, "to_v": 0.0, "add_v_proj": 0.0}
-    for name, bias in attends.items():
-        layer = getattr(attention, name)
-        layer.weight[rows] = 0.0
-        layer.bias[rows] = bias
-    inputs = torch.nn.functional.pad(seen["normed"].flatten(0, 1), (0, 1), value=1.0)
-    own_M = marks_in(noise_BSC).flatten(0, 1)
-    weights_DM = torch.linalg.lstsq(inputs, own_M).solution * latents_BSC.shape[1] ** 0.5
+    rows = heads[head]
+    _attend_by_length(attention, rows, normed_BSD, lengths_BS)
+    for layer in (attention.to_v, attention.add_v_proj):
+        layer.weight[rows] = layer.bias[rows] = 0.0
     values = slice(rows.start, rows.start + NUM_MARKS)
-    attention.to_v.weight[values], attention.to_v.bias[values] = weights_DM[:-1].T, weights_DM[-1]
+    as_long_BSD = normed_BSD * (lengths_BS / lengths_BS.mean(1, keepdim=True))[..., None]
+    weights_DM, bias_M = _fitted(as_long_BSD.flatten(0, 1), marks_in(noise_BSC).flatten(0, 1))
+    root = latents_BSC.shape[1] ** 0.5
+    attention.to_v.weight[values], attention.to_v.bias[values] = root * weights_DM.T, root * bias_M
     _write(attention.to_out[0], rows, seen["gate"].mean(0), _LOUDNESS["image"])
     _write(attention.to_add_out, rows, seen["text_gate"].mean(0), _LOUDNESS["text"])
     return head
+
+
+def _attend_by_length(attention: nn.Module, rows: slice, normed_BSD: torch.Tensor, lengths_BS: torch.Tensor) -> None:
+    """Queries that are the same everywhere, keys by which an image token counts as much as it was long: the layer norm
+    has made all as long, and so the noise in some fainter. Text tokens count for nothing.
+
+    normed_BSD: image tokens as keys are made of them; their lengths_BS are those before the norm.
+    """
+    same = torch.zeros(rows.stop - rows.start)
+    same[:_NUM_UNROTATED] = 1.0
+    steady = same.clone()
+    steady[0] = 0.0
+    for name, bias in {"to_q": same, "to_k": steady, "add_q_proj": same, "add_k_proj": -steady}.items():
+        layer = getattr(attention, name)
+        layer.weight[rows] = 0.0
+        layer.bias[rows] = bias
+    # Queries and keys are made as long as their root of dimensions, and multiplied by what was learnt.
+    steepness = (_NUM_UNROTATED * (_NUM_UNROTATED - 1) / len(same)) ** 0.5
+    steepness /= (attention.norm_q.weight[0] * attention.norm_k.weight[0]).item()
+    weights_D1, bias_1 = _fitted(normed_BSD.flatten(0, 1), lengths_BS.log().flatten()[:, None])
+    attention.to_k.weight[rows.start] = steepness * weights_D1[:, 0]
+    attention.to_k.bias[rows.start] = steepness * (bias_1 - lengths_BS.log().mean())
+
+
+def _fitted(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and bias of the affine map that is closest by least squares."""
+    solution = torch.linalg.lstsq(torch.nn.functional.pad(inputs, (0, 1), value=1.0), targets, driver="gelsd").solution
+    return solution[:-1], solution[-1]
 
 
 def _write(output: nn.Linear, columns: slice, gate_D: torch.Tensor, loudness: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from tetriserve.evaluation.drawing import MARGIN
 from tetriserve.evaluation.scenes import Item, Relation, Scene, draw_scene
 from tetriserve.evaluation.vocabulary import OPPOSITE, SIZES
-from training.dit import keep_silent_rows
+from training.dit import keep_silent_heads
 from training.hearing import give_head_for_marks
 from training.layouts import GRID, NUM_MARKS, draw_marks, lay_out, marked
 from training.model import Denoiser, Reader
@@ -99,34 +99,47 @@ def test_a_head_that_hears_tells_every_token_the_marks() -> None:
     model = Denoiser(Reader()).requires_grad_(False)
     with pytest.raises(ValueError, match="nothing through"):
         give_head_for_marks(model, torch.randn(2, 64, 64), ["a red circle"] * 2, width=8)
+    width = model.transformer.inner_dim
     for block in model.transformer.transformer_blocks:
         for modulation in (block.norm1.linear, block.norm1_context.linear):
-            torch.nn.init.normal_(modulation.bias)  # a fresh one's gates are shut
+            torch.nn.init.normal_(modulation.bias[2 * width : 3 * width])  # a fresh one's gates are shut
     latents_BSC = torch.randn(64, 64, 64)
-    give_head_for_marks(model, latents_BSC, ["a red circle"] * 64, width=8)
-    tokens: dict[str, torch.Tensor] = {}
-    model.transformer.transformer_blocks[0].register_forward_hook(
-        lambda block, inputs, outputs: tokens.update(text=outputs[0][:, 0], image=outputs[1][:, 5])
+    head = give_head_for_marks(model, latents_BSC, ["a red circle"] * 64, width=8)
+    block = model.transformer.transformer_blocks[0]
+    told: dict[str, torch.Tensor] = {}
+    block.register_forward_hook(
+        lambda block, inputs, outputs: told.update(text=outputs[0][:, 0], image=outputs[1][:, 5])
     )
+    size = width // block.attn.heads
+    values = slice(head * size, head * size + NUM_MARKS)
+    block.attn.to_out[0].register_forward_pre_hook(lambda layer, inputs: told.update(head=inputs[0][:, 5, values]))
     marks_BM = torch.randn(640, NUM_MARKS)
     noise_BSC = marked(torch.randn(640, 64, 64), marks_BM)
-    model(noise_BSC, torch.ones(640), *model.reader.tokenize(["a blue star"] * 640, torch.device("cpu")), 8)
-    for heard_BD in tokens.values():
-        told = torch.linalg.lstsq(heard_BD[:512], marks_BM[:512]).solution
-        missed = (heard_BD[512:] @ told - marks_BM[512:]).square().mean()
-        assert missed < 0.2, "of a variance of 1"
+    captions = model.reader.tokenize(["a blue star"] * 640, torch.device("cpu"))
+
+    def missed(by: str) -> float:
+        """Of a variance of 1."""
+        model(noise_BSC, torch.ones(640), *captions, 8)
+        means = torch.linalg.lstsq(told[by][:512], marks_BM[:512]).solution
+        return (told[by][512:] @ means - marks_BM[512:]).square().mean().item()
+
+    assert missed("text") < 0.2 and missed("image") < 0.2
+    by_length = missed("head")
+    block.attn.to_k.weight[head * size] = 0.0
+    assert by_length < 0.8 * missed("head"), "an even mean has some tokens' noise too faint, for the layer norm"
+    assert give_head_for_marks(model, latents_BSC, ["a red circle"] * 64, width=8) == head
+    assert missed("head") < 1.1 * by_length, "set anew"
 
 
-def test_what_looks_at_nothing_is_not_trained() -> None:
+def test_whom_a_head_attends_to_that_looks_at_nothing_is_not_trained() -> None:
     model = Denoiser(Reader())
     attention = model.transformer.transformer_blocks[0].attn
     silent = torch.arange(64, 96)
+    torch.nn.init.zeros_(attention.to_q.weight[silent[0] : silent[-1] + 1].detach())
+    keep_silent_heads(model)
     layers = (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj)
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight[silent] = 0.0
-    keep_silent_rows(model)
-    torch.stack([(layer.weight + 1.0).square().sum() for layer in layers]).sum().backward()
-    for layer in layers:
-        is_trained = layer.weight.grad.ne(0.0).any(dim=1)
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    torch.stack([(parameter + 2.0).square().sum() for parameter in parameters]).sum().backward()
+    for parameter in parameters:
+        is_trained = parameter.grad.ne(0.0).flatten(1).any(dim=1) if parameter.dim() > 1 else parameter.grad.ne(0.0)
         assert not is_trained[silent].any() and is_trained.sum() == len(is_trained) - len(silent)
