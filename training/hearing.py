@@ -30,7 +30,7 @@ _NUM_UNROTATED = 8
 
 
 def let_hear(path: Path, latents: Path) -> int:
-    """Give the denoiser of checkpoint `path` its head for marks, or see to it that the one it has still hears; its number."""
+    """Give the denoiser of checkpoint `path` its head for marks, or tune the one that it has; its number."""
     if not path.exists():
         raise FileNotFoundError(f"no {path}; `python -m training dit` or `restore` makes it")
     model = Denoiser(Reader())
