@@ -61,6 +61,7 @@ train: $(VENV)/.run ## Train the bundled model anew, into out/training, for as l
 	$(TRAIN) dit --minutes $(DEAF_MINUTES) --rate 3e-3
 	$(TRAIN) hear
 	$(TRAIN) dit --minutes $(DIT_MINUTES) --rate 3e-3
+	$(TRAIN) hear
 	$(TRAIN) dit --minutes $(GUIDED_MINUTES) --rate 2e-3 --decay 1 --guidance 2.5
 	$(TRAIN) export
 	$(BIN)/tetriserve evaluate out/training/pipeline --sizes 256x256,512x512,1024x1024 --sheet out/training/sheet.png

@@ -25,7 +25,7 @@ Train the bundled model. Every command continues what it finds in --folder.
   2. latents    compress drawings, once (may go on while 4 runs)
   3. text       learn to read captions
   4. dit        learn to denoise the latents of 2 from what 3 reads
-     hear       between two runs of 4, once: let a head of it hear what the noise says
+     hear       between two runs of 4: let a head of it hear what the noise says, or hear better
   5. export     write a FluxPipeline directory, for `tetriserve evaluate` and `tetriserve serve`
 
   restore       checkpoints from such a directory, to go on from there; in place of 1, 3 and hear
