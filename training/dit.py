@@ -34,7 +34,7 @@ _MARKS_WEIGHT = 0.03
 _NOISIER = 1.1
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
 _SPREAD = 0.6
-"""Of their logits, 1 being an even time's: from a true picture below 0.78 hardly anything goes wrong any more."""
+"""Of their logits, 1 being an even time's: less leaves out most of the low levels, where little is left to decide."""
 _NOTHING_WEIGHT = 0.15
 _BACKENDS = {
     # The fused one is several times slower for so few tokens.

@@ -124,7 +124,7 @@ def _attend_by_length(attention: nn.Module, rows: slice, normed_BSD: torch.Tenso
         layer = getattr(attention, name)
         layer.weight[rows] = 0.0
         layer.bias[rows] = bias
-    # Queries and keys are made as long as their root of dimensions, and multiplied by what was learnt.
+    # So that scores are logarithms of lengths after the RMS norms of queries and keys, and their learnt weights.
     steepness = (_NUM_UNROTATED * (_NUM_UNROTATED - 1) / len(same)) ** 0.5
     steepness /= (attention.norm_q.weight[0] * attention.norm_k.weight[0]).item()
     weights_D1, bias_1 = _fitted(normed_BSD.flatten(0, 1), lengths_BS.log().flatten()[:, None])
@@ -133,7 +133,10 @@ def _attend_by_length(attention: nn.Module, rows: slice, normed_BSD: torch.Tenso
 
 
 def _fitted(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and bias of the affine map that is closest by least squares."""
+    """Weights and bias of the affine map that is closest by least squares.
+
+    By SVD: the default driver can be far off where inputs lie in few dimensions, as those of a fresh denoiser do.
+    """
     solution = torch.linalg.lstsq(torch.nn.functional.pad(inputs, (0, 1), value=1.0), targets, driver="gelsd").solution
     return solution[:-1], solution[-1]
 
