@@ -17,7 +17,7 @@ from tetriserve.evaluation.captions import write_caption
 from training.latents import LatentBank
 from training.layouts import marked
 from training.learner import Learner, Schedule
-from training.model import Denoiser
+from training.model import NUM_UNROTATED, Denoiser
 from training.pictures import marks_of, scene_of
 from training.text import load_reader, shape_tokens, shapes_by_token
 from training.tokenizers import NUM_TEXT_TOKENS
@@ -95,7 +95,8 @@ def dit_learner(path: Path, model: Denoiser) -> Learner[Denoiser]:
 def keep_silent_heads(model: Denoiser) -> None:
     """Leave it as it is whom heads attend to whose queries are the same everywhere: that which hears (see `hearing`).
 
-    Its gradients are next to nothing, but Muon makes all directions alike, and attention that is to be even drifts.
+    Its gradients are next to nothing, but Muon makes all directions alike, and attention that is to be even drifts; as
+    it does by the weights of the norms, which it shares with the other heads.
     """
     for block in model.transformer.transformer_blocks:
         attention = block.attn
@@ -104,6 +105,10 @@ def keep_silent_heads(model: Denoiser) -> None:
         for layer in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
             layer.weight.register_hook(lambda gradient_OI, looks_O=looks_O: gradient_OI * looks_O[:, None])
             layer.bias.register_hook(lambda gradient_O, looks_O=looks_O: gradient_O * looks_O)
+        if not looks.all():
+            for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+                turns_D = torch.arange(len(norm.weight)) >= NUM_UNROTATED
+                norm.weight.register_hook(lambda gradient_D, turns_D=turns_D: gradient_D * turns_D.to(gradient_D))
 
 
 def _blocks(model: Denoiser) -> list[nn.Module]:

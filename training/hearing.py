@@ -9,6 +9,7 @@ Suffixes of tensor names: B batch, S image tokens, C latent channels, D width, M
 
 from __future__ import annotations
 
+from math import log
 from pathlib import Path
 from random import Random
 
@@ -19,14 +20,16 @@ from tetriserve.evaluation.captions import write_caption
 from training.dit import dit_learner, noise_levels
 from training.latents import LatentBank
 from training.layouts import NUM_MARKS, marks_in
-from training.model import Denoiser, Reader
+from training.model import NUM_UNROTATED, Denoiser, Reader
 from training.pictures import scene_of
+from training.tokenizers import NUM_TEXT_TOKENS
 
 _NUM_PICTURES = 256
 _LOUDNESS = {"image": 4.0, "text": 10.0}
 """How long a mark's vector in a token is; what tokens hold is some 15 and 70 long."""
-_NUM_UNROTATED = 8
-"""Of a head's dimensions: those that rotary positions turn by the first axis, on which all tokens are at 0."""
+_REST = 256
+"""Image tokens that the text counts as much as. The mean of S tokens' noise is 1/sqrt(S) of a mark, and what the head
+says sqrt(S) / (S + _REST): all but the same of 64, 256 and 1024 tokens, so that it need not be learnt of each."""
 
 
 def let_hear(path: Path, latents: Path) -> int:
@@ -103,8 +106,9 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
     values = slice(rows.start, rows.start + NUM_MARKS)
     as_long_BSD = normed_BSD * (lengths_BS / lengths_BS.mean(1, keepdim=True))[..., None]
     weights_DM, bias_M = _fitted(as_long_BSD.flatten(0, 1), marks_in(noise_BSC).flatten(0, 1))
-    root = latents_BSC.shape[1] ** 0.5
-    attention.to_v.weight[values], attention.to_v.bias[values] = root * weights_DM.T, root * bias_M
+    num_tokens = latents_BSC.shape[1]
+    scale = (num_tokens + _REST) / num_tokens**0.5
+    attention.to_v.weight[values], attention.to_v.bias[values] = scale * weights_DM.T, scale * bias_M
     _write(attention.to_out[0], rows, seen["gate"].mean(0), _LOUDNESS["image"])
     _write(attention.to_add_out, rows, seen["text_gate"].mean(0), _LOUDNESS["text"])
     return head
@@ -112,24 +116,32 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
 
 def _attend_by_length(attention: nn.Module, rows: slice, normed_BSD: torch.Tensor, lengths_BS: torch.Tensor) -> None:
     """Queries that are the same everywhere, keys by which an image token counts as much as it was long: the layer norm
-    has made all as long, and so the noise in some fainter. Text tokens count for nothing.
+    has made all as long, and so the noise in some fainter. Text tokens, which say nothing here, count _REST.
 
     normed_BSD: image tokens as keys are made of them; their lengths_BS are those before the norm.
     """
-    same = torch.zeros(rows.stop - rows.start)
-    same[:_NUM_UNROTATED] = 1.0
-    steady = same.clone()
-    steady[0] = 0.0
-    for name, bias in {"to_q": same, "to_k": steady, "add_q_proj": same, "add_k_proj": -steady}.items():
-        layer = getattr(attention, name)
-        layer.weight[rows] = 0.0
-        layer.bias[rows] = bias
-    # So that scores are logarithms of lengths after the RMS norms of queries and keys, and their learnt weights.
-    steepness = (_NUM_UNROTATED * (_NUM_UNROTATED - 1) / len(same)) ** 0.5
-    steepness /= (attention.norm_q.weight[0] * attention.norm_k.weight[0]).item()
+    queries = {attention.to_q: attention.norm_q.weight, attention.add_q_proj: attention.norm_added_q.weight}
+    keys = {attention.to_k: attention.norm_k.weight, attention.add_k_proj: attention.norm_added_k.weight}
+    # Scores are made in the one dimension that the norms' learnt weights leave most of. Two others fill vectors up, one
+    # queries, one keys, to lengths at which what the norms make of them is what is meant.
+    least_Q, least_K = (
+        torch.stack([w[:NUM_UNROTATED].abs() for w in side.values()]).amin(0) for side in (queries, keys)
+    )
+    dimension = int((least_Q * least_K).argmax())
+    at, filling_queries, filling_keys = (rows.start + (dimension + step) % NUM_UNROTATED for step in range(3))
+    for layer in (*queries, *keys):
+        layer.weight[rows] = layer.bias[rows] = 0.0
+    length = 1 / least_Q[dimension]
+    for layer, weight_Q in queries.items():
+        layer.bias[at] = 1 / weight_Q[dimension]
+        layer.bias[filling_queries] = (length**2 - layer.bias[at] ** 2).clamp(min=0.0).sqrt()
+    image, text = ((rows.stop - rows.start) ** 0.5 / length * weight_K[dimension] for weight_K in keys.values())
     weights_D1, bias_1 = _fitted(normed_BSD.flatten(0, 1), lengths_BS.log().flatten()[:, None])
-    attention.to_k.weight[rows.start] = steepness * weights_D1[:, 0]
-    attention.to_k.bias[rows.start] = steepness * (bias_1 - lengths_BS.log().mean())
+    attention.to_k.weight[at] = weights_D1[:, 0] / image
+    attention.to_k.bias[at] = (bias_1[0] - lengths_BS.log().mean()) / image
+    attention.to_k.bias[filling_keys] = 1.0
+    sine = (log(_REST / NUM_TEXT_TOKENS) / text).clamp(-1.0, 1.0)
+    attention.add_k_proj.bias[at], attention.add_k_proj.bias[filling_keys] = sine, (1 - sine**2).sqrt()
 
 
 def _fitted(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,8 @@ from training.tokenizers import NUM_TEXT_TOKENS, make_tokenizers
 EMBED_DIM = 128
 _TAPPED_SINGLE_BLOCK = 1
 LATENT_CHANNELS = 16
+NUM_UNROTATED = 8
+"""Of a head's dimensions: those that rotary positions turn by the first axis, on which all tokens are at 0."""
 
 
 class Reader(nn.Module):
@@ -147,7 +149,7 @@ def _make_transformer() -> FluxTransformer2DModel:
         joint_attention_dim=EMBED_DIM,
         pooled_projection_dim=EMBED_DIM,
         guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
+        axes_dims_rope=(NUM_UNROTATED, 12, 12),
     )
     # Blocks start as the identity and the output as zero, as in DiT (Peebles and Xie 2023, section 3.2).
     modulations = [
