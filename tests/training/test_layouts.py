@@ -16,7 +16,7 @@ from tetriserve.evaluation.vocabulary import OPPOSITE, SIZES
 from training.dit import keep_silent_heads
 from training.hearing import give_head_for_marks
 from training.layouts import GRID, NUM_MARKS, draw_marks, lay_out, marked
-from training.model import Denoiser, Reader
+from training.model import NUM_UNROTATED, Denoiser, Reader
 
 PAIR = Scene(
     background="white",
@@ -125,6 +125,13 @@ def test_a_head_that_hears_tells_every_token_the_marks() -> None:
 
     assert missed("text") < 0.2 and missed("image") < 0.2
     by_length = missed("head")
+
+    def loudness(side: int) -> float:
+        some_BM = torch.randn(64, NUM_MARKS)
+        model(marked(torch.randn(64, side**2, 64), some_BM), torch.ones(64), *(each[:64] for each in captions), side)
+        return torch.linalg.lstsq(some_BM, told["head"]).solution.diagonal().abs().mean().item()
+
+    assert 0.8 < loudness(16) / loudness(8) < 1.6, "of 256 tokens as of 64; even means are half as loud"
     block.attn.to_k.weight[head * size] = 0.0
     assert by_length < 0.8 * missed("head"), "an even mean has some tokens' noise too faint, for the layer norm"
     assert give_head_for_marks(model, latents_BSC, ["a red circle"] * 64, width=8) == head
@@ -143,3 +150,6 @@ def test_whom_a_head_attends_to_that_looks_at_nothing_is_not_trained() -> None:
     for parameter in parameters:
         is_trained = parameter.grad.reshape(len(parameter), -1).ne(0.0).any(dim=1)
         assert not is_trained[silent].any() and is_trained.sum() == len(is_trained) - 32
+    for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+        norm.weight.square().sum().backward()
+        assert norm.weight.grad.ne(0.0).tolist() == [False] * NUM_UNROTATED + [True] * (32 - NUM_UNROTATED)
