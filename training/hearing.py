@@ -29,7 +29,7 @@ _LOUDNESS = {"image": 4.0, "text": 10.0}
 """How long a mark's vector in a token is; what tokens hold is some 15 and 70 long."""
 _REST = 256
 """Image tokens that the text counts as much as. The mean of S tokens' noise is 1/sqrt(S) of a mark, and what the head
-says sqrt(S) / (S + _REST): all but the same of 64, 256 and 1024 tokens, so that it need not be learnt of each."""
+says sqrt(S) / (S + _REST): within a quarter the same of 64 to 1024 tokens, so that it need not be learnt of each."""
 
 
 def let_hear(path: Path, latents: Path) -> int:

@@ -132,7 +132,7 @@ def test_a_head_that_hears_tells_every_token_the_marks() -> None:
         return torch.linalg.lstsq(some_BM, told["head"]).solution.diagonal().abs().mean().item()
 
     assert 0.8 < loudness(16) / loudness(8) < 1.6, "of 256 tokens as of 64; even means are half as loud"
-    block.attn.to_k.weight[head * size] = 0.0
+    block.attn.to_k.weight[head * size : (head + 1) * size] = 0.0
     assert by_length < 0.8 * missed("head"), "an even mean has some tokens' noise too faint, for the layer norm"
     assert give_head_for_marks(model, latents_BSC, ["a red circle"] * 64, width=8) == head
     assert missed("head") < 1.1 * by_length, "set anew"
