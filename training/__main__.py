@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _Number = TypeVar("_Number", int, float)
 
 # By (height, width) in pixels.
-_PICTURES = {(256, 256): 40_000, (512, 512): 8_000, (1024, 1024): 1_000, (256, 384): 3_000, (384, 256): 3_000}
-_SHARES = {(256, 256): 0.6, (512, 512): 0.2, (1024, 1024): 0.1, (256, 384): 0.05, (384, 256): 0.05}
+_PICTURES = {(256, 256): 24_000, (512, 512): 16_000, (1024, 1024): 2_500, (256, 384): 3_000, (384, 256): 3_000}
+_SHARES = {(256, 256): 0.3, (512, 512): 0.44, (1024, 1024): 0.16, (256, 384): 0.05, (384, 256): 0.05}
 
 DESCRIPTION = """\
 Train the bundled model. Every command continues what it finds in --folder.
@@ -25,7 +25,7 @@ Train the bundled model. Every command continues what it finds in --folder.
   2. latents    compress drawings, once (may go on while 4 runs)
   3. text       learn to read captions
   4. dit        learn to denoise the latents of 2 from what 3 reads
-     hear       between two runs of 4: let a head of it hear what the noise says, or hear better
+     hear       once, between two runs of 4: let a head of it hear what the noise says
   5. export     write a FluxPipeline directory, for `tetriserve evaluate` and `tetriserve serve`
 
   restore       checkpoints from such a directory, to go on from there; in place of 1, 3 and hear
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 is_compiled=arguments.compile,
             )
         case "hear":
-            from training.hearing import let_hear
+            from training.dit import let_hear
 
             print(f"{dit}: head {let_hear(dit, latents)} of the first block hears the marks")
         case "restore":

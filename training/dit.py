@@ -14,10 +14,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tetriserve.evaluation.captions import write_caption
+from training.hearing import give_head_for_marks, what_hears
 from training.latents import LatentBank
 from training.layouts import marked
 from training.learner import Learner, Schedule
-from training.model import NUM_UNROTATED, Denoiser
+from training.model import Denoiser, Reader
 from training.pictures import marks_of, scene_of
 from training.text import load_reader, shape_tokens, shapes_by_token
 from training.tokenizers import NUM_TEXT_TOKENS
@@ -33,6 +34,8 @@ _SPOTS_WEIGHT = 0.1
 _MARKS_WEIGHT = 0.03
 _NOISIER = 1.1
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
+_NUM_HEARD = 2048
+"""Pictures of which the head for marks is made."""
 _SPREAD = 0.6
 """Of their logits, 1 being an even time's: less leaves out most of the low levels, where little is left to decide."""
 _NOTHING_WEIGHT = 0.15
@@ -65,7 +68,8 @@ def train_dit(
     torch.manual_seed(0)
     model = Denoiser(load_reader(text, device)).to(device)
     learner = dit_learner(path, model)
-    keep_silent_heads(model)
+    for parameter, rows in what_hears(model):
+        learner.keep(parameter, rows)
     if is_compiled:
         for block in _blocks(model):
             block.compile()
@@ -88,27 +92,27 @@ def train_dit(
     learner.train(schedule, loss_terms)
 
 
+def let_hear(path: Path, latents: Path) -> int:
+    """Give the denoiser of checkpoint `path` its head for marks; its number."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; `python -m training dit` or `restore` makes it")
+    model = Denoiser(Reader())
+    learner = dit_learner(path, model)
+    bank = LatentBank(latents, 256, 256)
+    if not len(bank):
+        raise FileNotFoundError(f"no latents of 256x256 in {latents}; `python -m training latents` makes them")
+    random = Random(0)
+    torch.manual_seed(0)
+    seeds, latents_BSC = bank.draw(random, _NUM_HEARD)
+    captions = [write_caption(scene_of(seed), random) for seed in seeds]
+    head = give_head_for_marks(model, latents_BSC, captions, bank.width)
+    learner.average.load_state_dict(model.state_dict())
+    learner.save({})
+    return head
+
+
 def dit_learner(path: Path, model: Denoiser) -> Learner[Denoiser]:
     return Learner(path, model, _blocks(model), horizon=100, weight_decay=_WEIGHT_DECAY)
-
-
-def keep_silent_heads(model: Denoiser) -> None:
-    """Leave it as it is whom heads attend to whose queries are the same everywhere: that which hears (see `hearing`).
-
-    Its gradients are next to nothing, but Muon makes all directions alike, and attention that is to be even drifts; as
-    it does by the weights of the norms, which it shares with the other heads.
-    """
-    for block in model.transformer.transformer_blocks:
-        attention = block.attn
-        looks = attention.to_q.weight.detach().unflatten(0, (attention.heads, -1)).ne(0.0).any(dim=(1, 2))
-        looks_O = looks.repeat_interleave(attention.to_q.out_features // attention.heads)
-        for layer in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
-            layer.weight.register_hook(lambda gradient_OI, looks_O=looks_O: gradient_OI * looks_O[:, None])
-            layer.bias.register_hook(lambda gradient_O, looks_O=looks_O: gradient_O * looks_O)
-        if not looks.all():
-            for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
-                turns_D = torch.arange(len(norm.weight)) >= NUM_UNROTATED
-                norm.weight.register_hook(lambda gradient_D, turns_D=turns_D: gradient_D * turns_D.to(gradient_D))
 
 
 def _blocks(model: Denoiser) -> list[nn.Module]:

@@ -62,8 +62,13 @@ class Learner(Generic[_Module]):
             Muon(weights, weight_decay=weight_decay),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True),
         ]
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         if path.exists():
             self._load()
+
+    def keep(self, parameter: nn.Parameter, rows: Tensor) -> None:
+        """Leave these rows (a mask over the first axis) as they are now, whatever gradients and weight decay say."""
+        self._kept.append((parameter, rows, parameter.detach()[rows].clone()))
 
     def train(
         self,
@@ -101,6 +106,9 @@ class Learner(Generic[_Module]):
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, rows, values in self._kept:
+                parameter[rows] = values
         # Young averages reach back over the last quarter only: the first steps are far from where the run ends.
         weight = 1.0 / min(1 + self.num_steps / 4, self._horizon)
         with torch.no_grad():

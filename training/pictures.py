@@ -17,13 +17,12 @@ import numpy as np
 from tetriserve.evaluation.drawing import Place, draw_image, place_items
 from tetriserve.evaluation.scenes import Scene, draw_training
 from tetriserve.evaluation.vocabulary import COLOURS, SHAPES
-from training.layouts import draw_marks, lay_out
+from training.layouts import PIXELS_PER_TOKEN, draw_marks, lay_out
 
 _NUM_ITEMS = {1: 0.35, 2: 0.45, 3: 0.20}
 _CROPS = {64: 0.6, 128: 0.25, 256: 0.15}
 _SIDES = (256, 256, 512)
 _COLOURS = tuple(COLOURS)
-PIXELS_PER_TOKEN = 32
 _LEAST_COVERED = 0.05
 """Of a token, by the object that it is part of."""
 _Result = TypeVar("_Result")

@@ -54,7 +54,10 @@ WORDS = tuple(
 
 
 def write_caption(scene: Scene, random: Random) -> str:
-    """One of the sentences that describe `scene`; a white background may go unsaid."""
+    """One of the sentences that describe `scene`; a white background may go unsaid.
+
+    Items that the scene puts in no order by relations are named in that of the scene.
+    """
     body = _body(scene, random)
     if scene.background == DEFAULT_BACKGROUND and random.random() < 0.4:
         return _opened(body, random)
@@ -72,7 +75,6 @@ def _body(scene: Scene, random: Random) -> str:
     with_articles = random.random() < 0.85
     names = [_name(item, random, with_articles) for item in scene.items]
     if not scene.relations:
-        random.shuffle(names)
         return _listed(names, random)
     if len(scene.relations) == 2:
         return _related_twice(scene.relations, names, random)
@@ -89,7 +91,7 @@ def _body(scene: Scene, random: Random) -> str:
 
 
 def _related_twice(relations: tuple[Relation, ...], names: list[str], random: Random) -> str:
-    first, second = random.sample(relations, 2)
+    first, second = relations
     return random.choice(_RELATED_TWICE).format(
         subject=names[first.subject],
         target=names[first.target],
