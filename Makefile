@@ -51,7 +51,7 @@ TEXT_MINUTES ?= 10
 DEAF_MINUTES ?= 60
 DIT_MINUTES ?= 200
 GUIDED_MINUTES ?= 100
-# On a CPU a third of the time would go into page faults, were freed memory given back.
+# On a CPU much time would go into page faults, were freed memory given back.
 TRAIN = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 \
 	$(BIN)/python -m training $(TRAIN_ARGS)
 

@@ -76,8 +76,8 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
     head = min(range(attention.heads), key=change_without)
     rows = heads[head]
     lengths_BS = (seen["inputs"] - seen["inputs"].mean(-1, keepdim=True)).norm(dim=-1)
-    take_ballast(model.transformer, lengths_BS.mean().item())
-    attend_evenly(attention, rows)
+    _take_ballast(model.transformer, lengths_BS.mean().item())
+    _attend_evenly(attention, rows)
     for layer in (attention.to_v, attention.add_v_proj):
         layer.weight[rows] = layer.bias[rows] = 0.0
     values = slice(rows.start, rows.start + NUM_MARKS)
@@ -125,7 +125,7 @@ def _telling_values(
 
 
 @torch.no_grad()
-def take_ballast(transformer: FluxTransformer2DModel, length: float) -> None:
+def _take_ballast(transformer: FluxTransformer2DModel, length: float) -> None:
     """Make the first layer norm treat all image tokens, which are about `length` long, alike.
 
     It divides each token by its length, and so the noise in it by more or by less, which would be heard as an error of
@@ -147,7 +147,7 @@ def take_ballast(transformer: FluxTransformer2DModel, length: float) -> None:
 
 
 @torch.no_grad()
-def attend_evenly(attention: nn.Module, rows: slice) -> None:
+def _attend_evenly(attention: nn.Module, rows: slice) -> None:
     """Queries and keys that are the same everywhere: an image token counts 1, all text together _REST."""
     queries = {attention.to_q: attention.norm_q.weight, attention.add_q_proj: attention.norm_added_q.weight}
     keys = {attention.to_k: attention.norm_k.weight, attention.add_k_proj: attention.norm_added_k.weight}

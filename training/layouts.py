@@ -23,7 +23,7 @@ from tetriserve.evaluation.scenes import Relation, Scene
 from tetriserve.evaluation.vocabulary import SIZES
 
 PIXELS_PER_TOKEN = 32
-NUM_CELLS = {"small": 2, "": 3, "big": 4}
+_NUM_CELLS = {"small": 2, "": 3, "big": 4}
 """How many cells the square is wide that an item of each size fills, of 8 along the image's shorter side."""
 _MAX_ITEMS = 3
 NUM_MARKS = 3 * _MAX_ITEMS
@@ -51,7 +51,7 @@ def lay_out(scene: Scene, marks: tuple[float, ...], height: int, width: int) -> 
     shares = [NormalDist().cdf(mark) for mark in marks]
     squares = [
         _Square(
-            side=NUM_CELLS[item.size] * side // (8 * PIXELS_PER_TOKEN),
+            side=_NUM_CELLS[item.size] * side // (8 * PIXELS_PER_TOKEN),
             shares=shares[3 * order.index(index) : 3 * order.index(index) + 3],
             limits=[(0, width // PIXELS_PER_TOKEN), (0, height // PIXELS_PER_TOKEN)],
         )
@@ -66,7 +66,7 @@ def lay_out(scene: Scene, marks: tuple[float, ...], height: int, width: int) -> 
     for item, square in zip(scene.items, squares, strict=True):
         x, y = ((start + square.side / 2) * PIXELS_PER_TOKEN / side for start in square.start)
         least, most = SIZES[item.size]
-        most = min(most, NUM_CELLS[item.size] / 16 - MARGIN)
+        most = min(most, _NUM_CELLS[item.size] / 16 - MARGIN)
         places.append(Place(x=x, y=y, extent=least + (most - least) * square.shares[2]))
     return tuple(places)
 

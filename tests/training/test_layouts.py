@@ -98,6 +98,12 @@ def test_the_layout_is_that_of_the_picture_and_not_of_its_wording() -> None:
         assert lay_out(reworded, marks, 256, 256) == lay_out(PAIR, marks, 256, 256)[::-1]
 
 
+def test_what_no_relation_orders_lies_as_it_is_named_from_the_left() -> None:
+    for seed in range(20):
+        first, second = lay_out(replace(PAIR, relations=()), draw_marks(Random(seed)), 256, 256)
+        assert second.x - first.x > abs(second.y - first.y)
+
+
 def test_greater_marks_lie_further_to_the_right_and_down() -> None:
     alone = Scene(background="white", items=PAIR.items[:1])
     places = [
