@@ -30,8 +30,8 @@ _WEIGHT_DECAY = 0.01
 _REFRESH_STEPS = 100
 _OBJECTS_WEIGHT = 0.05
 _PLACES_WEIGHT = 0.1
-_SPOTS_WEIGHT = 0.1
-_MARKS_WEIGHT = 0.03
+_SPOTS_WEIGHT = 0.3
+_MARKS_WEIGHT = 0.15
 _NOISIER = 1.1
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
 _NUM_HEARD = 2048
