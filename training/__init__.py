@@ -10,4 +10,5 @@ measures it on scenes that were never trained on.
     latents    shards of compressed pictures          text       the text encoders
     learner    the loop, schedule and checkpoints     dit        flow matching
     muon       the optimizer of all matrices          export     the pipeline directory
+    layouts    where objects lie, told by the noise   hearing    the head that hears it
 """
