@@ -30,14 +30,16 @@ _WEIGHT_DECAY = 0.01
 _REFRESH_STEPS = 100
 _OBJECTS_WEIGHT = 0.05
 _PLACES_WEIGHT = 0.1
-_SPOTS_WEIGHT = 0.3
-_MARKS_WEIGHT = 0.15
+_SPOTS_WEIGHT = 0.6
+_MARKS_WEIGHT = 0.2
 _NOISIER = 1.1
 """How much further than the sampler's levels those trained on are shifted: high ones decide layout and shapes."""
 _NUM_HEARD = 2048
 """Pictures of which the head for marks is made."""
 _SPREAD = 0.6
 """Of their logits, 1 being an even time's: less leaves out most of the low levels, where little is left to decide."""
+_BEGINNING = 0.05
+"""Share of pictures at noise level 1, where sampling begins and which no spread of levels reaches."""
 _NOTHING_WEIGHT = 0.15
 _BACKENDS = {
     # The fused one is several times slower for so few tokens.
@@ -128,6 +130,7 @@ def shift_of(num_tokens: int) -> float:
 def noise_levels(count: int, num_tokens: int, device: torch.device) -> Tensor:
     """Sigmas (count,), evenly spread over a batch, which makes its gradient less of a chance."""
     time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+    time_B = (time_B / (1 - _BEGINNING)).clamp(max=1.0)
     return torch.sigmoid(_SPREAD * torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
 
 
