@@ -128,7 +128,7 @@ def shift_of(num_tokens: int) -> float:
 
 
 def noise_levels(count: int, num_tokens: int, device: torch.device) -> Tensor:
-    """Sigmas (count,), evenly spread over a batch, which makes its gradient less of a chance."""
+    """Sigmas (count,), evenly spread over a batch, which makes its gradient less of a chance; some are 1."""
     time_B = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
     time_B = (time_B / (1 - _BEGINNING)).clamp(max=1.0)
     return torch.sigmoid(_SPREAD * torch.logit(time_B) + shift_of(num_tokens) + _NOISIER)
