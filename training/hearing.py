@@ -13,6 +13,7 @@ from math import log
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from training.layouts import NUM_MARKS, marked
@@ -55,7 +56,7 @@ def give_head_for_marks(model: Denoiser, latents_BSC: torch.Tensor, captions: li
     ]
 
     def velocity() -> torch.Tensor:
-        return model(noisy_BSC, sigma_B, *tokens, width).velocity
+        return model(noisy_BSC, sigma_B, *tokens, width).velocity  # type: ignore[no-any-return]
 
     velocity_BSC = velocity()
     for hook in hooks:
@@ -147,7 +148,7 @@ def _take_ballast(transformer: FluxTransformer2DModel, length: float) -> None:
 
 
 @torch.no_grad()
-def _attend_evenly(attention: nn.Module, rows: slice) -> None:
+def _attend_evenly(attention: FluxAttention, rows: slice) -> None:
     """Queries and keys that are the same everywhere: an image token counts 1, all text together _REST."""
     queries = {attention.to_q: attention.norm_q.weight, attention.add_q_proj: attention.norm_added_q.weight}
     keys = {attention.to_k: attention.norm_k.weight, attention.add_k_proj: attention.norm_added_k.weight}

@@ -176,4 +176,4 @@ def marked(noise_BSC: torch.Tensor, marks_BM: torch.Tensor) -> torch.Tensor:
 
 def marks_in(noise_BSC: torch.Tensor) -> torch.Tensor:
     """What each token has of each mark (B, S, M): the pattern, in one of the first latent channels."""
-    return noise_BSC[..., : 4 * NUM_MARKS].unflatten(-1, (NUM_MARKS, 4)) @ noise_BSC.new_tensor(_PATTERN)
+    return torch.unflatten(noise_BSC[..., : 4 * NUM_MARKS], -1, (NUM_MARKS, 4)) @ noise_BSC.new_tensor(_PATTERN)

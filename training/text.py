@@ -8,7 +8,7 @@ Suffixes of tensor names: B batch, L text tokens, D embedding width, F facts, N 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -134,7 +134,7 @@ def _relations_of(scene: Scene, index: int) -> set[str]:
     return said | {OPPOSITE[relation.name] for relation in scene.relations if relation.target == index}
 
 
-def _held(names: list[tuple[str, ...]], facts: set[tuple[str, ...]]) -> Tensor:
+def _held(names: Sequence[tuple[str, ...]], facts: set[tuple[str, ...]]) -> Tensor:
     return torch.tensor([float(name in facts) for name in names])
 
 
