@@ -106,6 +106,37 @@ def test_learning_follows_the_loss_and_continues_where_it_stopped(tmp_path: Path
     assert torch.equal(other.weight, layer.weight)
 
 
+def _learn_in_a_process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    learner = _learn(folder / "two.pt", rows=slice(4 * rank, 4 * rank + 4))
+    save(folder / f"{rank}.pt", learner.module.state_dict())
+    torch.distributed.destroy_process_group()
+
+
+def _learn(path: Path, rows: slice) -> Learner[torch.nn.Linear]:
+    """Five steps on these of eight inputs."""
+    torch.manual_seed(0)
+    layer, inputs_BD, wanted_BD = torch.nn.Linear(4, 4), torch.randn(8, 4), torch.randn(8, 4)
+    learner = Learner(path, layer, [layer], horizon=5)
+    learner.train(
+        Schedule(learning_rate=1e-2, minutes=1.0, warmup_steps=1),
+        lambda: {"error": (layer(inputs_BD[rows]) - wanted_BD[rows]).square().mean()},
+        clock=count(step=12.0).__next__,
+    )
+    return learner
+
+
+def test_two_processes_learn_what_one_learns_of_both_batches(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_learn_in_a_process, (tmp_path,), nprocs=2, start_method="spawn")
+    alone = _learn(tmp_path / "one.pt", rows=slice(0, 8))
+    first, second = (load(tmp_path / f"{rank}.pt", CPU) for rank in (0, 1))
+    for name, value in alone.module.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-2, atol=1e-4)
+    assert load(tmp_path / "two.pt", CPU)["step"] == alone.num_steps
+
+
 def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "part.pt"
     for step in (1, 2):
