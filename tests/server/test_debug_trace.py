@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from fake_engine import FAILING
 
+from tetriserve.engine import Generation
 from tetriserve.server import EngineSlot, recent
 
 
@@ -71,6 +72,15 @@ async def test_what_is_kept_is_bounded(engine, connect, monkeypatch):
             await client.post("/v1/images/generations", json={"prompt": "a lighthouse", "size": "64x64"})
         events = (await client.get("/debug/trace")).json()["traceEvents"]
     assert len([event for event in events if event["ph"] == "X" and event["tid"] == 0]) == 4
+
+
+async def test_the_tasks_of_an_image_keep_one_request_between_them(engine):
+    kept = recent.RecentRuns(EngineSlot(engine))
+    await engine.generate(Generation(prompt="a lighthouse", size="64x64", num_steps=4))
+    excerpt = kept.last(30)
+    assert len(excerpt.tasks) >= 3
+    assert {id(ended.request) for ended in excerpt.tasks} == {id(outcome.request) for outcome in excerpt.outcomes}
+    assert {(ended.request.prompt, ended.result) for ended in excerpt.tasks} == {("", None)}
 
 
 @pytest.mark.parametrize(("seconds", "hint"), [("0", "greater than 0"), ("301", "300"), ("x", "number")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import signal
 import socket
 import subprocess
@@ -215,6 +216,22 @@ async def test_a_port_in_use_is_one_clear_line_before_anything_is_launched():
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use.*--port") as error:
             await serve(ServerConfig(port=port), launch)
     assert "\n" not in str(error.value)
+
+
+def test_an_accepted_connection_sends_small_packets_at_once():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+async def test_while_it_serves_the_collector_does_not_walk_what_the_start_made(executor):
+    assert gc.get_freeze_count() == 0
+    live = Live(executor)
+    await live.url
+    assert gc.get_freeze_count() > len(sys.modules)
+    await live.stop()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(("host", "start"), [("0.0.0.0", "http://127.0.0.1:"), ("127.0.0.1", "http://127.0.0.1:")])

@@ -9,6 +9,7 @@ from itertools import takewhile
 
 from tetriserve.core.events import Run
 from tetriserve.core.plan import State
+from tetriserve.core.request import Request
 from tetriserve.engine import EndedTask, LiveEngine
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
@@ -47,6 +48,7 @@ class RecentRuns:
         self._slot = slot
         self._tasks: deque[EndedTask] = deque(maxlen=MAX_TASKS)
         self._outcomes: deque[Outcome] = deque(maxlen=MAX_TASKS)
+        self._silent: dict[str, Request] = {}
         slot.when_filled(self._attach)
 
     def last(self, seconds: float) -> Excerpt:
@@ -71,15 +73,23 @@ class RecentRuns:
         engine.subscribe(self._keep_outcome)
 
     def _keep_task(self, ended: EndedTask) -> None:
-        self._tasks.append(replace(ended, request=replace(ended.request, prompt="", negative_prompt=None)))
+        self._tasks.append(replace(ended, request=self._without_prompts(ended.request), result=None))
         while self._tasks[0].run.end_s < ended.run.end_s - KEEP_S:
             self._tasks.popleft()
 
     def _keep_outcome(self, outcome: Outcome) -> None:
-        request = replace(outcome.request, prompt="", negative_prompt=None)
+        request = self._without_prompts(outcome.request)
+        del self._silent[request.request_id]
         self._outcomes.append(replace(outcome, request=request, runs=()))
         while self._outcomes[0].finish_s < outcome.finish_s - KEEP_S:
             self._outcomes.popleft()
+
+    def _without_prompts(self, request: Request) -> Request:
+        """One copy for all tasks of the request: what is kept for minutes lengthens every garbage collection."""
+        request_id = request.request_id
+        if request_id not in self._silent:
+            self._silent[request_id] = replace(request, prompt="", negative_prompt=None)
+        return self._silent[request_id]
 
 
 def _ended_blocks(ended: EndedTask) -> Iterator[TraceEvent]:

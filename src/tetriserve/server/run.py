@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -80,6 +81,7 @@ async def serve(
                 return 0
             try:
                 slot.put(engine)
+                _freeze_heap()
                 on_ready(url_of(listener), engine)
                 await signals.get()
             finally:
@@ -89,8 +91,18 @@ async def serve(
         finally:
             server.should_exit = True
             await serving
+            gc.unfreeze()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
+
+
+def _freeze_heap() -> None:
+    """Take what the start made out of the garbage collector's sight: modules and types, 90,000 objects that stay.
+
+    Each collection of the oldest generation would walk them all, and hold up the event loop for 30 ms and more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _open_tracing(endpoint: str) -> Tracing:
@@ -118,7 +130,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
+        # Accepted sockets inherit it. asyncio sets it only where a socket names its protocol, and these do not: the
+        # body of an answer then waits for the acknowledgement of its head, which clients delay by 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = f"port {port} on {host} is in use; stop what uses it or choose another with --port (0: a free one)"
