@@ -36,7 +36,7 @@ def serve(*, is_delayed: bool, is_thawed: bool) -> int:
 
     import tetriserve.launch  # noqa: F401  what `tetriserve serve` has loaded
     from tetriserve.config import ServerConfig
-    from tetriserve.engine import LiveEngine
+    from tetriserve.engine import LiveEngine, Stopped
     from tetriserve.server import run
 
     listen, pauses_ms, num_walked, begun_s = run.listen, [0.0], 0, 0.0
@@ -60,7 +60,7 @@ def serve(*, is_delayed: bool, is_thawed: bool) -> int:
         return make_engine(executor)
 
     def on_ready(url: str, engine: LiveEngine) -> None:
-        engine.when_stopped(lambda: gc.callbacks.remove(note))
+        engine.subscribe(lambda observation: gc.callbacks.remove(note) if isinstance(observation, Stopped) else None)
         gc.callbacks.append(note)
         print(url, flush=True)
 

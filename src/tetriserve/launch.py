@@ -17,7 +17,8 @@ from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.request import Shape
 from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Intake
-from tetriserve.engine.live import LiveEngine, Recorder
+from tetriserve.engine.live import LiveEngine
+from tetriserve.engine.observers import Observer
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard, read_card
@@ -42,7 +43,7 @@ class Progress:
     measured: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
-async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder | None = None) -> LiveEngine:
+async def launch(config: EngineConfig, progress: Progress, *, observer: Observer | None = None) -> LiveEngine:
     """A started engine. Whatever can be checked before workers start is checked before.
 
     Raises:
@@ -84,7 +85,7 @@ async def launch(config: EngineConfig, progress: Progress, *, on_event: Recorder
         SimulatedForesight(new_policy),
         max_queue=config.scheduling.max_queue,
         policy_name=spec,
-        on_event=on_event,
+        observer=observer,
     )
     engine.start()
     if config.journal is not None and journal is not None:

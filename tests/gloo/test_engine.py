@@ -33,7 +33,7 @@ from tetriserve.core.errors import (
 from tetriserve.core.events import Cancelled, Command, Event, StartTask
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine
+from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import Progress, launch
 from tetriserve.models.card import ModelCard
@@ -80,8 +80,12 @@ class Setup:
         engine.controller = recorder  # type: ignore[assignment]
         assert isinstance(engine._executor, LocalExecutor)
         setup = cls(engine, engine._executor, recorder, events=events)
-        engine.subscribe(setup.outcomes.append)
+        engine.subscribe(setup.observe)
         return setup
+
+    def observe(self, observation: Observation) -> None:
+        if isinstance(observation, Outcome):
+            self.outcomes.append(observation)
 
     @property
     def all_ranks(self) -> tuple[int, ...]:
@@ -144,7 +148,12 @@ async def setup(request: pytest.FixtureRequest, bundled_dir: Path, profile_path:
     config = EngineConfig(
         model=str(bundled_dir), profile=profile_path, pool=PoolConfig(num_ranks=request.param, heartbeat_timeout_s=60.0)
     )
-    engine = await launch(config, Progress(), on_event=lambda now, event: events.append((now, event)))
+
+    def observe(observation: Observation) -> None:
+        if isinstance(observation, Occurred):
+            events.append((observation.now, observation.event))
+
+    engine = await launch(config, Progress(), observer=observe)
     yield Setup.of(engine, events)
     await engine.stop()
 

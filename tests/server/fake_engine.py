@@ -22,7 +22,7 @@ from tetriserve.control import Controller
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import DurableWork, Intake, LiveEngine
+from tetriserve.engine import DurableWork, Intake, LiveEngine, Observation
 from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
@@ -31,6 +31,7 @@ from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
 from tetriserve.simulator.foresight import SimulatedForesight
+from tetriserve.workload.outcome import Outcome
 
 ENCODE_S = DECODE_S = 0.002
 STEP_S = 0.004
@@ -94,6 +95,7 @@ class FakeExecutor:
         self.gate.set()
         self.forgotten: list[str] = []
         self.is_stopped = False
+        self.failure_kind = FailureKind.STEP
         self.has_previews = True
         self.num_previews = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,7 +123,7 @@ class FakeExecutor:
         await asyncio.sleep(elapsed_s if self.takes_time else 0)
         await self.gate.wait()
         if is_denoise and request.prompt == FAILING:
-            self._on_event(TaskFailed(command.task_id, FailureKind.STEP, "latents are not finite"))
+            self._on_event(TaskFailed(command.task_id, self.failure_kind, "latents are not finite"))
             return
         key = f"{request.request_id}.{task.stage}.{command.steps_done + task.num_steps}"
         if task.stage is Stage.DECODE:
@@ -152,6 +154,18 @@ class FakeExecutor:
         self.is_stopped = True
         for task in self._tasks:
             task.cancel()
+
+
+def outcomes_of(engine: LiveEngine) -> list[Outcome]:
+    """Of every request that ends from now on."""
+    outcomes: list[Outcome] = []
+
+    def observe(observation: Observation) -> None:
+        if isinstance(observation, Outcome):
+            outcomes.append(observation)
+
+    engine.subscribe(observe)
+    return outcomes
 
 
 def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:

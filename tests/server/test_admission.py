@@ -9,6 +9,7 @@ import pytest
 from fake_engine import FAILING, FakeExecutor, make_engine
 
 from tetriserve.core.errors import ProfileError
+from tetriserve.core.events import FailureKind
 from tetriserve.server import EngineSlot
 
 URL = "/v1/images/generations"
@@ -82,6 +83,32 @@ async def test_a_failed_task_is_a_500_for_its_request_alone(draw):
     error = failing.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "generation_failed")
     assert "latents are not finite" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "should_retry"),
+    [
+        (FailureKind.STEP, "generation_failed", "false"),
+        (FailureKind.LOST, "worker_lost", None),
+        (FailureKind.MEMORY, "out_of_memory", None),
+    ],
+)
+async def test_a_client_is_told_whether_the_same_request_would_fail_again(draw, executor, kind, code, should_retry):
+    executor.failure_kind = kind
+    answer = await draw(prompt=FAILING)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, code)
+    assert answer.headers.get("X-Should-Retry") == should_retry
+
+
+async def test_a_defect_of_the_scheduler_is_no_fault_of_the_request(draw, engine):
+    class Broken:
+        def plan(self, state, now):
+            raise ZeroDivisionError("a defect")
+
+    engine.controller.policy = Broken()
+    answer = await draw()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "X-Should-Retry" not in answer.headers
 
 
 async def test_an_unforeseen_error_is_a_500_envelope_without_details_and_a_log_entry_with_the_id(

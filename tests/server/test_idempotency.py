@@ -313,7 +313,6 @@ async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
     await until(lambda: not engine.durable.journal.num_waiting)
     engine.durable.journal.close()
     await executor.stop()
-    engine.subscribe_events(lambda now, event: None)
 
 
 LIGHTHOUSE = [Generation(prompt="a lighthouse", size="64x64")]

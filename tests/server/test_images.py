@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import CARD, picture
+from fake_engine import CARD, outcomes_of, picture
 from PIL import Image
 
 from tetriserve.core.request import Shape
@@ -107,8 +107,7 @@ async def test_the_default_size_is_the_models_first(draw, size):
 
 
 async def test_fields_reach_the_engine(draw, engine):
-    requests = []
-    engine.subscribe(lambda outcome: requests.append(outcome.request))
+    outcomes = outcomes_of(engine)
     response = await draw(
         num_inference_steps=3,
         guidance_scale=2.5,
@@ -119,7 +118,7 @@ async def test_fields_reach_the_engine(draw, engine):
         seed=9,
     )
     assert response.status_code == 200
-    (request,) = requests
+    request = outcomes[0].request
     assert (request.num_steps, request.guidance_scale, request.seed, request.priority) == (3, 2.5, 9, -2)
     assert (request.negative_prompt, request.true_cfg_scale, request.num_passes) == ("fog", 6, 2)
     assert request.deadline_s - request.arrival_s == pytest.approx(1.2345)

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from fake_engine import CARD
+from fake_engine import CARD, FAILING, outcomes_of
 from live_server import Live, until
 
 from tetriserve.config import ServerConfig
@@ -43,8 +43,7 @@ async def ai(live):
 
 async def test_a_client_that_goes_away_frees_its_ranks_and_disturbs_nobody(live, http, executor):
     executor.gate.clear()
-    ends = []
-    live.engine.subscribe(ends.append)
+    ends = outcomes_of(live.engine)
     leaving = asyncio.create_task(http.post(URL, json={**BODY, "seed": 1}))
     await until(lambda: len(live.engine.state.in_flight) == 1)
     staying = asyncio.create_task(http.post(URL, json={**BODY, "seed": 2}))
@@ -85,6 +84,14 @@ async def test_a_client_that_goes_away_while_it_sends_its_body_leaves_nothing(li
     await asyncio.sleep(0.05)
     assert (await http.get("/health")).status_code == 200
     assert live.engine.state.trajectories == ()
+
+
+async def test_the_openai_package_repeats_no_request_that_would_fail_again(live, executor):
+    async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=2) as client:
+        with pytest.raises(openai.InternalServerError) as failed:
+            await client.images.generate(prompt=FAILING, size="64x64")
+    assert failed.value.code == "generation_failed"
+    assert len({start.request.request_id for start in executor.started}) == 1
 
 
 async def test_the_openai_package_draws(ai):

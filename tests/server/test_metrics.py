@@ -100,6 +100,66 @@ async def test_lost_workers_and_their_replacements_are_counted(client, engine):
     assert (await samples(client))["tetriserve_workers_restarted_total",] == 1
 
 
+def assert_sum(found, *, num_open):
+    """Every admitted image is in one place."""
+    ended = sum(value for key, value in found.items() if key[0] == "tetriserve_requests_total")
+    admitted = sum(value for key, value in found.items() if key[0] == "tetriserve_requests_admitted_total")
+    assert found["tetriserve_requests_open",] == num_open
+    assert admitted == ended + num_open
+    return admitted
+
+
+async def test_admitted_images_are_those_that_finished_failed_were_cancelled_or_are_open(
+    client, draw, executor, engine
+):
+    assert (await draw(slo_ms=1, deadline_policy="reject")).status_code == 429
+    await asyncio.gather(draw(n=2), draw(prompt=FAILING))
+    assert assert_sum(await samples(client), num_open=0) == 3
+
+    executor.gate.clear()
+    leaving, staying = (asyncio.create_task(draw(n=3, size=size)) for size in ("64x64", "80x64"))
+    while not engine.state.in_flight or len(engine.state.trajectories) < 6:
+        await asyncio.sleep(0.001)
+    assert_sum(await samples(client), num_open=6)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    num_left_running = 6 - int((await samples(client)).get(("tetriserve_requests_total", "64x64", "cancelled"), 0))
+    assert num_left_running > 3  # the tasks of cancelled images that run are not over
+    assert_sum(await samples(client), num_open=num_left_running)
+    executor.gate.set()
+    await staying
+    found = await samples(client)
+    assert assert_sum(found, num_open=0) == 9
+    assert found["tetriserve_requests_total", "other", "finished"] == 3
+
+
+async def test_the_sum_holds_when_the_engine_fails_and_when_it_stops(client, draw, executor, engine):
+    executor.gate.clear()
+    leaving, waiting = (asyncio.create_task(draw(seed=seed)) for seed in (1, 2))
+    while len(engine.state.trajectories) < 2:
+        await asyncio.sleep(0.001)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert_sum(await samples(client), num_open=2)
+    engine.controller.policy = None  # a defect
+    assert (await draw(seed=3)).status_code == 500
+    assert (await waiting).status_code == 500
+    found = await samples(client)
+    assert assert_sum(found, num_open=0) == 3
+    assert found["tetriserve_requests_total", "64x64", "cancelled"] == 1
+    await engine.stop()
+    assert assert_sum(await samples(client), num_open=0) == 3
+
+
+async def test_an_observer_that_raises_is_counted_and_ends_no_request(client, draw, engine, monkeypatch):
+    monkeypatch.setattr("tetriserve.server.metrics.Metrics._count_event", lambda self, event: {}[event])
+    assert (await draw()).status_code == 200
+    assert engine.failure is None
+    found = await samples(client)
+    assert found["tetriserve_observer_errors_total",] >= 4
+    assert found["tetriserve_requests_total", "64x64", "finished"] == 1
+
+
 class Widening:
     """One step on rank 0, one on rank 1, the rest on both, one request after the other."""
 

@@ -24,7 +24,7 @@ async def flooded(connect):
     executor = FakeExecutor()
     engine = make_engine(executor, policy="tetriserve", max_queue=MAX_QUEUE)
     lengths: list[int] = [0]
-    engine.subscribe_events(lambda now, event: lengths.append(len(engine.state.waiting)))
+    engine.subscribe(lambda observation: lengths.append(len(engine.state.waiting)))
     async with connect(EngineSlot(engine)) as client:
         yield client, engine, lengths
     await engine.stop()

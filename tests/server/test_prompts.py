@@ -12,6 +12,7 @@ from tests.hostile import PROMPTS
 from tetriserve.core.request import Shape
 from tetriserve.server import EngineSlot
 from tetriserve.server.exchange import MAX_BODY_BYTES
+from tetriserve.workload.outcome import Outcome
 
 URL = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
@@ -23,7 +24,12 @@ SPACES = [" ", "\t\r\n", "\u00a0", "\u2003\u3000", "\u2028\u2029", "\x1c\x1d\x1e
 def seen(engine):
     """The prompts of images that were made."""
     prompts = []
-    engine.subscribe(lambda outcome: prompts.append(outcome.request.prompt))
+
+    def note(observation):
+        if isinstance(observation, Outcome):
+            prompts.append(observation.request.prompt)
+
+    engine.subscribe(note)
     return prompts
 
 

@@ -10,7 +10,7 @@ import json
 import httpx
 import openai
 import pytest
-from fake_engine import CARD, FAILING
+from fake_engine import CARD, FAILING, outcomes_of
 from PIL import Image
 
 URL = "/v1/images/generations"
@@ -144,8 +144,7 @@ async def test_a_stream_counts_as_pending_until_it_ends(connect, engine, executo
 
 async def test_a_client_that_goes_away_in_mid_stream_cancels_its_images(live, executor):
     executor.gate.clear()
-    ends = []
-    live.engine.subscribe(ends.append)
+    ends = outcomes_of(live.engine)
     async with httpx.AsyncClient(base_url=await live.url, timeout=10) as http:
         async with http.stream("POST", URL, json={**BODY, "n": 2}) as response:
             assert response.status_code == 200

@@ -12,10 +12,10 @@ import pytest
 
 from tetriserve.control import Controller
 from tetriserve.core.errors import InvalidRequest, RequestFailed
-from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
 from tetriserve.core.plan import Plan, State
 from tetriserve.core.request import Shape
-from tetriserve.engine import Generation, Intake, LiveEngine
+from tetriserve.engine import EndedTask, GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred, Stopped
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
@@ -84,7 +84,12 @@ def running(executor: ObedientExecutor, policy: Policy | None = None) -> tuple[L
     )
     engine.start()
     outcomes: list[Outcome] = []
-    engine.subscribe(outcomes.append)
+
+    def observe(observation: Observation) -> None:
+        if isinstance(observation, Outcome):
+            outcomes.append(observation)
+
+    engine.subscribe(observe)
     return engine, outcomes
 
 
@@ -103,6 +108,42 @@ async def test_an_image_that_cannot_be_read_fails_its_request_alone() -> None:
     assert engine.failure is None
     assert engine.is_ready
     await engine.stop()
+
+
+async def test_observers_that_raise_disturb_neither_requests_nor_other_observers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, outcomes = running(ObedientExecutor())
+    seen: list[Observation] = []
+
+    def broken(observation: Observation) -> None:
+        seen.append(observation)
+        raise ValueError("a bad label")
+
+    def watch(number: int, update: object) -> None:
+        raise KeyError("a bad watcher")
+
+    engine.subscribe(broken)
+    engine.subscribe(seen.append)
+    (image,) = await engine.generate_all([Generation(prompt="a lighthouse")], watch)
+    assert isinstance(image, GeneratedImage)
+    assert [outcome.status for outcome in outcomes] == [Status.FINISHED]
+    assert engine.failure is None
+    await engine.stop()
+    assert seen[::2] == seen[1::2]
+    assert engine.num_observer_errors > len(seen) // 2
+    logged = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert sorted(map(str, logged)) == [str(KeyError), str(ValueError)]
+
+
+async def test_observers_hear_an_event_then_its_task_then_the_outcome() -> None:
+    engine, _ = running(ObedientExecutor())
+    seen: list[Observation] = []
+    engine.subscribe(seen.append)
+    await engine.generate(Generation(prompt="a lighthouse"))
+    await engine.stop()
+    kinds = [type(seen_.event if isinstance(seen_, Occurred) else seen_) for seen_ in seen]
+    assert kinds == [Submitted, *[TaskFinished, EndedTask] * 3, Outcome, Stopped]
 
 
 async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting() -> None:

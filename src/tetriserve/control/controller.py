@@ -190,7 +190,7 @@ class Controller:
                 )  # fmt: skip
                 return []
             message = f"its workers were lost {record.num_losses} times in a row, last: {message}"
-        fail = FailRequest(record.request, tuple(record.runs), record.predicted_finish_s, message)
+        fail = FailRequest(record.request, tuple(record.runs), record.predicted_finish_s, message, event.kind)
         return [fail, self._forget(record)]
 
     def _close(self, record: Record) -> list[Command]:

@@ -1,5 +1,9 @@
 """The one exception tree. Foreign errors are translated into it at the boundary where they enter."""
 
+from __future__ import annotations
+
+from tetriserve.core.events import FailureKind
+
 
 class TetriServeError(Exception):
     """Root of every error that TetriServe raises on purpose."""
@@ -60,7 +64,15 @@ class DeadlineInfeasible(TetriServeError):
 
 
 class RequestFailed(TetriServeError):
-    """An accepted request ended without an image; the message says why."""
+    """An accepted request ended without an image; the message says why.
+
+    Attributes:
+        kind: of the failed task that ended it; None where another fault of the server did.
+    """
+
+    def __init__(self, message: str, kind: FailureKind | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class JournalError(TetriServeError):

@@ -138,12 +138,16 @@ class FinishRequest:
 
 @dataclass(frozen=True, slots=True)
 class FailRequest:
-    """The request ended without an image; `message` says why, for its client."""
+    """The request ended without an image; `message` says why, for its client.
+
+    kind: of the task that failed; None if none did.
+    """
 
     request: Request
     runs: tuple[Run, ...]
     predicted_finish_s: float
     message: str
+    kind: FailureKind | None
 
 
 @dataclass(frozen=True, slots=True)

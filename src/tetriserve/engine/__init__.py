@@ -4,6 +4,7 @@ from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.foresight import Foresight
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.engine.live import LiveEngine
+from tetriserve.engine.observers import Observation, Observer, Occurred, Stopped
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
 from tetriserve.engine.shared import SharedWork
 from tetriserve.engine.tasks import EndedTask
@@ -16,7 +17,11 @@ __all__ = [
     "Generation",
     "Intake",
     "LiveEngine",
+    "Observation",
+    "Observer",
+    "Occurred",
     "Progress",
     "SharedWork",
+    "Stopped",
     "Watcher",
 ]

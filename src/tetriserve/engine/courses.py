@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tetriserve.core.events import Checkpoint
 from tetriserve.core.request import Request
+from tetriserve.engine.observers import Observation
 from tetriserve.engine.tasks import EndedTask
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal
@@ -47,8 +48,12 @@ class Courses:
             course.num_starts += 1
             self._note(request_id, course)
 
-    def note_task(self, ended: EndedTask) -> None:
-        """A task is over. What it left in the store is copied from there soon, unless something newer comes first."""
+    def observe(self, observation: Observation) -> None:
+        """What a task left in the store is copied from there soon, unless something newer comes first."""
+        if isinstance(observation, EndedTask):
+            self._note_task(observation)
+
+    def _note_task(self, ended: EndedTask) -> None:
         request_id, result = ended.request.request_id, ended.result
         course = self._courses.get(request_id)
         if course is None or result is None or (course.checkpoint and ended.step_s is None):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tetriserve.core.errors import JournalError, KeyReused, RequestFailed, ShuttingDown
-from tetriserve.core.events import Submitted
+from tetriserve.core.events import FailureKind, Submitted
 from tetriserve.core.request import Request
 from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
@@ -83,7 +83,7 @@ class DurableWork:
         self._courses = Courses(journal, executor)
         self._trials = Trials(hold_s)
         self._sweeper: asyncio.Task[None] | None = None
-        engine.subscribe_tasks(self._courses.note_task)
+        engine.subscribe(self._courses.observe)
 
     def is_known(self, key: Key) -> bool:
         """Whether a call with `key` joins what is there already."""
@@ -198,8 +198,9 @@ class DurableWork:
         key, work = kept.entry.key, SharedWork()
         if is_guilty(kept):
             message = f"the server went down {num_starts(kept)} times, each time while it worked for this request"
-            await self._fail(known, message)
-            raise RequestFailed(message)
+            failure = RequestFailed(message, FailureKind.LOST)
+            await self._fail(known, failure)
+            raise failure
         if is_suspect(kept):
             logger.warning("request %s waits: the server went down %d times with it", known.name, num_starts(kept))
             await asyncio.wrap_future(self.journal.clear_starts(kept.entry.name))
@@ -233,7 +234,7 @@ class DurableWork:
             self._forget(key, known)
             raise RequestFailed("what was kept under this key cannot be read any more; the same request starts anew")
         if kept.failure is not None:
-            raise RequestFailed(kept.failure.message)
+            raise RequestFailed(kept.failure.message, kept.failure.kind)
         images = {}
         for number, request_id in enumerate(kept.entry.request_ids):
             picture = kept.pictures.get(request_id)
@@ -282,7 +283,7 @@ class DurableWork:
             await asyncio.gather(*(keep(number, client) for number, client in admitted.items()))
         except RequestFailed as error:
             self._engine.leave([*admitted.values()])
-            await self._fail(known, str(error))
+            await self._fail(known, error)
             raise
         except ShuttingDown:
             self._courses.clear_starts(client.request.request_id for client in admitted.values())
@@ -308,10 +309,11 @@ class DurableWork:
             return None
         return GeneratedImage(np.frombuffer(data, np.uint8).reshape(picture.shape), picture.outcome)
 
-    async def _fail(self, known: _Known, message: str) -> None:
+    async def _fail(self, known: _Known, error: RequestFailed) -> None:
         assert known.name is not None
         failed_at = self._wall_clock()
-        await asyncio.wrap_future(self.journal.fail(Failure(entry=known.name, failed_at=failed_at, message=message)))
+        failure = Failure(entry=known.name, failed_at=failed_at, message=str(error), kind=error.kind)
+        await asyncio.wrap_future(self.journal.fail(failure))
         known.ended_at, known.has_failed = failed_at, True
 
     def _entry(self, key: Key, digest: str, requests: Sequence[Request]) -> Entry:

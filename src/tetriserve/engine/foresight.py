@@ -13,10 +13,11 @@ from tetriserve.control.admission import backlog_s
 from tetriserve.control.controller import Controller
 from tetriserve.control.spare import Spare
 from tetriserve.core.errors import DeadlineInfeasible, QueueFull
-from tetriserve.core.events import Event, Submitted, TaskFinished, TimerFired
+from tetriserve.core.events import Submitted, TaskFinished, TimerFired
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import check_ids
+from tetriserve.engine.observers import Observation, Occurred
 from tetriserve.workload.outcome import Outcome
 
 MAX_AGE_S = 1.0
@@ -72,16 +73,17 @@ class Outlook:
         self._turn_s = 0.0
         self._spare = Spare()
 
-    def note(self, now: float, event: Event) -> None:
-        """Hear of an event: somebody's coming or going is what a forecast does not foresee."""
-        if not isinstance(event, TaskFinished | TimerFired):
-            self._is_stale = True
-        if isinstance(event, Submitted) and event.promised_finish_s is not None:
-            self._spare.note_promise(event.request)
-
-    def note_end(self, outcome: Outcome) -> None:
-        """Hear of an end: whether promises were kept decides on what is promised from now on."""
-        self._spare.note_end(outcome.request.request_id, self._clock())
+    def observe(self, observation: Observation) -> None:
+        """Arrivals and departures are what a forecast does not foresee; promises kept decide on the next ones."""
+        match observation:
+            case Occurred(TaskFinished() | TimerFired()):
+                pass
+            case Occurred(event):
+                self._is_stale = True
+                if isinstance(event, Submitted) and event.promised_finish_s is not None:
+                    self._spare.note_promise(event.request)
+            case Outcome(request=request):
+                self._spare.note_end(request.request_id, self._clock())
 
     async def forecast(self) -> Forecast:
         """The future of what is there, or was up to `MAX_AGE_S` ago."""

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
@@ -37,8 +37,9 @@ from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.foresight import Foresight, Outlook
 from tetriserve.engine.intake import Generation, Intake, check_ids
+from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
 from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
-from tetriserve.engine.tasks import EndedTask, TaskBook
+from tetriserve.engine.tasks import TaskBook
 from tetriserve.executor.protocol import Executor, Preview
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
@@ -49,18 +50,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnOutcome = Callable[[Outcome], None]
-OnTask = Callable[[EndedTask], None]
-Recorder = Callable[[float, Event], None]
-
 
 class LiveEngine:
     """The engine on one event loop. `executor` is started already; `intake` holds the rules of admission.
 
     foresight: looks ahead for quotes and forecasts.
     policy_name: the policy as the operator named it.
-    on_event: hears of every event with its time, before it is handled; replayed through an equal controller, these
-        give the same commands.
+    observer: observes from the first event on; events replayed through an equal controller give the same commands.
     failure: why the engine cannot go on; None while it can.
     durable: work that outlives its clients and this engine; None without a journal.
     """
@@ -74,7 +70,7 @@ class LiveEngine:
         *,
         max_queue: int,
         policy_name: str,
-        on_event: Recorder | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.controller = controller
         self.intake = intake
@@ -82,14 +78,13 @@ class LiveEngine:
         self.policy_name = policy_name
         self._max_queue = max_queue
         self._outlook = Outlook(foresight, controller, lambda: self.now)
-        self._on_event: list[Recorder] = [self._outlook.note]
-        if on_event is not None:
-            self._on_event.append(on_event)
-        self._on_task: list[OnTask] = []
-        self._on_outcome: list[OnOutcome] = [self._outlook.note_end]
-        self._on_stop: list[Callable[[], None]] = []
+        self._observers = Observers()
+        self.subscribe(self._outlook.observe)
+        if observer is not None:
+            self.subscribe(observer)
         self._tasks = TaskBook()
         self._clients: dict[str, Admitted] = {}
+        self._open: dict[str, Request] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
@@ -117,27 +112,23 @@ class LiveEngine:
         if self._timer is not None:
             self._timer.cancel()
         self._abandon(ShuttingDown("the server shut down before the image was finished"))
-        for on_stop in self._on_stop:
-            on_stop()
+        self._observers.tell(Stopped())
         await self._executor.stop()
         if self.durable is not None:
             await self.durable.close()
 
-    def subscribe(self, on_outcome: OnOutcome) -> None:
-        """Hear of every ended request. Like every subscriber, be quick and do not raise: the pool waits."""
-        self._on_outcome.append(on_outcome)
+    def subscribe(self, observer: Observer) -> None:
+        """Tell `observer` all that happens from now on; see `engine.observers`."""
+        self._observers.add(observer)
 
-    def subscribe_tasks(self, on_task: OnTask) -> None:
-        """Hear of every ended task, before the outcome that it leads to."""
-        self._on_task.append(on_task)
+    @property
+    def open_requests(self) -> tuple[Request, ...]:
+        """Those admitted and without an outcome: waiting, running, or cancelled while their last task runs."""
+        return tuple(self._open.values())
 
-    def subscribe_events(self, on_event: Recorder) -> None:
-        """Hear of every event with its time, before it is handled: `state` still is what it was since the last one."""
-        self._on_event.append(on_event)
-
-    def when_stopped(self, on_stop: Callable[[], None]) -> None:
-        """Call back when everyone who waited has been answered: nothing more will be heard of."""
-        self._on_stop.append(on_stop)
+    @property
+    def num_observer_errors(self) -> int:
+        return self._observers.num_errors
 
     @property
     def now(self) -> float:
@@ -235,13 +226,18 @@ class LiveEngine:
         """Feed one event to the controller and carry out what it answers.
 
         An error here is a defect of the policy or of ours, after which the books cannot be trusted: everyone who waits
-        is told, and the engine reports `failure` until it is restarted.
+        is told, and the engine reports `failure` until it is restarted. Errors of observers are theirs alone.
         """
         if self.failure is not None:
             return
         now = self.now
+        self._observers.tell(Occurred(event, now))
         try:
-            self._tell(event, now)
+            match event:
+                case Submitted(request):
+                    self._open[request.request_id] = request
+                case TaskFinished() | TaskFailed():
+                    self._end_task(event, now)
             for command in self.controller.handle(event, now):
                 self._carry_out(command, now)
         except Exception as error:
@@ -249,22 +245,18 @@ class LiveEngine:
             self.failure = f"the scheduler failed: {type(error).__name__}: {error}"
             self._abandon(RequestFailed(self.failure))
 
-    def _tell(self, event: Event, now: float) -> None:
-        for on_event in self._on_event:
-            on_event(now, event)
-        if isinstance(event, TaskFinished | TaskFailed):
-            ended = self._tasks.end(event, now)
-            self._tell_client(
-                Progress(
-                    request=ended.request,
-                    stage=ended.run.task.stage,
-                    steps_done=ended.steps_done,
-                    degree=0,
-                    latents=event.result if ended.step_s is not None and isinstance(event, TaskFinished) else None,
-                )
+    def _end_task(self, event: TaskFinished | TaskFailed, now: float) -> None:
+        ended = self._tasks.end(event, now)
+        self._tell_client(
+            Progress(
+                request=ended.request,
+                stage=ended.run.task.stage,
+                steps_done=ended.steps_done,
+                degree=0,
+                latents=None if ended.step_s is None else ended.result,
             )
-            for on_task in self._on_task:
-                on_task(ended)
+        )
+        self._observers.tell(ended)
 
     async def _accept(
         self, arriving: Sequence[Submitted], watch: Watcher | None, accept: Accept | None
@@ -303,7 +295,7 @@ class LiveEngine:
         for client, event in zip(clients, arriving, strict=True):
             self._clients[event.request.request_id] = client
             self._is_empty.clear()
-            client.tell(first_progress(event))
+            self._observers.call(client.tell, first_progress(event))
             self.handle(event)
         return clients
 
@@ -320,7 +312,10 @@ class LiveEngine:
         for client in self._clients.values():
             if not client.image.done():
                 client.image.set_exception(error)
-                self._report(self._outcome(client.request, Status.FAILED, (), client.request.deadline_s, str(error)))
+        for request in [*self._open.values()]:
+            waiting = self._clients.get(request.request_id)
+            status = Status.CANCELLED if waiting is None or waiting.image.cancelled() else Status.FAILED
+            self._report(self._outcome(request, status, (), request.deadline_s, str(error)))
         self._clients.clear()
         self._note_empty()
 
@@ -358,11 +353,11 @@ class LiveEngine:
             except RequestFailed as error:
                 request_id = request.request_id
                 logger.exception("request %s: the image is lost", request_id, extra=fields(image_id=request_id))
-                self._fail(FailRequest(request, runs, predicted_finish_s, str(error)))
+                self._fail(FailRequest(request, runs, predicted_finish_s, str(error), error.kind))
                 return
             image = GeneratedImage(pixels, outcome)
             client.image.set_result(image)
-            client.tell(image)
+            self._observers.call(client.tell, image)
         self._clients.pop(request.request_id, None)
         self._report(outcome)
         self._note_empty()
@@ -371,14 +366,14 @@ class LiveEngine:
         request = command.request
         client = self._clients.pop(request.request_id, None)
         if client is not None and not client.image.done():
-            client.image.set_exception(RequestFailed(command.message))
+            client.image.set_exception(RequestFailed(command.message, command.kind))
         self._report(self._outcome(request, Status.FAILED, command.runs, command.predicted_finish_s, command.message))
         self._note_empty()
 
     def _tell_client(self, progress: Progress) -> None:
         client = self._clients.get(progress.request.request_id)
         if client is not None:
-            client.tell(progress)
+            self._observers.call(client.tell, progress)
 
     def _outcome(
         self, request: Request, status: Status, runs: tuple[Run, ...], predicted_finish_s: float, message: str = ""
@@ -389,8 +384,8 @@ class LiveEngine:
         )  # fmt: skip
 
     def _report(self, outcome: Outcome) -> None:
-        for on_outcome in self._on_outcome:
-            on_outcome(outcome)
+        self._open.pop(outcome.request.request_id, None)
+        self._observers.tell(outcome)
 
     def _wake_at(self, time_s: float) -> None:
         if self._timer is not None:

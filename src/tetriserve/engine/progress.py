@@ -42,7 +42,7 @@ class Progress:
 
 
 Watcher = Callable[[int, Progress | GeneratedImage], None]
-"""Hears of one of several images, counted from 0, on the event loop. Be quick and do not raise: the pool waits."""
+"""Hears of one of several images, counted from 0, on the event loop. It should be quick: the pool waits."""
 
 Accept = Callable[[Sequence[Request]], Awaitable[None]]
 """Makes an acceptance last, before anything runs."""

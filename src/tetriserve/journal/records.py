@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tetriserve.core.events import Run
+from tetriserve.core.events import FailureKind, Run
 from tetriserve.core.request import Request
 from tetriserve.workload.outcome import Outcome
 
@@ -114,11 +114,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The entry ended without its images. `failed_at` is unix time; `message` is for its client."""
+    """The entry ended without its images. `failed_at` is unix time; `message` and `kind` are for its client."""
 
     entry: str
     failed_at: float
     message: str
+    kind: FailureKind | None = None
 
     @property
     def name(self) -> str:

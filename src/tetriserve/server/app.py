@@ -49,7 +49,7 @@ def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tr
             allow_origins=access.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "X-SLO-Ms"),
-            expose_headers=("Retry-After", "X-Request-Id"),
+            expose_headers=("Retry-After", "X-Request-Id", "X-Should-Retry"),
         )
     if tracing is not None:
         app.add_middleware(tracing.middleware)

@@ -23,6 +23,7 @@ from tetriserve.core.errors import (
     TetriServeError,
     UnknownModel,
 )
+from tetriserve.core.events import FailureKind
 from tetriserve.server.limits import OverLimit
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
@@ -41,7 +42,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "Not admitted (queue_full, deadline_infeasible, rate_limit_exceeded, "
         "concurrency_limit_exceeded); see Retry-After.",
     },
-    500: {"model": ErrorEnvelope, "description": "The request was accepted and failed."},
+    500: {
+        "model": ErrorEnvelope,
+        "description": "The request was accepted and failed: generation_failed (it would fail again; X-Should-Retry is "
+        "false), worker_lost, out_of_memory, internal_error.",
+    },
     503: {
         "model": ErrorEnvelope,
         "description": "The server is starting or shutting down, or its journal cannot be written; see Retry-After.",
@@ -56,6 +61,12 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 """For `/openapi.json`, where a key can be used."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_FAILURE_CODES = {
+    FailureKind.STEP: "generation_failed",
+    FailureKind.MEMORY: "out_of_memory",
+    FailureKind.LOST: "worker_lost",
+    None: "internal_error",
+}
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
@@ -157,8 +168,9 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             return envelope(503, message, "not_ready", retry_after_s=RESTART_S)
         case JournalError():
             return envelope(503, message, "journal_unavailable", retry_after_s=RESTART_S)
-        case RequestFailed():
-            return envelope(500, message, "generation_failed")
+        case RequestFailed(kind=kind):
+            headers = {"X-Should-Retry": "false"} if kind is FailureKind.STEP else None
+            return envelope(500, message, _FAILURE_CODES[kind], headers=headers)
         case _:
             return envelope(500, message, "internal_error")
 

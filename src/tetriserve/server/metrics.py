@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from tetriserve.core.events import Event, Submitted, WorkerJoined, WorkerLost
-from tetriserve.core.request import Shape
+from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
-from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.engine import EndedTask, LiveEngine, Observation, Occurred
 from tetriserve.server.durability import JournalCollector
 from tetriserve.server.occupancy import PoolCollector
 from tetriserve.server.slot import EngineSlot
@@ -60,6 +60,7 @@ class Metrics:
         self._refusals = self._counter("http_requests_rejected", "HTTP requests answered 401, 429 or 503.", "code")
 
     def _declare_requests(self) -> None:
+        self._admitted = self._counter("requests_admitted", "Images admitted.", "size")
         self._requests = self._counter("requests", "Images by end.", "status", "size")
         self._attained = self._counter("requests_attained", "Images finished by their deadline.", "size")
         self._missed = self._counter("requests_missed", "Images that failed or finished late.", "size")
@@ -111,13 +112,21 @@ class Metrics:
         card = engine.intake.card
         self._sizes = frozenset((*card.sizes, *engine.intake.shapes))
         self._model.info({"model": card.name, "dtype": card.dtype, "fingerprint": card.fingerprint})
-        engine.subscribe(self._count_outcome)
-        engine.subscribe_tasks(self._count_task)
-        engine.subscribe_events(self._count_event)
+        for request in engine.open_requests:  # of an earlier life, taken up before anyone listened
+            self._admitted.labels(self._size(request)).inc()
+        engine.subscribe(self._observe)
+
+    def _observe(self, observation: Observation) -> None:
+        match observation:
+            case Occurred(event):
+                self._count_event(event)
+            case EndedTask():
+                self._count_task(observation)
+            case Outcome():
+                self._count_outcome(observation)
 
     def _count_outcome(self, outcome: Outcome) -> None:
-        shape = outcome.request.shape
-        size = str(shape) if shape in self._sizes else "other"
+        size = self._size(outcome.request)
         self._requests.labels(outcome.status.value, size).inc()
         was_promised = outcome.request.request_id in self._promised
         self._promised.discard(outcome.request.request_id)
@@ -132,6 +141,9 @@ class Metrics:
             self._promises.labels("kept" if outcome.is_attained else "broken", size).inc()
         if outcome.status is Status.FINISHED:
             self._observe_finished(outcome, size)
+
+    def _size(self, request: Request) -> str:
+        return str(request.shape) if request.shape in self._sizes else "other"
 
     def _observe_finished(self, outcome: Outcome, size: str) -> None:
         self._latency.labels(size).observe(outcome.latency_s)
@@ -151,10 +163,12 @@ class Metrics:
             self._steps.labels(str(task.degree)).inc(task.num_steps)
             self._step_ratio.labels(str(task.degree)).observe(ended.step_s / ended.expected_step_s)
 
-    def _count_event(self, now: float, event: Event) -> None:
+    def _count_event(self, event: Event) -> None:
         match event:
-            case Submitted(request, promised_finish_s) if promised_finish_s is not None:
-                self._promised.add(request.request_id)
+            case Submitted(request, promised_finish_s):
+                self._admitted.labels(self._size(request)).inc()
+                if promised_finish_s is not None:
+                    self._promised.add(request.request_id)
             case WorkerLost():
                 self._workers_lost.inc()
             case WorkerJoined():  # those of the start came before anyone listened

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tetriserve.core.plan import State
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import LiveEngine, Observation, Occurred
 from tetriserve.server.slot import EngineSlot
 
 
@@ -54,13 +54,26 @@ class PoolCollector(Collector):
         yield GaugeMetricFamily("tetriserve_ready", "Whether requests are admitted and run.", float(is_ready))
         engine = self._slot.engine
         if engine is not None:
+            yield GaugeMetricFamily(
+                "tetriserve_requests_open", "Images admitted and not ended.", len(engine.open_requests)
+            )
+            yield CounterMetricFamily(
+                "tetriserve_observer_errors",
+                "Errors in metrics, traces, board or journal as they observed the engine.",
+                engine.num_observer_errors,
+            )
             yield from _gauges(engine.state)
             self._rank_time.advance(engine.state, engine.now)
             yield from self._times()
 
     def _attach(self, engine: LiveEngine) -> None:
         self._rank_time = RankTime(engine.now)
-        engine.subscribe_events(lambda now, event: self._rank_time.advance(engine.state, now))
+
+        def observe(observation: Observation) -> None:
+            if isinstance(observation, Occurred):
+                self._rank_time.advance(engine.state, observation.now)
+
+        engine.subscribe(observe)
 
     def _times(self) -> Iterator[Metric]:
         busy = CounterMetricFamily("tetriserve_rank_busy_seconds", "Time that a rank worked.", labels=["rank"])

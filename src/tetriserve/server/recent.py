@@ -10,7 +10,7 @@ from itertools import takewhile
 from tetriserve.core.events import Run
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
-from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.engine import EndedTask, LiveEngine, Observation
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.perfetto import TraceEvent, deadline_mark, task_blocks, trace_document
@@ -69,8 +69,14 @@ class RecentRuns:
         )
 
     def _attach(self, engine: LiveEngine) -> None:
-        engine.subscribe_tasks(self._keep_task)
-        engine.subscribe(self._keep_outcome)
+        engine.subscribe(self._observe)
+
+    def _observe(self, observation: Observation) -> None:
+        match observation:
+            case EndedTask():
+                self._keep_task(observation)
+            case Outcome():
+                self._keep_outcome(observation)
 
     def _keep_task(self, ended: EndedTask) -> None:
         self._tasks.append(replace(ended, request=self._without_prompts(ended.request), result=None))

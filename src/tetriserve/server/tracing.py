@@ -21,8 +21,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tetriserve.core.events import Event, Run, Submitted
-from tetriserve.engine import LiveEngine
+from tetriserve.core.events import Run, Submitted
+from tetriserve.core.request import Request
+from tetriserve.engine import LiveEngine, Observation, Occurred
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from tetriserve.workload.outcome import Outcome, Status
 
@@ -67,20 +68,22 @@ class Tracing:
         return traced
 
     def attach(self, engine: LiveEngine) -> None:
-        def on_outcome(outcome: Outcome) -> None:
-            self._trace_image(outcome, origin_ns=time.time_ns() - int(engine.now * 1e9))
+        def observe(observation: Observation) -> None:
+            match observation:
+                case Occurred(Submitted(request)):
+                    self._note_parent(request)
+                case Outcome():
+                    self._trace_image(observation, origin_ns=time.time_ns() - int(engine.now * 1e9))
 
-        engine.subscribe_events(self._note_parent)
-        engine.subscribe(on_outcome)
+        engine.subscribe(observe)
 
     def close(self) -> None:
         """Send what is left. Blocks for seconds when nobody takes it."""
         self._provider.shutdown()
 
-    def _note_parent(self, now: float, event: Event) -> None:
+    def _note_parent(self, request: Request) -> None:
         """The span of the exchange is current while its handler submits: OpenTelemetry's context follows the task."""
-        if isinstance(event, Submitted):
-            self._parents[event.request.request_id] = trace.set_span_in_context(trace.get_current_span(), Context())
+        self._parents[request.request_id] = trace.set_span_in_context(trace.get_current_span(), Context())
 
     def _trace_image(self, outcome: Outcome, origin_ns: int) -> None:
         """The image's span and those below it. `origin_ns` is the wall-clock time of the engine's start."""

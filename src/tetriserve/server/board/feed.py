@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tetriserve.core.events import Event, Submitted
-from tetriserve.engine import EndedTask, LiveEngine
+from tetriserve.core.events import Submitted
+from tetriserve.engine import EndedTask, LiveEngine, Observation, Occurred
 from tetriserve.server.board.rows import Row, ended_row, open_row, ran_row, request_row, running_row, seconds
 from tetriserve.server.recent import KEEP_S, RecentRuns
 from tetriserve.server.slot import EngineSlot
@@ -89,21 +89,16 @@ class BoardFeed:
         self._has_plan_changed = False
 
     def _attach(self, engine: LiveEngine) -> None:
-        engine.subscribe_events(self._note_event)
-        engine.subscribe_tasks(self._note_task)
-        engine.subscribe(self._note_outcome)
+        engine.subscribe(self._observe)
 
-    def _note_event(self, now: float, event: Event) -> None:
-        if self.is_watched:
-            if isinstance(event, Submitted):
-                self._arrived.append(request_row(event.request))
-            self._on_change()
-
-    def _note_task(self, ended: EndedTask) -> None:
-        if self.is_watched:
-            self._ran.append(ran_row(ended))
-
-    def _note_outcome(self, outcome: Outcome) -> None:
-        if self.is_watched:
-            self._ended.append(ended_row(outcome))
-            self._on_change()
+    def _observe(self, observation: Observation) -> None:
+        if not self.is_watched:
+            return
+        match observation:
+            case Occurred(Submitted(request)):
+                self._arrived.append(request_row(request))
+            case EndedTask():
+                self._ran.append(ran_row(observation))
+            case Outcome():
+                self._ended.append(ended_row(observation))
+        self._on_change()

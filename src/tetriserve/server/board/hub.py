@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from tetriserve.core.errors import ShuttingDown
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import LiveEngine, Observation, Stopped
 from tetriserve.server.board.feed import BoardFeed
 from tetriserve.server.board.rows import Row, plan_row
 from tetriserve.server.recent import RecentRuns
@@ -163,9 +163,11 @@ class BoardHub:
             watcher.tell(message)
 
     def _attach(self, engine: LiveEngine) -> None:
-        engine.when_stopped(self._close)
+        engine.subscribe(self._observe)
 
-    def _close(self) -> None:
+    def _observe(self, observation: Observation) -> None:
+        if not isinstance(observation, Stopped):
+            return
         self._is_closed = True
         for watcher in self._watchers:
             watcher.has_news.set()
