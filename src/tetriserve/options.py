@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tetriserve.core.errors import ConfigError, TetriServeError
+from tetriserve.logs import writes_json
 
 if TYPE_CHECKING:
     from tetriserve.config import PoolConfig
+
+logger = logging.getLogger(__name__)
 
 ENV = "TETRISERVE_"
 FORMATS = ("table", "json")
@@ -35,7 +39,10 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except TetriServeError as error:
-        typer.echo(f"tetriserve: {error}", err=True)
+        if writes_json():
+            logger.critical("%s", error)
+        else:
+            typer.echo(f"tetriserve: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

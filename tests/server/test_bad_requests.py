@@ -210,7 +210,7 @@ async def test_a_client_cannot_write_lines_into_the_log(client, caplog):
         await client.get("/v1/a%0AINFO%3A forged")
         await client.post(URL, json={"prompt": "a lighthouse", "size": "x\nforged"})
     messages = [record.getMessage() for record in caplog.records]
-    assert len([message for message in messages if "forged" in message]) == 2
+    assert len([message for message in messages if "forged" in message]) == 1
     assert not any("\n" in message for message in messages)
 
 

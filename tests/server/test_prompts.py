@@ -9,9 +9,12 @@ import pytest
 from fake_engine import CARD, FAILING, SIDES
 
 from tests.hostile import PROMPTS
-from tetriserve.core.request import Shape
+from tetriserve.core.events import Submitted
+from tetriserve.core.request import Request, Shape
+from tetriserve.engine import Generation
 from tetriserve.server import EngineSlot
 from tetriserve.server.exchange import MAX_BODY_BYTES
+from tetriserve.server.schemas import ImagesRequest
 from tetriserve.workload.outcome import Outcome
 
 URL = "/v1/images/generations"
@@ -126,6 +129,50 @@ async def test_no_header_is_the_servers_fault(client, name, value):
     response = await client.post(URL, content=body, headers=headers)
     assert response.status_code in (200, 400), response.text
     assert len(response.headers["X-Request-Id"]) <= 128
+
+
+QUOTED = [
+    {"prompt": ["hush"]},
+    {"prompt": {"hush": "hush"}},
+    {"prompt": "hush \ud800"},
+    {"prompt": "hush", "negative_prompt": ["hush"]},
+    *({"prompt": "hush", field: "hush"} for field in sorted(ImagesRequest.model_fields.keys() - {"prompt"})),
+    {"prompt": "hush", "a hush field": 1},
+    {"hush": "hush"},
+    ["hush"],
+    "hush",
+]
+
+
+@pytest.mark.parametrize("path", [URL, "/v1/quotes"])
+@pytest.mark.parametrize("body", QUOTED, ids=str)
+async def test_no_field_of_a_body_is_logged(client, caplog, path, body):
+    with caplog.at_level(logging.DEBUG):
+        response = await client.post(path, content=json.dumps(body), headers=JSON)
+    if isinstance(body, dict) and body.get("request_id"):
+        return  # a name for logs
+    assert "hush" not in caplog.text
+    assert path in caplog.text
+    assert f" {response.status_code} in " in caplog.text
+    assert "hush" not in str([vars(record) for record in caplog.records])
+
+
+@pytest.mark.parametrize("header", ["X-SLO-Ms", "Idempotency-Key", "Content-Type"])
+async def test_no_header_that_is_refused_is_logged(client, caplog, header):
+    with caplog.at_level(logging.DEBUG):
+        response = await client.post(URL, content=b'{"prompt": "hush"}', headers=JSON | {header: "hush"})
+    assert response.status_code == 400
+    assert "hush" not in caplog.text
+
+
+def test_no_repr_shows_a_prompt():
+    generation = Generation(prompt="hush", negative_prompt="hush")
+    request = Request(
+        request_id="a", prompt="hush", negative_prompt="hush", shape=Shape(64, 64), num_steps=1, seed=0, arrival_s=0.0,
+        deadline_s=1.0,
+    )  # fmt: skip
+    for value in (generation, request, Submitted(request), ImagesRequest(prompt="hush", negative_prompt="hush")):
+        assert "hush" not in repr(value)
 
 
 async def test_neither_prompts_nor_keys_are_logged(connect, engine, caplog):

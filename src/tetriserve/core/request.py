@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
@@ -41,18 +41,19 @@ class Shape:
 class Request:
     """One accepted request: exactly one image (a client's `n` images are n requests).
 
-    Times are seconds since the engine started. `priority` orders classes, lower is earlier.
+    Times are seconds since the engine started. `priority` orders classes, lower is earlier. Prompts are
+    in no `repr`, which logs and tracebacks quote.
     """
 
     request_id: str
-    prompt: str
+    prompt: str = field(repr=False)
     shape: Shape
     num_steps: int
     seed: int
     arrival_s: float
     deadline_s: float
     guidance_scale: float = 3.5
-    negative_prompt: str | None = None
+    negative_prompt: str | None = field(default=None, repr=False)
     true_cfg_scale: float = 1.0
     priority: int = 0
 

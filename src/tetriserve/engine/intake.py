@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import State
@@ -29,12 +29,12 @@ class Generation:
     letters and digits of ASCII, `-` and `_`.
     """
 
-    prompt: str
+    prompt: str = field(repr=False)
     size: str | None = None
     seed: int | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str | None = field(default=None, repr=False)
     true_cfg_scale: float | None = None
     slo_s: float | None = None
     priority: int = 0

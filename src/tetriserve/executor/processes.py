@@ -29,7 +29,8 @@ def start_context(pool: PoolConfig) -> BaseContext:
     if pool.device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tetriserve.models.preload", "tetriserve.models.flux", "tetriserve.worker.runner"])
+    preloaded = ("worker.fork_server", "models.preload", "models.flux", "worker.runner")
+    context.set_forkserver_preload([f"tetriserve.{name}" for name in preloaded])
     return context
 
 
@@ -55,6 +56,7 @@ def keep_fork_server(context: BaseContext, pool: PoolConfig) -> None:
 def _environment(pool: PoolConfig) -> Iterator[None]:
     """Variables that libraries read when they load; they reach the workers, and the server's own are restored."""
     wanted = {
+        "TETRISERVE_LOG_FORMAT": pool.log_format,  # for the fork server
         "OMP_NUM_THREADS": str(pool.num_threads),
         "OMP_WAIT_POLICY": "passive",  # spinning threads steal the cores that other ranks need: up to 14x slower
         "TOKENIZERS_PARALLELISM": "false",

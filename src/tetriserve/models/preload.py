@@ -5,4 +5,7 @@ import torch.distributed.device_mesh
 import torch.testing._internal.distributed.fake_pg
 from diffusers import FluxPipeline  # noqa: F401
 
+from tetriserve.logs import adopt_loggers
+
 torch.set_num_threads(1)
+adopt_loggers("diffusers", "transformers")  # they warn of truncated prompts, and quote them

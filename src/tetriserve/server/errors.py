@@ -61,6 +61,7 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 """For `/openapi.json`, where a key can be used."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_LOGGED_PARAMS = frozenset((*ImagesRequest.model_fields, "Idempotency-Key", "X-Request-Id", "X-SLO-Ms", "seconds"))
 _FAILURE_CODES = {
     FailureKind.STEP: "generation_failed",
     FailureKind.MEMORY: "out_of_memory",
@@ -103,13 +104,20 @@ def install(app: FastAPI) -> None:
 
 
 class ErrorResponse(Response):
-    """An answer in the envelope. `message` and `code` are kept for the log and the metrics."""
+    """An answer in the envelope. `code` and `facts` are kept for the metrics and the log.
+
+    facts: never what the client wrote, which the message of a client's mistake may quote, as may `param`.
+    """
 
     def __init__(self, status: int, error: Mapping[str, object], headers: Mapping[str, str]) -> None:
         # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
         super().__init__(json.dumps({"error": error}), status, headers, media_type="application/json")
-        self.message = str(error["message"])
         self.code = str(error["code"])
+        self.facts: dict[str, object] = {"code": self.code}
+        if error["param"] in _LOGGED_PARAMS:
+            self.facts["param"] = error["param"]
+        if status >= 429:
+            self.facts["error"] = error["message"]
 
 
 def envelope(

@@ -43,7 +43,7 @@ class Exchange:
 
     def note_error(self, response: ErrorResponse) -> None:
         self.error_code = response.code
-        self.facts["error"] = response.message
+        self.facts |= response.facts
 
     def note_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """What became of the images of one call."""
@@ -94,14 +94,14 @@ class ExchangeMiddleware:
             _level(scope["path"], status),
             "%s %s %s %d in %.3f s%s",
             exchange.request_id,
-            scope["method"],
+            method,
             _one_line(scope["path"]),
             status,
             elapsed_s,
             "".join(f" {name}={_one_line(value)}" for name, value in exchange.facts.items()),
             extra=fields(
                 request_id=exchange.request_id,
-                method=scope["method"],
+                method=method,
                 path=scope["path"],
                 status=status,
                 elapsed_s=round(elapsed_s, 6),

@@ -5,8 +5,19 @@ from __future__ import annotations
 import uuid
 
 from tetriserve.core.errors import InvalidRequest, UnknownModel
+from tetriserve.core.request import Shape
 from tetriserve.engine import Generation, LiveEngine
 from tetriserve.server.schemas import ImagesRequest
+
+
+def size_for_log(size: str | None) -> str:
+    """The size as a log line says it: what a client wrote there may be any text."""
+    if size is None or size == "auto":
+        return "auto"
+    try:
+        return str(Shape.parse(size))
+    except ValueError:
+        return "invalid"
 
 
 def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float | None) -> list[Generation]:

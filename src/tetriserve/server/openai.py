@@ -14,7 +14,7 @@ from tetriserve.server.access import Client
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES, envelope
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
-from tetriserve.server.generations import generations_of
+from tetriserve.server.generations import generations_of, size_for_log
 from tetriserve.server.idempotency import KeyHeader, begin
 from tetriserve.server.images import encoding_of, image_data
 from tetriserve.server.schemas import (
@@ -54,7 +54,7 @@ def openai_router(slot: EngineSlot) -> APIRouter:
         exchange: Exchange = request.state.exchange
         exchange.request_id = body.request_id or exchange.request_id
         num_images = body.n or 1
-        exchange.facts |= {"size": body.size or "auto", "n": num_images}
+        exchange.facts |= {"size": size_for_log(body.size), "n": num_images}
         engine = slot.require()
         generations = generations_of(body, engine, x_slo_ms)
         client: Client = request.state.client

@@ -11,7 +11,7 @@ from tetriserve.core.forecast import Quote
 from tetriserve.server.access import Client
 from tetriserve.server.errors import RESPONSES
 from tetriserve.server.exchange import Exchange
-from tetriserve.server.generations import generations_of
+from tetriserve.server.generations import generations_of, size_for_log
 from tetriserve.server.openai import IdHeader, SloHeader
 from tetriserve.server.schemas import ImagesRequest, QuotedImage, QuoteResponse
 from tetriserve.server.slot import EngineSlot
@@ -32,7 +32,7 @@ def quote_router(slot: EngineSlot) -> APIRouter:
         client: Client = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
         quote = await engine.quote(generations)
-        exchange.facts |= {"size": body.size or "auto", "n": len(generations), "feasible": quote.is_feasible}
+        exchange.facts |= {"size": size_for_log(body.size), "n": len(generations), "feasible": quote.is_feasible}
         return _response(quote)
 
     return router

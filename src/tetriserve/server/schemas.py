@@ -31,14 +31,16 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text = Field(description="What to draw.")
+    prompt: Text = Field(description="What to draw.", repr=False)
     model: str | None = Field(None, description="The served model's name, as `/v1/models` lists it.")
     n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto": the model\'s first size.')
     seed: int | None = Field(None, description="Seed of the first image; the others take the numbers after it.")
     num_inference_steps: int | None = Field(None, description="Denoise steps; the model's own number by default.")
     guidance_scale: float | None = Field(None, description="Distilled guidance; the model's own by default.")
-    negative_prompt: Text | None = Field(None, description="What not to draw; each step then takes two passes.")
+    negative_prompt: Text | None = Field(
+        None, description="What not to draw; each step then takes two passes.", repr=False
+    )
     true_cfg_scale: float | None = Field(None, description="Classifier-free guidance towards `prompt`.")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")

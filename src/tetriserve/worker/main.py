@@ -98,6 +98,7 @@ def _name_process(rank: int) -> None:
 def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import torch
 
+    import tetriserve.models.preload  # noqa: F401  a worker that was not forked has to load it
     from tetriserve.models.registry import load_adapter
     from tetriserve.worker.groups import Groups
     from tetriserve.worker.latents import TensorStore
