@@ -105,7 +105,7 @@ async def test_no_key_is_ever_logged(guarded, caplog):
         logging.getLogger("tetriserve").info("%s", ServerConfig(access=AccessConfig(api_keys=KEYS)))
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("tetriserve")]
     assert "key=2" in ours[0]
-    assert "error=this API key is not known here" in ours[1]
+    assert "code=invalid_api_key" in ours[1]
     assert "key=1" in ours[2]
     assert len(ours) == 4
     for formatter in (JsonFormatter(), logging.Formatter("%(message)s")):
