@@ -10,7 +10,7 @@ import pytest
 
 from tetriserve.config import AccessConfig
 from tetriserve.engine import LiveEngine
-from tetriserve.server import EngineSlot, create_app
+from tetriserve.server import EngineSlot, create_app, run
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `fake_engine`, which is also run as a program
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 Connect = Callable[..., httpx.AsyncClient]
 Draw = Callable[..., Awaitable[httpx.Response]]
+
+
+@pytest.fixture(autouse=True)
+def quick_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for clients that it does not have."""
+    monkeypatch.setattr(run, "_REFUSALS_S", 0.0)
 
 
 @pytest.fixture

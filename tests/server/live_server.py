@@ -7,7 +7,7 @@ import signal
 
 from fake_engine import make_engine
 
-from tetriserve.config import ServerConfig
+from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.server import serve
 
 
@@ -18,9 +18,12 @@ async def until(condition, timeout_s=5.0):
 
 
 class Live:
-    """A server in this process. `stop` sends it SIGTERM and gives its exit code."""
+    """A server in this process. `stop` sends it SIGTERM and gives its exit code.
 
-    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0):
+    access: settings of `AccessConfig`.
+    """
+
+    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0, **access):
         self.engine = None
         self.url = asyncio.get_running_loop().create_future()
 
@@ -29,7 +32,7 @@ class Live:
             self.engine = make_engine(executor, max_queue=max_queue)
             return self.engine
 
-        config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s)
+        config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s, access=AccessConfig(**access))
         self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))
 
     async def stop(self):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
-from live_server import until
+from live_server import Live, until
 
 from tetriserve.server import connection
 
@@ -193,6 +198,84 @@ async def test_more_connections_than_there_may_be_are_a_503_that_says_when_to_co
         writer.close()
     await asyncio.sleep(0.05)
     assert b"alive" in await answer_to(live, GET.replace(b"Host", b"Connection: close\r\nHost"))
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 1073741824", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(("keys", "status"), [((), b"413"), (("a-key",), b"401")])
+async def test_a_body_that_is_refused_is_not_read_to_its_end(executor, framing, keys, status):
+    """A gigabyte is sent; what is not read fills buffers of a few megabytes."""
+    live = Live(executor, api_keys=keys)
+    reader, writer = await connect(live)
+    writer.write(POST + framing + b"\r\n\r\n")
+    piece = b" " * 2**16 if b"Length" in framing else b"10000\r\n" + b" " * 2**16 + b"\r\n"
+    num_sent = 0
+    answering = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+    with contextlib.suppress(ConnectionError):
+        while num_sent < 2**30:
+            writer.write(piece)
+            await writer.drain()
+            num_sent += len(piece)
+    writer.close()
+    await live.stop()
+    assert num_sent < 2**26
+    assert (await answering).startswith(b"HTTP/1.1 " + status)
+
+
+async def test_after_a_refusal_of_a_small_body_the_connection_goes_on(executor):
+    live = Live(executor, api_keys=("a-key",))
+    reader, writer = await connect(live)
+    for _ in range(2):
+        writer.write(POST + b"Content-Length: 100000\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401 ")
+        await reader.readuntil(b"}}")
+        writer.write(b" " * 100_000)
+    writer.write(GET)
+    assert (await reader.readuntil(b"alive")).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await live.stop()
+
+
+async def test_a_storm_of_connections_leaves_a_few_lines_and_a_server_that_answers(tmp_path):
+    """300 connections at once to a process that may open 200 files, and is busy as they come."""
+    log = tmp_path / "log"
+    program = Path(__file__).with_name("fake_engine.py")
+    command = ["bash", "-c", "ulimit -Sn 100 && ulimit -Hn 200 && exec $0 $1", sys.executable, str(program)]
+    with log.open("wb") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as program:
+        assert program.stdout.readline() == "launching\n"
+        host, port = program.stdout.readline().strip().removeprefix("http://").split(":")
+        program.send_signal(signal.SIGSTOP)
+        opening = [asyncio.create_task(asyncio.open_connection(host, int(port))) for _ in range(300)]
+        await asyncio.wait(opening, timeout=0.5)  # what the backlog holds
+        program.send_signal(signal.SIGCONT)
+        opened = await asyncio.gather(*opening, return_exceptions=True)
+        opened = [pair for pair in opened if not isinstance(pair, Exception)]
+        for _, writer in opened:
+            writer.write(GET)
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(reader.read(2**16), 30) for reader, _ in opened), return_exceptions=True
+        )
+        for _, writer in opened:
+            writer.close()
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
+            assert (await http.post(URL, content=BODY, headers={"Content-Type": "application/json"})).status_code == 200
+        program.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(program.wait, 30) == 0
+    served = [answer for answer in answers if isinstance(answer, bytes) and b" 200 OK" in answer]
+    assert len(served) >= 90, "half of the raised limit, but for a few"
+    assert "Traceback" not in log.read_text()
+    assert len(log.read_text().splitlines()) < 10
+
+
+async def test_that_no_file_is_left_for_connections_is_one_line_and_other_errors_are_logged_in_full(caplog):
+    loop, handle = asyncio.get_running_loop(), connection.LoopErrors()
+    for number in (errno.EMFILE, errno.ENFILE) * 5:
+        handle(loop, {"message": "accept failed", "exception": OSError(number, "Too many open files"), "socket": None})
+    handle(loop, {"message": "a callback failed", "exception": OSError(errno.EMFILE, "Too many open files")})
+    first, second = caplog.records
+    assert first.getMessage().startswith("connections wait to be accepted: Too many open files;")
+    assert first.exc_info is None
+    assert second.getMessage() == "a callback failed"
+    assert second.exc_info is not None
 
 
 async def test_an_upgrade_to_a_protocol_that_is_not_spoken_is_ignored(live):

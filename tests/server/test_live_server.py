@@ -271,6 +271,26 @@ async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(executor):
     assert executor.is_stopped
 
 
+async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(executor, monkeypatch):
+    monkeypatch.setattr(run, "_REFUSALS_S", 3600.0)
+    server = Live(executor)
+    url = await server.url
+    async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+        assert (await client.get("/health")).status_code == 200
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: executor.is_stopped)
+        for _ in range(5):
+            kept, new = await asyncio.gather(
+                client.post(URL, json=BODY), httpx.AsyncClient().post(url + URL, json=BODY)
+            )
+            for refused in (kept, new):
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+                assert refused.headers["Connection"] == "close"
+            await asyncio.sleep(0.05)
+    signal.raise_signal(signal.SIGTERM)
+    assert await server.serving == 128 + signal.SIGTERM
+
+
 async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(executor):
     server = Live(executor, shutdown_timeout_s=0.1)
     async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:

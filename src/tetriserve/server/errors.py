@@ -171,7 +171,7 @@ def response_to(error: TetriServeError) -> ErrorResponse:
         case OverLimit():
             return envelope(429, message, error.code, retry_after_s=error.retry_after_s)
         case ShuttingDown():
-            return envelope(503, message, "shutting_down", retry_after_s=RESTART_S)
+            return envelope(503, message, "shutting_down", retry_after_s=RESTART_S, headers={"Connection": "close"})
         case NotReady():
             return envelope(503, message, "not_ready", retry_after_s=RESTART_S)
         case JournalError():

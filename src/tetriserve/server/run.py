@@ -18,7 +18,7 @@ from tetriserve.config import LOOPBACK, ServerConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.engine import LiveEngine
 from tetriserve.server.app import create_app
-from tetriserve.server.connection import BoundedProtocol
+from tetriserve.server.connection import BACKLOG, BoundedProtocol, LoopErrors, raise_file_limit
 from tetriserve.server.slot import EngineSlot
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ OnReady = Callable[[str, LiveEngine], None]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _IDLE_S = 75
 """A connection without a request is kept this long: longer than clients keep theirs, so that they close first."""
+_REFUSALS_S = 0.5
+"""How long requests are refused at least before the port is closed: those sent before their client knew of the stop."""
 _LAST_ANSWERS_S = 5
 """How long clients may take to read their answers once the engine has stopped."""
 
@@ -58,6 +60,8 @@ async def serve(
         logger.warning("anyone who reaches %s can use this server; --api-key guards it", config.host)
     tracing = None if config.otlp_traces_endpoint is None else _open_tracing(config.otlp_traces_endpoint)
     listener = listen(config.host, config.port)
+    raise_file_limit()
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
     slot = EngineSlot()
     server = _Server(
         uvicorn.Config(
@@ -69,6 +73,7 @@ async def serve(
             lifespan="off",
             ws="none",
             http=BoundedProtocol,
+            backlog=BACKLOG,
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
@@ -189,7 +194,7 @@ async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asynci
 async def _drain(engine: LiveEngine, timeout_s: float, signals: asyncio.Queue[int]) -> int | None:
     """Stop the engine; the signal that hurried it, if one did."""
     logger.info("shutting down; accepted requests have %g s to finish", timeout_s)
-    stopping = asyncio.create_task(engine.stop(timeout_s))
+    stopping = asyncio.gather(engine.stop(timeout_s), asyncio.sleep(_REFUSALS_S))
     number = await _signal_during(stopping, signals)
     if number is not None:
         stopping.cancel()
