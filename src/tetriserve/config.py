@@ -9,7 +9,6 @@ from tetriserve.core.errors import ConfigError
 
 DEVICES = ("cpu", "cuda")
 LOG_FORMATS = ("text", "json")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 MODEL_NAMES = "1 to 200 printable characters without spaces around them"
 _KEY = re.compile(r"[!-~]+")

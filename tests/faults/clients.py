@@ -26,9 +26,9 @@ _ROUTE = "/v1/images/generations"
 _GARBAGE = (
     b"\x00\xff\xfe" * 200,
     b"GET /v1/models HTTP/banana\r\n\r\n",
-    b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{",
-    b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b'POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n{"prompt": 7}',
+    b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{",
+    b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b'POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12\r\n\r\n{"prompt": 7}',
     b"\r\n" * 50 + b"A" * 70_000,
 )
 

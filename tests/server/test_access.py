@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 
+import httpx
 import openai
 import pytest
 
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.core.errors import ConfigError, InvalidRequest
 from tetriserve.logs import JsonFormatter
-from tetriserve.server import EngineSlot, serve
+from tetriserve.server import EngineSlot, create_app, serve
 from tetriserve.server.limits import Allowance, OverLimit, TokenBucket
 
 URL = "/v1/images/generations"
@@ -258,9 +260,25 @@ def test_the_server_is_for_this_machine_alone_unless_told_otherwise():
 
 
 @pytest.mark.parametrize(
-    ("host", "keys", "is_warned"), [("0.0.0.0", (), True), ("0.0.0.0", KEYS, False), ("127.0.0.1", (), False)]
+    ("host", "keys", "is_warned"),
+    [
+        ("0.0.0.0", (), True),
+        ("0.0.0.0", KEYS, False),
+        ("127.0.0.1", (), False),
+        ("127.0.0.2", (), False),
+        ("localhost", (), False),
+        ("::1", (), False),
+        ("[::1]", (), False),
+        ("0:0:0:0:0:0:0:1", (), False),
+    ],
 )
 async def test_a_server_open_to_others_without_a_key_says_so(host, keys, is_warned, caplog):
+    if ":" in host:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("no IPv6 here")
+
     async def launch():
         raise ConfigError("no model")
 
@@ -268,3 +286,60 @@ async def test_a_server_open_to_others_without_a_key_says_so(host, keys, is_warn
     with pytest.raises(ConfigError, match="no model"):
         await serve(config, launch)
     assert ("anyone who reaches 0.0.0.0 can use this server; --api-key guards it" in caplog.text) is is_warned
+    assert ("anyone who reaches" in caplog.text) is is_warned
+
+
+REBOUND = [
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "192.0.2.1",
+    "",
+    "[::2]",
+]
+LOCAL = [
+    "localhost",
+    "LOCALHOST:80",
+    "localhost.",
+    "tetri.localhost",
+    "127.0.0.1:8000",
+    "127.1.2.3",
+    "[::1]:8000",
+    "[::1]",
+]
+
+
+@pytest.fixture
+async def local(engine):
+    """A client of a server on loopback without keys."""
+    transport = httpx.ASGITransport(create_app(EngineSlot(engine), is_local=True))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.mark.parametrize("host", REBOUND)
+@pytest.mark.parametrize("path", ["/", "/board/events", "/v1/models", "/metrics", "/debug/trace", "/health"])
+async def test_on_loopback_a_page_whose_name_was_rebound_is_told_nothing(local, path, host):
+    answer = await local.get(path, headers={"Host": host})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (421, "host_not_served")
+
+
+@pytest.mark.parametrize("host", LOCAL)
+async def test_on_loopback_this_machine_is_served_by_each_of_its_names(local, host):
+    assert (await local.get("/v1/models", headers={"Host": host})).status_code == 200
+
+
+async def test_with_a_key_or_for_other_machines_any_name_is_served(engine, connect):
+    host = {"Host": "images.example"}
+    app = create_app(EngineSlot(engine), AccessConfig(api_keys=KEYS), is_local=True)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert (await client.get("/v1/models", headers=host | bearer(KEYS[0]))).status_code == 200
+    async with connect(EngineSlot(engine)) as client:
+        assert (await client.get("/v1/models", headers=host)).status_code == 200
+
+
+async def test_a_server_on_loopback_asks_for_a_name_of_loopback(live):
+    async with httpx.AsyncClient(base_url=await live.url) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/board/events", headers={"Host": "evil.example"})).status_code == 421

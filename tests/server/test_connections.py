@@ -20,9 +20,9 @@ from tetriserve.server import connection
 
 URL = "/v1/images/generations"
 BODY = json.dumps({"prompt": "a lighthouse", "size": "64x64"}).encode()
-POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def answer_to(live, *pieces, then_s=0.0):
 
 STALLED = {
     "half a request line": b"GET /hea",
-    "half a header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    "half a header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
     "no body": POST + b"Content-Length: 100\r\n\r\n",
     "half a body": POST + b'Content-Length: 100\r\n\r\n{"prompt": "',
     "half a chunk": POST + b'Transfer-Encoding: chunked\r\n\r\n20\r\n{"prompt": ',
@@ -73,6 +73,17 @@ async def test_a_request_that_does_not_go_on_is_a_408_and_disturbs_nobody(live, 
         assert head.startswith(b"HTTP/1.1 408 ")
         assert json.loads(body)["error"]["code"] == "request_timeout"
     assert live.engine.state.trajectories == ()
+
+
+async def test_a_body_that_does_not_arrive_is_counted_and_logged_as_the_408_that_it_is(live, http, short, caplog):
+    with caplog.at_level(logging.INFO, "tetriserve"):
+        await answer_to(live, STALLED["half a body"])
+        metrics = (await http.get("/metrics")).text
+    assert 'route="/v1/images/generations",status="408"} 1.0' in metrics
+    assert metrics.count('route="/v1/images/generations"') == 2  # with its _created
+    (line,) = [record.getMessage() for record in caplog.records if "generations" in record.getMessage()]
+    assert " 408 in " in line
+    assert line.endswith("code=request_timeout")
 
 
 @pytest.mark.parametrize("piece", STALLED.values(), ids=STALLED)
@@ -108,7 +119,7 @@ async def test_the_time_counts_anew_for_every_request_and_not_while_it_is_served
 
 async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for(live, short):
     """The answer needs no body, so it comes at once; the connection still ends in time."""
-    answer = await answer_to(live, b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    answer = await answer_to(live, b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") == 1
 
@@ -124,7 +135,7 @@ async def test_a_connection_without_a_request_is_closed_after_a_while(live, monk
 
 
 async def test_pipelined_requests_are_answered_in_order(live):
-    last = b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    last = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = await answer_to(live, GET + WHOLE + GET + last)
     assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200"] * 4
     assert answer.index(b"alive") < answer.index(b"b64_json") < answer.rindex(b"alive") < answer.index(b'"ready"')
@@ -143,7 +154,7 @@ NONSENSE = {
     "a negative length": POST + b"Content-Length: -5\r\n\r\n",
     "a length of many digits": POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
     "a chunk that is none": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "a NUL in a header": b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
+    "a NUL in a header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
 }
 
 
@@ -163,7 +174,7 @@ async def test_headers_without_an_end_are_refused(live, http, line):
     """What one read brings is parsed; beyond that 64 KiB may be unfinished."""
     reader, writer = await connect(live)
     with contextlib.suppress(ConnectionError):  # it closes without reading the rest
-        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n" + line)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + line)
         await writer.drain()
         answer = await asyncio.wait_for(reader.read(), 10)
         assert answer.startswith(b"HTTP/1.1 400 ")
@@ -173,7 +184,7 @@ async def test_headers_without_an_end_are_refused(live, http, line):
 
 async def test_nonsense_after_an_answer_has_begun_closes_the_connection_without_a_traceback(live, caplog):
     """The answer to a route that reads no body is out before the body turns out to be no body."""
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = await answer_to(live, head, b"zz\r\n", then_s=0.1)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert not [record for record in caplog.records if record.exc_info]
@@ -279,5 +290,5 @@ async def test_that_no_file_is_left_for_connections_is_one_line_and_other_errors
 
 
 async def test_an_upgrade_to_a_protocol_that_is_not_spoken_is_ignored(live):
-    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
     assert (await answer_to(live, upgrade)).startswith(b"HTTP/1.1 200 ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import re
 import signal
 import socket
 import subprocess
@@ -76,13 +77,21 @@ async def test_a_client_that_goes_away_while_it_sends_its_body_leaves_nothing(li
     host, port = (await live.url).removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(
-        b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b'Content-Length: 100\r\n\r\n{"prompt": '
     )
     await writer.drain()
     writer.close()
-    await asyncio.sleep(0.05)
-    assert (await http.get("/health")).status_code == 200
+
+    async def statuses():
+        counted = re.findall(
+            r'http_requests_total\{.*generations",status="(\d+)"\} 1.0', (await http.get("/metrics")).text
+        )
+        return sorted(counted)
+
+    while not await statuses():
+        await asyncio.sleep(0.01)
+    assert await statuses() == ["499"]
     assert live.engine.state.trajectories == ()
 
 

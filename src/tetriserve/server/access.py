@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
@@ -38,10 +39,14 @@ class AccessMiddleware:
 
     Everything is guarded unless it is listed as open, so that a new route is never open by accident. The handler finds
     the client as `request.state.client`.
+
+    is_local: the server listens on loopback. Without keys it then answers to names of loopback alone: a page of another
+        site, whose name was made to lead here (DNS rebinding), is told by the name that it calls.
     """
 
-    def __init__(self, app: ASGIApp, config: AccessConfig) -> None:
+    def __init__(self, app: ASGIApp, config: AccessConfig, *, is_local: bool = False) -> None:
         self._app = app
+        self._needs_local_name = is_local and not config.api_keys
         self._open = PROBES | OPEN_PATHS | (frozenset() if config.guard_metrics else {"/metrics"})
         self._has_keys = bool(config.api_keys)
         self._clients = [
@@ -50,10 +55,19 @@ class AccessMiddleware:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange: Exchange = scope["state"]["exchange"]
+        if self._needs_local_name and not is_local_name(Headers(scope=scope).get("host", "localhost")):
+            message = "this server is for its own machine: call it by localhost or 127.0.0.1, or set an API key"
+            response = envelope(421, message, "host_not_served")
+            exchange.note_error(response)
+            await response(scope, receive, send)
+            return
+        if scope["path"] in self._open:
+            await self._app(scope, receive, send)
+            return
         client = self._identify(scope) if self._has_keys else self._clients[0]
         if client is not None:
             scope["state"]["client"] = client
@@ -75,6 +89,20 @@ class AccessMiddleware:
         shown = _digest(key.strip().encode("latin-1"))
         known = [client for client in self._clients if hmac.compare_digest(client.digest, shown)]
         return known[0] if known and scheme.lower() == "bearer" else None
+
+
+def is_local_name(host: str) -> bool:
+    """Whether a `Host` header, or an address, names this machine's loopback."""
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host
+    if name.count(":") == 1:
+        name = name.partition(":")[0]
+    name = name.lower().removesuffix(".")
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def _digest(key: bytes) -> bytes:

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from tetriserve.server.tracing import Tracing
 
 
-def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tracing | None = None) -> FastAPI:
+def create_app(
+    slot: EngineSlot, access: AccessConfig | None = None, tracing: Tracing | None = None, *, is_local: bool = False
+) -> FastAPI:
     """An ASGI app in front of the engine in `slot`, which runs on the app's event loop.
 
     The app can listen before the engine is there: until the slot is filled, `/health` answers 200, `/ready` and `/v1/*`
     503. With an engine at hand: `create_app(EngineSlot(engine))`. `tracing` makes spans of what it serves.
+    `is_local`: see `AccessMiddleware`.
     """
     access = access or AccessConfig()
     app = FastAPI(
@@ -42,7 +45,7 @@ def create_app(slot: EngineSlot, access: AccessConfig | None = None, tracing: Tr
     )
     metrics, recent = Metrics(slot), RecentRuns(slot)
     # The last one added is the outermost.
-    app.add_middleware(AccessMiddleware, config=access)
+    app.add_middleware(AccessMiddleware, config=access, is_local=is_local)
     if access.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -121,6 +121,8 @@ class BoundedProtocol(H11Protocol):
 
     def _refuse(self, response: ErrorResponse) -> None:
         """Answer if nothing has been answered yet, and close."""
+        if self.scope is not None:
+            self.scope["state"]["refusal"] = response  # for the log and the metrics
         if self.conn.our_state in _UNANSWERED and not self.transport.is_closing():
             headers = [*response.raw_headers, (b"connection", b"close")]
             for event in (

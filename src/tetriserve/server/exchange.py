@@ -34,14 +34,25 @@ class Exchange:
 
     facts: what the log line says beyond method, path, status and time.
     error_code: the code of the error it was answered with.
+    is_cut_off: the connection ended before the body had arrived; nobody receives the app's answer.
     """
 
     request_id: str
     facts: dict[str, object] = field(default_factory=dict)
     status: int | None = None
     error_code: str | None = None
+    is_cut_off: bool = False
+
+    def cut_off(self, refusal: ErrorResponse | None) -> None:
+        """Note that the connection ended in the middle of the body: by `refusal`, or by the client."""
+        self.status = CLIENT_CLOSED_REQUEST if refusal is None else refusal.status_code
+        if refusal is not None:
+            self.note_error(refusal)
+        self.is_cut_off = True
 
     def note_error(self, response: ErrorResponse) -> None:
+        if self.is_cut_off:
+            return
         self.error_code = response.code
         self.facts |= response.facts
 
@@ -68,12 +79,13 @@ class ExchangeMiddleware:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
+                if not exchange.is_cut_off:
+                    exchange.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
             await send(message)
 
         try:
-            await self._app(scope, _limited(receive), send_named)
+            await self._app(scope, _limited(receive, scope, exchange), send_named)
         except Exception:  # the process boundary: whatever a handler raises is logged with its id and answered
             request_id = exchange.request_id
             logger.exception("request %s failed unexpectedly", request_id, extra=fields(request_id=request_id))
@@ -128,13 +140,21 @@ def _request_id(scope: Scope) -> str:
     return claimed if _CLIENT_ID.fullmatch(claimed) else f"req-{uuid.uuid4().hex}"
 
 
-def _limited(receive: Receive) -> Receive:
-    """`receive`, which refuses a body of more than `MAX_BODY_BYTES` as soon as that many have come."""
-    num_bytes = 0
+def _limited(receive: Receive, scope: Scope, exchange: Exchange) -> Receive:
+    """`receive`, which refuses a body of more than `MAX_BODY_BYTES` as soon as that many have come.
+
+    `exchange` notes a body that ends before it is whole.
+    """
+    num_bytes, is_whole = 0, False
 
     async def receive_limited() -> Message:
-        nonlocal num_bytes
+        nonlocal num_bytes, is_whole
         message = await receive()
+        if message["type"] == "http.disconnect":
+            if not is_whole and exchange.status is None:
+                exchange.cut_off(scope["state"].get("refusal"))
+            return message
+        is_whole = not message.get("more_body", False)
         num_bytes += len(message.get("body", b""))
         if num_bytes > MAX_BODY_BYTES:
             raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from tetriserve.config import LOOPBACK, ServerConfig
+from tetriserve.config import ServerConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.engine import LiveEngine
+from tetriserve.server.access import is_local_name
 from tetriserve.server.app import create_app
 from tetriserve.server.connection import BACKLOG, BoundedProtocol, LoopErrors, raise_file_limit
 from tetriserve.server.slot import EngineSlot
@@ -56,16 +57,17 @@ async def serve(
     Raises:
         ConfigError: the port cannot be had, or `launch` raised it.
     """
-    if config.host not in LOOPBACK and not config.access.api_keys:
-        logger.warning("anyone who reaches %s can use this server; --api-key guards it", config.host)
     tracing = None if config.otlp_traces_endpoint is None else _open_tracing(config.otlp_traces_endpoint)
     listener = listen(config.host, config.port)
+    is_local = is_local_name(listener.getsockname()[0])
+    if not is_local and not config.access.api_keys:
+        logger.warning("anyone who reaches %s can use this server; --api-key guards it", config.host)
     raise_file_limit()
     asyncio.get_running_loop().set_exception_handler(LoopErrors())
     slot = EngineSlot()
     server = _Server(
         uvicorn.Config(
-            create_app(slot, config.access, tracing),
+            create_app(slot, config.access, tracing, is_local=is_local),
             log_config=None,
             log_level=logging.WARNING,
             access_log=False,
@@ -133,6 +135,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: one line says why not and how to mend it.
     """
+    host = host.removeprefix("[").removesuffix("]")  # as URLs write an IPv6 address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
