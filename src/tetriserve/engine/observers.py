@@ -31,7 +31,7 @@ class Stopped:
 
 
 Observation = Occurred | EndedTask | Outcome | Stopped
-"""In order: an event, the task that it ends, the outcomes that it leads to; `Stopped` once, last."""
+"""In order: an event, the task that it ends, the outcomes that it leads to; `Stopped` last."""
 
 Observer = Callable[[Observation], None]
 """Called on the event loop. It should be quick: the pool waits."""
