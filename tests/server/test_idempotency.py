@@ -159,6 +159,8 @@ async def test_a_failure_is_an_answer_too(ask, executor, client):
     responses = [await ask(prompt=FAILING) for _ in range(3)]
     assert [response.status_code for response in responses] == [500] * 3
     assert {response.json()["error"]["message"] for response in responses} == {"latents are not finite"}
+    assert {response.json()["error"]["code"] for response in responses} == {"generation_failed"}
+    assert {response.headers["X-Should-Retry"] for response in responses} == {"false"}
     assert [command.task.stage for command in executor.started] == [Stage.ENCODE, Stage.DENOISE]
     assert await metric(client, "tetriserve_journal_entries", state="failed") == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tetriserve.core.errors import ConfigError, JournalError
-from tetriserve.core.events import Checkpoint, Run, TensorRef
+from tetriserve.core.events import Checkpoint, FailureKind, Run, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
@@ -182,7 +182,7 @@ def test_a_failure_takes_the_place_of_all_else(reopen: Callable[[], Journal], tm
     entry = make_entry(make_request("a"), make_request("b"))
     wait(journal.accept(entry))
     wait(journal.keep_picture(make_outcome(entry.requests[1]), (2, 2, 3), PIXELS, 1004.0))
-    failure = Failure(entry="a", failed_at=1005.0, message="latents are not finite")
+    failure = Failure(entry="a", failed_at=1005.0, message="latents are not finite", kind=FailureKind.STEP)
     wait(journal.fail(failure))
     assert files(tmp_path) == []
     (kept,) = reopen().take_loaded()
