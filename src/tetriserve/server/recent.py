@@ -17,8 +17,8 @@ from tetriserve.workload.perfetto import TraceEvent, deadline_mark, task_blocks,
 
 KEEP_S = 300.0
 """How long tasks and outcomes are kept: for as long as anybody can ask for, or a quiet server would grow for hours."""
-MAX_TASKS = 20_000
-"""Kept at most, and as many outcomes: some tens of megabytes."""
+MAX_TASKS = 10_000
+"""Kept at most, and as many outcomes. Garbage collections of the oldest generation walk them, for up to 30 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)

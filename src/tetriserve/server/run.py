@@ -88,7 +88,7 @@ async def serve(
                 return 0
             try:
                 slot.put(engine)
-                _freeze_heap()
+                gc.freeze()  # modules and types, 90,000 objects: collections of the oldest generation would walk them
                 on_ready(url_of(listener), engine)
                 await signals.get()
             finally:
@@ -101,15 +101,6 @@ async def serve(
             gc.unfreeze()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
-
-
-def _freeze_heap() -> None:
-    """Take what the start made out of the garbage collector's sight: modules and types, 90,000 objects that stay.
-
-    Each collection of the oldest generation would walk them all, and hold up the event loop for 30 ms and more.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _open_tracing(endpoint: str) -> Tracing:
