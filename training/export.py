@@ -20,6 +20,7 @@ CARD = {
     "guidance_scale": 3.5,
     "sizes": ["256x256", "512x512", "1024x1024"],
     "dtype": "float32",
+    "max_sequence_length": 40,
 }
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
@@ -35,6 +36,7 @@ NEGATIVE = dataclasses.replace(REQUEST, negative_prompt="blurry", true_cfg_scale
 CASES = {
     "square": REQUEST,
     "one step": dataclasses.replace(REQUEST, num_steps=1, seed=123456789),
+    "no prompt": dataclasses.replace(REQUEST, prompt=""),
     "wide": dataclasses.replace(REQUEST, shape=Shape(height=256, width=320)),
     "negative prompt": NEGATIVE,
     "wide, empty negative prompt": dataclasses.replace(NEGATIVE, shape=Shape(256, 320), negative_prompt=""),
@@ -67,7 +69,7 @@ def pipeline(bundled_dir: Path) -> Any:
     return plain_pipeline(bundled_dir, torch.float32)
 
 
-def call_pipeline(pipeline: Any, request: Request, output_type: str) -> Any:
+def call_pipeline(pipeline: Any, request: Request, output_type: str, length: int = 40) -> Any:
     return pipeline(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -77,7 +79,7 @@ def call_pipeline(pipeline: Any, request: Request, output_type: str) -> Any:
         num_inference_steps=request.num_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=40,
+        max_sequence_length=length,
         output_type=output_type,
     ).images
 
@@ -111,6 +113,45 @@ def test_half_precision_is_that_of_the_pipeline(card: ModelCard) -> None:
     assert latents.dtype == torch.bfloat16
     assert torch.equal(latents, call_pipeline(pipeline, NEGATIVE, "latent"))
     assert np.array_equal(adapter.decode(NEGATIVE, latents), np.asarray(call_pipeline(pipeline, NEGATIVE, "pil")[0]))
+
+
+@pytest.mark.parametrize("change", [{"use_flow_sigmas": True}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1}])
+def test_the_noise_levels_are_those_of_the_pipeline_whatever_the_scheduler_is_set_to(
+    card: ModelCard, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = shutil.copytree(card.path, tmp_path / "model")
+    file = path / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    request = dataclasses.replace(REQUEST, shape=Shape(64, 64))
+    latents = denoise(FluxAdapter(read_card(path), "cpu"), request)
+    assert torch.equal(latents, call_pipeline(plain_pipeline(path, torch.float32), request, "latent"))
+
+
+@pytest.mark.parametrize("length", [8, 40, 77])
+def test_the_length_of_texts_is_that_of_the_request_as_in_the_pipeline(
+    adapter: FluxAdapter, pipeline: Any, length: int
+) -> None:
+    request = dataclasses.replace(NEGATIVE, shape=Shape(64, 64), max_sequence_length=length)
+    assert adapter.encode(request)["prompt_embeds"].shape[1] == length
+    assert torch.equal(denoise(adapter, request), call_pipeline(pipeline, request, "latent", length))
+
+
+def test_texts_are_counted_with_their_ends_and_what_is_cut_is_told_not_logged(
+    adapter: FluxAdapter, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words, length, expected in (
+        (5, None, TextCount(6, False)),
+        (39, None, TextCount(40, True)),  # 41 with CLIP's two ends, of which it holds 40
+        (38, None, TextCount(39, False)),
+        (60, None, TextCount(61, True)),
+        (7, 8, TextCount(8, False)),
+        (8, 8, TextCount(9, True)),
+    ):
+        request = dataclasses.replace(REQUEST, prompt="red " * words, max_sequence_length=length)
+        adapter.encode(request)
+        assert adapter.count_text(request) == expected
+    assert caplog.records == []
+    assert "red" not in "".join(capfd.readouterr())
 
 
 def test_a_loop_resumed_before_any_step_ends_as_the_undisturbed_one(adapter: FluxAdapter) -> None:
@@ -175,7 +216,9 @@ def test_a_checkpoint_that_diffusers_cannot_load_is_a_checkpoint_error(card: Mod
     spoilt = shutil.copytree(card.path, tmp_path / "spoilt")
     config = json.loads((spoilt / "transformer/config.json").read_text())
     (spoilt / "transformer/config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
-    with pytest.raises(CheckpointError, match=r"spoilt cannot be loaded: .*expected shape") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"transformer cannot be loaded: .*context_embedder.bias expected shape"
+    ) as caught:
         load_adapter(dataclasses.replace(card, path=spoilt), "cpu")
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no adapter serves pipeline class 'Other'; supported: FluxPipeline"):

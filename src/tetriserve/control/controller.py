@@ -163,7 +163,7 @@ class Controller:
     def _finish_task(self, event: TaskFinished, now: float) -> list[Command]:
         flight, record = self._tracker.land(event.task_id)
         task, request = flight.task, record.request
-        record.advance(Run(task, flight.start_s, now), event.result)
+        record.advance(Run(task, flight.start_s, now, event.text), event.result)
         if task.stage is Stage.DENOISE:
             step_s = event.elapsed_s / task.num_steps
             # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.

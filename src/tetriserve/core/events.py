@@ -29,12 +29,21 @@ class FailureKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TextCount:
+    """Tokens of a prompt as written, and whether a text encoder got fewer: the rest has no effect on the image."""
+
+    num_tokens: int
+    is_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """One task as it went: a line in a request's history."""
+    """One task as it went: a line in a request's history. `text` comes with encoding."""
 
     task: Task
     start_s: float
     end_s: float
+    text: TextCount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +78,13 @@ class Cancelled:
 class TaskFinished:
     """All ranks of the task are idle again; `result` names what it left in the store.
 
-    `elapsed_s` is the time the leader spent computing, transfers included.
+    `elapsed_s` is the time the leader spent computing, transfers included. `text` comes with encoding.
     """
 
     task_id: int
     elapsed_s: float
     result: TensorRef
+    text: TextCount | None = None
 
 
 @dataclass(frozen=True, slots=True)

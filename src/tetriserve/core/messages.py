@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetriserve.core.events import FailureKind, StartTask, TensorRef
+from tetriserve.core.events import FailureKind, StartTask, TensorRef, TextCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,12 @@ class GroupWarm:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """`result` is None on ranks other than the leader."""
+    """`result` is None on ranks other than the leader. `text` comes with encoding."""
 
     task_id: int
     elapsed_s: float
     result: TensorRef | None
+    text: TextCount | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,9 @@ class Shape:
 class Request:
     """One accepted request: exactly one image (a client's `n` images are n requests).
 
-    Times are seconds since the engine started. `priority` orders classes, lower is earlier. Prompts are
-    in no `repr`, which logs and tracebacks quote.
+    Times are seconds since the engine started. `priority` orders classes, lower is earlier. Texts are padded to
+    `max_sequence_length` tokens and cut at it; None is the model's own number. Prompts are in no `repr`, which logs and
+    tracebacks quote.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class Request:
     negative_prompt: str | None = field(default=None, repr=False)
     true_cfg_scale: float = 1.0
     priority: int = 0
+    max_sequence_length: int | None = None
 
     @property
     def num_passes(self) -> int:

@@ -301,10 +301,11 @@ class LocalExecutor:
                 self._drop_group(start.task.ranks, name)
             self._on_event(failure)
             return
-        assert running.done is not None and running.done.result is not None, "the leader leaves a result"
+        done = running.done
+        assert done is not None and done.result is not None, "the leader leaves a result"
         if start.task.stage is Stage.DENOISE and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
-        self._on_event(TaskFinished(start.task_id, running.done.elapsed_s, running.done.result))
+        self._on_event(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text))
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""

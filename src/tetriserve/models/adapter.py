@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Adapter(Protocol):
     """One loaded checkpoint on one rank. Degree 1 is bit-identical to calling the diffusers pipeline."""
 
     def encode(self, request: Request) -> Embeds: ...
+
+    def count_text(self, request: Request) -> TextCount:
+        """How much of the prompt `encode` reads; quick, and nothing of the prompt is logged."""
+        ...
 
     def initial_latents(self, request: Request) -> torch.Tensor:
         """The request's noise, from its own seed alone: the same on every rank."""

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
-from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Embeds
 from tetriserve.models.card import ModelCard
+from tetriserve.models.loading import load_pipeline
 from tetriserve.models.parallel import ContextParallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_TEXTS_TO_TELL_APART = ("a red circle", "a tan square")
+"""As many letters in each word of one as of the other: a vocabulary of unknown tokens alone makes the same of both."""
+_SHORT_TEXT_TOKENS = 16
 
 
 class FluxAdapter:
@@ -35,21 +39,24 @@ class FluxAdapter:
     def __init__(self, card: ModelCard, device: torch.device | str) -> None:
         """
         Raises:
-            CheckpointError: diffusers cannot load the checkpoint; the message is one line.
+            CheckpointError: the checkpoint cannot be loaded, not as its files say, or does not tell texts apart; the
+                message is one line.
         """
         self._card = card
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, card.dtype)
-        self._pipeline: Any = _load_pipeline(card, self._dtype).to(self._device)
+        self._pipeline: Any = load_pipeline(card, self._dtype, self._device)
         self._context_parallel = ContextParallel(self._pipeline.transformer)
+        self._check_texts()
 
     @torch.no_grad()
     def encode(self, request: Request) -> Embeds:
         """prompt_embeds (B, L, D), pooled_prompt_embeds (B, D), and negative_* of both when there are two passes."""
-        embeds = self._encode_prompt(request.prompt)
+        length = request.max_sequence_length or self._card.num_text_tokens
+        embeds = self._encode_prompt(request.prompt, length)
         if request.num_passes == 2:
             assert request.negative_prompt is not None
-            negative = self._encode_prompt(request.negative_prompt)
+            negative = self._encode_prompt(request.negative_prompt, length)
             embeds |= {f"negative_{name}": tensor for name, tensor in negative.items()}
         return embeds
 
@@ -91,11 +98,46 @@ class FluxAdapter:
         latents_BCHW = (latents_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
         return pipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)  # type: ignore[no-any-return]
 
-    def _encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+    def count_text(self, request: Request) -> TextCount:
+        """By the tokenizer of the T5 encoder; CLIP's, of which only a summary is used, cuts most texts earlier."""
+        length = request.max_sequence_length or self._card.num_text_tokens
+        num_tokens = _num_tokens(self._pipeline.tokenizer_2, request.prompt)
+        num_clip_tokens = _num_tokens(self._pipeline.tokenizer, request.prompt)
+        is_cut = num_tokens > length or num_clip_tokens > self._pipeline.tokenizer_max_length
+        return TextCount(num_tokens, is_cut)
+
+    def _encode_prompt(self, prompt: str, length: int) -> dict[str, torch.Tensor]:
         prompt_embeds_BLD, pooled_prompt_embeds_BD, _ = self._pipeline.encode_prompt(
-            prompt, device=self._device, max_sequence_length=self._card.num_text_tokens
+            prompt, device=self._device, max_sequence_length=length
         )
         return {"prompt_embeds": prompt_embeds_BLD, "pooled_prompt_embeds": pooled_prompt_embeds_BD}
+
+    @torch.no_grad()
+    def _check_texts(self) -> None:
+        """That both tokenizers and encoders tell two texts of equal length apart.
+
+        Raises:
+            CheckpointError: a vocabulary is empty or another model's, or an encoder's weights are void.
+        """
+        pipeline = self._pipeline
+        for part, tokenizer, encoder in (
+            ("text_encoder", pipeline.tokenizer, pipeline.text_encoder),
+            ("text_encoder_2", pipeline.tokenizer_2, pipeline.text_encoder_2),
+        ):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise CheckpointError(
+                    f"{self._card.path / part.replace('text_encoder', 'tokenizer')} has {len(tokenizer)} tokens, but "
+                    f"{part} knows {encoder.config.vocab_size}; they are of different checkpoints"
+                )
+        length = min(_SHORT_TEXT_TOKENS, self._card.num_text_tokens)
+        first, second = (self._encode_prompt(prompt, length) for prompt in _TEXTS_TO_TELL_APART)
+        for name, number in (("pooled_prompt_embeds", ""), ("prompt_embeds", "_2")):
+            distance = (first[name].float() - second[name].float()).abs().max().item()
+            if not 0 < distance < float("inf"):
+                raise CheckpointError(
+                    f"{self._card.path}: tokenizer{number} and text_encoder{number} do not tell "
+                    f"{' and '.join(map(repr, _TEXTS_TO_TELL_APART))} apart; download them again"
+                )
 
     def _image_ids(self, shape: Shape) -> torch.Tensor:
         side = self._card.pixels_per_token
@@ -119,7 +161,7 @@ class FluxDenoiseLoop:
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas_N = np.linspace(1.0, 1 / num_steps, num_steps)
+        sigmas_N = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
         self._scheduler: Any = type(pipeline.scheduler).from_config(config)
         self._timesteps_N, _ = retrieve_timesteps(self._scheduler, num_steps, device, sigmas=sigmas_N, mu=shift)
         self._scheduler.set_begin_index(steps_done)
@@ -163,11 +205,6 @@ class FluxDenoiseLoop:
         )[0]
 
 
-def _load_pipeline(card: ModelCard, dtype: torch.dtype) -> Any:
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return FluxPipeline.from_pretrained(str(card.path), dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{card.path} cannot be loaded: {reason}") from error
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    """Those that mark its ends included. The tokenizer's warning of long texts, which quotes none, is left out."""
+    return len(tokenizer(text, verbose=False).input_ids)

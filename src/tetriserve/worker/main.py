@@ -99,6 +99,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import torch
 
     import tetriserve.models.preload  # noqa: F401  a worker that was not forked has to load it
+    from tetriserve.models.card import check_unchanged
     from tetriserve.models.registry import load_adapter
     from tetriserve.worker.groups import Groups
     from tetriserve.worker.latents import TensorStore
@@ -111,6 +112,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     num_steps = lambda: 0 if runner is None else runner.num_steps  # noqa: E731
     threading.Thread(target=_beat, args=(pipe, num_steps, spec.heartbeat_s), daemon=True).start()
     groups = Groups(spec.rank, spec.backend, spec.device, spec.store, spec.group_timeout_s)
+    check_unchanged(spec.card)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
     runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
     with torch.no_grad():
@@ -157,7 +159,8 @@ def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
 
 
 def _warm_up_request(spec: WorkerSpec) -> Request:
+    smallest = min(spec.card.sizes, key=lambda shape: shape.num_pixels)
     return Request(
-        request_id="warm-up", prompt="warm-up", shape=spec.card.sizes[0], num_steps=1, seed=0,
+        request_id="warm-up", prompt="warm-up", shape=smallest, num_steps=1, seed=0,
         arrival_s=0.0, deadline_s=0.0, guidance_scale=spec.card.default_guidance_scale,
     )  # fmt: skip

@@ -54,14 +54,15 @@ class Runner:
         start, started_at = message.start, time.monotonic()
         try:
             result = self._run_stage(message)
-            return TaskDone(start.task_id, time.monotonic() - started_at, result)
+            text = self._adapter.count_text(start.request) if start.task.stage is Stage.ENCODE else None
+            return TaskDone(start.task_id, time.monotonic() - started_at, result, text)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
             kind = failure_kind(error, is_split=message.group is not None)
             if kind is FailureKind.STEP:
                 image_id = start.request.request_id
                 logger.exception("request %s: %s failed", image_id, start.task.stage, extra=fields(image_id=image_id))
-            text = f"{start.task.stage} failed: {type(error).__name__}: {error}".splitlines()[0]
-            return TaskError(start.task_id, kind, text, time.monotonic())
+            line = f"{start.task.stage} failed: {type(error).__name__}: {error}".splitlines()[0]
+            return TaskError(start.task_id, kind, line, time.monotonic())
 
     def leave(self, group: str) -> None:
         """Release peers that wait for this rank in a collective of `group`."""

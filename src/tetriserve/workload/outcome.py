@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tetriserve.core.events import Run
+from tetriserve.core.events import Run, TextCount
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 
@@ -50,6 +50,11 @@ class Outcome:
     def degrees(self) -> tuple[int, ...]:
         """The degree of every denoise step, in order."""
         return tuple(run.task.degree for run in self._denoise_runs() for _ in range(run.task.num_steps))
+
+    @property
+    def text(self) -> TextCount | None:
+        """What encoding counted; None for a request that was not encoded."""
+        return next((run.text for run in self.runs if run.text is not None), None)
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,80 @@
+"""Loading a diffusers pipeline such that what is loaded is what its directory says, or nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+
+from tetriserve.core.errors import CheckpointError
+from tetriserve.models.files import find_weights, read_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tetriserve.models.card import ModelCard
+
+_PROBLEMS = (
+    ("missing_keys", "lack"),
+    ("unexpected_keys", "have"),
+    ("mismatched_keys", "have in another shape"),
+)
+"""What both libraries tell of a load, in the order of the line's worth, and how to say it."""
+
+
+def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
+    """The pipeline, each of its models loaded alone: only then the libraries tell what they filled in or left out.
+
+    Raises:
+        CheckpointError: whatever goes wrong, in one line.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # of what goes wrong we tell; the rest quotes prompts
+    folder = card.path
+    try:
+        models = {}
+        for component, entry in read_json(card.path / "model_index.json").items():
+            if isinstance(entry, list) and entry != [None, None]:
+                folder, (library, class_name) = card.path / component, entry
+                model = _load_model(folder, library, class_name, dtype)
+                if model is not None:
+                    models[component] = model
+        folder = card.path
+        pipeline_class = getattr(diffusers, card.pipeline_class)
+        pipeline = pipeline_class.from_pretrained(str(card.path), local_files_only=True, dtype=dtype, **models)
+        return pipeline.to(device)
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the libraries raise of every kind; a panic of safetensors is no Exception
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+
+
+def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
+    """The model in `folder`; None if it is a tokenizer or a scheduler."""
+    model_class = getattr(import_module(library), class_name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
+        return None
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if library == "transformers":  # which would raise an error that names no tensor; diffusers' does
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+        str(folder),
+        variant=find_weights(folder, library).variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    for problem, verb in _PROBLEMS:
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in report[problem])
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: the weights {verb} {names[0]!r}{more}, against config.json; download the checkpoint again"
+            )
+    return model
