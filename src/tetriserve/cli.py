@@ -47,9 +47,8 @@ def serve(
     host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,
     profile: options.Profile = None,
-    served_model_name: Annotated[
-        str | None, option("served-model-name", "What clients call the model. Default: the checkpoint's own name.")
-    ] = None,
+    served_model_name: options.ServedModelNames = None,
+    max_sequence_length: options.MaxSequenceLength = None,
     default_slo_scale: Annotated[
         float,
         option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
@@ -89,7 +88,8 @@ def serve(
         engine_config = EngineConfig(
             model=model,
             profile=profile,
-            served_model_name=served_model_name,
+            served_model_names=tuple(served_model_name or ()),
+            max_sequence_length=max_sequence_length,
             pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
             scheduling=SchedulingConfig(
                 policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue, max_losses=max_losses
@@ -133,6 +133,7 @@ def profile(
     out: Annotated[
         Path | None, option("out", "File to write. Default: <model>.profile.json in the working directory.")
     ] = None,
+    max_sequence_length: options.MaxSequenceLength = None,
     threads: options.Threads = 1,
     start_timeout: options.StartTimeout = 300.0,
     log_level: options.LogLevel = "warning",
@@ -150,7 +151,7 @@ def profile(
             raise ConfigError(f"--sizes: {error}") from error
         pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
         with _progress() as progress:
-            card, measured = asyncio.run(measure_profile(model, pool, shapes, progress))
+            card, measured = asyncio.run(measure_profile(model, pool, shapes, progress, max_sequence_length))
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)
         _print_profile(measured)

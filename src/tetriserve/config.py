@@ -186,20 +186,23 @@ class EngineConfig:
     """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
 
     profile: path of a profile file; None finds, or measures, one for this model and machine.
+    served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
+    max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
     journal: None keeps nothing.
     """
 
     model: str | None = None
     profile: str | None = None
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    max_sequence_length: int | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None
 
     def __post_init__(self) -> None:
-        name = self.served_model_name
-        if name is not None and not is_model_name(name):
-            raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")
+        for name in self.served_model_names:
+            if not is_model_name(name):
+                raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")
 
 
 def _listed(values: tuple[int, ...]) -> str:

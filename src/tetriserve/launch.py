@@ -21,7 +21,7 @@ from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.observers import Observer
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.journal import Journal, Model
-from tetriserve.models.card import ModelCard, read_card
+from tetriserve.models.card import MAX_TEXT_TOKENS, ModelCard, read_card
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -52,10 +52,12 @@ async def launch(config: EngineConfig, progress: Progress, *, observer: Observer
     spec, pool = config.scheduling.policy, config.pool
     find_policy(spec)
     _check_device(pool)
-    card = find_model(config.model)
-    card = replace(card, name=config.served_model_name or card.name)
-    _check_degrees(card, pool)
-    profile = find_profile(config, card)
+    card = find_model(config.model, config.max_sequence_length)
+    if config.served_model_names:
+        name, *aliases = config.served_model_names
+        card = replace(card, name=name, aliases=tuple(aliases))
+    pool = with_usable_degrees(card, pool)
+    profile = find_profile(replace(config, pool=pool), card)
 
     def plan_with(profile: Profile) -> tuple[Callable[[], Policy], ProfileCost]:
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
@@ -104,13 +106,22 @@ def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
     return Journal(Path(config.journal.directory), Model(card.name, card.fingerprint))
 
 
-def find_model(model: str | None) -> ModelCard:
+def find_model(model: str | None, max_sequence_length: int | None = None) -> ModelCard:
     """The card of a checkpoint directory; None is the bundled model.
+
+    max_sequence_length: replaces the model's own; step times change with it, so that a profile belongs to one.
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
+        ConfigError: `max_sequence_length` is out of range.
     """
-    return read_card(BUNDLED_MODEL if model is None else Path(model))
+    card = read_card(BUNDLED_MODEL if model is None else Path(model))
+    if max_sequence_length in (None, card.num_text_tokens):
+        return card
+    if not 1 <= max_sequence_length <= MAX_TEXT_TOKENS:
+        raise ConfigError(f"max-sequence-length is {max_sequence_length}; allowed: 1 to {MAX_TEXT_TOKENS}")
+    fingerprint = f"{card.fingerprint}-text{max_sequence_length}"
+    return replace(card, num_text_tokens=max_sequence_length, fingerprint=fingerprint)
 
 
 def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
@@ -161,12 +172,16 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
 
 
 async def measure_profile(
-    model: str | None, pool: PoolConfig, shapes: tuple[Shape, ...], progress: Progress
+    model: str | None,
+    pool: PoolConfig,
+    shapes: tuple[Shape, ...],
+    progress: Progress,
+    max_sequence_length: int | None = None,
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
     _check_device(pool)
-    card = find_model(model)
-    _check_degrees(card, pool)
+    card = find_model(model, max_sequence_length)
+    pool = with_usable_degrees(card, pool)
     for shape in shapes:
         if shape.height % card.size_multiple or shape.width % card.size_multiple:
             raise ConfigError(f"size {shape}: width and height must be multiples of {card.size_multiple}")
@@ -208,15 +223,17 @@ async def _measure(executor: LocalExecutor, card: ModelCard, pool: PoolConfig, p
     return profile
 
 
-def _check_degrees(card: ModelCard, pool: PoolConfig) -> None:
-    """Every degree must suit at least one size, or the operator expects something that will never happen."""
+def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
+    """`pool` without the degrees at which none of the model's sizes can run; a warning names them."""
     usable = {degree for shape in card.sizes for degree in card.valid_degrees(shape, pool.degrees)}
-    useless = [degree for degree in pool.degrees if degree not in usable]
-    if useless:
-        raise ConfigError(
-            f"degree {useless[0]} suits no size of {card.name}: it must divide {card.num_heads} heads and "
-            f"{card.num_text_tokens} text tokens; use --degrees {','.join(map(str, sorted(usable)))}"
-        )
+    dropped = [degree for degree in pool.degrees if degree not in usable]
+    if not dropped:
+        return pool
+    logger.warning(
+        "degrees %s are not used: no size of %s can run at them (a degree must divide %d heads, %d text tokens and the "
+        "image tokens)", ",".join(map(str, dropped)), card.name, card.num_heads, card.num_text_tokens,
+    )  # fmt: skip
+    return replace(pool, degrees=tuple(sorted(usable)))
 
 
 def _check_device(pool: PoolConfig) -> None:

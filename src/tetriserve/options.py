@@ -115,6 +115,16 @@ Device = Annotated[str, option("device", "cpu or cuda.")]
 Profile = Annotated[
     str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
 ]
+ServedModelNames = Annotated[
+    list[str] | None,
+    option("served-model-name", "What clients may call the model (repeatable; answers name the first). Default: the "
+           "checkpoint's own name.", show_default=False),
+]  # fmt: skip
+MaxSequenceLength = Annotated[
+    int | None,
+    option("max-sequence-length", "Text tokens, to which prompts are padded and at which they are cut. Default: the "
+           "model's own number, 512 for FLUX."),
+]  # fmt: skip
 Threads = Annotated[int, option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
 LogLevel = Annotated[str, option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]
 StartTimeout = Annotated[float, option("start-timeout", "Seconds that workers may take to load.")]

@@ -19,7 +19,7 @@ import numpy as np
 
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.control import Controller
-from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import DurableWork, Intake, LiveEngine, Observation
@@ -85,6 +85,14 @@ PROFILE = Profile(
 )
 
 
+def _text_of(command: StartTask) -> TextCount | None:
+    """One token a word, and one for the end."""
+    if command.task.stage is not Stage.ENCODE:
+        return None
+    num_tokens = len(command.request.prompt.split()) + 1
+    return TextCount(num_tokens, num_tokens > CARD.num_text_tokens)
+
+
 class FakeExecutor:
     """Tasks take the time the profile says, or none at all. While `gate` is clear no task ends."""
 
@@ -128,7 +136,7 @@ class FakeExecutor:
         key = f"{request.request_id}.{task.stage}.{command.steps_done + task.num_steps}"
         if task.stage is Stage.DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
-        self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1)))
+        self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1), _text_of(command)))
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
         return self.pixels.pop(ref.key)

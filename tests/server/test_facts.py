@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
+from pathlib import Path
 
 from fake_engine import CARD, FAILING
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,9 +36,22 @@ async def test_models_lists_what_can_be_asked(client):
     assert model["degrees"] == {"128x128": [1, 2], "64x64": [1, 2], "256x256": [1, 2]}
     assert (model["default_num_inference_steps"], model["max_num_inference_steps"]) == (4, 200)
     assert model["default_guidance_scale"] == 3.5
+    assert model["max_sequence_length"] == 64
     assert model["has_negative_prompt"] is True
     assert model["num_ranks"] == 2
     assert model["policy"]
+
+
+async def test_a_model_is_listed_and_served_under_each_of_its_names(client, engine, draw):
+    card = dataclasses.replace(CARD, name="flux", aliases=("flux-dev", "b/c"), path=Path("/models/flux"))
+    engine.intake = dataclasses.replace(engine.intake, card=card)
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["flux", "flux-dev", "b/c"]
+    for name in ("flux", "flux-dev", "b/c", "default", "/models/flux"):
+        response = await draw(model=name)
+        assert (response.status_code, response.json().get("model")) == (200, "flux")
+    for name in ("flux-dev", "b/c", "default"):
+        assert (await client.get(f"/v1/models/{name}")).json()["id"] == "flux"
+    assert (await draw(model="tiny/flux")).status_code == 400
 
 
 async def test_another_model_is_a_404(client):

@@ -44,11 +44,18 @@ async def test_any_text_is_drawn_as_it_was_sent(draw, seen, prompt):
     assert seen == [prompt]
 
 
-@pytest.mark.parametrize("prompt", SPACES)
-async def test_spaces_of_any_kind_are_no_prompt(draw, prompt):
+@pytest.mark.parametrize("prompt", [*SPACES, ""])
+async def test_spaces_of_any_kind_are_drawn_as_the_pipeline_draws_them(draw, seen, prompt):
     response = await draw(prompt=prompt)
-    assert response.status_code == 400
-    assert response.json()["error"]["message"] == "prompt is empty; say what to draw"
+    assert response.status_code == 200, response.text
+    assert seen == [prompt]
+
+
+@pytest.mark.parametrize(("num_words", "is_truncated"), [(0, False), (5, False), (63, False), (64, True)])
+async def test_the_answer_tells_how_long_the_prompt_is_and_whether_its_end_was_cut(draw, num_words, is_truncated):
+    response = await draw(prompt=" ".join(["word"] * num_words))
+    (image,) = response.json()["data"]
+    assert (image["schedule"]["prompt_tokens"], image["schedule"]["truncated"]) == (num_words + 1, is_truncated)
 
 
 async def test_a_megabyte_of_text_is_refused_without_being_repeated(draw):

@@ -66,6 +66,26 @@ def test_everything_a_client_says_is_taken() -> None:
     assert (request.deadline_s, request.priority, request.num_passes) == (1000.25, -3, 2)
 
 
+@pytest.mark.parametrize("prompt", ["", " \n\t", "\u3000"])
+def test_an_empty_prompt_is_drawn_as_in_the_pipeline(prompt: str) -> None:
+    assert take(prompt=prompt).prompt == prompt
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("negative_prompt", [None, "blurry"])
+def test_a_true_cfg_scale_of_at_most_1_turns_it_off_as_in_the_pipeline(
+    negative_prompt: str | None, scale: float
+) -> None:
+    assert take(negative_prompt=negative_prompt, true_cfg_scale=scale).num_passes == 1
+
+
+def test_a_request_may_ask_for_fewer_text_tokens_that_all_its_degrees_divide() -> None:
+    assert take().max_sequence_length is None
+    assert take(max_sequence_length=34).max_sequence_length == 34
+    alone = dataclasses.replace(INTAKE, cost=ProfileCost(PROFILE, lambda shape: (1,)))
+    assert take(alone, max_sequence_length=33).max_sequence_length == 33
+
+
 def test_auto_is_the_models_first_size() -> None:
     assert take(size="auto").shape == Shape(512, 512)
 
@@ -78,8 +98,6 @@ def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
 @pytest.mark.parametrize(
     ("options", "param", "message"),
     [
-        ({"prompt": ""}, "prompt", "prompt is empty; say what to draw"),
-        ({"prompt": " \n\t"}, "prompt", "prompt is empty; say what to draw"),
         ({"prompt": "x" * 51}, "prompt", "prompt has 51 characters; allowed: at most 50"),
         ({"size": "big"}, "size", "size 'big' is not of the form WIDTHxHEIGHT, such as 512x512"),
         ({"size": "0x256"}, "size", "size '0x256' is not of the form WIDTHxHEIGHT, such as 512x512"),
@@ -94,8 +112,12 @@ def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
         ({"seed": 2**63}, "seed", "seed is 9223372036854775808; allowed: 0 to 9223372036854775807"),
         ({"guidance_scale": -0.5}, "guidance_scale", "guidance_scale is -0.5; allowed: 0.0 to 100.0"),
         ({"guidance_scale": math.nan}, "guidance_scale", "guidance_scale is nan; allowed: 0.0 to 100.0"),
-        ({"true_cfg_scale": 3.0}, "true_cfg_scale", "true_cfg_scale needs a negative_prompt"),
-        ({"negative_prompt": "n", "true_cfg_scale": 0.5}, "true_cfg_scale", "is 0.5; allowed: 1.0 to 100.0"),
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale", "true_cfg_scale above 1 needs a negative_prompt"),
+        ({"negative_prompt": "n", "true_cfg_scale": -0.5}, "true_cfg_scale", "is -0.5; allowed: 0.0 to 100.0"),
+        ({"true_cfg_scale": -0.5}, "true_cfg_scale", "true_cfg_scale above 1 needs a negative_prompt"),
+        ({"max_sequence_length": 0}, "max_sequence_length", "max_sequence_length is 0; allowed: 2 to 64 in multiples"),
+        ({"max_sequence_length": 66}, "max_sequence_length", "max_sequence_length is 66; allowed: 2 to 64 in"),
+        ({"max_sequence_length": 33}, "max_sequence_length", "of 2, for 512x512 runs at degrees 1, 2"),
         ({"negative_prompt": "n" * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
         ({"negative_prompt": " " * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
         ({"slo_s": 0.0}, "slo_ms", "slo_ms is 0; allowed: above 0, at most 8.64e+07"),

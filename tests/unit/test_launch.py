@@ -18,6 +18,7 @@ from tetriserve.launch import (
     find_model,
     find_profile,
     measure_profile,
+    with_usable_degrees,
 )
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, save_profile
@@ -38,6 +39,11 @@ PROFILE = Profile(
     ),
     decode=(DecodeRow(height=256, width=256, decode_s=0.2), DecodeRow(height=512, width=512, decode_s=0.8)),
 )  # fmt: skip
+
+
+@pytest.fixture
+def bundled() -> ModelCard:
+    return find_model(None)
 
 
 def test_a_profile_of_this_model_with_all_degrees_is_taken_as_it_is() -> None:
@@ -94,6 +100,25 @@ def test_a_kept_profile_is_used_until_the_model_has_a_size_that_it_lacks(
     assert find_profile(config, CARD) == kept
     larger = dataclasses.replace(CARD, sizes=(*CARD.sizes, Shape(1024, 1024)))
     assert find_profile(config, larger) is None
+
+
+def test_degrees_that_no_size_can_use_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    pool = PoolConfig(num_ranks=6, degrees=(1, 2, 3, 4, 6))
+    assert with_usable_degrees(CARD, pool).degrees == (1, 2, 4)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("degrees 3,6 are not used: no size of tiny can run at them (a degree must")
+    assert with_usable_degrees(CARD, PoolConfig(num_ranks=2)).degrees == (1, 2)
+    assert len(caplog.records) == 1
+
+
+def test_another_text_length_is_another_profile(bundled: ModelCard) -> None:
+    longer = find_model(None, 64)
+    assert (bundled.num_text_tokens, longer.num_text_tokens) == (40, 64)
+    assert cached_profile_path(bundled, PoolConfig()) != cached_profile_path(longer, PoolConfig())
+    assert find_model(None, 40) == bundled
+    for length in (0, 513):
+        with pytest.raises(ConfigError, match=f"max-sequence-length is {length}; allowed: 1 to 512"):
+            find_model(None, length)
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
@@ -17,6 +17,7 @@ COST = ProfileCost(
     )
 )  # fmt: skip
 REQUEST = Request(request_id="a", prompt="", shape=Shape(256, 256), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0)
+ENCODE = Task("a", Stage.ENCODE, (0,))
 DENOISE, DECODE = Task("a", Stage.DENOISE, (0,), 4), Task("a", Stage.DECODE, (0,))
 RESULT = TensorRef("a", 1)
 
@@ -34,6 +35,9 @@ def test_step_times_are_the_leaders_beside_those_believed_at_the_start() -> None
         step_s=0.5,
         expected_step_s=0.25,
     )
+    book.start(StartTask(3, ENCODE, REQUEST, 0), 3.6, COST)
+    text = TextCount(5, is_truncated=False)
+    assert book.end(TaskFinished(3, 0.1, RESULT, text), 3.7).run == Run(ENCODE, 3.6, 3.7, text)
     assert book.end(TaskFinished(2, 0.1, RESULT), 3.75) == EndedTask(
         request=REQUEST,
         run=Run(DECODE, 1.5, 3.75),

@@ -40,6 +40,7 @@ class Generation:
     priority: int = 0
     reject_infeasible: bool = False
     request_id: str | None = None
+    max_sequence_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Intake:
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         request = Request(
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
-            prompt=self._prompt(generation.prompt),
+            prompt=self._short_enough("prompt", generation.prompt),
             shape=shape,
             num_steps=int(num_steps),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
@@ -79,6 +80,7 @@ class Intake:
             negative_prompt=negative_prompt,
             true_cfg_scale=true_cfg_scale,
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
+            max_sequence_length=self._text_length(generation.max_sequence_length, shape),
         )
         slo_s = self._default_slo_s(request) if generation.slo_s is None else generation.slo_s
         if not 0 < slo_s <= MAX_SLO_S:
@@ -120,10 +122,18 @@ class Intake:
         own = [shape for shape in self.card.sizes if low <= shape.num_pixels <= high]
         return tuple(dict.fromkeys((*own, *self.shapes)))
 
-    def _prompt(self, prompt: str) -> str:
-        if not prompt.strip():
-            raise InvalidRequest("prompt is empty; say what to draw", "prompt")
-        return self._short_enough("prompt", prompt)
+    def _text_length(self, length: int | None, shape: Shape) -> int | None:
+        """Every degree that the size may run at must divide it: which of them a step gets is known only then."""
+        if length is None:
+            return None
+        longest, degrees = self.card.num_text_tokens, tuple(self.cost.profiled_step_times(shape))
+        multiple = math.lcm(*degrees)
+        if not 1 <= length <= longest or length % multiple:
+            allowed = f"allowed: {multiple} to {longest}"
+            if multiple > 1:
+                allowed += f" in multiples of {multiple}, for {shape} runs at degrees {', '.join(map(str, degrees))}"
+            raise InvalidRequest(f"max_sequence_length is {length}; {allowed}", "max_sequence_length")
+        return length
 
     def _short_enough(self, param: str, text: str) -> str:
         if len(text) > self.max_prompt_chars:
@@ -135,17 +145,17 @@ class Intake:
         return text
 
     def _guidance_pair(self, generation: Generation) -> tuple[str | None, float]:
-        """Classifier-free guidance takes a negative prompt and a scale above 1; one without the other does nothing."""
+        """Classifier-free guidance takes a negative prompt and a scale above 1. A scale up to 1 turns it off."""
         negative, scale = generation.negative_prompt, generation.true_cfg_scale
-        if negative is None and scale is None:
+        if negative is None and (scale is None or 0 <= scale <= 1):
             return None, 1.0
         if not self.card.has_negative_prompt:
             param = "true_cfg_scale" if negative is None else "negative_prompt"
             raise InvalidRequest(f"{self.card.name} has no negative prompt", param)
         if negative is None:
-            raise InvalidRequest("true_cfg_scale needs a negative_prompt", "true_cfg_scale")
+            raise InvalidRequest("true_cfg_scale above 1 needs a negative_prompt", "true_cfg_scale")
         negative = self._short_enough("negative_prompt", negative)
-        return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 1.0, 100.0)
+        return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0)
 
     def _default_slo_s(self, request: Request) -> float:
         """`default_slo_scale` times what the request takes alone at degree 1, at most `MAX_SLO_S`."""

@@ -56,7 +56,7 @@ class TaskBook:
             steps_done, step_s = steps_done + task.num_steps, event.elapsed_s / task.num_steps
         return EndedTask(
             request=started.command.request,
-            run=Run(task, started.start_s, now),
+            run=Run(task, started.start_s, now, event.text if isinstance(event, TaskFinished) else None),
             steps_done=steps_done,
             failure=None if isinstance(event, TaskFinished) else event.kind,
             result=event.result if isinstance(event, TaskFinished) else None,

@@ -15,7 +15,7 @@ def moved_request(request: Request, by_s: float) -> Request:
 
 
 def moved_runs(runs: Iterable[Run], by_s: float) -> tuple[Run, ...]:
-    return tuple(Run(run.task, run.start_s + by_s, run.end_s + by_s) for run in runs)
+    return tuple(replace(run, start_s=run.start_s + by_s, end_s=run.end_s + by_s) for run in runs)
 
 
 def moved_outcome(outcome: Outcome, by_s: float) -> Outcome:

@@ -27,9 +27,9 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
         UnknownModel: the engine serves another one.
         InvalidRequest: fields contradict each other.
     """
-    served = engine.intake.card.name
-    if body.model is not None and body.model != served:
-        raise UnknownModel(f"model {body.model[:200]!r} is not served; served: {served!r}", "model")
+    card = engine.intake.card
+    if body.model is not None and not card.is_called(body.model):
+        raise UnknownModel(f"model {body.model[:200]!r} is not served; served: {card.name!r}", "model")
     if body.output_format in (None, "png") and body.output_compression not in (None, 100):
         raise InvalidRequest(
             "output_compression is the quality of a jpeg or webp image, and output_format is png", "output_compression"
@@ -46,6 +46,7 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
             guidance_scale=body.guidance_scale,
             negative_prompt=body.negative_prompt,
             true_cfg_scale=body.true_cfg_scale,
+            max_sequence_length=body.max_sequence_length,
             slo_s=None if slo_ms is None else slo_ms / 1000,
             priority=body.priority or 0,
             reject_infeasible=body.deadline_policy == "reject",

@@ -48,7 +48,7 @@ def encode(pixels: np.ndarray, output_format: OutputFormat, quality: int) -> byt
 
 def schedule(outcome: Outcome) -> Schedule:
     """What happened to the image, in seconds after its arrival."""
-    request = outcome.request
+    request, text = outcome.request, outcome.text
     arrival_s = request.arrival_s
     return Schedule(
         attained=outcome.is_attained,
@@ -59,6 +59,8 @@ def schedule(outcome: Outcome) -> Schedule:
         finish_s=_rounded(outcome.finish_s - arrival_s),
         gpu_time_s=_rounded(outcome.gpu_time_s),
         degrees=list(outcome.degrees),
+        prompt_tokens=None if text is None else text.num_tokens,
+        truncated=None if text is None else text.is_truncated,
         runs=[
             Run(
                 stage=run.task.stage.value,

@@ -75,14 +75,16 @@ def openai_router(slot: EngineSlot) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
-        """The one model that this server serves."""
-        return ModelList(data=[_model_object(slot.require(), created)])
+        """The one model that this server serves, once for each of its names."""
+        model = _model_object(slot.require(), created)
+        names = (model.id, *slot.require().intake.card.aliases)
+        return ModelList(data=[model.model_copy(update={"id": name}) for name in names])
 
     @router.get("/v1/models/{model_id:path}", response_model=ModelObject)
     async def get_model(model_id: str) -> ModelObject | Response:
         """What can be asked of the model."""
         model = _model_object(slot.require(), created)
-        if model_id != model.id:
+        if not slot.require().intake.card.is_called(model_id):
             return envelope(404, f"model {model_id!r} is not served; served: {model.id!r}", "model_not_found", "model")
         return model
 
@@ -118,6 +120,7 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         default_num_inference_steps=card.default_num_steps,
         max_num_inference_steps=intake.max_steps,
         default_guidance_scale=card.default_guidance_scale,
+        max_sequence_length=card.num_text_tokens,
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
         dtype=card.dtype,

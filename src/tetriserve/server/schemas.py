@@ -32,7 +32,10 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Text = Field(description="What to draw.", repr=False)
-    model: str | None = Field(None, description="The served model's name, as `/v1/models` lists it.")
+    model: str | None = Field(
+        None,
+        description="A name that `/v1/models` lists, `default`, or the directory that the server was started with.",
+    )
     n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto": the model\'s first size.')
     seed: int | None = Field(None, description="Seed of the first image; the others take the numbers after it.")
@@ -42,6 +45,9 @@ class ImagesRequest(BaseModel):
         None, description="What not to draw; each step then takes two passes.", repr=False
     )
     true_cfg_scale: float | None = Field(None, description="Classifier-free guidance towards `prompt`.")
+    max_sequence_length: int | None = Field(
+        None, description="Text tokens, to which the prompt is padded and at which it is cut; the model's by default."
+    )
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
@@ -94,6 +100,10 @@ class Schedule(BaseModel):
     finish_s: float
     gpu_time_s: float = Field(description="Rank-seconds spent.")
     degrees: list[int] = Field(description="Degree of every denoise step.")
+    prompt_tokens: int | None = Field(None, description="Tokens of the prompt, the marks of its ends included.")
+    truncated: bool | None = Field(
+        None, description="The prompt is longer than a text encoder reads, and its end had no effect."
+    )
     runs: list[Run]
 
 
@@ -211,6 +221,7 @@ class ModelObject(BaseModel):
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
+    max_sequence_length: int = Field(description="Text tokens of a request that asks for no fewer.")
     has_guidance: bool
     has_negative_prompt: bool
     dtype: str

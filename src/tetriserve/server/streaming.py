@@ -141,7 +141,8 @@ class ImageEvents:
     def _completed(self, number: int, image: GeneratedImage) -> CompletedEvent:
         card, shape = self._engine.intake.card, image.outcome.request.shape
         data = image_data(image, self._format, self._quality)
-        num_text, num_image = card.num_text_tokens, card.num_tokens(shape)
+        num_text = image.outcome.request.max_sequence_length or card.num_text_tokens
+        num_image = card.num_tokens(shape)
         return CompletedEvent(
             b64_json=data.b64_json,
             seed=data.seed,
