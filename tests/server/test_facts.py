@@ -37,6 +37,7 @@ async def test_models_lists_what_can_be_asked(client):
     assert (model["default_num_inference_steps"], model["max_num_inference_steps"]) == (4, 200)
     assert model["default_guidance_scale"] == 3.5
     assert model["max_sequence_length"] == 64
+    assert model["reproducibility"] == {"same_degrees": "identical", "max_levels": 1, "mean_levels": 0.01}
     assert model["has_negative_prompt"] is True
     assert model["num_ranks"] == 2
     assert model["policy"]

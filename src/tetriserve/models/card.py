@@ -28,6 +28,25 @@ from tetriserve.models.files import (
 from tetriserve.models.registry import adapter_target
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """By how much of 255 levels an image may differ from the same request's at degree 1: any subpixel, and the mean.
+
+    Tested with the bundled model under switching schedules (`tests/gloo/test_tolerance.py`). Another model may exceed
+    it in half precision, where it is a measurement and no proof.
+    """
+
+    max_levels: int
+    mean_levels: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(1, 0.01),
+    "bfloat16": Tolerance(32, 2.5),
+    "float16": Tolerance(10, 0.5),
+}
 MAX_TEXT_TOKENS = 512
 """What `FluxPipeline` allows, and its default."""
 _OVERRIDES: dict[str, type | tuple[type, ...]] = {
@@ -83,6 +102,10 @@ class ModelCard:
     fingerprint: str
     aliases: tuple[str, ...] = ()
     stamp: str = ""
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return TOLERANCES[self.dtype]
 
     def is_called(self, name: str) -> bool:
         """Whether clients may write `name`: a served name, the directory's path, or `default`."""

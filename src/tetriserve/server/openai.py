@@ -23,6 +23,7 @@ from tetriserve.server.schemas import (
     ImagesResponse,
     ModelList,
     ModelObject,
+    Reproducibility,
     SizeRange,
 )
 from tetriserve.server.slot import EngineSlot
@@ -124,6 +125,9 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
         dtype=card.dtype,
+        reproducibility=Reproducibility(
+            same_degrees="identical", max_levels=card.tolerance.max_levels, mean_levels=card.tolerance.mean_levels
+        ),
         policy=engine.policy_name,
         num_ranks=len(engine.state.ranks),
     )

@@ -1,0 +1,103 @@
+"""How far schedules may change an image at each dtype: the bound that `/v1/models` states, on two gloo ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tetriserve.core.request import Request, Shape
+from tetriserve.models.card import DTYPES, TOLERANCES, ModelCard, read_card
+from tetriserve.models.flux import FluxAdapter
+
+PROMPTS = ("a red circle on a blue background", "a green square above a yellow circle on a black background")
+SIDES = (64, 128)
+REPEATED = (PROMPTS[1], 64, "1, 2")
+NUM_STEPS = 4
+SCHEDULES = {"2": (2,), "1, 2": (1, 2), "2, 1": (2, 1)}
+"""Degrees of the steps, in turns."""
+
+Results = dict[tuple[str, str, int, str], np.ndarray]
+"""Pixels by dtype, prompt, side and schedule."""
+
+
+def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh | None]) -> np.ndarray:
+    request = Request(
+        request_id="r", prompt=prompt, shape=Shape(side, side), num_steps=NUM_STEPS, seed=7, arrival_s=0.0,
+        deadline_s=0.0,
+    )  # fmt: skip
+    loop, latents = adapter.denoise_loop(request, adapter.encode(request), 0), adapter.initial_latents(request)
+    for step in range(NUM_STEPS):
+        adapter.use_mesh(meshes[step % len(meshes)])
+        latents = loop.step(latents)
+    adapter.use_mesh(None)
+    return adapter.decode(request, latents)
+
+
+def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
+    """One of two ranks, a process of its own; saves `Results`, those of `REPEATED` also as `again`."""
+    from tetriserve.worker.groups import Groups
+    from tetriserve.worker.rendezvous import Rendezvous
+
+    torch.set_num_threads(1)
+    Rendezvous(directory / "group").open()
+    mesh = Groups(rank, "gloo", "cpu", directory, timeout_s=60).get("group", (0, 1)).mesh
+    results: Results = {}
+    for dtype in DTYPES:
+        adapter = FluxAdapter(dataclasses.replace(read_card(model_dir), dtype=dtype), "cpu")
+        for prompt, side, (name, degrees) in product(PROMPTS, SIDES, SCHEDULES.items()):
+            meshes = [mesh if degree == 2 else None for degree in degrees]
+            results[dtype, prompt, side, name] = draw(adapter, prompt, side, meshes)
+            if (prompt, side, name) == REPEATED:
+                results[dtype, prompt, side, "again"] = draw(adapter, prompt, side, meshes)
+    torch.save(results, directory / f"results{rank}")
+
+
+@pytest.fixture(scope="module")
+def results(bundled_card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    directory = tmp_path_factory.mktemp("rendezvous")
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), bundled_card.path, directory]) for rank in (0, 1)]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = (torch.load(directory / f"results{rank}", weights_only=False) for rank in (0, 1))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    return first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_schedule_stays_within_the_stated_tolerance_of_degree_1(
+    bundled_card: ModelCard, results: Results, dtype: str
+) -> None:
+    adapter = FluxAdapter(dataclasses.replace(bundled_card, dtype=dtype), "cpu")
+    tolerance = TOLERANCES[dtype]
+    for prompt, side in product(PROMPTS, SIDES):
+        alone = draw(adapter, prompt, side, [None]).astype(int)
+        for name in SCHEDULES:
+            levels = np.abs(results[dtype, prompt, side, name] - alone)
+            assert levels.max() <= tolerance.max_levels, (prompt, side, name)
+            assert levels.mean() <= tolerance.mean_levels, (prompt, side, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_degrees_give_the_same_bits(results: Results, dtype: str) -> None:
+    assert np.array_equal(results[dtype, *REPEATED], results[dtype, *REPEATED[:2], "again"])
+
+
+def test_half_precision_needs_the_wider_tolerance(results: Results, bundled_card: ModelCard) -> None:
+    adapter = FluxAdapter(dataclasses.replace(bundled_card, dtype="bfloat16"), "cpu")
+    alone = draw(adapter, PROMPTS[1], 128, [None]).astype(int)
+    assert np.abs(results["bfloat16", PROMPTS[1], 128, "2"] - alone).max() > TOLERANCES["float32"].max_levels
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
