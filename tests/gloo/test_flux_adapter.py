@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape

@@ -31,9 +31,8 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         CheckpointError: whatever goes wrong, in one line.
     """
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()  # of what goes wrong we tell; the rest quotes prompts
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     folder = card.path
     try:
         models = {}
