@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import random
+import shutil
+import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
@@ -23,7 +27,7 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.executor.local import LocalExecutor
-from tetriserve.models.card import ModelCard
+from tetriserve.models.card import ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.profiler import measure
 from tetriserve.worker.latents import TensorStore
@@ -318,3 +322,30 @@ async def test_workers_that_cannot_load_end_the_start_with_one_line_that_says_wh
         await executor.start(lambda text: None)
     assert "\n" not in str(caught.value)
     assert executor.pids == {}
+
+
+async def test_a_replacement_refuses_a_directory_that_was_changed_since_the_server_started(
+    bundled_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shutil.copytree(bundled_dir, tmp_path / "model")
+    executor = LocalExecutor(read_card(path), PoolConfig(num_ranks=1))
+    refused = asyncio.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "cannot start" in record.getMessage():
+                refused.set()
+
+    listener = Listener()
+    logging.getLogger("tetriserve.executor").addHandler(listener)
+    try:
+        await executor.start(lambda text: None)
+        file = path / "text_encoder_2/model.safetensors"
+        save_file({f"base_model.model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+        os.kill(executor.pids[0], signal.SIGKILL)
+        await asyncio.wait_for(refused.wait(), 120)
+        assert executor.ranks == frozenset()
+    finally:
+        logging.getLogger("tetriserve.executor").removeHandler(listener)
+        await executor.stop()
+    assert f"rank 0 cannot start: {path} was changed after the server started; restart the server" in caplog.messages

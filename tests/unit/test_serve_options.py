@@ -139,6 +139,30 @@ def test_keys_are_in_no_help_and_no_log_of_the_start(
     assert "secret" not in caplog.text
 
 
+def test_the_model_has_as_many_names_as_are_given_and_one_length_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[EngineConfig] = []
+
+    def run_server(config: ServerConfig, launch: Callable[[], Any], **settings: Any) -> int:
+        launch()
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+    monkeypatch.setattr("tetriserve.launch.launch", lambda config, progress: engines.append(config))
+    file = tmp_path / "c.yaml"
+    file.write_text("served-model-name: [flux, b/c]\nmax-sequence-length: 256\n")
+    for arguments in (
+        (),
+        ("--served-model-name", "flux", "--served-model-name", "b/c", "--max-sequence-length", "256"),
+        ("--config", file),
+    ):
+        assert run(*arguments).exit_code == 0
+    assert [(engine.served_model_names, engine.max_sequence_length) for engine in engines] == [
+        ((), None), (("flux", "b/c"), 256), (("flux", "b/c"), 256)
+    ]  # fmt: skip
+
+
 def test_the_journal_comes_from_options_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[EngineConfig] = []
 
