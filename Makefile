@@ -6,10 +6,10 @@ ARGS ?=
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve profile browser test lint types contracts audit check bench train clean
+.PHONY: help serve profile browser test test-training lint types contracts audit check bench train clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.run ## Serve the bundled small model on the CPU (options: make serve ARGS="--ranks 4")
 	@$(BIN)/tetriserve serve $(ARGS)
@@ -21,8 +21,14 @@ browser: ## Install the Chromium of tests/browser, where apt-get may
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 		&& apt-get install -qq -y --no-install-recommends chromium; } || echo "no Chromium: tests/browser will be skipped"
 
-test: $(VENV)/.dev ## Run the whole test suite
-	$(BIN)/pytest $(ARGS)
+# Two processes on two cores. Whole modules go to one of them until the other has nothing left to do.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test: $(VENV)/.dev ## Run the test suite
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
+
+test-training: $(VENV)/.dev ## Run the tests of the training code, which train for minutes
+	$(BIN)/pytest $(PARALLEL) tests/training $(ARGS)
 
 lint: $(VENV)/.dev ## Style
 	$(BIN)/ruff check .
