@@ -17,6 +17,7 @@ from rich.console import Console
 from tetriserve import options
 from tetriserve.bench_command import bench
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.plan import LATE_SHARE
 from tetriserve.evaluate_command import evaluate
 from tetriserve.options import ENV, FORMATS, LOG_LEVELS, one_line_errors, option
 
@@ -57,6 +58,7 @@ def serve(
     max_losses: Annotated[
         int, option("max-losses", "Workers that a request may lose in a row; with one more it is failed alone.")
     ] = options.MAX_LOSSES,
+    late_share: options.LateShare = LATE_SHARE,
     threads: options.Threads = 1,
     heartbeat_timeout: Annotated[
         float, option("heartbeat-timeout", "Seconds of silence after which a worker is replaced.")
@@ -92,7 +94,11 @@ def serve(
             max_sequence_length=max_sequence_length,
             pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
             scheduling=SchedulingConfig(
-                policy=policy, default_slo_scale=default_slo_scale, max_queue=max_queue, max_losses=max_losses
+                policy=policy,
+                default_slo_scale=default_slo_scale,
+                max_queue=max_queue,
+                max_losses=max_losses,
+                late_share=late_share,
             ),
             journal=None if journal is None else JournalConfig(directory=str(journal), result_ttl_s=result_ttl),
         )
@@ -175,6 +181,7 @@ def simulate(
     seeds: Annotated[int, option("seeds", "How many workloads to average over.")] = 5,
     seed: options.FirstSeed = 0,
     noise: options.Noise = 0.0,
+    late_share: options.LateShare = LATE_SHARE,
     bound: Annotated[
         bool, typer.Option("--bound/--no-bound", envvar=ENV + "BOUND", help="Compute what no scheduler can exceed.")
     ] = True,
@@ -209,6 +216,7 @@ def simulate(
             num_steps=steps,
             num_ranks=ranks,
             noise=noise,
+            late_share=late_share,
             trace=trace,
             cache=cache,
         )
@@ -262,6 +270,7 @@ def plan(
     seeds: Annotated[int, option("seeds", "Workloads on which the target must be held.")] = 10,
     seed: options.FirstSeed = 0,
     noise: options.Noise = 0.0,
+    late_share: options.LateShare = LATE_SHARE,
     trace: options.Trace = None,
     format: options.Format = FORMATS[0],
 ) -> None:
@@ -280,6 +289,7 @@ def plan(
             num_requests=requests,
             num_steps=steps,
             noise=noise,
+            late_share=late_share,
             trace=trace,
             cache=cache,
         )

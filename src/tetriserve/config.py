@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.plan import LATE_SHARE
 
 DEVICES = ("cpu", "cuda")
 LOG_FORMATS = ("text", "json")
@@ -90,12 +91,14 @@ class SchedulingConfig:
     default_slo_scale: deadline of a request that names none, as a multiple of its time alone at degree 1.
     max_queue: unfinished requests that may wait beyond the running ones before admission refuses more.
     max_losses: how often in a row a request's workers may be lost before it is failed: it may be what kills them.
+    late_share: part of the pool's rank time that is owed to the request longest past its deadline.
     """
 
     policy: str = "tetriserve"
     default_slo_scale: float = 3.0
     max_queue: int = 256
     max_losses: int = 5
+    late_share: float = LATE_SHARE
 
     def __post_init__(self) -> None:
         if not self.default_slo_scale > 0:
@@ -104,6 +107,8 @@ class SchedulingConfig:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be at least 1")
         if self.max_losses < 0:
             raise ConfigError(f"max_losses is {self.max_losses}; it must be at least 0")
+        if not 0 <= self.late_share <= 1:
+            raise ConfigError(f"late_share is {self.late_share:g}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,13 +79,14 @@ async def launch(config: EngineConfig, progress: Progress, *, observer: Observer
         if journal is not None:
             journal.close()
         raise
-    intake = Intake(card=card, cost=cost, default_slo_scale=config.scheduling.default_slo_scale)
+    scheduling = config.scheduling
+    intake = Intake(card=card, cost=cost, default_slo_scale=scheduling.default_slo_scale)
     engine = LiveEngine(
-        Controller(new_policy(), cost, max_losses=config.scheduling.max_losses),
+        Controller(new_policy(), cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
         executor,
         intake,
         SimulatedForesight(new_policy),
-        max_queue=config.scheduling.max_queue,
+        max_queue=scheduling.max_queue,
         policy_name=spec,
         observer=observer,
     )

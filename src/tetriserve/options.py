@@ -172,6 +172,10 @@ Cache = Annotated[
     str, option("cache", "Approximate cache: none, nirvana[:HIT_RATE], or skipped steps of 50: 10:0.3,25:0.2.")
 ]
 FirstSeed = Annotated[int, option("seed", "The first workload's seed; the others follow it.")]
+LateShare = Annotated[
+    float,
+    option("late-share", "Part of the pool's time owed to the request longest past its deadline, 0 to 1; 0 is none."),
+]
 Noise = Annotated[float, option("noise", "Standard deviation of task times, as a fraction of them.")]
 Trace = Annotated[Path | None, option("trace", "CSV or JSON Lines of requests to replay, instead of making them up.")]
 Format = Annotated[str, option("format", f"One of {', '.join(FORMATS)}.")]

@@ -14,6 +14,7 @@ from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
 from tetriserve.engine.foresight import MAX_AGE_S, MAX_WAIT_S, Outlook
+from tetriserve.engine.observers import Occurred
 
 REQUEST = Request(
     request_id="r", prompt="", shape=Shape(256, 256), num_steps=1, seed=0, arrival_s=0.0, deadline_s=5.0
@@ -92,7 +93,7 @@ async def test_one_who_gives_up_takes_the_forecast_from_nobody(outlook):
 async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_going(outlook, foresight, clock, event):
     await outlook.forecast()
     clock.now = 0.5
-    outlook.note(0.4, event)
+    outlook.observe(Occurred(event))
     assert await outlook.quote([REQUEST]) == QUOTE
     assert foresight.quotes == [(0.5, (REQUEST,), 0.5)]
 
@@ -101,7 +102,7 @@ async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_goi
 async def test_what_was_foreseen_makes_no_forecast_stale(outlook, foresight, clock, event):
     await outlook.forecast()
     clock.now = 0.5
-    outlook.note(0.4, event)
+    outlook.observe(Occurred(event))
     await outlook.quote([REQUEST])
     assert foresight.quotes == [(0.5, (REQUEST,), 0.0)]
 

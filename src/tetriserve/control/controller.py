@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from tetriserve.control.admission import earliest_finish
+from tetriserve.control.overdue import LateAccount
 from tetriserve.control.recovery import lost_tasks
 from tetriserve.control.tracker import Record, Tracker
 from tetriserve.core.errors import TetriServeError
@@ -30,7 +31,7 @@ from tetriserve.core.events import (
     WorkerJoined,
     WorkerLost,
 )
-from tetriserve.core.plan import CostModel, State, Task
+from tetriserve.core.plan import LATE_SHARE, CostModel, State, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.policy import Policy
@@ -46,13 +47,15 @@ class Controller:
     """Drives requests through a pool of ranks as `policy` says; only lost tasks start again without being asked for.
 
     `cost` is corrected by every denoise task that finishes. A request whose workers die or run out of memory more than
-    `max_losses` times in a row is failed alone: it may be what kills them.
+    `max_losses` times in a row is failed alone: it may be what kills them. `late_share` of the pool's rank time is owed
+    to the request longest overdue, for as long as there is one.
     """
 
-    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 5) -> None:
+    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 5, late_share: float = LATE_SHARE) -> None:
         self.policy = policy
         self.cost = cost
         self._max_losses = max_losses
+        self._late = LateAccount(late_share)
         self._tracker = Tracker()
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -66,6 +69,7 @@ class Controller:
     def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
         """What to do about several events that happened at `now`, with one plan for all of them; see `handle`."""
         commands = [command for event in events for command in self._apply(event, now)]
+        self._late.accrue(now, len(self._tracker.ranks), self._tracker.first_deadline_s)
         state = self.state
         if again := [self._start(task, now) for task in lost_tasks(state)]:
             commands += again
@@ -78,7 +82,7 @@ class Controller:
 
     @property
     def state(self) -> State:
-        return self._tracker.state(self.cost)
+        return self._tracker.state(self.cost, self._late.balance_s)
 
     @property
     def num_unfinished(self) -> int:
@@ -92,6 +96,7 @@ class Controller:
         """
         forked = Controller(policy, self.cost, max_losses=self._max_losses)
         forked._tracker = self._tracker.fork()
+        forked._late = self._late.fork()
         return forked
 
     def skip_encoding(self) -> dict[str, float]:
@@ -135,6 +140,8 @@ class Controller:
         end_s = now + self.cost.switch_s + self.expected_s(task, record.request)
         if record.trajectory.is_moved_by(task.ranks):
             end_s += self.cost.move_s
+        deadline_s, first_deadline_s = record.request.deadline_s, self._tracker.first_deadline_s
+        self._late.charge((end_s - now) * task.degree, deadline_s, now, first_deadline_s)
         task_id = self._tracker.take_off(task, now, end_s)
         return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
 

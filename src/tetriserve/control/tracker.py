@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from tetriserve.core.events import Checkpoint, Run, TensorRef
@@ -82,12 +83,20 @@ class Tracker:
         forked._next_task_id = self._next_task_id
         return forked
 
-    def state(self, cost: CostModel) -> State:
+    def state(self, cost: CostModel, late_credit_s: float = 0.0) -> State:
         return State(
             trajectories=tuple(record.trajectory for record in self.records.values() if not record.is_cancelled),
             in_flight=tuple(self.in_flight.values()),
             ranks=tuple(sorted(self.ranks)),
             cost=cost,
+            late_credit_s=late_credit_s,
+        )
+
+    @property
+    def first_deadline_s(self) -> float:
+        """The earliest deadline of what is unfinished; infinity for none."""
+        return min(
+            (record.request.deadline_s for record in self.records.values() if not record.is_cancelled), default=math.inf
         )
 
     @property

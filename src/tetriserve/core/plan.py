@@ -10,6 +10,9 @@ from typing import Protocol
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage, Trajectory
 
+LATE_SHARE = 0.05
+"""Part of the pool's rank time that is owed to the request longest overdue, by default (`control.overdue`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -71,12 +74,15 @@ class State:
 
     trajectories: the unfinished ones, in order of arrival.
     ranks: the living ranks, ascending; ranks busy with `in_flight` tasks included.
+    late_credit_s: rank-seconds that the pool owes to the request longest overdue; while it is positive, that one may
+        start before requests that can still be in time (`policies.overdue`).
     """
 
     trajectories: tuple[Trajectory, ...]
     in_flight: tuple[InFlight, ...]
     ranks: tuple[int, ...]
     cost: CostModel
+    late_credit_s: float = 0.0
 
     @cached_property
     def idle_ranks(self) -> tuple[int, ...]:

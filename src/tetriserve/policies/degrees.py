@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tetriserve.core.plan import CostModel
+from tetriserve.core.request import Request
+
 EfficientDegree = tuple[int, float, float]
 """Degree, seconds per step, GPU seconds per step."""
 
@@ -24,3 +27,9 @@ def efficient_degrees(step_times: Mapping[int, float]) -> tuple[EfficientDegree,
 def fastest_degree(step_times: Mapping[int, float]) -> int:
     """The degree with the shortest step; the narrower one of equals."""
     return min(step_times, key=lambda degree: (step_times[degree], degree))
+
+
+def least_gpu_s(request: Request, num_steps: int, cost: CostModel) -> float:
+    """Rank-seconds of `num_steps` steps at the cheapest degree, and of the decode."""
+    step_times = cost.step_times(request)
+    return num_steps * min(degree * step_s for degree, step_s in step_times.items()) + cost.decode_s(request)

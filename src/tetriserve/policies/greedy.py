@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.degrees import fastest_degree
+from tetriserve.policies.degrees import fastest_degree, least_gpu_s
 from tetriserve.policies.fixed import has_started
+from tetriserve.policies.overdue import owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.stages import place_short_stages, urgency_order
 
@@ -28,6 +29,8 @@ class _Choice(NamedTuple):
 class ListScheduler:
     """Gives idle ranks away in the order of `order`, within priority classes, at every event.
 
+    What is owed to an overdue request comes first (`policies.overdue`).
+
     Each request gets the largest useful degree: the fastest that fits into what is left. With `best_fit` it gets the
     smallest that still meets its deadline (the fastest that fits, if none does), and ranks that remain then widen the
     requests in the same order, only where the profile says that it is faster.
@@ -42,7 +45,10 @@ class ListScheduler:
         spare = len(state.idle_ranks)
         short: list[Trajectory] = []
         chosen: list[_Choice] = []
-        keyed = sorted(state.waiting, key=lambda t: (t.request.priority, self.order(t, cost), urgency_order(t)))
+        head = owed(state, now)
+        keyed = sorted(
+            state.waiting, key=lambda t: (t is not head, t.request.priority, self.order(t, cost), urgency_order(t))
+        )
         for trajectory in keyed:
             if not spare:
                 break
@@ -92,14 +98,9 @@ def earliest_deadline(trajectory: Trajectory, cost: CostModel) -> tuple[float, .
 
 def shortest_remaining(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
     """`srtf`: least GPU time left; a shorter request overtakes at the end of a task."""
-    return (_least_gpu_s(trajectory, trajectory.remaining_steps, cost),)
+    return (least_gpu_s(trajectory.request, trajectory.remaining_steps, cost),)
 
 
 def shortest_job(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
     """`sjf`: least GPU time in all, behind those that have started: non-preemptive."""
-    return (not has_started(trajectory), _least_gpu_s(trajectory, trajectory.request.num_steps, cost))
-
-
-def _least_gpu_s(trajectory: Trajectory, num_steps: int, cost: CostModel) -> float:
-    step_times = cost.step_times(trajectory.request)
-    return num_steps * min(degree * step_s for degree, step_s in step_times.items()) + cost.decode_s(trajectory.request)
+    return (not has_started(trajectory), least_gpu_s(trajectory.request, trajectory.request.num_steps, cost))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.overdue import Need, have_slack, owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
 from tetriserve.policies.stages import place_short_stages
@@ -25,6 +27,23 @@ GRACE_S = 0.002
 normally comes first, and this is for when it does not."""
 
 
+LONG_S = 0.5
+"""A step or decode longer than this never widens or fills into the last idle ranks: an arrival would wait that long."""
+
+HEADROOM = 0.25
+"""How many ranks such steps leave idle, as a fraction of the pool; at least one."""
+
+OWED_STEP_S = 0.13
+"""Longest step of a task that is owed to an overdue request, unless its fastest is longer: it holds the ranks that all
+others wait for, so it is wide and over soon."""
+
+AGED_S = 60.0
+"""Once a request is this long past its deadline the pool is overloaded for good: those without reservations then run in
+order of their deadlines, at degrees that waste less."""
+
+AGED_STEP_S = 0.45
+"""Longest step of a late request then."""
+
 RESOLUTION = 0.03
 """How coarse the timeline of a large pool is, as a fraction of how far ahead it looks."""
 
@@ -39,8 +58,9 @@ class Lookahead:
     the cheapest way to their deadlines in that timeline (`reservation.reserve`), and those whose reservations begin
     now start; (c) these widen where ranks are left; (d) all others, requests that are late or that did not fit, fill
     what is still left, in short tasks. Widening and filling use only ranks that are free until the task ends, so that
-    no reservation is ever delayed (conservative backfilling). Nothing is kept: the next event reserves anew, with tasks
-    so short that changing the plan is cheap.
+    no reservation is ever delayed (conservative backfilling). Late requests reserve before (b) only what is owed to
+    them, or what those in time have slack for (`policies.overdue`). Nothing is kept: the next event reserves anew, with
+    tasks so short that changing the plan is cheap.
     """
 
     def __init__(self, *, task_s: float = TASK_S, promote: bool = True, widen: bool = True) -> None:
@@ -67,35 +87,86 @@ class Lookahead:
             resolution=RESOLUTION if len(state.ranks) > EXACT_RANKS else 0.0,
         )
         in_time = [job for job in jobs if job.latest_s >= now - EPSILON_S]
+        late = [job for job in jobs if job.is_waiting and job.latest_s < now - EPSILON_S]
+        late.sort(key=attrgetter("deadline_s"))
+        ahead = _ahead(late, in_time, state, timeline, now)
         reservations = reserve(in_time, timeline, num_reserved(len(state.ranks)), promote=self.promote)
         widest = max((len(job.speeds.best) - 1 for job in jobs), default=1)
-        start = _Start(now, state.cost.switch_s, widest, reservations.timeline)
+        start = _Start(now, state.cost.switch_s, widest, reservations.timeline, len(state.ranks))
         begins_s = []
-        for job, pieces in reservations.kept:
-            if not job.is_waiting:
-                continue
+        for job, pieces, widen in (
+            *((job, [piece], False) for job, piece in ahead),
+            *((job, pieces, self.widen) for job, pieces in reservations.kept if job.is_waiting),
+        ):
             if pieces[0].start_s > now + EPSILON_S:
                 begins_s.append(pieces[0].start_s)
             elif pieces[0].num_steps:
-                start.denoise(job, pieces[0], self.task_s, widen=self.widen)
+                start.denoise(job, pieces[0], self.task_s, widen=widen)
             else:
                 start.short.append(job.trajectory)
+        served = {id(job) for job, _ in ahead}
         start.fill(
-            [job for job in reservations.failed if job.is_waiting],
-            [job for job in jobs if job.is_waiting and job.latest_s < now - EPSILON_S],
+            [job for job in reservations.failed if job.is_waiting], [job for job in late if id(job) not in served]
         )
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
 
-class _Start:
-    """What starts now. `timeline` is what the reservations leave free; `widest` the largest degree of any task."""
+def _ahead(
+    late: Sequence[Job], in_time: Sequence[Job], state: State, timeline: Timeline, now: float
+) -> list[tuple[Job, Piece]]:
+    """Tasks of late requests, earliest deadline first, that reserve before those in time do; claimed in `timeline`.
 
-    def __init__(self, now: float, switch_s: float, widest: int, timeline: Timeline) -> None:
+    What is owed to the oldest starts as soon as its ranks are free; what the others can spare starts now or not at all.
+    """
+    if not late:
+        return []
+    head = owed(state, now)
+    is_spare = bool(in_time) and have_slack(
+        [Need(job.deadline_s, job.latest_s, job.gpu_s) for job in in_time], len(state.ranks), now
+    )
+    if head is None and not is_spare:
+        return []
+    ahead = []
+    for job in late:
+        is_owed = job.trajectory is head
+        if not is_owed and (not is_spare or not timeline.free[0]):
+            continue
+        piece = _late_piece(job, timeline, now, state.cost.switch_s, OWED_STEP_S if is_owed else FILL_STEP_S)
+        if is_owed or piece.start_s <= now + EPSILON_S:
+            timeline.claim([piece])
+            ahead.append((job, piece))
+    return ahead
+
+
+def _late_piece(job: Job, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
+    """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
+    if job.stage is not Stage.DENOISE:
+        duration_s = job.encode_s or job.decode_s
+        start_s = timeline.earliest(duration_s, now)
+        return Piece(start_s, start_s + duration_s, 1)
+    times = job.speeds.times
+    degree = next(degree for degree, step_s in times.items() if step_s <= max(longest_s, job.speeds.fastest_s))
+    num_steps = min(job.num_steps, _steps_in(TASK_S, times[degree]))
+    duration_s = switch_s + num_steps * times[degree]
+    start_s = timeline.earliest(duration_s, now, degree)
+    return Piece(start_s, start_s + duration_s, degree, num_steps)
+
+
+class _Start:
+    """What starts now.
+
+    timeline: what the reservations leave free.
+    widest: the largest degree of any task.
+    num_ranks: living ranks, busy ones included.
+    """
+
+    def __init__(self, now: float, switch_s: float, widest: int, timeline: Timeline, num_ranks: int) -> None:
         self.now = now
         self.timeline = timeline
         self.short: list[Trajectory] = []
         self._ready_s = now + switch_s - EPSILON_S
         self._widest = widest
+        self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
         self._wanted: list[tuple[Trajectory, int]] = []
         self._num_steps: list[int] = []
@@ -109,8 +180,9 @@ class _Start:
         degree, num_steps = piece.degree, min(piece.num_steps, _steps_in(task_s, times[piece.degree]))
         if widen:
             for wider, step_s in times.items():
-                if wider > piece.degree and step_s < times[degree]:
-                    hole_s = min(self._free_until[wider - piece.degree], piece.end_s) - self._ready_s
+                added = wider - piece.degree
+                if added > 0 and step_s < times[degree] and self._leaves_headroom(added, step_s):
+                    hole_s = min(self._free_until[added], piece.end_s) - self._ready_s
                     fitting = min(job.num_steps, int(hole_s / step_s), _steps_in(task_s, step_s))
                     if fitting > 0:
                         degree, num_steps = wider, fitting
@@ -122,40 +194,61 @@ class _Start:
     def fill(self, failed: Sequence[Job], late: Sequence[Job]) -> None:
         """Short tasks of requests without a reservation: first those that could still be in time, as they may yet fit.
 
-        Least GPU time first, within a priority class: of the late ones this makes the mean latency shortest.
+        Within a priority class these run least GPU time first, late ones earliest deadline first. Once one has waited
+        for `AGED_S`, all do: those that do not fit now will not fit later either, and what they begin, they delay.
+
+        Args:
+            late: earliest deadline first.
         """
-        hopeless: set[int] = set()
-        for jobs in (failed, late):
+        is_aged = bool(late) and self.now - late[0].deadline_s > AGED_S
+        if is_aged:
+            ordered = sorted((*failed, *late), key=lambda job: (job.priority, job.deadline_s))
+        else:
+            ordered = sorted(failed, key=lambda job: (job.priority, job.gpu_s))
+            ordered += sorted(late, key=attrgetter("priority"))
+        hopeless: set[tuple[int, bool]] = set()
+        for job in ordered:
             if self._free_until[1] <= self._ready_s:
                 return
-            for job in sorted(jobs, key=lambda job: (job.priority, job.gpu_s)):
-                if self._free_until[1] <= self._ready_s:
-                    return
-                if job.stage is not Stage.DENOISE:
-                    duration_s = job.encode_s or job.decode_s
-                    if self.now + duration_s <= self._free_until[1] + EPSILON_S:
-                        self._claim_until(self.now + duration_s, 1)
-                        self.short.append(job.trajectory)
-                elif id(job.speeds) not in hopeless and not self._fill_denoise(job):
-                    hopeless.add(id(job.speeds))
+            if job.stage is not Stage.DENOISE:
+                duration_s = job.encode_s or job.decode_s
+                is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
+                if is_fitting and self._leaves_headroom(1, duration_s):
+                    self._claim_until(self.now + duration_s, 1)
+                    self.short.append(job.trajectory)
+                continue
+            is_patient = is_aged and job.latest_s < self.now - EPSILON_S
+            kind = id(job.speeds), is_patient
+            if kind not in hopeless and not self._fill_denoise(job, is_patient=is_patient):
+                hopeless.add(kind)
 
-    def _fill_denoise(self, job: Job) -> bool:
+    def _fill_denoise(self, job: Job, *, is_patient: bool) -> bool:
         """Start a task at the narrowest degree whose step is short enough; failing that at the fastest that fits."""
         times = job.speeds.times
-        longest_s = max(FILL_STEP_S, 2 * job.speeds.fastest_s)
+        longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
         degree = num_steps = 0
         for wider, step_s in times.items():
             hole_s = self._free_until[wider] - self._ready_s
             if step_s > min(hole_s, longest_s) or (degree and step_s >= times[degree]):
                 continue
+            if not self._leaves_headroom(wider, step_s, narrowest=min(times)):
+                continue
             degree, num_steps = wider, min(job.num_steps, int(hole_s / step_s), _steps_in(FILL_TASK_S, step_s))
-            if step_s <= FILL_TASK_S:
+            if is_patient or step_s <= FILL_TASK_S:
                 break
         if degree:
             self._claim(num_steps * times[degree], degree)
             self._wanted.append((job.trajectory, degree))
             self._num_steps.append(num_steps)
         return degree > 0
+
+    def _leaves_headroom(self, num_added: int, duration_s: float, *, narrowest: int = 1) -> bool:
+        """Whether enough ranks stay idle beside `num_added` more, or those are soon free again.
+
+        narrowest: what could never leave as many, on a pool as small as it is, leaves what it can.
+        """
+        headroom = min(max(1, int(HEADROOM * self._num_ranks)), self._num_ranks - narrowest)
+        return duration_s <= LONG_S or num_added + headroom <= self.timeline.free[0]
 
     def tasks(self, state: State) -> tuple[Task, ...]:
         """Everything started, on ranks."""

@@ -21,6 +21,9 @@ from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
 MIN_RESERVED = 12
 """Requests with reservations in a small pool; in a larger one, one per rank."""
 
+DEADLINE_DIGITS = 3
+"""Deadlines that agree to the millisecond are equal: the images of one call, and sums of seconds that were rounded."""
+
 _SOON_S = 1e-6
 """What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
 
@@ -199,14 +202,15 @@ class Reservations(NamedTuple):
 def reserve(jobs: Sequence[Job], timeline: Timeline, limit: int, *, promote: bool = True) -> Reservations:
     """Reservations for the `limit` jobs with least slack out of `jobs`, which all could end in time if alone.
 
-    Earliest deadline first, each the cheapest that `fit` finds. If some fail, once more with these ahead of the rest
-    (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may have
-    cost several small ones. Priority classes are never mixed.
+    Earliest deadline first, and of equal deadlines least GPU time left, so that what cannot all be in time ends one
+    after the other; each the cheapest reservation that `fit` finds. If some fail, once more with these ahead of the
+    rest (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may
+    have cost several small ones. Priority classes are never mixed.
     """
     pressed = nsmallest(limit, jobs, key=attrgetter("order"))
     chosen = set(pressed)
     others = [job for job in jobs if job not in chosen] if len(jobs) > limit else []
-    pressed.sort(key=lambda job: (job.priority, job.deadline_s))
+    pressed.sort(key=lambda job: (job.priority, round(job.deadline_s, DEADLINE_DIGITS), job.gpu_s))
     best = _walk(pressed, timeline.copy())
     if best.failed and best.kept and promote:
         failed = set(best.failed)

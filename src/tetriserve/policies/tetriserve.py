@@ -9,12 +9,13 @@ from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.policies.overdue import Need, have_slack, owed
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
 from tetriserve.policies.rounds import RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
 from tetriserve.policies.stages import place_short_stages
-from tetriserve.policies.triage import Candidate, ShortStage, Sorter
+from tetriserve.policies.triage import Candidate, ShortStage, Sorter, Triage
 
 MIN_ROUND_S = 0.05
 """Shorter rounds, which a very small model would get, spend their time on dispatch."""
@@ -32,7 +33,8 @@ class TetriServe:
     In order: encode and decode as soon as a rank is free; requests that can still meet their deadlines, packed by
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
     requests, which cannot meet their deadlines any more, as narrow as possible; and wider degrees for all of these
-    while ranks are left (`scale_up`).
+    while ranks are left (`scale_up`). Beyond the paper, late requests come before the packing where that is owed to
+    them or those in time have slack (`policies.overdue`).
     """
 
     def __init__(
@@ -74,12 +76,19 @@ class TetriServe:
         if (waiting.on_time or waiting.late) and self._is_assembling(state, started, window):
             return Plan(tuple(tasks), wake_at=self.clock.grace_end_s(window.round))
 
-        choices = self._choose_on_time(_startable(waiting.on_time, window), len(free), window)
-        spare = len(free) - sum(choice.degree for choice in choices)
-        late_short = _choose_late_short(waiting.late_short, spare, window)
-        spare -= len(late_short)
-        late_choices = _choose_late(waiting.late, spare, window)
-        spare -= sum(choice.degree for choice in late_choices)
+        late_short, late_choices = _choose_ahead(waiting, state, len(free), window)
+        spare = len(free) - len(late_short) - sum(choice.degree for choice in late_choices)
+        choices = self._choose_on_time(_startable(waiting.on_time, window), spare, window)
+        spare -= sum(choice.degree for choice in choices)
+        served = {id(trajectory) for trajectory in late_short} | {id(choice.trajectory) for choice in late_choices}
+        more_short = _choose_late_short(
+            [s for s in waiting.late_short if id(s.trajectory) not in served], spare, window
+        )
+        spare -= len(more_short)
+        more = _choose_late([late for late in waiting.late if id(late.trajectory) not in served], spare, window)
+        spare -= sum(choice.degree for choice in more)
+        late_short += more_short
+        late_choices += more
         if self.scale_up:
             choices, spare = scale_up(choices, spare, window.steps_that_fit)
             late_choices, spare = scale_up(late_choices, spare, window.steps_that_fit)
@@ -205,6 +214,29 @@ def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice |
         if degree <= capacity and num_steps > (best.num_steps if best else 0):
             best = Choice(candidate.trajectory, candidate.table.times, degree, num_steps)
     return best
+
+
+def _choose_ahead(
+    waiting: Triage, state: State, capacity: int, window: Window
+) -> tuple[list[Trajectory], list[Choice]]:
+    """Late requests before those in time: what is owed to the oldest, and all for which the others have slack."""
+    head = owed(state, window.now)
+    needs = [
+        Need(
+            candidate.trajectory.request.deadline_s,
+            candidate.latest_start_s,
+            candidate.trajectory.remaining_steps * candidate.table.efficient[0][2],
+        )
+        for candidate in (waiting.on_time if waiting.late or waiting.late_short else ())
+    ]
+    is_spare = bool(needs) and have_slack(needs, len(state.ranks), window.now)
+    if head is None and not is_spare:
+        return [], []
+    short = [stage for stage in waiting.late_short if is_spare or stage.trajectory is head]
+    late_short = _choose_late_short(short, capacity, window)
+    late = [candidate for candidate in waiting.late if is_spare or candidate.trajectory is head]
+    late.sort(key=lambda candidate: candidate.trajectory is not head)
+    return late_short, _choose_late(late, capacity - len(late_short), window)
 
 
 def _choose_late_short(late: Sequence[ShortStage], capacity: int, window: Window) -> list[Trajectory]:

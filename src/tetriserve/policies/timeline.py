@@ -67,14 +67,14 @@ class Timeline:
                 lowest -= 1
         return until
 
-    def earliest(self, duration_s: float, from_s: float) -> float:
-        """The first moment from `from_s` on at which one rank is free for `duration_s`."""
+    def earliest(self, duration_s: float, from_s: float, num_ranks: int = 1) -> float:
+        """The first moment from `from_s` on at which `num_ranks` are free for `duration_s`."""
         times, free = self.times, self.free
         start_s: float | None = None
         for position in range(self.index_at(from_s), len(free)):
             if start_s is not None and times[position] >= start_s + duration_s - EPSILON_S:
                 return start_s
-            if not free[position]:
+            if free[position] < num_ranks:
                 start_s = None
             elif start_s is None:
                 start_s = max(from_s, times[position])

@@ -138,6 +138,7 @@ def compare(
                 setting.requests(seed),
                 num_ranks=setting.num_ranks,
                 noise=setting.noise,
+                late_share=setting.late_share,
                 seed=seed,
             )
             tally.take_run(outcomes if on_outcome is None else _told(outcomes, policy, seed, on_outcome))

@@ -258,6 +258,7 @@ class _Search:
                 setting.requests(seed),
                 num_ranks=num_ranks,
                 noise=setting.noise,
+                late_share=setting.late_share,
                 seed=seed,
             )
         )

@@ -24,7 +24,7 @@ from tetriserve.core.events import (
     WakeAt,
     WorkerJoined,
 )
-from tetriserve.core.plan import CostModel, Task
+from tetriserve.core.plan import LATE_SHARE, CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.policy import Policy
@@ -41,12 +41,14 @@ def simulate(
     num_ranks: int,
     noise: float = 0.0,
     seed: int = 0,
+    late_share: float = LATE_SHARE,
 ) -> Iterator[Outcome]:
     """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
 
     noise: standard deviation of a task's duration as a fraction of it; 0 is what the cost model says, exactly.
     """
-    return Simulation(policy, cost, num_ranks=num_ranks, noise=noise, seed=seed).run(requests)
+    simulation = Simulation(policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share)
+    return simulation.run(requests)
 
 
 @dataclass(order=True)
@@ -61,12 +63,21 @@ class _Scheduled:
 class Simulation:
     """One run. The same controller as live, with a heap for a clock; deterministic for a seed."""
 
-    def __init__(self, policy: Policy, cost: CostModel, *, num_ranks: int, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        cost: CostModel,
+        *,
+        num_ranks: int,
+        noise: float = 0.0,
+        seed: int = 0,
+        late_share: float = LATE_SHARE,
+    ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks is {num_ranks}; it must be at least 1")
         if noise < 0:
             raise ValueError(f"noise is {noise}; it must not be negative")
-        self.controller = Controller(policy, cost)
+        self.controller = Controller(policy, cost, late_share=late_share)
         self.now = 0.0
         self._cost = cost  # what happens; the controller's own copy is what it believes
         self._noise = noise

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.plan import LATE_SHARE
 from tetriserve.core.request import Request, Shape
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy
@@ -32,6 +33,7 @@ class Scenario:
     slo_multiple: deadlines as a multiple of the time alone at degree 1; None takes the paper's table times `slo_scale`.
     num_ranks: None takes the profile's largest degree.
     noise: standard deviation of a task's duration, as a fraction of it.
+    late_share: part of the pool's rank time that is owed to the request longest overdue.
     trace: requests from this file; then rate, arrivals, mix and number of requests are not used.
     cache: an approximate cache that lets requests skip steps, as `parse_cache` reads it.
     """
@@ -46,6 +48,7 @@ class Scenario:
     num_steps: int = 28
     num_ranks: int | None = None
     noise: float = 0.0
+    late_share: float = LATE_SHARE
     trace: Path | None = None
     cache: str = NO_CACHE
 
@@ -64,6 +67,7 @@ class Setting:
     noise: float
     source: Synthesis | tuple[Request, ...]
     cache: Cache | None = None
+    late_share: float = LATE_SHARE
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -143,6 +147,8 @@ def prepare(scenario: Scenario) -> Setting:
         raise ConfigError(f"ranks is {num_ranks}; it must be at least 1")
     if not 0 <= scenario.noise < math.inf:
         raise ConfigError(f"noise is {scenario.noise:g}; it must be a fraction of at least 0")
+    if not 0 <= scenario.late_share <= 1:
+        raise ConfigError(f"late_share is {scenario.late_share:g}; it must be between 0 and 1")
     degrees = tuple(degree for degree in profile.degrees if degree <= num_ranks)
     if not degrees:
         raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")
@@ -151,6 +157,7 @@ def prepare(scenario: Scenario) -> Setting:
         cost=cost,
         num_ranks=num_ranks,
         noise=scenario.noise,
+        late_share=scenario.late_share,
         source=_source(scenario, cost),
         cache=parse_cache(scenario.cache),
     )

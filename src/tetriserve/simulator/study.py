@@ -138,6 +138,7 @@ def _run(trial: Trial) -> Iterator[Outcome]:
         setting.requests(trial.seed),
         num_ranks=setting.num_ranks,
         noise=setting.noise,
+        late_share=setting.late_share,
         seed=trial.seed,
     )
 

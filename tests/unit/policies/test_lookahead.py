@@ -88,7 +88,15 @@ def test_late_requests_run_in_short_tasks(policy, request_of, flux):
 def test_a_shape_without_short_steps_still_runs_when_late(make, request_of, table_cost):
     cost = table_cost({256: {1: 0.02}, 2048: {1: 9.0, 2: 5.0}}, {256: 0.01, 2048: 0.1})
     state = State((encoded(request_of(2048, deadline_s=-1.0)),), (), (0, 1), cost)
-    assert denoise_tasks(make("lookahead", cost, 2).plan(state, 0.0)) == {"r": (2, 1)}
+    assert denoise_tasks(make("lookahead", cost, 2).plan(state, 0.0)) == {"r": (1, 1)}  # leaves a rank to arrivals
+
+
+@pytest.mark.parametrize("degrees", [(1,), (2,)])
+def test_long_steps_leave_no_rank_idle_where_none_could_run_beside_them(make, request_of, table_cost, degrees):
+    cost = table_cost({2048: dict.fromkeys(degrees, 5.0)}, {2048: 0.1})
+    ranks = tuple(range(degrees[0]))
+    state = State((encoded(request_of(2048, deadline_s=-1.0)),), (), ranks, cost)
+    assert denoise_tasks(make("lookahead", cost, len(ranks)).plan(state, 0.0)) == {"r": (degrees[0], 1)}
 
 
 def test_what_could_still_be_in_time_fills_before_what_cannot(policy, request_of, flux):
