@@ -93,7 +93,7 @@ async def test_one_who_gives_up_takes_the_forecast_from_nobody(outlook):
 async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_going(outlook, foresight, clock, event):
     await outlook.forecast()
     clock.now = 0.5
-    outlook.observe(Occurred(event))
+    outlook.observe(Occurred(event, 0.4))
     assert await outlook.quote([REQUEST]) == QUOTE
     assert foresight.quotes == [(0.5, (REQUEST,), 0.5)]
 
@@ -102,7 +102,7 @@ async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_goi
 async def test_what_was_foreseen_makes_no_forecast_stale(outlook, foresight, clock, event):
     await outlook.forecast()
     clock.now = 0.5
-    outlook.observe(Occurred(event))
+    outlook.observe(Occurred(event, 0.4))
     await outlook.quote([REQUEST])
     assert foresight.quotes == [(0.5, (REQUEST,), 0.0)]
 
