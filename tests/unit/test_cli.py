@@ -51,6 +51,22 @@ def test_the_command_line_and_its_help_load_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.parametrize("command", ["serve", "profile"])
+def test_without_docstrings_there_is_no_transformers_and_one_line_says_so(command: str) -> None:
+    code = f"from tetriserve.cli import app; app(['{command}'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "tetriserve: python -OO removes docstrings, which transformers reads; use -O, and unset PYTHONOPTIMIZE=2"
+    ]
+
+
+def test_simulations_need_no_docstrings() -> None:
+    code = "from tetriserve.cli import app; app(['simulate', '--requests', '2', '--seeds', '1', '--format', 'json'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)
+
+
 def test_help_lists_the_commands_and_version_is_the_packages() -> None:
     listed = run("--help").stdout
     assert all(command in listed for command in ("serve", "profile", "--version"))
