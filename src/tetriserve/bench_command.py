@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tetriserve import options
+from tetriserve.core.bounds import check_range
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.request import MAX_SIDE
 from tetriserve.options import ENV, FORMATS, check_choice, one_line_errors, option
 
 if TYPE_CHECKING:
@@ -112,6 +114,7 @@ def bench(
         check_choice("dataset", dataset or _DATASETS[0], _DATASETS)
         if (dataset == "trace" and trace is None) or (dataset == "random" and trace is not None):
             raise ConfigError(f"dataset is {dataset} {'without' if trace is None else 'beside'} a trace file")
+        check_range("port", port, 1, 65535)
         load = Load(
             mix=_mix(mix, width, height),
             request_config=random_request_config,
@@ -189,6 +192,8 @@ def _mix(mix: str, width: int | None, height: int | None) -> str:
         return mix
     if width is None or height is None:
         raise ConfigError(f"{'height' if width is None else 'width'} is set alone; set both, or --mix")
+    check_range("width", width, 1, MAX_SIDE)
+    check_range("height", height, 1, MAX_SIDE)
     return f"homogeneous:{width}x{height}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from tetriserve.core.bounds import MAX_RANKS, MAX_REQUESTS, MAX_TIME_S, SLO_SCALES, check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import LATE_SHARE
 
@@ -12,6 +13,7 @@ DEVICES = ("cpu", "cuda")
 LOG_FORMATS = ("text", "json")
 
 MODEL_NAMES = "1 to 200 printable characters without spaces around them"
+_MAX_TTL_S = 366 * 24 * 3600.0
 _KEY = re.compile(r"[!-~]+")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
@@ -46,8 +48,7 @@ class PoolConfig:
     log_format: str = "text"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_ranks <= 1024:
-            raise ConfigError(f"ranks is {self.num_ranks}; allowed: 1 to 1024")
+        check_range("ranks", self.num_ranks, 1, MAX_RANKS)
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if not self.degrees:
@@ -68,10 +69,10 @@ class PoolConfig:
             object.__setattr__(self, "max_groups", max(32, 2 * self.num_ranks))
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log-format is {self.log_format!r}; allowed: {', '.join(LOG_FORMATS)}")
-        for name in ("num_threads", "max_groups", "heartbeat_timeout_s", "step_timeout_s", "group_timeout_s",
-                     "start_timeout_s"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_range("threads", self.num_threads, 1, 1024)
+        check_range("max_groups", self.max_groups, 1, 1_000_000)
+        for name in ("heartbeat_timeout", "step_timeout", "group_timeout", "start_timeout"):
+            check_range(name.replace("_", "-"), getattr(self, f"{name}_s"), 0.001, MAX_TIME_S)
 
     @property
     def backend(self) -> str:
@@ -101,14 +102,10 @@ class SchedulingConfig:
     late_share: float = LATE_SHARE
 
     def __post_init__(self) -> None:
-        if not self.default_slo_scale > 0:
-            raise ConfigError(f"default_slo_scale is {self.default_slo_scale}; it must be above 0")
-        if self.max_queue < 1:
-            raise ConfigError(f"max_queue is {self.max_queue}; it must be at least 1")
-        if self.max_losses < 0:
-            raise ConfigError(f"max_losses is {self.max_losses}; it must be at least 0")
-        if not 0 <= self.late_share <= 1:
-            raise ConfigError(f"late_share is {self.late_share:g}; it must be between 0 and 1")
+        check_range("default-slo-scale", self.default_slo_scale, *SLO_SCALES)
+        check_range("max-queue", self.max_queue, 1, MAX_REQUESTS)
+        check_range("max-losses", self.max_losses, 0, 1000)
+        check_range("late-share", self.late_share, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +131,8 @@ class AccessConfig:
                 problem = "is empty" if not key else "holds a space or a character outside ASCII"
                 raise ConfigError(f"api-key {number} {problem}; allowed: 1 or more printable ASCII characters")
         for name, limit in (("rate-limit", self.rate_limit), ("max-concurrency", self.max_concurrency)):
-            if limit is not None and limit < 1:
-                raise ConfigError(f"{name} is {limit}; it must be at least 1")
+            if limit is not None:
+                check_range(name, limit, 1, MAX_REQUESTS)
         if self.guard_metrics and not self.api_keys:
             raise ConfigError("guard-metrics is set without a key to ask for; add --api-key")
         for origin in self.cors_origins:
@@ -158,10 +155,8 @@ class ServerConfig:
     otlp_traces_endpoint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
-        if not self.shutdown_timeout_s >= 0:
-            raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout_s}; it must not be negative")
+        check_range("port", self.port, 0, 65535)
+        check_range("shutdown-timeout", self.shutdown_timeout_s, 0.0, MAX_TIME_S)
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             # Not quoted: it may hold a password.
@@ -182,8 +177,7 @@ class JournalConfig:
     result_ttl_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not self.result_ttl_s > 0:
-            raise ConfigError(f"result-ttl is {self.result_ttl_s}; it must be above 0")
+        check_range("result-ttl", self.result_ttl_s, 0.001, _MAX_TTL_S)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tetriserve import options
+from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.options import FORMATS, one_line_errors, option
 
@@ -62,8 +63,8 @@ def evaluate(
         from tetriserve.report.accuracy import save_accuracy_curve
 
         is_json = options.is_json(format)
-        if prompts < 1:
-            raise ConfigError(f"prompts is {prompts}; it must be at least 1")
+        check_range("prompts", prompts, 1, MAX_REQUESTS)
+        check_range("seed", seed, -MAX_SEED, MAX_SEED)
         settings = [
             Setting(policy=policy, size=size, num_steps=num_steps, num_objects=num_objects)
             for policy, size, num_steps, num_objects in product(
@@ -166,7 +167,7 @@ def _numbers(name: str, text: str, allowed: Sequence[int] = ()) -> tuple[int, ..
     except ValueError:
         raise ConfigError(f"{name} is {text!r}; write whole numbers with commas") from None
     for number in numbers:
-        if number < 1 or (allowed and number not in allowed):
-            rule = ", ".join(map(str, allowed)) if allowed else "1 and above"
+        if not 1 <= number <= MAX_STEPS or (allowed and number not in allowed):
+            rule = ", ".join(map(str, allowed)) if allowed else f"1 to {MAX_STEPS}"
             raise ConfigError(f"{name} is {text!r}; allowed: {rule}")
     return numbers

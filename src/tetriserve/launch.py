@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +52,7 @@ async def launch(config: EngineConfig, progress: Progress, *, observer: Observer
     """
     spec, pool = config.scheduling.policy, config.pool
     find_policy(spec)
+    _check_interpreter()
     _check_device(pool)
     card = find_model(config.model, config.max_sequence_length)
     if config.served_model_names:
@@ -180,6 +182,7 @@ async def measure_profile(
     max_sequence_length: int | None = None,
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
+    _check_interpreter()
     _check_device(pool)
     card = find_model(model, max_sequence_length)
     pool = with_usable_degrees(card, pool)
@@ -235,6 +238,11 @@ def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
         "image tokens)", ",".join(map(str, dropped)), card.name, card.num_heads, card.num_text_tokens,
     )  # fmt: skip
     return replace(pool, degrees=tuple(sorted(usable)))
+
+
+def _check_interpreter() -> None:
+    if sys.flags.optimize > 1:
+        raise ConfigError("python -OO removes docstrings, which transformers reads; use -O, and unset PYTHONOPTIMIZE=2")
 
 
 def _check_device(pool: PoolConfig) -> None:

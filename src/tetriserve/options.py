@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tetriserve.core.bounds import shown
 from tetriserve.core.errors import ConfigError, TetriServeError
+from tetriserve.files import read_text
 from tetriserve.logs import writes_json
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ SHORTLIST = "lookahead,tetriserve,edf-best-fit,rssp"
 """What `plan` tries: the strongest policy, the paper's, GF-DiT's, and the paper's strongest baseline."""
 HEARTBEAT_TIMEOUT_S = 10.0
 MAX_LOSSES = 5
+_MAX_CONFIG_BYTES = 2**16
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -72,28 +76,59 @@ def _default(value: Any, is_repeatable: bool) -> Any:
 
 
 def _load_settings(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is not UTF-8 text") from None
+    text = read_text(path, "config file", _MAX_CONFIG_BYTES)
     try:
         if path.suffix == ".toml":
             import tomllib
 
             values: object = tomllib.loads(text)
         else:
-            import yaml
-
-            values = yaml.safe_load(text) or {}
+            values = _load_yaml(text) or {}
     except Exception as error:  # each parser has errors of its own
         mark = getattr(error, "problem_mark", None)  # YAML's whole message quotes the line, which may hold an API key
         reason = str(error) if mark is None else f"{getattr(error, 'problem', 'not YAML')} in line {mark.line + 1}"
         raise ConfigError(f"config file {path} cannot be parsed: {' '.join(reason.split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold option names and values")
+    for key, value in values.items():
+        if not all(map(_is_plain, value if isinstance(value, list) else [value])):
+            raise ConfigError(
+                f"config file {path}: {shown(key)} must be a text, a number, a switch, or a list of these"
+            )
     return {str(key): value for key, value in values.items()}
+
+
+def _load_yaml(text: str) -> object:
+    """As `yaml.safe_load`, for a mapping of values and lists.
+
+    A few lines of aliases stand for gigabytes, and the time for nested lists grows with the square of their depth.
+    """
+    import yaml
+
+    depth = 0
+    for token in yaml.scan(text, yaml.SafeLoader):
+        match token:
+            case yaml.AliasToken():
+                raise ConfigError(f"it has an alias in line {token.start_mark.line + 1}; write the value out")
+            case (
+                yaml.BlockMappingStartToken()
+                | yaml.BlockSequenceStartToken()
+                | yaml.FlowMappingStartToken()
+                | yaml.FlowSequenceStartToken()
+            ):
+                depth += 1
+            case yaml.BlockEndToken() | yaml.FlowMappingEndToken() | yaml.FlowSequenceEndToken():
+                depth -= 1
+        if depth > 2:
+            raise ConfigError(f"it nests lists in line {token.start_mark.line + 1}; a value is one text or one list")
+    return yaml.safe_load(text)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an option can take it; None is told of elsewhere."""
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return value is None or isinstance(value, str | float | date)
 
 
 Config = Annotated[

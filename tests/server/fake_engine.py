@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import logging
 import sys
 import zlib
@@ -103,13 +104,14 @@ class FakeExecutor:
         self.gate.set()
         self.forgotten: list[str] = []
         self.is_stopped = False
-        self.failure_kind = FailureKind.STEP
+        self.failure_kind: FailureKind | None = FailureKind.STEP
         self.has_previews = True
         self.num_previews = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.pixels: dict[str, np.ndarray] = {}
         self.started: list[StartTask] = []
         self.put: dict[str, bytes] = {}
+        self.has_room = True
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -130,7 +132,7 @@ class FakeExecutor:
         elapsed_s = task.num_steps * step_s(request.shape, task.degree) if is_denoise else ENCODE_S
         await asyncio.sleep(elapsed_s if self.takes_time else 0)
         await self.gate.wait()
-        if is_denoise and request.prompt == FAILING:
+        if is_denoise and request.prompt == FAILING and self.failure_kind is not None:
             self._on_event(TaskFailed(command.task_id, self.failure_kind, "latents are not finite"))
             return
         key = f"{request.request_id}.{task.stage}.{command.steps_done + task.num_steps}"
@@ -152,6 +154,8 @@ class FakeExecutor:
         return f"state of {ref.key}".encode()
 
     def put_state(self, key: str, state: bytes) -> TensorRef:
+        if not self.has_room:
+            raise OSError(errno.ENOSPC, "No space left on device", f"/dev/shm/store/{key}")
         self.put[key] = state
         return TensorRef(key, len(state))
 

@@ -15,6 +15,7 @@ from fake_engine import FAILING, MODEL, FakeExecutor, make_durable_engine, make_
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetriserve.core.errors import RequestFailed, ShuttingDown
+from tetriserve.core.events import FailureKind
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import DurableWork, Generation, LiveEngine
 from tetriserve.journal import Journal, Key
@@ -163,6 +164,72 @@ async def test_a_failure_is_an_answer_too(ask, executor, client):
     assert {response.headers["X-Should-Retry"] for response in responses} == {"false"}
     assert [command.task.stage for command in executor.started] == [Stage.ENCODE, Stage.DENOISE]
     assert await metric(client, "tetriserve_journal_entries", state="failed") == 1
+
+
+@pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.MEMORY])
+async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image(ask, executor, client, kind):
+    executor.failure_kind = kind
+    assert [(await ask(prompt=FAILING)).status_code for _ in range(2)] == [500, 500]
+    assert await metric(client, "tetriserve_journal_entries", state="open") == 1
+    (failed,) = {command.request.seed for command in executor.started}
+    executor.failure_kind = None
+    (image,) = items(await ask(prompt=FAILING))
+    assert image["seed"] == failed
+    assert items(await ask(prompt=FAILING)) == [image]
+    assert [command.task.stage for command in executor.started].count(Stage.ENCODE) == 1, "it goes on where it was"
+    assert await metric(client, "tetriserve_journal_entries", state="finished") == 1
+
+
+async def test_an_image_that_the_host_cannot_read_is_made_again(ask, executor, monkeypatch):
+    def unreadable(ref):
+        raise RequestFailed("the finished image cannot be read: MemoryError")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "read_pixels", unreadable)
+        assert (await ask(seed=3)).status_code == 500
+    assert items(await ask(seed=3))[0]["seed"] == 3
+
+
+async def test_a_request_that_loses_its_workers_at_every_attempt_is_not_taken_up_for_ever(tmp_path):
+    for _ in range(8):
+        executor = FakeExecutor()
+        executor.failure_kind = FailureKind.LOST
+        engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.0)
+        with pytest.raises(RequestFailed) as caught:
+            await engine.durable.call(Key("t", "k"), [Generation(prompt=FAILING, size="64x64")]).images()
+        await engine.stop()
+    assert "each time at work for this request" in str(caught.value)
+    assert engine.durable.count() == {"failed": 1}
+    assert not executor.started
+
+
+async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_entry_open(tmp_path, connect, caplog):
+    first = FakeExecutor()
+    first.failure_kind = FailureKind.LOST
+    engine = await make_durable_engine(first, tmp_path / "j")
+    body = BODY | {"prompt": FAILING, "n": 2}
+    headers = {"Idempotency-Key": "k"}
+    async with connect(EngineSlot(engine)) as client:
+        assert (await client.post(URL, json=body, headers=headers)).status_code == 500
+    await engine.stop()
+
+    executor = FakeExecutor()
+    executor.failure_kind = None
+    executor.has_room = False
+    engine = await make_durable_engine(executor, tmp_path / "j")
+    assert "was not taken up: the journal cannot be used: No space left on device" in caplog.text
+    ids = {command.request.request_id for command in first.started}
+    assert set(executor.forgotten) == ids
+    assert engine.durable.num_resumed == engine.durable.num_steps_saved == 0
+    async with connect(EngineSlot(engine)) as client:
+        answer = await client.post(URL, json=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "journal_unavailable")
+        assert "/" not in answer.json()["error"]["message"]
+        assert not executor.started
+        executor.has_room = True
+        assert len(items(await client.post(URL, json=body, headers=headers))) == 2
+    assert {command.request.request_id for command in executor.started} == ids
+    await engine.stop()
 
 
 async def test_a_refusal_leaves_the_key_free(ask, executor, engine):
@@ -337,7 +404,7 @@ async def test_a_request_that_brings_the_server_down_again_and_again_is_tried_an
     executor = FakeExecutor()
     engine = await make_durable_engine(executor, tmp_path / "j")
     for _ in range(2):
-        with pytest.raises(RequestFailed, match="the server went down 5 times, each time while it worked for this"):
+        with pytest.raises(RequestFailed, match="the server or its workers went down 5 times, each time at work"):
             await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
     assert not executor.started
     assert engine.durable.count() == {"failed": 1}

@@ -277,6 +277,16 @@ def weights_elsewhere(path: Path) -> None:
     )
 
 
+def a_sparse_file(path: Path) -> None:
+    with (path / "vae/config.json").open("wb") as file:
+        file.truncate(2**40)
+
+
+def a_device(path: Path) -> None:
+    (path / "vae/config.json").unlink()
+    (path / "vae/config.json").symlink_to("/dev/zero")
+
+
 def a_pipe(path: Path) -> None:
     (path / "vae/config.json").unlink()
     os.mkfifo(path / "vae/config.json")
@@ -322,8 +332,22 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "tetriserve.json: unknown key 'steps'; allowed: name, num_steps, guidance_scale, sizes, dtype, max",
     ),
     "wrong type": (put_json("tetriserve.json", {"num_steps": True}), "num_steps is true; it must be a JSON integer"),
-    "no steps": (put_json("tetriserve.json", {"num_steps": 0}), "num_steps is 0; it must be at least 1"),
-    "NaN guidance": (put("tetriserve.json", '{"guidance_scale": NaN}'), "guidance_scale is nan; it must be a number"),
+    "no steps": (put_json("tetriserve.json", {"num_steps": 0}), "num_steps is 0; allowed: 1 to 1000"),
+    "too many steps": (
+        put_json("tetriserve.json", {"num_steps": 10**400}),
+        "num_steps is a number of 1329 bits; allowed: 1",
+    ),
+    "a guidance beyond floats": (
+        put_json("tetriserve.json", {"guidance_scale": 10**400}),
+        "guidance_scale is a number of 1329 bits; allowed: 0 to 100",
+    ),
+    "too many heads": (
+        put_json("transformer/config.json", {"num_attention_heads": 10**30}),
+        "num_attention_heads is a number of 100 bits; it must be from 1 to 2147483648",
+    ),
+    "a config without an end": (a_sparse_file, "vae/config.json (Larger than 268435456 bytes); download"),
+    "a config that is a device": (a_device, "vae/config.json (Not a regular file); download the checkpoint again"),
+    "NaN guidance": (put("tetriserve.json", '{"guidance_scale": NaN}'), "guidance_scale is nan; allowed: 0 to 100"),
     "unknown dtype": (
         put_json("tetriserve.json", {"dtype": "int8"}),
         "dtype is 'int8'; allowed: float32, bfloat16, float16",

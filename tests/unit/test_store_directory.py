@@ -80,3 +80,25 @@ def test_the_directory_is_its_owners_alone() -> None:
     directory = StoreDirectory()
     assert directory.path.stat().st_mode & 0o777 == 0o700
     directory.remove()
+
+
+FULL_STORE = """
+import resource, signal, sys
+from pathlib import Path
+from tetriserve.worker.latents import TensorStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+store = TensorStore(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, most))  # room for a part of it
+try:
+    store.put("a.latents.1", b"x" * 10000)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_what_there_is_no_room_for_leaves_no_half_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_STORE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large\n"
+    assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tetriserve.bench.prompts import load_prompts, made_up_prompt
 from tetriserve.bench.target import Target
+from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, MAX_TIME_S, SLO_SCALES, check_range, shown
 from tetriserve.core.errors import ConfigError
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import MAX_SIDE, Request, Shape
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import Mix, parse_mix
 from tetriserve.workload.randomness import RandomSource
@@ -52,10 +53,15 @@ class Load:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"num-inference-steps is {self.num_steps}; it must be at least 1")
-        if self.slo_multiple is not None and not 0 < self.slo_multiple < math.inf:
-            raise ConfigError(f"slo-multiple is {self.slo_multiple:g}; it must be above 0")
+        check_range("num-prompts", self.num_requests, 1, MAX_REQUESTS)
+        check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
+        if self.rate_per_min != math.inf:
+            parse_arrivals(self.arrivals, self.rate_per_min)
+        check_range("slo-scale", self.slo_scale, *SLO_SCALES)
+        if self.num_steps is not None:
+            check_range("num-inference-steps", self.num_steps, 1, MAX_STEPS)
+        if self.slo_multiple is not None:
+            check_range("slo-multiple", self.slo_multiple, *SLO_SCALES)
 
     def deadlines(self, alone_s: Mapping[Shape, float]) -> TableRule:
         """The rule. alone_s: seconds that each size takes alone; looked at only for `slo_multiple`.
@@ -146,7 +152,7 @@ def parse_slo_table(spec: str) -> Mapping[Shape, float]:
             shape, base_s = Shape.parse(size.strip()), float(seconds)
         except ValueError:
             raise ConfigError(usage) from None
-        if shape in table or not 0 < base_s < math.inf:
+        if shape in table or not 0 < base_s <= MAX_TIME_S:
             raise ConfigError(usage)
         table[shape] = base_s
     return table
@@ -171,20 +177,21 @@ def parse_request_config(text: str) -> tuple[Mix, Mapping[Shape, int]]:
     for row in rows:
         if unknown := sorted(row.keys() - {*known}):
             raise ConfigError(f"{usage}; {unknown[0]!r} is none of them")
-        shape = Shape(_whole(row, "height"), _whole(row, "width"))
+        shape = Shape(_whole(row, "height", MAX_SIDE), _whole(row, "width", MAX_SIDE))
         if shape in weights:
             raise ConfigError(f"random-request-config names {shape} twice; give each size one object")
         weight = row.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigError(f"random-request-config: weight is {weight!r}; it must be a number")
-        weights[shape] = float(weight)
+            raise ConfigError(f"random-request-config: weight is {shown(weight)}; it must be a number")
+        weights[shape] = weight
         if "num_inference_steps" in row:
-            steps[shape] = _whole(row, "num_inference_steps")
+            steps[shape] = _whole(row, "num_inference_steps", MAX_STEPS)
     return Mix(tuple(weights), tuple(weights.values())), steps
 
 
-def _whole(row: Mapping[str, object], name: str) -> int:
+def _whole(row: Mapping[str, object], name: str, most: int) -> int:
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"random-request-config: {name} is {value!r}; it must be a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"random-request-config: {name} is {shown(value)}; it must be a whole number")
+    check_range(f"random-request-config: {name}", value, 1, most)
     return value

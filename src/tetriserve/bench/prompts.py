@@ -7,12 +7,15 @@ from itertools import product
 from pathlib import Path
 
 from tetriserve.core.errors import ConfigError
+from tetriserve.files import read_text
 from tetriserve.workload.randomness import RandomSource
 
 _COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "gray", "black")
 _THINGS = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 _RELATIONS = ("left of", "right of", "above", "below")
 _OBJECTS = tuple(f"{colour} {thing}" for colour, thing in product(_COLOURS, _THINGS))
+
+_MAX_BYTES = 2**26
 
 DrawPrompt = Callable[[RandomSource], str]
 
@@ -29,12 +32,7 @@ def load_prompts(path: Path) -> DrawPrompt:
     Raises:
         ConfigError: the file cannot be read, is not UTF-8, or has no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompts {path} is not UTF-8 text: {error}") from error
+    text = read_text(path, "prompts", _MAX_BYTES)
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
         raise ConfigError(f"prompts {path} has no lines; write one prompt per line")

@@ -10,6 +10,7 @@ from tetriserve.bench.address import Address
 from tetriserve.bench.attempt import Attempt
 from tetriserve.bench.load import Load
 from tetriserve.bench.target import Target
+from tetriserve.core.bounds import MAX_REQUESTS, MAX_TIME_S, check_range
 from tetriserve.core.errors import ConfigError
 
 
@@ -36,14 +37,12 @@ class Session:
     images: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.num_warm_ups < 0:
-            raise ConfigError(f"warmup-requests is {self.num_warm_ups}; it must not be negative")
+        check_range("warmup-requests", self.num_warm_ups, 0, MAX_REQUESTS)
         if self.load.slo_multiple is not None and not self.num_warm_ups:
             raise ConfigError("warmup-requests is 0 beside slo-multiple, which the warm-up measures; set at least 1")
-        if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise ConfigError(f"max-concurrency is {self.max_concurrency}; it must be at least 1")
-        if not 0 < self.timeout_s < float("inf"):
-            raise ConfigError(f"timeout is {self.timeout_s:g}; it must be above 0")
+        if self.max_concurrency is not None:
+            check_range("max-concurrency", self.max_concurrency, 1, MAX_REQUESTS)
+        check_range("timeout", self.timeout_s, 0.001, MAX_TIME_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

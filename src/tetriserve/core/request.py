@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+MAX_SIDE = 999_999
+"""Pixels of a height or width."""
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
 

@@ -197,7 +197,9 @@ class DurableWork:
     async def _take_up(self, kept: Kept, known: _Known) -> None:
         key, work = kept.entry.key, SharedWork()
         if is_guilty(kept):
-            message = f"the server went down {num_starts(kept)} times, each time while it worked for this request"
+            message = (
+                f"the server or its workers went down {num_starts(kept)} times, each time at work for this request"
+            )
             failure = RequestFailed(message, FailureKind.LOST)
             await self._fail(known, failure)
             raise failure
@@ -252,15 +254,21 @@ class DurableWork:
         arrival_s = self._engine.now - away_s
         requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
         arriving = []
-        for request in requests:
-            course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
-            checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
-            self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
-            if checkpoint is not None:
-                checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))
-                self.num_steps_saved += checkpoint.steps_done
-            arriving.append(Submitted(request, None, checkpoint))
-        admitted = self._engine.resume(arriving, self._watch(missing, tell))
+        try:
+            for request in requests:
+                course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
+                checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
+                self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
+                if checkpoint is not None:
+                    checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))
+                arriving.append(Submitted(request, None, checkpoint))
+            admitted = self._engine.resume(arriving, self._watch(missing, tell))
+        except BaseException:  # such as a store without room: what is there of it already would take that for good
+            for request in requests:
+                self._executor.forget(request.request_id)
+            self._courses.leave(request.request_id for request in requests)
+            raise
+        self.num_steps_saved += sum(event.checkpoint.steps_done for event in arriving if event.checkpoint is not None)
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
 
@@ -270,7 +278,8 @@ class DurableWork:
         """Keep each image as it comes, and tell of it only then.
 
         What ends otherwise than by an image or a failure of its own stays in the journal as it is: the next call, or
-        the next life of the server, goes on with it.
+        the next life of the server, goes on with it. Lost workers, a lack of memory and a failed scheduler are not its
+        own: it would succeed on a host that is well.
         """
 
         async def keep(number: int, client: Admitted) -> None:
@@ -283,7 +292,8 @@ class DurableWork:
             await asyncio.gather(*(keep(number, client) for number, client in admitted.items()))
         except RequestFailed as error:
             self._engine.leave([*admitted.values()])
-            await self._fail(known, error)
+            if error.kind is FailureKind.STEP:
+                await self._fail(known, error)
             raise
         except ShuttingDown:
             self._courses.clear_starts(client.request.request_id for client in admitted.values())

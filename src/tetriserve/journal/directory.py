@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -10,10 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tetriserve.core.errors import ConfigError
+from tetriserve.files import read_bounded
 from tetriserve.journal.records import Corrupt, KeptFile, checksum_of
 
 DATABASE = "journal.sqlite3"
-_LOCK = "lock"
+_COMMITS = "commits"
+_MAX_DIGITS = 20
 _FOLDER = "tensors"
 _OURS = re.compile(r"[^/]+\.(embeds|latents\.\d+|pixels)(\.tmp)?")
 """Names that may be removed: an operator's own files may lie in the same place."""
@@ -32,10 +35,10 @@ class Directory:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            probe = self._folder / ".probe"
-            probe.write_bytes(b"")
-            probe.unlink()
+            for folder in (path, self._folder):
+                if not os.access(folder, os.W_OK | os.X_OK):  # to try it needs room, and a full disk has none
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise ConfigError(f"journal {path} cannot be written: {error.strerror}; name another directory") from None
         try:
@@ -43,6 +46,7 @@ class Directory:
         except OSError:
             os.close(self._lock)
             raise ConfigError(f"journal {path} is in use by another server; name another directory") from None
+        self._commits: int | None = None
 
     @property
     def database(self) -> Path:
@@ -56,11 +60,15 @@ class Directory:
         """
         path, temporary = self._folder / name, self._folder / f"{name}.tmp"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # where there is no room, half a file takes what is left
+            raise
         sync_folder(self._folder)
         return KeptFile(name, len(data), checksum_of(data))
 
@@ -70,7 +78,7 @@ class Directory:
             Corrupt: it is not what was written.
         """
         try:
-            data = (self._folder / file.name).read_bytes()
+            data = read_bounded(self._folder / file.name, file.num_bytes)
         except OSError as error:
             raise Corrupt(f"file {file.name} cannot be read: {error.strerror}") from None
         if len(data) != file.num_bytes or checksum_of(data) != file.checksum:
@@ -87,8 +95,27 @@ class Directory:
             if path.name not in wanted and _OURS.fullmatch(path.name):
                 self.remove(path.name)
 
+    def read_commits(self) -> int | None:
+        """The number that was noted last; None if there is none that can be read."""
+        try:
+            return int(read_bounded(self.path / _COMMITS, _MAX_DIGITS))
+        except (OSError, ValueError):
+            return None
+
+    def note_commits(self, number: int) -> None:
+        """Note how many commits there are, beside the database: a log that loses some of them does not show it.
+
+        It is not made to last: after a power failure the number may be too small, and then it proves nothing.
+        """
+        with contextlib.suppress(OSError):
+            if self._commits is None:
+                self._commits = os.open(self.path / _COMMITS, os.O_WRONLY | os.O_CREAT, 0o600)
+            os.pwrite(self._commits, f"{number:0{_MAX_DIGITS}}".encode(), 0)
+
     def release(self) -> None:
-        os.close(self._lock)
+        for descriptor in (self._lock, self._commits):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
-from tetriserve.journal.database import Database, DatabaseErrors, read_database, set_aside
+from tetriserve.journal.database import NUM_COMMITS, Database, DatabaseErrors, read_database, replace_database
 from tetriserve.journal.directory import Directory, sync_folder
 from tetriserve.journal.records import (
     Corrupt,
@@ -28,7 +28,7 @@ from tetriserve.journal.records import (
     record_of,
     row_of,
 )
-from tetriserve.journal.writer import Batch, Writer
+from tetriserve.journal.writer import Batch, Writer, reason
 from tetriserve.workload.outcome import Outcome
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,11 @@ class Journal:
     What comes back as a future is on disk, or read from it, when the future is done; it raises JournalError if that
     cannot be. Whatever is read is verified: what is not as it was written is logged, counted and treated as absent.
 
-    corrupt: what was found so, by kind (a record's, `file` or `database`).
+    corrupt: what was found so, by kind: `record`, `file`, `database`, or `commit` for each that was lost.
 
     Raises:
-        ConfigError: the directory is in use, cannot be written, or holds work of another model.
+        ConfigError: the directory is in use, cannot be used, or holds work of another model. A journal that is sound
+            opens on a full disk, too.
     """
 
     def __init__(self, path: Path, model: Model) -> None:
@@ -85,17 +86,22 @@ class Journal:
         self.corrupt: Counter[str] = Counter()
         self._directory = Directory(path)
         try:
-            self._loaded, rows = self._load(path)
+            self._loaded = self._load(path)
             self._database = Database(self._directory.database)
-            self._database.apply(rows)
-            self._database.shorten_log()
-            sync_folder(path)
+            self._directory.note_commits(self._database.num_commits)
         except (*DatabaseErrors, OSError) as error:
             self._directory.release()
-            raise ConfigError(f"journal {path} cannot be written: {error}; name another directory") from None
+            raise ConfigError(
+                f"journal {path} cannot be opened: {reason(error)}; make room, or name another directory"
+            ) from None
         except ConfigError:
             self._directory.release()
             raise
+        try:
+            self._database.shorten_log()
+            sync_folder(path)
+        except (*DatabaseErrors, OSError) as error:  # what is there is whole, and requests without a key can be served
+            logger.error("the journal cannot be written: %s; requests with a key are refused until it can", error)
         self._directory.remove_orphans({file.name for kept in self._loaded for file in kept.files})
         self._courses = {
             name: kept.courses.get(name, Course(request_id=name))
@@ -226,14 +232,14 @@ class Journal:
                 self._database.close()
                 self._directory.release()
 
-    def _load(self, path: Path) -> tuple[list[Kept], list[tuple[str, str, bytes, bytes]]]:
-        """Entries in order of arrival, and the rows that a new database has to begin with, if one does.
+    def _load(self, path: Path) -> list[Kept]:
+        """Entries in order of arrival. A damaged database is replaced by what is sound of it.
 
         Raises:
             ConfigError: they are another model's.
         """
-        rows, damage = read_database(self._directory.database)
-        records = [record for row in rows if (record := self._verified(row)) is not None]
+        content = read_database(self._directory.database)
+        records = [record for row in content.rows if (record := self._verified(row)) is not None]
         kept = _assembled(records)
         for entry in (one.entry for one in kept):
             if entry.fingerprint != self.model.fingerprint:
@@ -241,16 +247,35 @@ class Journal:
                     f"journal {path} holds work of model {entry.model!r} ({entry.fingerprint}), not of "
                     f"{self.model.name!r} ({self.model.fingerprint}); serve that one, or name another directory"
                 )
-        if damage is None and len(records) == len(rows):
-            return kept, []
-        if damage is not None:
+        num_commits = self._checked_commits(content.num_commits)
+        if content.damage is None and len(records) == len(content.rows):
+            return kept
+        if content.damage is not None:
             self.corrupt["database"] += 1
-        aside = set_aside(self._directory.database)
+        aside = replace_database(self._directory.database, map(row_of, records), num_commits)
         logger.error(
             "the journal is damaged (%s): %s keeps it, and a new one goes on with the %d of %d records that are sound",
-            damage or "records do not match their checksums", aside, len(records), len(rows),
+            content.damage or "records do not match their checksums", aside, len(records), len(content.rows),
         )  # fmt: skip
-        return kept, [row_of(record) for record in records]
+        return kept
+
+    def _checked_commits(self, found: int | None) -> int:
+        """The number of commits so far, of which the database has `found`; those that it lost are counted.
+
+        SQLite ends its log at the first frame that is damaged, and says nothing of what was behind it.
+        """
+        noted = self._directory.read_commits()
+        if found is None or noted is None:
+            return noted or found or 0
+        num_lost = (noted - found) % NUM_COMMITS
+        if not 0 < num_lost < NUM_COMMITS // 2:
+            return found
+        self.corrupt["commit"] += num_lost
+        logger.error(
+            "the journal has lost its last %d commits: its write-ahead log is damaged or gone. Keys that were "
+            "accepted in them are free again", num_lost,
+        )  # fmt: skip
+        return noted
 
     def _verified(self, row: tuple[object, ...]) -> Record | None:
         try:

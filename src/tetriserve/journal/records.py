@@ -77,7 +77,8 @@ class Entry:
 class Course:
     """How far a request has come.
 
-    num_starts: lives of the server, one after the other, in which tasks of it were started and none finished.
+    num_starts: attempts, one after the other, in which tasks of it were started and none finished: lives of the server,
+        and calls that ended with lost workers.
     embeds, latents: its state after `steps_done` steps; None where there is none yet.
     """
 

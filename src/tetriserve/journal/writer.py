@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -129,6 +130,7 @@ class Writer:
                 for job, _, _ in done:
                     self._fail(job, error)
                 return
+            self._directory.note_commits(self._database.num_commits)
         for job, result, batch in done:
             for name in batch.stale_files:
                 self._directory.remove(name)
@@ -138,5 +140,16 @@ class Writer:
         self.num_errors += 1
         logger.error("the journal failed: %s: %s", type(error).__name__, error)
         job.done.set_exception(
-            error if isinstance(error, JournalError) else JournalError(f"the journal cannot be written: {error}")
+            error if isinstance(error, JournalError) else JournalError(f"the journal cannot be used: {reason(error)}")
         )
+
+
+def reason(error: BaseException) -> str:
+    """What clients may be told of an error: nothing that names a path."""
+    match error:
+        case OSError(strerror=str(text)):
+            return text
+        case sqlite3.Error():
+            return str(error)
+        case _:
+            return type(error).__name__

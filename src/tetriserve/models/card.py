@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tetriserve.config import MODEL_NAMES, is_model_name
+from tetriserve.core.bounds import MAX_STEPS, shown
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Shape
 from tetriserve.models.files import (
@@ -214,8 +214,8 @@ def _check_scheduler(file: Path) -> None:
 
 def _check_vae(file: Path, vae: Mapping[str, Any]) -> None:
     for key in ("scaling_factor", "shift_factor"):
-        if not math.isfinite(get(vae, key, (int, float), file)):
-            raise CheckpointError(f"{file}: {key} is {vae[key]}; it must be finite")
+        if not abs(get(vae, key, (int, float), file)) <= 1e6:
+            raise CheckpointError(f"{file}: {key} is {shown(vae[key])}; it must be from -1e+06 to 1e+06")
 
 
 def _check_channels(file: Path, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
@@ -289,12 +289,12 @@ def _read_overrides(file: Path, size_multiple: int) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: name is {name[:200]!r}; allowed: {MODEL_NAMES}; without it, the directory's name"
         )
-    if (num_steps := overrides.get("num_steps", 1)) < 1:
-        raise CheckpointError(f"{file}: num_steps is {num_steps}; it must be at least 1")
+    if not 1 <= (num_steps := overrides.get("num_steps", 1)) <= MAX_STEPS:
+        raise CheckpointError(f"{file}: num_steps is {shown(num_steps)}; allowed: 1 to {MAX_STEPS}")
     if not 1 <= (length := overrides.get("max_sequence_length", 1)) <= MAX_TEXT_TOKENS:
-        raise CheckpointError(f"{file}: max_sequence_length is {length}; allowed: 1 to {MAX_TEXT_TOKENS}")
-    if not math.isfinite(guidance_scale := overrides.get("guidance_scale", 0)) or guidance_scale < 0:
-        raise CheckpointError(f"{file}: guidance_scale is {guidance_scale}; it must be a number that is not negative")
+        raise CheckpointError(f"{file}: max_sequence_length is {shown(length)}; allowed: 1 to {MAX_TEXT_TOKENS}")
+    if not 0 <= (guidance_scale := overrides.get("guidance_scale", 0)) <= 100:
+        raise CheckpointError(f"{file}: guidance_scale is {shown(guidance_scale)}; allowed: 0 to 100")
     if (dtype := overrides.get("dtype", DTYPES[0])) not in DTYPES:
         raise CheckpointError(f"{file}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if "sizes" in overrides:

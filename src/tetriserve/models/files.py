@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetriserve.core.bounds import shown
 from tetriserve.core.errors import CheckpointError
+from tetriserve.files import read_bounded
 
 _LIBRARIES = ("diffusers", "transformers")
 _COMPONENT = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
@@ -21,6 +23,8 @@ _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 _QUANTISED = ("I8", "U8", "I4", "U4")
 _MAX_HEADER_BYTES = 100_000_000
 """What the safetensors format allows."""
+_MAX_JSON_BYTES = 2**28
+_MAX_COUNT = 2**31
 _TOKENIZER_FILES = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
@@ -132,10 +136,8 @@ def read_header(file: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():  # to read a pipe would be to wait for it
-        raise CheckpointError(f"cannot read {file} (there is no such file); download the checkpoint again")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(file, _MAX_JSON_BYTES).decode())
     except OSError as error:
         raise CheckpointError(f"cannot read {file} ({error.strerror}); download the checkpoint again") from None
     except (ValueError, RecursionError) as error:
@@ -147,8 +149,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def get_count(content: Mapping[str, Any], key: str, kind: type | tuple[type, ...], file: Path) -> Any:
     value = get(content, key, kind, file)
-    if not value >= 1:
-        raise CheckpointError(f"{file}: {key} is {value}; it must be at least 1")
+    if not 1 <= value <= _MAX_COUNT:
+        raise CheckpointError(f"{file}: {key} is {shown(value)}; it must be from 1 to {_MAX_COUNT}")
     return value
 
 

@@ -127,12 +127,17 @@ def _switches(argument: str, defaults: Mapping[str, bool], policy: str, usage: s
     return switches
 
 
+def _is_count(text: str) -> bool:
+    """Whether `text` is a whole number from 1 to 999,999,999."""
+    return text.isdecimal() and len(text) <= 9 and int(text) >= 1
+
+
 def _make_tetriserve(context: PolicyContext) -> Policy:
     step_granularity = 5
     switches = {"placement": True, "scale_up": True, "fill": True}
     for item in filter(None, context.argument.split(",")):
         name, _, value = item.partition("=")
-        if name == "step_granularity" and value.isdecimal() and int(value) >= 1:
+        if name == "step_granularity" and _is_count(value):
             step_granularity = int(value)
         elif name in switches and value in _SWITCHES:
             switches[name] = _SWITCHES[value]
@@ -156,7 +161,7 @@ def _make_exhaustive(context: PolicyContext) -> Policy:
     max_nodes = NUM_NODES
     if context.argument:
         name, _, value = context.argument.partition("=")
-        if name != "nodes" or not value.isdecimal() or int(value) < 1:
+        if name != "nodes" or not _is_count(value):
             raise ConfigError(f"policy 'exhaustive': cannot use option {context.argument!r}; write {_EXHAUSTIVE_USAGE}")
         max_nodes = int(value)
     return Exhaustive(max_nodes)

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tetriserve.core.errors import ProfileError
+from tetriserve.core.bounds import shown
+from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.files import read_text
 
 FORMAT = "tetriserve-profile/1"
+MIN_TIME_S, MAX_TIME_S = 1e-6, 1e4
+"""Of a stage, or a step: what is outside is a slip of the pen, and a simulation of it does not end."""
+MAX_VARIATION = 1000.0
+_MAX_BYTES = 2**24
 _MAX_COUNT = 2**31
 
 _Row = TypeVar("_Row", "DenoiseRow", "DecodeRow")
@@ -128,9 +133,9 @@ def load_profile(path: Path) -> Profile:
             not a positive number; the message names the file and the field.
     """
     try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise ProfileError(f"profile {path} cannot be read: {error.strerror}") from error
+        document = json.loads(read_text(path, "profile", _MAX_BYTES))
+    except ConfigError as error:
+        raise ProfileError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"profile {path} is not JSON: {error}") from error
     try:
@@ -194,21 +199,23 @@ def _pixels(shape: Shape) -> int:
 
 
 def _check_seconds(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise ProfileError(f"{name} is {value!r}; it must be a positive number of seconds")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TIME_S <= value <= MAX_TIME_S:
+        raise ProfileError(
+            f"{name} is {shown(value)}; it must be a number of seconds from {MIN_TIME_S:g} to {MAX_TIME_S:g}"
+        )
 
 
 def _check_variation(value: object, name: str) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise ProfileError(f"{name} is {value!r}; it must be null or a number that is not negative")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_VARIATION:
+        raise ProfileError(f"{name} is {shown(value)}; it must be null or a number from 0 to {MAX_VARIATION:g}")
 
 
 def _check_positive(where: str, row: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(row, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ProfileError(f"{where}.{name} is {value!r}; it must be a whole number of at least 1")
+            raise ProfileError(f"{where}.{name} is {shown(value)}; it must be a whole number of at least 1")
         if value > _MAX_COUNT:
-            raise ProfileError(f"{where}.{name} has {value.bit_length()} bits; it must be at most {_MAX_COUNT}")
+            raise ProfileError(f"{where}.{name} is {shown(value)}; it must be at most {_MAX_COUNT}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tetriserve.core.errors import ConfigError
+from tetriserve.core.bounds import check_seeds
 from tetriserve.report.command import command_of
 from tetriserve.report.page import reserve_page, write_page
 from tetriserve.report.printing import print_table
@@ -41,8 +41,7 @@ def compare_and_print(
     Raises:
         ConfigError: the scenario, a policy or a file cannot be used; said before anything runs.
     """
-    if num_seeds < 1:
-        raise ConfigError(f"seeds is {num_seeds}; it must be at least 1")
+    check_seeds(first_seed, num_seeds)
     setting = prepare(scenario)
     names = setting.policies(policies)
     seeds = range(first_seed, first_seed + (num_seeds if setting.varies_by_seed else 1))

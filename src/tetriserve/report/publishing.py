@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tetriserve.core.bounds import check_seeds
 from tetriserve.core.errors import ConfigError
 from tetriserve.report.exhibit import Exhibit
 from tetriserve.report.page import one_line_error, render_page, reserve_page, write_page
@@ -44,8 +45,7 @@ def publish_paper(
         ConfigError: an option cannot be used here, or the folder cannot be written.
     """
     _refuse_what_figures_set(scenario)
-    if num_seeds < 1:
-        raise ConfigError(f"seeds is {num_seeds}; it must be at least 1")
+    check_seeds(first_seed, num_seeds)
     setting = prepare(scenario)
     further = () if policies == ALL_POLICIES else setting.policies(policies)
     fixed = fixed_degrees_of(setting)

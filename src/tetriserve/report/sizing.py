@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from tetriserve.core.errors import ConfigError
+from tetriserve.core.bounds import check_seeds
 from tetriserve.report.comparing import describe_workload
 from tetriserve.report.printing import print_table
 from tetriserve.simulator.planner import PoolSize, Score, Sizing, find_smallest_pool
@@ -31,8 +31,7 @@ def plan_and_print(
     Raises:
         ConfigError: the scenario, a policy or the target cannot be used; said before anything runs.
     """
-    if num_seeds < 1:
-        raise ConfigError(f"seeds is {num_seeds}; it must be at least 1")
+    check_seeds(first_seed, num_seeds)
     with progress.status("starting", spinner="line") as status:
         sizing = find_smallest_pool(
             scenario,

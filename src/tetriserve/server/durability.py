@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from tetriserve.server.slot import EngineSlot
 
 _STATES = ("open", "finished", "failed")
-_KINDS = ("record", "file", "database")
+_KINDS = ("record", "file", "database", "commit")
 
 
 class JournalCollector(Collector):

@@ -23,6 +23,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tetriserve.core.bounds import MAX_RANKS, check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.simulator.comparison import Tally, half_width, sar_bound
 from tetriserve.simulator.run import simulate
@@ -113,8 +114,7 @@ def find_smallest_pool(
     """
     if not 0 < target <= 1:
         raise ConfigError(f"target is {target:g}; it must be above 0 and at most 1")
-    if max_ranks < 1:
-        raise ConfigError(f"max-ranks is {max_ranks}; it must be at least 1")
+    check_range("max-ranks", max_ranks, 1, MAX_RANKS)
     largest = prepare(replace(scenario, num_ranks=max_ranks))
     if largest.varies_by_seed and len(seeds) < 2:
         raise ConfigError(f"seeds is {len(seeds)}; a confidence interval needs at least 2")

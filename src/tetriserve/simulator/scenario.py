@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tetriserve.core.bounds import MAX_RANKS, MAX_STEPS, check_range
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.core.request import Request, Shape
@@ -143,12 +143,10 @@ def prepare(scenario: Scenario) -> Setting:
     """
     profile = open_profile(scenario.profile)
     num_ranks = profile.degrees[-1] if scenario.num_ranks is None else scenario.num_ranks
-    if num_ranks < 1:
-        raise ConfigError(f"ranks is {num_ranks}; it must be at least 1")
-    if not 0 <= scenario.noise < math.inf:
-        raise ConfigError(f"noise is {scenario.noise:g}; it must be a fraction of at least 0")
-    if not 0 <= scenario.late_share <= 1:
-        raise ConfigError(f"late_share is {scenario.late_share:g}; it must be between 0 and 1")
+    check_range("ranks", num_ranks, 1, MAX_RANKS)
+    check_range("steps", scenario.num_steps, 1, MAX_STEPS)
+    check_range("noise", scenario.noise, 0.0, 1.0)
+    check_range("late-share", scenario.late_share, 0, 1)
     degrees = tuple(degree for degree in profile.degrees if degree <= num_ranks)
     if not degrees:
         raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")

@@ -12,7 +12,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +40,9 @@ class TensorStore:
         """Keep a host copy of `tensors` under `key`; readers see the old whole or the new whole."""
         from safetensors.torch import save_file
 
-        path, temporary = self._path(key), self._path(f"{key}.{os.getpid()}.tmp")
-        try:
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # where there is no room, half a file takes what is left
-            raise
-        return TensorRef(key, path.stat().st_size)
+        with self._whole_file(key) as file:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+        return TensorRef(key, self._path(key).stat().st_size)
 
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -69,10 +65,13 @@ class TensorStore:
         return self._path(ref.key).read_bytes()
 
     def put(self, key: str, data: bytes) -> TensorRef:
-        """Take back under `key` what `read` gave, maybe from another store."""
-        path, temporary = self._path(key), self._path(f"{key}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        """Take back under `key` what `read` gave, maybe from another store.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        with self._whole_file(key) as file:
+            file.write_bytes(data)
         return TensorRef(key, len(data))
 
     def drop(self, ref: TensorRef) -> None:
@@ -82,6 +81,17 @@ class TensorStore:
         """Drop whatever any task of the request left, also what nobody refers to because its task failed."""
         for path in self._directory.glob(f"{request_id}.*"):
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _whole_file(self, key: str) -> Iterator[Path]:
+        """A file to write, which then is there under `key` as a whole, or not at all."""
+        temporary = self._path(f"{key}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, self._path(key))
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # where there is no room, half a file takes what is left
+            raise
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}.safetensors"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import count
 from typing import Protocol
 
+from tetriserve.core.bounds import check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.workload.randomness import RandomSource
+
+_RATES = (1e-3, 1e6)
+_SETTINGS = (1e-3, 1e6)
 
 
 class Arrivals(Protocol):
@@ -106,7 +109,7 @@ def parse_arrivals(spec: str, rate_per_min: float) -> Arrivals:
     Raises:
         ConfigError: an unknown process or setting, or a number that is not above 0.
     """
-    _check_positive("rate", rate_per_min)
+    check_range("rate", rate_per_min, *_RATES)
     name, _, settings = spec.partition(":")
     process = ARRIVALS.get(name)
     if process is None:
@@ -121,7 +124,7 @@ def parse_arrivals(spec: str, rate_per_min: float) -> Arrivals:
             values[key] = float(text)
         except ValueError:
             raise ConfigError(f"arrivals {spec!r}: {key} is {text!r}; it must be a number above 0") from None
-        _check_positive(f"arrivals {spec!r}: {key}", values[key])
+        check_range(f"arrivals {spec!r}: {key}", values[key], *_SETTINGS)
     return process(rate_per_min=rate_per_min, **values)
 
 
@@ -133,8 +136,3 @@ def _settings(name: str) -> dict[str, float]:
 def _usage(name: str) -> str:
     settings = ",".join(f"{key}={default:g}" for key, default in _settings(name).items())
     return f"{name}[:{settings}]" if settings else name
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} is {value:g}; it must be above 0")

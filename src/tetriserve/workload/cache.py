@@ -80,7 +80,7 @@ def parse_cache(spec: str) -> Cache | None:
     shares: dict[int, float] = {}
     for item in spec.split(","):
         skipped, _, share = (part.strip() for part in item.partition(":"))
-        if not (skipped.isdecimal() and share):
+        if not (skipped.isdecimal() and len(skipped) <= 2 and share):
             raise ConfigError(f"cache {spec!r}: cannot use {item!r}; write {USAGE}")
         if int(skipped) in shares:
             raise ConfigError(f"cache {spec!r} names {skipped} steps twice; give each one share")

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tetriserve.core.bounds import check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Shape
 from tetriserve.workload.randomness import RandomSource, draw
 
 USAGE = "uniform, skewed[:ALPHA], homogeneous:WxH, or weights such as 256x256:3,1024x1024:1"
+_WEIGHTS = (1e-100, 1e100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,7 @@ class Mix:
         if not self.shapes or len(self.shapes) != len(self.weights):
             raise ConfigError(f"a mix has {len(self.shapes)} shapes and {len(self.weights)} weights; it needs one each")
         for shape, weight in zip(self.shapes, self.weights, strict=True):
-            if not 0 < weight < math.inf:
-                raise ConfigError(f"the weight of {shape} is {weight:g}; it must be above 0")
+            check_range(f"the weight of {shape}", weight, *_WEIGHTS)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -67,8 +68,7 @@ def parse_mix(spec: str, shapes: Sequence[Shape]) -> Mix:
         return uniform(shapes)
     if name == "skewed":
         alpha = _number(spec, argument or "1")
-        if not -100 <= alpha <= 100:
-            raise ConfigError(f"mix {spec!r}: alpha is {alpha:g}; allowed: -100 to 100")
+        check_range(f"mix {spec!r}: alpha", alpha, -100.0, 100.0)
         return skewed(shapes, alpha)
     if name == "homogeneous":
         return homogeneous(_shape(spec, argument))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
+from tetriserve.core.bounds import SLO_SCALES, check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Shape
@@ -37,8 +37,7 @@ class TableRule:
     base_s: Mapping[Shape, float] = field(default_factory=lambda: BASE_DEADLINES_S)
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ConfigError(f"slo-scale is {self.scale:g}; it must be above 0")
+        check_range("slo-scale", self.scale, *SLO_SCALES)
 
     def slo_s(self, request: Request) -> float:
         """
@@ -72,8 +71,7 @@ class MultipleRule:
     cost: CostModel
 
     def __post_init__(self) -> None:
-        if not 0 < self.multiple < math.inf:
-            raise ConfigError(f"slo-multiple is {self.multiple:g}; it must be above 0")
+        check_range("slo-multiple", self.multiple, *SLO_SCALES)
 
     def slo_s(self, request: Request) -> float:
         times = self.cost.step_times(request)

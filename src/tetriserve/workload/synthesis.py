@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from tetriserve.core.errors import ConfigError
+from tetriserve.core.bounds import MAX_REQUESTS, MAX_STEPS, check_range
 from tetriserve.core.request import Request
 from tetriserve.workload.arrivals import Arrivals
 from tetriserve.workload.mixes import Mix
@@ -25,9 +25,8 @@ class Synthesis:
     num_steps: int
 
     def __post_init__(self) -> None:
-        for name, value in (("requests", self.num_requests), ("steps", self.num_steps)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        check_range("requests", self.num_requests, 1, MAX_REQUESTS)
+        check_range("steps", self.num_steps, 1, MAX_STEPS)
 
     def requests(self, random: RandomSource) -> Iterator[Request]:
         """The requests in order of arrival, one at a time: a long workload need not fit in memory."""

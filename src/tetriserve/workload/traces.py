@@ -14,14 +14,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, shown
 from tetriserve.core.errors import ConfigError
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import MAX_SIDE, Request, Shape
+from tetriserve.files import read_text
 from tetriserve.workload.slo import DeadlineRule
 
 _NEEDED = ("arrival_s", "height", "width")
 _OPTIONAL = ("frames", "num_steps", "slo_ms", "seed", "priority", "request_id", "prompt")
 _WRITTEN = ("request_id", "arrival_s", "height", "width", "frames", "num_steps", "slo_ms", "seed", "priority")
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
+
+_MAX_BYTES = 2**28
+_MAX_TIME_S = 1e8
+_MAX_FRAMES = 100_000
+_MAX_PRIORITY = 1_000_000
 
 Row = Mapping[str, object]
 
@@ -36,12 +43,7 @@ def load_trace(path: Path, *, default_steps: int, deadlines: DeadlineRule) -> li
     Raises:
         ConfigError: unreadable, neither .csv nor .jsonl, empty, or a malformed line; the message names its number.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"trace {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"trace {path} is not UTF-8 text: {error}") from error
+    text = read_text(path, "trace", _MAX_BYTES)
     if path.suffix in _LINES_SUFFIXES:
         rows = _read_lines(path, text)
     elif path.suffix == ".csv":
@@ -51,6 +53,8 @@ def load_trace(path: Path, *, default_steps: int, deadlines: DeadlineRule) -> li
     requests: list[Request] = []
     numbers_of_ids: dict[str, int] = {}
     for number, row in rows:
+        if len(requests) == MAX_REQUESTS:
+            raise ConfigError(f"trace {path} has more than {MAX_REQUESTS} requests; split it")
         try:
             request = _request(row, f"r{len(requests)}", default_steps, deadlines)
             if request.request_id in numbers_of_ids:
@@ -135,40 +139,44 @@ def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineR
     unknown = sorted(row.keys() - {*_NEEDED, *_OPTIONAL})
     if unknown and not is_result:
         raise ValueError(f"unknown field {unknown[0]!r}; allowed: {', '.join((*_NEEDED, *_OPTIONAL))}")
-    arrival_s = _number(row, "arrival_s", at_least=0.0)
+    arrival_s = _number(row, "arrival_s", 0.0, _MAX_TIME_S)
     request = Request(
         request_id=str(row.get("request_id", default_id)),
         prompt=str(row.get("prompt", "")),
-        shape=Shape(_whole(row, "height", 1), _whole(row, "width", 1), _whole(row, "frames", 1, default=1)),
-        num_steps=_whole(row, "num_steps", 1) if "num_steps" in row else default_steps,
-        seed=_whole(row, "seed", 0, default=0),
+        shape=Shape(
+            _whole(row, "height", 1, MAX_SIDE),
+            _whole(row, "width", 1, MAX_SIDE),
+            _whole(row, "frames", 1, _MAX_FRAMES, default=1),
+        ),
+        num_steps=_whole(row, "num_steps", 1, MAX_STEPS) if "num_steps" in row else default_steps,
+        seed=_whole(row, "seed", 0, MAX_SEED, default=0),
         arrival_s=arrival_s,
         deadline_s=arrival_s,
-        priority=_whole(row, "priority", -1_000_000, default=0),
+        priority=_whole(row, "priority", -_MAX_PRIORITY, _MAX_PRIORITY, default=0),
     )
     if is_result:
-        return replace(request, deadline_s=_number(row, "deadline_s", at_least=arrival_s))
-    slo_s = _number(row, "slo_ms", at_least=0.0) / 1000 if "slo_ms" in row else deadlines.slo_s(request)
+        return replace(request, deadline_s=_number(row, "deadline_s", arrival_s, 2 * _MAX_TIME_S))
+    slo_s = _number(row, "slo_ms", 0.0, _MAX_TIME_S * 1000) / 1000 if "slo_ms" in row else deadlines.slo_s(request)
     return replace(request, deadline_s=arrival_s + slo_s)
 
 
-def _number(row: Row, name: str, *, at_least: float) -> float:
+def _number(row: Row, name: str, least: float, most: float) -> float:
     value = row[name]
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (ValueError, OverflowError):
         number = math.nan
-    if not at_least <= number < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a number of at least {at_least:g}")
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {shown(value)}; it must be a number from {least:g} to {most:g}")
     return number
 
 
-def _whole(row: Row, name: str, at_least: int, default: int | None = None) -> int:
+def _whole(row: Row, name: str, least: int, most: int, default: int | None = None) -> int:
     value = row[name] if default is None else row.get(name, default)
     try:
         whole = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
     except ValueError:
         whole = None
-    if whole is None or whole < at_least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {at_least}")
+    if whole is None or not least <= whole <= most:
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
     return whole

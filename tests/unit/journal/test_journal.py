@@ -292,7 +292,7 @@ def test_a_failed_commit_keeps_nothing_and_says_so(
 
     with monkeypatch.context() as patch:
         patch.setattr(journal._database, "apply", full)
-        with pytest.raises(JournalError, match="the journal cannot be written: database or disk is full"):
+        with pytest.raises(JournalError, match="the journal cannot be used: database or disk is full"):
             wait(journal.accept(make_entry()))
     assert journal.num_errors == 1
     wait(journal.accept(make_entry(make_request("b"))))
@@ -313,7 +313,7 @@ def test_a_full_disk_at_the_start_is_no_damage(
 
     with monkeypatch.context() as patch:
         patch.setattr(Database, "read_into", full)
-        with pytest.raises(ConfigError, match="cannot be written: database or disk is full"):
+        with pytest.raises(ConfigError, match="cannot be opened: database or disk is full"):
             Journal(tmp_path / "j", MODEL)
     assert len(reopen().take_loaded()) == 1
 

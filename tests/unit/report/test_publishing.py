@@ -140,7 +140,7 @@ def test_a_search_is_timed_beside_the_papers_seconds(paper: Path) -> None:
         (["--mix", "skewed"], "mix is skewed beside paper, whose figures set it; leave out --mix or --paper"),
         (["--out", "o.jsonl"], "out is o.jsonl beside paper, which writes files of its own; leave one out"),
         (["--report", "r.html"], "report is r.html beside paper, which writes files of its own; leave one out"),
-        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--seeds", "0"], "seeds is 0; allowed: 1 to 10000"),
         (["--policies", "guesswork"], "unknown policy 'guesswork'; choose one of: "),
     ],
 )

@@ -70,10 +70,10 @@ def test_settings_are_read_from_the_name() -> None:
         ("gamma:cw=2", 12, "arrivals 'gamma:cw=2': cannot use 'cw=2'; write gamma[:cv=3]"),
         ("poisson:cv=2", 12, "arrivals 'poisson:cv=2': cannot use 'cv=2'; write poisson"),
         ("gamma:cv=x", 12, "arrivals 'gamma:cv=x': cv is 'x'; it must be a number above 0"),
-        ("step:at_s=-1", 12, "arrivals 'step:at_s=-1': at_s is -1; it must be above 0"),
-        ("poisson", -3, "rate is -3; it must be above 0"),
-        ("poisson", 0, "rate is 0; it must be above 0"),
-        ("poisson", float("nan"), "rate is nan; it must be above 0"),
+        ("step:at_s=-1", 12, "arrivals 'step:at_s=-1': at_s is -1; allowed: 0.001 to 1e+06"),
+        ("poisson", -3, "rate is -3; allowed: 0.001 to 1e+06"),
+        ("poisson", 0, "rate is 0; allowed: 0.001 to 1e+06"),
+        ("poisson", float("nan"), "rate is nan; allowed: 0.001 to 1e+06"),
     ],
 )
 def test_what_cannot_be_is_named(spec: str, rate: float, message: str) -> None:

@@ -40,7 +40,7 @@ def test_a_multiple_of_the_time_alone_at_degree_1() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_factor_that_cannot_be_is_named(value: float) -> None:
-    with pytest.raises(ConfigError, match="slo-scale is .*; it must be above 0"):
+    with pytest.raises(ConfigError, match="slo-scale is .*; allowed: 0.001 to"):
         TableRule(value)
-    with pytest.raises(ConfigError, match="slo-multiple is .*; it must be above 0"):
+    with pytest.raises(ConfigError, match="slo-multiple is .*; allowed: 0.001 to"):
         MultipleRule(value, ProfileCost(open_profile("flux.1-dev-8xh100")))

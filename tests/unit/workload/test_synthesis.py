@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 
+from tetriserve.core.bounds import MAX_REQUESTS
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Shape
 from tetriserve.workload.arrivals import Constant, Poisson
 from tetriserve.workload.mixes import homogeneous, uniform
+from tetriserve.workload.randomness import RandomSource
 from tetriserve.workload.slo import TableRule
 from tetriserve.workload.synthesis import Synthesis
 
@@ -43,8 +46,13 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_a_long_workload_is_made_one_request_at_a_time() -> None:
+    class Five:
+        def times(self, random: RandomSource) -> Iterator[float]:
+            yield from (0.0, 1.0, 2.0, 3.0, 4.0)
+            raise AssertionError("a sixth was made")
+
     synthesis = Synthesis(
-        arrivals=Poisson(rate_per_min=24), mix=uniform(SHAPES), deadlines=TableRule(), num_requests=10**12, num_steps=1
+        arrivals=Five(), mix=uniform(SHAPES), deadlines=TableRule(), num_requests=MAX_REQUESTS, num_steps=1
     )
     assert len(list(islice(synthesis.requests(random.Random(3)), 5))) == 5
 
@@ -52,8 +60,8 @@ def test_a_long_workload_is_made_one_request_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"num_requests": 0, "num_steps": 28}, "requests is 0; it must be at least 1"),
-        ({"num_requests": 300, "num_steps": -1}, "steps is -1; it must be at least 1"),
+        ({"num_requests": 0, "num_steps": 28}, "requests is 0; allowed: 1 to 1000000"),
+        ({"num_requests": 300, "num_steps": -1}, "steps is -1; allowed: 1 to 1000"),
     ],
 )
 def test_numbers_below_one_are_refused(numbers: dict[str, int], message: str) -> None:
