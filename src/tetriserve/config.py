@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -98,7 +99,7 @@ class SchedulingConfig:
     max_losses: int = 5
 
     def __post_init__(self) -> None:
-        if not self.default_slo_scale > 0:
+        if not 0 < self.default_slo_scale < math.inf:
             raise ConfigError(f"default_slo_scale is {self.default_slo_scale}; it must be above 0")
         if self.max_queue < 1:
             raise ConfigError(f"max_queue is {self.max_queue}; it must be at least 1")
