@@ -86,6 +86,7 @@ def test_a_mistake_is_one_line_on_stderr_and_a_failing_exit_code(
         (["--max-queue", "0"], "max_queue is 0; it must be at least 1"),
         (["--max-losses", "-1"], "max_losses is -1; it must be at least 0"),
         (["--default-slo-scale", "-1"], "default_slo_scale is -1.0; it must be above 0"),
+        (["--remeasure", "--profile", "p.json"], "remeasure is set beside profile p.json, which would not be used"),
         (["--heartbeat-timeout", "0"], "heartbeat_timeout_s is 0.0; it must be above 0"),
         (["--shutdown-timeout", "-1"], "shutdown_timeout is -1.0; it must not be negative"),
     ],

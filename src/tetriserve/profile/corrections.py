@@ -69,7 +69,7 @@ def make_room(remembered: dict[Any, Any]) -> None:
 
 def _moved(before: float, ratio: float) -> float:
     low, high = RANGE
-    ratio = min(max(ratio, low), high, _MAX_SURPRISE * before)
+    ratio = min(high, _MAX_SURPRISE * before, max(low, ratio))  # in this order NaN counts as `low`
     return before + _LEARNING_RATE * (ratio - before)
 
 
