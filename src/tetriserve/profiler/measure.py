@@ -38,7 +38,7 @@ _NUM_STEPS = 1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE
 _NUM_MOVES = 8
 _SLOW_STEP_S = 2.0
 _MAX_REPEATS = 2
-"""How often a shape is measured again because other work disturbed it."""
+"""How often shapes are measured again because other work disturbed them."""
 
 
 async def measure(
@@ -55,9 +55,8 @@ async def measure(
     Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
     changes nothing, on a CPU the ranks share cores, caches and memory.
 
-    Shapes that other work on the machine disturbed are measured again, up to `_MAX_REPEATS` times, and the best counts;
-    the profile's `doubt` names what was disturbed to the end. Work that only slows memory or a GPU down, steadily, is
-    not noticed.
+    Shapes that other work on the machine disturbed are measured again, the smallest first, and the best counts; what
+    still is in doubt then, the profile says. Work that only slows memory or a GPU down, steadily, is not noticed.
 
     Args:
         share: of a processor that each worker thread gets on the quiet machine; None finds out.
@@ -65,21 +64,8 @@ async def measure(
     Raises:
         TetriServeError: a worker failed or was lost while measuring.
     """
-    bench = _Bench(executor)
-    share = fair_share(pool) if share is None else share
-    count = _Count(on_progress)
-    best: dict[Shape, _ShapeTimes] = {}
-    waiting, doubt = list(shapes), ""
-    for _ in range(1 + _MAX_REPEATS):
-        count.num_total += sum(len(card.valid_degrees(shape, pool.degrees)) + 1 for shape in waiting)
-        for shape in waiting:
-            times = await _time_shape(bench, card, shape, pool, share, count)
-            best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
-        waiting = [shape for shape in shapes if best[shape].doubt]
-        if not waiting:
-            break
-        doubt = best[waiting[0]].doubt + (f", and {len(waiting) - 1} more sizes" if len(waiting) > 1 else "")
-        logger.info("the machine was busy while measuring (%s)", doubt)
+    bench, count = _Bench(executor), _Count(on_progress)
+    best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
     count.end()
     return Profile(
@@ -94,7 +80,7 @@ async def measure(
         move_s=move_s,
         denoise=tuple(row for shape in shapes for row in best[shape].denoise),
         decode=tuple(best[shape].decode for shape in shapes),
-        doubt=doubt if waiting else "",
+        doubt=doubt,
     )
 
 
@@ -116,11 +102,14 @@ class _ShapeTimes:
 
 @dataclass
 class _Count:
-    """Counts measurements. `num_total` grows when some are repeated."""
+    """Counts measurements. There are more of them when some are repeated."""
 
     on_progress: OnProgress
     num_total: int = 0
     num_done: int = 0
+
+    def expect(self, num_more: int) -> None:
+        self.num_total = self.num_done + num_more
 
     def next(self, text: str) -> None:
         self.on_progress(self.num_done, self.num_total, text)
@@ -136,6 +125,27 @@ def hardware_name(pool: PoolConfig) -> str:
         return f"{pool.num_ranks} x {next(iter(gpu_names()), 'unknown GPU')}"
     threads = f" of {pool.num_threads} threads" if pool.num_threads > 1 else ""
     return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks{threads}"
+
+
+async def _time_shapes(
+    bench: _Bench, card: ModelCard, shapes: Sequence[Shape], pool: PoolConfig, share: float, count: _Count
+) -> tuple[dict[Shape, _ShapeTimes], str]:
+    """The best times of each shape, and what speaks against them; empty if nothing does."""
+    best: dict[Shape, _ShapeTimes] = {}
+    waiting = list(shapes)
+    for number in range(1 + _MAX_REPEATS):
+        count.expect(sum(len(card.valid_degrees(shape, pool.degrees)) + 1 for shape in waiting))
+        for shape in waiting:
+            times = await _time_shape(bench, card, shape, pool, share, count)
+            best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
+            if number > 0 and times.doubt:
+                break  # still busy: larger shapes would take longer to say the same
+        waiting = sorted((shape for shape in shapes if best[shape].doubt), key=lambda shape: shape.num_pixels)
+        if not waiting:
+            return best, ""
+        doubt = best[waiting[0]].doubt + (f", and {len(waiting) - 1} more sizes" if len(waiting) > 1 else "")
+        logger.info("the machine was busy while measuring (%s)", doubt)
+    return best, doubt
 
 
 async def _time_shape(
