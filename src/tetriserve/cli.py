@@ -48,6 +48,7 @@ def serve(
     host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,
     profile: options.Profile = None,
+    remeasure: options.Remeasure = False,
     served_model_name: options.ServedModelNames = None,
     max_sequence_length: options.MaxSequenceLength = None,
     default_slo_scale: Annotated[
@@ -90,6 +91,7 @@ def serve(
         engine_config = EngineConfig(
             model=model,
             profile=profile,
+            remeasure=remeasure,
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
             pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),

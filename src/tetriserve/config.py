@@ -184,7 +184,9 @@ class JournalConfig:
 class EngineConfig:
     """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
 
-    profile: path of a profile file; None finds, or measures, one for this model and machine.
+    profile: path of a profile file, which every start takes as it is written; None finds, or measures, one for this
+        model and machine, and takes up what the last engine learnt about it.
+    remeasure: measure one whatever is found.
     served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
     journal: None keeps nothing.
@@ -192,6 +194,7 @@ class EngineConfig:
 
     model: str | None = None
     profile: str | None = None
+    remeasure: bool = False
     served_model_names: tuple[str, ...] = ()
     max_sequence_length: int | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -199,6 +202,8 @@ class EngineConfig:
     journal: JournalConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.remeasure and self.profile is not None:
+            raise ConfigError(f"remeasure is set beside profile {self.profile}, which would not be used; leave one out")
         for name in self.served_model_names:
             if not is_model_name(name):
                 raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")

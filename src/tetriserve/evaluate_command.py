@@ -35,6 +35,7 @@ def evaluate(
     degrees: options.Degrees = "",
     device: options.Device = "cpu",
     profile: options.Profile = None,
+    remeasure: options.Remeasure = False,
     threads: options.Threads = 1,
     start_timeout: options.StartTimeout = 300.0,
     policies: Annotated[
@@ -79,6 +80,7 @@ def evaluate(
             policy: EngineConfig(
                 model=model,
                 profile=profile,
+                remeasure=remeasure,
                 pool=pool,
                 scheduling=SchedulingConfig(policy=policy, max_queue=4 * pool.num_ranks),
             )

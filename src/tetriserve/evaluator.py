@@ -16,6 +16,7 @@ from tetriserve.engine.live import LiveEngine
 from tetriserve.evaluation.prompts import Prompt, unseen_prompts
 from tetriserve.evaluation.trials import Share, Trial, psnr, shares, try_prompt
 from tetriserve.launch import Progress, launch
+from tetriserve.profile.table import Profile
 
 _NUM_FIRST_TRIALS = 12
 
@@ -65,8 +66,10 @@ async def evaluate_all(
     """
     rows: list[Row] = []
     references: dict[tuple[object, ...], list[Trial]] = {}
+    profile: Profile | None = None
     for policy, config in configs.items():
-        engine = await launch(config, Progress())
+        engine = await launch(config, Progress(), profile=profile)
+        profile = engine.intake.cost.profile  # measured once for all of them
         try:
             for setting in (setting for setting in settings if setting.policy == policy):
                 prompts = unseen_prompts(setting.num_objects, num_prompts, seed)

@@ -19,13 +19,16 @@ from tetriserve.core.request import Shape
 from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.live import LiveEngine
-from tetriserve.engine.observers import Observer
+from tetriserve.engine.observers import Observation, Observer, Stopped
 from tetriserve.executor.local import LocalExecutor
+from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import MAX_TEXT_TOKENS, ModelCard, read_card
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
+from tetriserve.profile.corrections import Corrections
 from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.measure import gpu_names, hardware_name, measure
 from tetriserve.simulator.foresight import SimulatedForesight
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 BUNDLED_PROFILES = Path(__file__).parent / "profile" / "data"
+_BUSY = "the machine was busy while the profile was measured: its times, and default deadlines, may be too long"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,13 @@ class Progress:
     measured: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
-async def launch(config: EngineConfig, progress: Progress, *, observer: Observer | None = None) -> LiveEngine:
+async def launch(
+    config: EngineConfig, progress: Progress, *, observer: Observer | None = None, profile: Profile | None = None
+) -> LiveEngine:
     """A started engine. Whatever can be checked before workers start is checked before.
+
+    Args:
+        profile: one that an earlier engine of the same model and pool was launched with; None finds or measures one.
 
     Raises:
         ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
@@ -59,21 +68,26 @@ async def launch(config: EngineConfig, progress: Progress, *, observer: Observer
         name, *aliases = config.served_model_names
         card = replace(card, name=name, aliases=tuple(aliases))
     pool = with_usable_degrees(card, pool)
-    profile = find_profile(replace(config, pool=pool), card)
+    profile = profile or find_profile(replace(config, pool=pool), card)
 
-    def plan_with(profile: Profile) -> tuple[Callable[[], Policy], ProfileCost]:
-        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
+    def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
+        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees), corrections)
         new_policy = partial(make_policy, spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes)
         new_policy()  # what is wrong with it shows now
         return new_policy, cost
 
-    planned = None if profile is None else plan_with(profile)
+    is_named = config.profile is not None  # then it is taken as it is written
+    planned = None
+    if profile is not None:
+        planned = plan_with(profile, Corrections() if is_named else find_corrections(profile, card, pool))
     journal = _open_journal(config, card)
     try:
         executor = LocalExecutor(card, pool)
         await executor.start(progress.step)
         try:
-            new_policy, cost = planned or plan_with(await _measure(executor, card, pool, progress))
+            new_policy, cost = planned or plan_with(
+                await measure_and_keep(executor, card, pool, progress), Corrections()
+            )
         except BaseException:
             await executor.stop()
             raise
@@ -92,6 +106,8 @@ async def launch(config: EngineConfig, progress: Progress, *, observer: Observer
         policy_name=spec,
         observer=observer,
     )
+    if not is_named:
+        keep_corrections(engine, card, pool)
     engine.start()
     if config.journal is not None and journal is not None:
         engine.durable = DurableWork(engine, executor, journal, result_ttl_s=config.journal.result_ttl_s)
@@ -130,12 +146,19 @@ def find_model(model: str | None, max_sequence_length: int | None = None) -> Mod
 def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
     """The profile to plan with: the one named, else one for this model and hardware, else None: measure.
 
+    One in doubt is taken only if it is named.
+
     Raises:
         ProfileError: the named profile is unreadable, for another model, or lacks a degree.
     """
     if config.profile is not None:
-        return check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
-    for path in (*sorted(BUNDLED_PROFILES.glob("*.json")), cached_profile_path(card, config.pool)):
+        profile = check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
+        if profile.doubt:
+            logger.warning("the times of profile %s may be too long: %s", config.profile, profile.doubt)
+        return profile
+    if config.remeasure:
+        return None
+    for path in (cached_profile_path(card, config.pool), *sorted(BUNDLED_PROFILES.glob("*.json"))):
         if not path.exists():
             continue
         try:
@@ -147,6 +170,9 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         if known == (hardware_name(config.pool), card.fingerprint, card.dtype) and set(profile.shapes) >= set(
             card.sizes
         ):  # sizes may have been added since
+            if profile.doubt:
+                logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
+                continue
             logger.info("using the profile %s", path)
             return profile
     return None
@@ -174,6 +200,36 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
     return profile
 
 
+def find_corrections(profile: Profile, card: ModelCard, pool: PoolConfig) -> Corrections:
+    """What an earlier engine learnt about `profile` on this hardware; none if it cannot be read."""
+    path = corrections_path(card, pool)
+    try:
+        corrections = load_corrections(path, profile, hardware_name(pool))
+    except ProfileError as error:
+        logger.warning("the profile is corrected anew: %s", error)
+        return Corrections()
+    if corrections != Corrections():
+        logger.info("correcting the profile by what was observed until the last stop (%s)", path)
+    return corrections
+
+
+def keep_corrections(engine: LiveEngine, card: ModelCard, pool: PoolConfig) -> None:
+    """Save what `engine` has learnt when it stops, unless it failed."""
+
+    def on_observation(observation: Observation) -> None:
+        if not isinstance(observation, Stopped) or engine.failure is not None:
+            return
+        cost = engine.controller.cost
+        if not isinstance(cost, ProfileCost) or cost.corrections == Corrections():
+            return
+        try:
+            save_corrections(cost.corrections, corrections_path(card, pool), cost.profile, hardware_name(pool))
+        except ProfileError as error:
+            logger.warning("the next start corrects the profile anew: %s", error)
+
+    engine.subscribe(on_observation)
+
+
 async def measure_profile(
     model: str | None,
     pool: PoolConfig,
@@ -192,9 +248,12 @@ async def measure_profile(
     executor = LocalExecutor(card, pool)
     await executor.start(progress.step)
     try:
-        return card, await measure(executor, card, pool, shapes or card.sizes, progress.measured)
+        profile = await measure(executor, card, pool, shapes or card.sizes, progress.measured)
     finally:
         await executor.stop()
+    if profile.doubt:
+        logger.warning("%s (%s); measure again when it is quiet", _BUSY, profile.doubt)
+    return card, profile
 
 
 def num_gpus() -> int:
@@ -214,9 +273,17 @@ def cached_profile_path(card: ModelCard, pool: PoolConfig) -> Path:
     return cache_directory() / "profiles" / f"{name}.json"
 
 
-async def _measure(executor: LocalExecutor, card: ModelCard, pool: PoolConfig, progress: Progress) -> Profile:
+def corrections_path(card: ModelCard, pool: PoolConfig) -> Path:
+    """Beside the cached profile, whichever profile they correct."""
+    return cached_profile_path(card, pool).with_suffix(".corrections.json")
+
+
+async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig, progress: Progress) -> Profile:
+    """A profile of the model's own sizes, kept for later starts."""
     progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
     profile = await measure(executor, card, pool, card.sizes, progress.measured)
+    if profile.doubt:
+        logger.warning("%s (%s); the next start measures again, unless --profile names one", _BUSY, profile.doubt)
     path = cached_profile_path(card, pool)
     try:
         save_profile(profile, path)

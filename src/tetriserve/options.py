@@ -150,6 +150,10 @@ Device = Annotated[str, option("device", "cpu or cuda.")]
 Profile = Annotated[
     str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
 ]
+Remeasure = Annotated[
+    bool,
+    typer.Option("--remeasure", envvar=ENV + "REMEASURE", help="Measure a profile, whether or not one is kept."),
+]
 ServedModelNames = Annotated[
     list[str] | None,
     option("served-model-name", "What clients may call the model (repeatable; answers name the first). Default: the "

@@ -104,6 +104,7 @@ def test_a_mistake_is_one_line_on_stderr_and_a_failing_exit_code(
         (["--default-slo-scale", "-1"], "default-slo-scale is -1; allowed: 0.001 to 1e+06"),
         (["--heartbeat-timeout", "0"], "heartbeat-timeout is 0; allowed: 0.001 to 604800"),
         (["--shutdown-timeout", "-1"], "shutdown-timeout is -1; allowed: 0 to 604800"),
+        (["--remeasure", "--profile", "p.json"], "remeasure is set beside profile p.json, which would not be used"),
     ],
 )
 def test_a_server_that_cannot_be_is_one_line(arguments: list[str], message: str) -> None:

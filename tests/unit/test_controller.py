@@ -102,10 +102,10 @@ class Bench:
         assert isinstance(last, StartTask)
         return last
 
-    def encoded(self) -> TensorRef:
+    def encoded(self, elapsed_s: float = 0.02) -> TensorRef:
         """Carry `a` past encode."""
         start, ref = self.start(Task("a", Stage.ENCODE, (0,))), TensorRef("a.embeds", 10)
-        assert self.send(TaskFinished(start.task_id, 0.02, ref)) == []
+        assert self.send(TaskFinished(start.task_id, elapsed_s, ref)) == []
         return ref
 
     def denoised(self, num_steps: int, *ranks: int) -> TensorRef:
@@ -202,6 +202,20 @@ def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     cost = bench.policy.seen[-1][0].cost
     assert cost.step_times(bench.request)[1] == pytest.approx(0.1 * 1.2)
     assert COST.step_times(bench.request)[1] == 0.1
+
+
+def test_finished_encodes_and_decodes_correct_it_too() -> None:
+    bench = Bench()
+    bench.encoded(elapsed_s=0.04)
+    for _ in range(4):
+        start = bench.start(Task("a", Stage.DENOISE, (0,), 1))
+        bench.send(TaskFinished(start.task_id, 0.1, TensorRef("l", 1)))
+    start = bench.start(Task("a", Stage.DECODE, (0,)))
+    bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
+    cost = bench.controller.cost
+    assert cost.encode_s(bench.request) == pytest.approx(0.02 * 1.2)
+    assert cost.decode_s(bench.request) == pytest.approx(0.2 * 0.9)
+    assert cost.step_times(bench.request)[1] == 0.1
 
 
 def assert_closed(commands: list[Command], stages: list[Stage]) -> None:

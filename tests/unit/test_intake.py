@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from tetriserve.core.errors import InvalidRequest
+from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
@@ -32,7 +34,12 @@ INTAKE = Intake(card=CARD, cost=ProfileCost(PROFILE), default_slo_scale=3.0, max
 
 
 def take(intake: Intake = INTAKE, **options: Any) -> Request:
-    return intake.request(Generation(**{"prompt": "a cat", **options}), request_id="id", seed=77, now=1000.0)
+    return take_at(intake.cost, intake, **options)
+
+
+def take_at(cost: CostModel, intake: Intake = INTAKE, **options: Any) -> Request:
+    generation = Generation(**{"prompt": "a cat", **options})
+    return intake.request(generation, request_id="id", seed=77, now=1000.0, cost=cost)
 
 
 def test_a_prompt_alone_gets_the_models_defaults() -> None:
@@ -49,6 +56,19 @@ def test_the_default_deadline_is_a_multiple_of_the_time_alone_at_degree_1() -> N
     assert take(**small).deadline_s == pytest.approx(1000.0 + 3.0 * (2 * 0.5 + 2 * 2 * 0.1 + 0.2))
     twice = dataclasses.replace(INTAKE, default_slo_scale=1.5)
     assert take(twice, size="256x256", num_steps=1).deadline_s == pytest.approx(1000.0 + 1.5 * 0.8)
+
+
+def test_the_default_deadline_follows_what_was_observed_of_encode_steps_and_decode_at_every_request() -> None:
+    asked = take()
+    encode, step, decode = (
+        Task("id", stage, (0,), num_steps)
+        for stage, num_steps in ((Stage.ENCODE, 0), (Stage.DENOISE, 1), (Stage.DECODE, 0))
+    )
+    cost = INTAKE.cost
+    for _ in range(100):  # the profile was measured under load: all is four times as quick
+        cost = cost.observed(encode, asked, 0.125).observed(step, asked, 0.1).observed(decode, asked, 0.2)
+    assert take_at(cost).deadline_s == pytest.approx(1000.0 + 3.0 * (0.5 + 20 * 0.4 + 0.8) / 4)
+    assert take_at(cost, slo_s=7.0).deadline_s == 1007.0
 
 
 def test_a_default_deadline_is_never_one_that_a_client_could_not_have_asked_for() -> None:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.unit.measured_executor import MeasuredExecutor, quiet_s
 from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.control.controller import Controller
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.engine import LiveEngine
+from tetriserve.engine.intake import Generation, Intake
 from tetriserve.launch import (
     Progress,
     cached_profile_path,
     check_profile,
+    corrections_path,
+    find_corrections,
     find_model,
     find_profile,
+    keep_corrections,
+    measure_and_keep,
     measure_profile,
     with_usable_degrees,
 )
 from tetriserve.models.card import ModelCard
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, save_profile
+from tetriserve.policies.registry import make_policy
+from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, load_profile, save_profile
+from tetriserve.profile.corrections import Corrections
 from tetriserve.profiler import hardware_name
+from tetriserve.simulator.foresight import SimulatedForesight
 
 CARD = ModelCard(
     name="tiny", path=Path("/models/tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
@@ -119,6 +131,106 @@ def test_another_text_length_is_another_profile(bundled: ModelCard) -> None:
     for length in (0, 513):
         with pytest.raises(ConfigError, match=f"max-sequence-length is {length}; allowed: 1 to 512"):
             find_model(None, length)
+
+
+def test_a_kept_profile_in_doubt_is_measured_again_and_a_named_one_is_taken_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = EngineConfig(pool=PoolConfig(num_ranks=2))
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool), doubt="256x256: busy")
+    path = cached_profile_path(CARD, config.pool)
+    save_profile(kept, path)
+    assert find_profile(config, CARD) is None
+    assert find_profile(dataclasses.replace(config, profile=str(path)), CARD) == kept
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == f"the times of profile {path} may be too long: 256x256: busy"
+
+
+def test_a_profile_can_be_measured_anew_and_then_goes_before_a_bundled_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tetriserve.launch.BUNDLED_PROFILES", tmp_path / "bundled")
+    config = EngineConfig(pool=PoolConfig(num_ranks=2))
+    bundled = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
+    save_profile(bundled, tmp_path / "bundled/p.json")
+    assert find_profile(config, CARD) == bundled
+    assert find_profile(dataclasses.replace(config, remeasure=True), CARD) is None
+    measured = dataclasses.replace(bundled, encode_s=0.7)
+    save_profile(measured, cached_profile_path(CARD, config.pool))
+    assert find_profile(config, CARD) == measured
+
+
+async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pool = PoolConfig(num_ranks=1)
+    busy = MeasuredExecutor(lambda shape, task, go: (9 * quiet_s(task), 0.01 * quiet_s(task)), num_ranks=1)
+    profile = await measure_and_keep(busy, CARD, pool, Progress())
+    assert load_profile(cached_profile_path(CARD, pool)) == profile
+    assert profile.doubt
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == (
+        "the machine was busy while the profile was measured: its times, and default deadlines, may be too long "
+        f"({profile.doubt}); the next start measures again, unless --profile names one"
+    )
+    assert find_profile(EngineConfig(pool=pool), CARD) is None
+    caplog.clear()
+    quiet = MeasuredExecutor(lambda shape, task, go: (quiet_s(task), quiet_s(task)), num_ranks=1)
+    profile = await measure_and_keep(quiet, CARD, pool, Progress())
+    assert find_profile(EngineConfig(pool=pool), CARD) == profile
+    assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
+
+
+def launched(cost: ProfileCost, pool: PoolConfig) -> LiveEngine:
+    executor = MeasuredExecutor(lambda shape, task, go: (2 * quiet_s(task), None), num_ranks=1)
+    policy = make_policy("fcfs", cost, num_ranks=1, shapes=cost.profile.shapes)
+    engine = LiveEngine(
+        Controller(policy, cost),
+        executor,
+        Intake(card=CARD, cost=cost),
+        SimulatedForesight(lambda: policy),
+        max_queue=9,
+        policy_name="test",
+    )
+    keep_corrections(engine, CARD, pool)
+    engine.start()
+    return engine
+
+
+async def test_what_an_engine_learnt_is_kept_at_its_stop_and_taken_up_by_the_next_on_the_same_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pool = PoolConfig(num_ranks=1)
+    engine = launched(ProfileCost(PROFILE), pool)
+    await engine.generate(Generation(prompt="a lighthouse", num_steps=3))
+    learnt = engine.controller.cost
+    await engine.stop()
+    assert isinstance(learnt, ProfileCost)
+    assert learnt.corrections != Corrections()
+    assert find_corrections(PROFILE, CARD, pool) == learnt.corrections
+    assert find_corrections(dataclasses.replace(PROFILE, encode_s=0.6), CARD, pool) == Corrections()  # measured anew
+    assert find_corrections(PROFILE, CARD, PoolConfig(num_ranks=2)) == Corrections()
+    corrections_path(CARD, pool).write_text("{")
+    caplog.clear()
+    assert find_corrections(PROFILE, CARD, pool) == Corrections()
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "the profile is corrected anew: corrections " in warning.getMessage()
+    await launched(ProfileCost(PROFILE), pool).stop()  # learnt nothing: what is kept stays
+    assert corrections_path(CARD, pool).read_text() == "{"
+
+
+async def test_a_failed_engine_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pool = PoolConfig(num_ranks=1)
+    engine = launched(ProfileCost(PROFILE), pool)
+    await engine.generate(Generation(prompt="a lighthouse", num_steps=1))
+    engine.failure = "the scheduler failed"
+    await engine.stop()
+    assert not corrections_path(CARD, pool).exists()
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tetriserve.policies.registry import make_policy
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
 from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
+from tetriserve.workload.slo import MultipleRule
 
 if TYPE_CHECKING:
     from tetriserve.executor import OnEvent
@@ -107,6 +108,18 @@ async def test_an_image_that_cannot_be_read_fails_its_request_alone() -> None:
     assert len(executor.forgotten) == 3
     assert engine.failure is None
     assert engine.is_ready
+    await engine.stop()
+
+
+async def test_the_default_deadline_of_the_next_image_follows_what_the_last_one_took() -> None:
+    engine, outcomes = running(ObedientExecutor())
+    await engine.generate(Generation(prompt="a lighthouse"))
+    learnt = engine.controller.cost
+    await engine.generate(Generation(prompt="a lighthouse"))
+    first, second = (outcome.request for outcome in outcomes)
+    assert first.deadline_s - first.arrival_s == pytest.approx(MultipleRule(3.0, COST).slo_s(first))
+    assert second.deadline_s - second.arrival_s == pytest.approx(MultipleRule(3.0, learnt).slo_s(second))
+    assert MultipleRule(3.0, learnt).slo_s(second) != pytest.approx(MultipleRule(3.0, COST).slo_s(second))
     await engine.stop()
 
 

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetriserve.core.errors import ProfileError
+from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, load_profile, save_profile
-from tetriserve.profile.cost import MAX_SHAPES
+from tetriserve.profile.corrections import MAX_SHAPES, Corrections
 from tetriserve.profile.table import FORMAT
 
 
@@ -48,6 +50,13 @@ PROFILE = Profile(
     ),
 )
 DOCUMENT: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(PROFILE)}))
+
+
+ENCODE, DECODE = Task("r", Stage.ENCODE, (0,)), Task("r", Stage.DECODE, (0,))
+
+
+def step(degree: int, num_steps: int = 1) -> Task:
+    return Task("r", Stage.DENOISE, tuple(range(degree)), num_steps)
 
 
 def request(height: int, width: int, **rest: Any) -> Request:
@@ -295,20 +304,20 @@ def test_batched_rows_do_not_stand_in_for_single_requests() -> None:
 def test_an_observation_moves_the_estimate_a_fifth_of_the_way_and_leaves_the_original_unchanged() -> None:
     before, small = ProfileCost(PROFILE), request(256, 256)
     before.step_times(small)
-    once = before.observed(small, 1, 0.2)
-    twice = once.observed(small, 1, 0.2)
+    once = before.observed(step(1), small, 0.2)
+    twice = once.observed(step(1), small, 0.2)
     assert before.step_times(small)[1] == 0.1
     assert once.step_times(small)[1] == pytest.approx(0.1 * 1.2)
     assert twice.step_times(small)[1] == pytest.approx(0.1 * (1.2 + 0.2 * 0.8))
-    assert before.corrections == {}
+    assert before.corrections == Corrections()
 
 
 def test_a_degree_never_observed_shares_the_mean_correction_of_the_shape_and_other_shapes_none() -> None:
     small, large = request(256, 256), request(512, 512)
-    cost = ProfileCost(PROFILE).observed(small, 1, 0.2)
+    cost = ProfileCost(PROFILE).observed(step(1), small, 0.2)
     assert cost.step_times(small)[2] == pytest.approx(0.06 * 1.2)
     assert dict(cost.step_times(large)) == {1: 0.4, 2: 0.22}
-    cost = cost.observed(small, 2, 0.06)  # starts from the shared 1.2, not from 1
+    cost = cost.observed(step(2), small, 0.06)  # starts from the shared 1.2, not from 1
     assert cost.step_times(small)[2] == pytest.approx(0.06 * (1.2 - 0.2 * 0.2))
     # and degree 1, not observed this time, drifts a fiftieth of the way towards it
     assert cost.step_times(small)[1] == pytest.approx(0.1 * (1.2 + 0.02 * (1.16 - 1.2)))
@@ -318,10 +327,10 @@ def test_a_degree_that_seemed_slow_once_is_forgiven_in_time() -> None:
     small = request(256, 256)
     cost = ProfileCost(PROFILE)
     for _ in range(5):
-        cost = cost.observed(small, 2, 0.6)
+        cost = cost.observed(step(2), small, 0.6)
     assert cost.step_times(small)[2] > 0.12
     for _ in range(200):  # nobody runs it at degree 2 any more
-        cost = cost.observed(small, 1, 0.1)
+        cost = cost.observed(step(1), small, 0.1)
     assert cost.step_times(small)[2] == pytest.approx(0.06, rel=0.05)
 
 
@@ -329,15 +338,31 @@ def test_repeated_observations_converge_and_one_outlier_is_bounded() -> None:
     small = request(256, 256)
     cost = ProfileCost(PROFILE)
     for _ in range(40):
-        cost = cost.observed(small, 1, 0.03)
+        cost = cost.observed(step(1), small, 0.03)
     assert cost.step_times(small)[1] == pytest.approx(0.03, rel=1e-3)
-    assert ProfileCost(PROFILE).observed(small, 1, 1000.0).step_times(small)[1] == pytest.approx(0.1 * 1.2)
-    assert ProfileCost(PROFILE).observed(small, 1, 1e-9).step_times(small)[1] == pytest.approx(0.1 * 0.82)
+    assert ProfileCost(PROFILE).observed(step(1), small, 1000.0).step_times(small)[1] == pytest.approx(0.1 * 1.2)
+    assert ProfileCost(PROFILE).observed(step(1), small, 1e-9).step_times(small)[1] == pytest.approx(0.1 * 0.82)
+
+
+def test_encode_is_corrected_for_all_requests_and_decode_for_its_shape() -> None:
+    small, large = request(256, 256), request(512, 512)
+    guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
+    cost = ProfileCost(PROFILE).observed(ENCODE, guided, 0.08).observed(DECODE, small, 0.1)
+    assert [cost.encode_s(each) for each in (small, guided, large)] == pytest.approx([0.024, 0.048, 0.024])
+    assert [cost.decode_s(each) for each in (small, large)] == pytest.approx([0.2 * 0.9, 0.8])
+    assert cost.step_times(small) == ProfileCost(PROFILE).step_times(small)
+
+
+def test_a_decode_profiled_eight_times_too_long_is_right_after_twenty_pictures() -> None:
+    cost, large = ProfileCost(PROFILE), request(1024, 1024)
+    for _ in range(20):
+        cost = cost.observed(DECODE, large, 3.5 / 8)
+    assert cost.decode_s(large) == pytest.approx(3.5 / 8, rel=0.1)
 
 
 def test_an_observed_step_of_two_forwards_corrects_the_time_of_one() -> None:
     guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
-    cost = ProfileCost(PROFILE).observed(guided, 1, 0.4)
+    cost = ProfileCost(PROFILE).observed(step(1), guided, 0.4)
     assert cost.step_times(guided)[1] == pytest.approx(0.24)
     assert cost.step_times(request(256, 256))[1] == pytest.approx(0.12)
 
@@ -345,11 +370,12 @@ def test_an_observed_step_of_two_forwards_corrects_the_time_of_one() -> None:
 def test_thousands_of_sizes_leave_a_bounded_memory_and_the_ones_in_use_keep_their_corrections() -> None:
     cost, usual = ProfileCost(PROFILE), request(512, 512)
     for number in range(2000):
-        cost = cost.observed(usual, 1, 0.8)
+        cost = cost.observed(step(1), usual, 0.8)
         odd = request(256 + number % 700, 256 + number // 700)
         cost.step_times(odd)
         cost.decode_s(odd)
-        cost = cost.observed(odd, 2, 0.5)
-    assert len(cost.corrections) == len(cost._decode_memo) == MAX_SHAPES
+        cost = cost.observed(step(2), odd, 0.5)
+        cost = cost.observed(DECODE, odd, 0.5)
+    assert len(cost.corrections.steps) == len(cost.corrections.decode) == len(cost._decode_memo) == MAX_SHAPES
     assert len(cost._memo) <= MAX_SHAPES
     assert cost.step_times(usual)[1] == pytest.approx(0.8)

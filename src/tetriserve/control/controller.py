@@ -46,7 +46,7 @@ class PolicyError(TetriServeError):
 class Controller:
     """Drives requests through a pool of ranks as `policy` says; only lost tasks start again without being asked for.
 
-    `cost` is corrected by every denoise task that finishes. A request whose workers die or run out of memory more than
+    `cost` is corrected by every task that finishes. A request whose workers die or run out of memory more than
     `max_losses` times in a row is failed alone: it may be what kills them. `late_share` of the pool's rank time is owed
     to the request longest overdue, for as long as there is one.
     """
@@ -171,11 +171,9 @@ class Controller:
         flight, record = self._tracker.land(event.task_id)
         task, request = flight.task, record.request
         record.advance(Run(task, flight.start_s, now, event.text), event.result)
-        if task.stage is Stage.DENOISE:
-            step_s = event.elapsed_s / task.num_steps
-            # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.
-            if not math.isclose(step_s, self.cost.step_times(request)[task.degree]):
-                self.cost = self.cost.observed(request, task.degree, step_s)
+        # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.
+        if not math.isclose(event.elapsed_s, self.expected_s(task, request)):
+            self.cost = self.cost.observed(task, request, event.elapsed_s)
         if record.is_cancelled:
             return self._close(record)
         if task.stage is not Stage.DECODE:

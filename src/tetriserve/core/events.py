@@ -78,13 +78,16 @@ class Cancelled:
 class TaskFinished:
     """All ranks of the task are idle again; `result` names what it left in the store.
 
-    `elapsed_s` is the time the leader spent computing, transfers included. `text` comes with encoding.
+    `elapsed_s` is the time the leader spent computing, transfers included. `text` comes with encoding. `cpu_s` is how
+    much of `elapsed_s` a processor ran the leader's thread; None where that says nothing, because another device
+    computes or there are no real workers.
     """
 
     task_id: int
     elapsed_s: float
     result: TensorRef
     text: TextCount | None = None
+    cpu_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,12 +74,13 @@ class GroupWarm:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """`result` is None on ranks other than the leader. `text` comes with encoding."""
+    """`result` is None on ranks other than the leader. `text` comes with encoding. `cpu_s`: see `TaskFinished`."""
 
     task_id: int
     elapsed_s: float
     result: TensorRef | None
     text: TextCount | None = None
+    cpu_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

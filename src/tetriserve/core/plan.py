@@ -63,8 +63,8 @@ class CostModel(Protocol):
         """What a task costs on top of that on other ranks than the request's last: change of group, hand-over."""
         ...
 
-    def observed(self, request: Request, degree: int, step_s: float) -> CostModel:
-        """The same model corrected by one observed step time; `self` is unchanged."""
+    def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
+        """The same model corrected by what one task of `request` took; `self` is unchanged."""
         ...
 
 

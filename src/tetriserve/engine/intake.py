@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
-from tetriserve.core.plan import State
+from tetriserve.core.plan import CostModel, State
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.cost import ProfileCost
+from tetriserve.workload.slo import MultipleRule
 
 MAX_SEED = 2**63 - 1
 MAX_SLO_S = 24 * 3600.0
@@ -45,7 +46,10 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """The rules of admission for one served model."""
+    """The rules of admission for one served model.
+
+    cost: which shapes and degrees there are. Its times are those of the start: `request` takes the present ones.
+    """
 
     card: ModelCard
     cost: ProfileCost
@@ -53,10 +57,11 @@ class Intake:
     max_steps: int = 200
     max_prompt_chars: int = 8000
 
-    def request(self, generation: Generation, *, request_id: str, seed: int, now: float) -> Request:
+    def request(self, generation: Generation, *, request_id: str, seed: int, now: float, cost: CostModel) -> Request:
         """The request that `generation` stands for, arriving at `now`.
 
-        `request_id` and `seed` are used where the client named none.
+        `request_id` and `seed` are used where the client named none. `cost`, as corrected by now, gives the deadline
+        where the client named none: a profile may have been measured under another load.
 
         Raises:
             InvalidRequest: a value is out of range; `param` is the field's name in the HTTP body.
@@ -82,7 +87,9 @@ class Intake:
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
             max_sequence_length=self._text_length(generation.max_sequence_length, shape),
         )
-        slo_s = self._default_slo_s(request) if generation.slo_s is None else generation.slo_s
+        slo_s = generation.slo_s
+        if slo_s is None:
+            slo_s = min(MultipleRule(self.default_slo_scale, cost).slo_s(request), MAX_SLO_S)
         if not 0 < slo_s <= MAX_SLO_S:
             allowed = f"allowed: above 0, at most {MAX_SLO_S * 1000:g}"
             raise InvalidRequest(f"slo_ms is {slo_s * 1000:g}; {allowed}", "slo_ms")
@@ -156,15 +163,6 @@ class Intake:
             raise InvalidRequest("true_cfg_scale above 1 needs a negative_prompt", "true_cfg_scale")
         negative = self._short_enough("negative_prompt", negative)
         return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0)
-
-    def _default_slo_s(self, request: Request) -> float:
-        """`default_slo_scale` times what the request takes alone at degree 1, at most `MAX_SLO_S`."""
-        alone_s = (
-            self.cost.encode_s(request)
-            + request.num_steps * next(iter(self.cost.step_times(request).values()))
-            + self.cost.decode_s(request)
-        )
-        return min(self.default_slo_scale * alone_s, MAX_SLO_S)
 
 
 def check_ids(requests: Sequence[Request], state: State) -> None:

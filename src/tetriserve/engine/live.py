@@ -269,9 +269,11 @@ class LiveEngine:
 
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
-        now = self.now
+        now, cost = self.now, self.controller.cost
         return [
-            self.intake.request(generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now)
+            self.intake.request(
+                generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now, cost=cost
+            )
             for generation in generations
         ]
 

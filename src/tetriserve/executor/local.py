@@ -305,7 +305,7 @@ class LocalExecutor:
         assert done is not None and done.result is not None, "the leader leaves a result"
         if start.task.stage is Stage.DENOISE and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
-        self._on_event(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text))
+        self._on_event(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text, done.cpu_s))
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""

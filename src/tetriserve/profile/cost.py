@@ -6,36 +6,28 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from tetriserve.core.errors import ProfileError
+from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.profile.corrections import Corrections, make_room
 from tetriserve.profile.table import DenoiseRow, Profile
-
-_LEARNING_RATE = 0.2
-_CORRECTION_RANGE = (0.1, 10.0)
-_MAX_SURPRISE = 2.0
-"""One observation counts as at most this many times what was expected: a hiccup must not condemn a degree."""
-_DRIFT_RATE = 0.02
-"""How fast a degree that is not observed any more follows the shape's others: else it would never be tried again."""
-MAX_SHAPES = 256
-"""Shapes and corrections that are remembered: clients choose sizes, and a server runs for months."""
 
 
 @dataclass(frozen=True)
 class ProfileCost:
     """The `CostModel` of a profile, corrected online.
 
-    `corrections` holds, per (shape, degree), the moving average of observed over profiled step time. A degree never
-    observed for a shape shares the mean correction of the shape's observed degrees: what slows a shape down (a hot
-    machine, contended cores) mostly slows it at every degree. The `MAX_SHAPES` last observed are kept.
+    `corrections` are what observed times of encode, denoise and decode tasks taught. `switch_s` and `move_s` stay as
+    profiled: on a loaded machine they grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
     `degrees_of` says at which degrees a shape may run; by default at every degree of the profile.
     """
 
     profile: Profile
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
-    corrections: Mapping[tuple[Shape, int], float] = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=Corrections)
     _memo: dict[tuple[Shape, int], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
 
@@ -48,10 +40,10 @@ class ProfileCost:
         key = (request.shape, request.num_passes)
         times = self._memo.get(key)
         if times is None:
-            _make_room(self._memo)
+            make_room(self._memo)
             times = self._memo[key] = MappingProxyType(
                 {
-                    degree: profiled * self._correction(request.shape, degree) * request.num_passes
+                    degree: profiled * self.corrections.of_step(request.shape, degree) * request.num_passes
                     for degree, profiled in self.profiled_step_times(request.shape).items()
                 }
             )
@@ -70,17 +62,10 @@ class ProfileCost:
         return {degree: self._step_s(shape, degree) for degree in covered or allowed[:1]}
 
     def encode_s(self, request: Request) -> float:
-        return self.profile.encode_s * request.num_passes
+        return self.corrections.encode * self.profile.encode_s * request.num_passes
 
     def decode_s(self, request: Request) -> float:
-        shape = request.shape
-        decode_s = self._decode_memo.get(shape)
-        if decode_s is None:
-            points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
-            decode_s = _interpolate(points, shape.num_pixels, f"decode of {shape}", "pixels")
-            _make_room(self._decode_memo)
-            self._decode_memo[shape] = decode_s
-        return decode_s
+        return self.corrections.of_decode(request.shape) * self._decode_s(request.shape)
 
     @property
     def switch_s(self) -> float:
@@ -90,30 +75,19 @@ class ProfileCost:
     def move_s(self) -> float:
         return self.profile.move_s
 
-    def observed(self, request: Request, degree: int, step_s: float) -> ProfileCost:
-        """The same model after one observation, as an exponential moving average; `self` is unchanged."""
-        profiled = self._step_s(request.shape, degree) * request.num_passes
-        low, high = _CORRECTION_RANGE
-        ratio = min(max(step_s / profiled, low), high)
-        key = (request.shape, degree)
-        before = self.corrections.get(key, self._correction(*key))
-        after = before + _LEARNING_RATE * (min(ratio, _MAX_SURPRISE * before) - before)
-        corrections = {
-            known: ratio + (_DRIFT_RATE * (after - ratio) if known[0] == request.shape else 0.0)
-            for known, ratio in self.corrections.items()
-            if known != key
-        }
-        _make_room(corrections)
-        corrections[key] = after  # the longest unobserved comes first, and goes first
-        memo = {known: times for known, times in self._memo.items() if known[0] != request.shape}
+    def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
+        """The same model after one task of `request` took `elapsed_s`; `self` is unchanged."""
+        shape, corrections, memo = request.shape, self.corrections, self._memo
+        match task.stage:
+            case Stage.ENCODE:
+                corrections = corrections.after_encode(elapsed_s / (self.profile.encode_s * request.num_passes))
+            case Stage.DENOISE:
+                profiled_s = task.num_steps * self._step_s(shape, task.degree) * request.num_passes
+                corrections = corrections.after_step(shape, task.degree, elapsed_s / profiled_s)
+                memo = {known: times for known, times in memo.items() if known[0] != shape}
+            case Stage.DECODE:
+                corrections = corrections.after_decode(shape, elapsed_s / self._decode_s(shape))
         return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._decode_memo)
-
-    def _correction(self, shape: Shape, degree: int) -> float:
-        own = self.corrections.get((shape, degree))
-        if own is not None:
-            return own
-        others = [ratio for (known, _), ratio in self.corrections.items() if known == shape]
-        return sum(others) / len(others) if others else 1.0
 
     def _step_s(self, shape: Shape, degree: int) -> float:
         rows = self._rows(degree)
@@ -122,6 +96,16 @@ class ProfileCost:
                 return row.step_s
         points = sorted({row.tokens: row.step_s for row in rows}.items())
         return _interpolate(points, _num_tokens(shape, rows[0]), f"a step of {shape} at degree {degree}", "tokens")
+
+    def _decode_s(self, shape: Shape) -> float:
+        """As the profile has it, without correction."""
+        decode_s = self._decode_memo.get(shape)
+        if decode_s is None:
+            points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
+            decode_s = _interpolate(points, shape.num_pixels, f"decode of {shape}", "pixels")
+            make_room(self._decode_memo)
+            self._decode_memo[shape] = decode_s
+        return decode_s
 
     def _covers(self, shape: Shape, degree: int) -> bool:
         rows = self._rows(degree)
@@ -135,12 +119,6 @@ class ProfileCost:
         if not rows:
             raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
         return rows
-
-
-def _make_room(remembered: dict[Any, Any]) -> None:
-    """Forget the oldest entry when there are `MAX_SHAPES`."""
-    if len(remembered) >= MAX_SHAPES:
-        remembered.pop(next(iter(remembered)), None)  # a thread that forecasts may have been quicker
 
 
 def _num_tokens(shape: Shape, row: DenoiseRow) -> float:

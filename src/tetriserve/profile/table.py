@@ -2,7 +2,7 @@
 
 ```
 {"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
- "source": ..., "created": "2026-11-20",
+ "source": ..., "created": "2026-11-20", "doubt": "",
  "encode_s": 0.02, "switch_s": 0.001, "move_s": 0.001,
  "denoise": [{"height", "width", "frames", "tokens", "degree", "batch", "step_s", "cv"}, ...],
  "decode": [{"height", "width", "frames", "decode_s"}, ...]}
@@ -72,6 +72,7 @@ class Profile:
     switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
         0 where nobody measured it, or where there is only one rank.
     fingerprint: ties it to an architecture; empty means any.
+    doubt: why its times may be too long; empty if nothing is known against them.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Profile:
     decode: tuple[DecodeRow, ...]
     fingerprint: str = ""
     move_s: float = 0.0
+    doubt: str = ""
 
     def __post_init__(self) -> None:
         if not self.denoise or not self.decode:
@@ -150,15 +152,19 @@ def save_profile(profile: Profile, path: Path) -> None:
     Raises:
         ProfileError: it cannot be written there.
     """
-    text = json.dumps({"format": FORMAT, **asdict(profile)}, indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
-            whole = Path(scratch) / path.name
-            whole.write_text(text)
-            os.replace(whole, path)
+        write_whole(path, json.dumps({"format": FORMAT, **asdict(profile)}, indent=1) + "\n")
     except OSError as error:
         raise ProfileError(f"profile {path} cannot be written: {error.strerror}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write atomically, into a folder that is made if need be. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+        whole = Path(scratch) / path.name
+        whole.write_text(text)
+        os.replace(whole, path)
 
 
 def _from_document(document: object) -> Profile:
@@ -172,7 +178,7 @@ def _from_document(document: object) -> Profile:
     rest["denoise"] = tuple(_row(DenoiseRow, row, f"denoise[{i}]") for i, row in enumerate(rest["denoise"]))
     rest["decode"] = tuple(_row(DecodeRow, row, f"decode[{i}]") for i, row in enumerate(rest["decode"]))
     _check_names(Profile, rest, "profile")
-    for name in ("model", "hardware", "dtype", "source", "created", "fingerprint"):
+    for name in ("model", "hardware", "dtype", "source", "created", "fingerprint", "doubt"):
         if not isinstance(rest.get(name, ""), str):
             raise ProfileError(f"{name} must be a string")
     return Profile(**rest)

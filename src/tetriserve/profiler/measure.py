@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import itertools
+import logging
 import os
 import platform
 import statistics
@@ -24,6 +25,9 @@ from tetriserve.core.trajectory import Stage
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.profiler.disturbance import disturbance, fair_share
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, str], None]
 """Called with how many measurements are done, how many there are, and what comes next."""
@@ -33,33 +37,37 @@ _STEPS_PER_SAMPLE = 2
 _NUM_STEPS = 1 + _NUM_SAMPLES * _STEPS_PER_SAMPLE
 _NUM_MOVES = 8
 _SLOW_STEP_S = 2.0
+_MAX_REPEATS = 2
+"""How often shapes are measured again because other work disturbed them."""
 
 
 async def measure(
-    executor: Executor, card: ModelCard, pool: PoolConfig, shapes: Sequence[Shape], on_progress: OnProgress
+    executor: Executor,
+    card: ModelCard,
+    pool: PoolConfig,
+    shapes: Sequence[Shape],
+    on_progress: OnProgress,
+    *,
+    share: float | None = None,
 ) -> Profile:
     """A profile of `card` on this machine for `shapes`, at every degree of `pool` that suits them.
 
     Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
     changes nothing, on a CPU the ranks share cores, caches and memory.
 
+    Shapes that other work on the machine disturbed are measured again, the smallest first, and the best counts; what
+    still is in doubt then, the profile says. Work that only slows memory or a GPU down, steadily, is not noticed.
+
+    Args:
+        share: of a processor that each worker thread gets on the quiet machine; None finds out.
+
     Raises:
         TetriServeError: a worker failed or was lost while measuring.
     """
-    bench = _Bench(executor)
-    cells = [(shape, degree) for shape in shapes for degree in card.valid_degrees(shape, pool.degrees)]
-    num_total = len(cells) + len(shapes)
-    num_done = itertools.count()
-    denoise: list[DenoiseRow] = []
-    for shape, degree in cells:
-        on_progress(next(num_done), num_total, f"{shape} at degree {degree}")
-        denoise.append(await _time_steps(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree)))
-    decode: list[DecodeRow] = []
-    for shape in shapes:
-        on_progress(next(num_done), num_total, f"decode of {shape}")
-        decode.append(await _time_decode(bench, card, shape, pool.num_ranks))
+    bench, count = _Bench(executor), _Count(on_progress)
+    best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
-    on_progress(num_total, num_total, "done")
+    count.end()
     return Profile(
         model=card.name,
         fingerprint=card.fingerprint,
@@ -67,12 +75,48 @@ async def measure(
         dtype=card.dtype,
         source="measured by tetriserve, all ranks at work",
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        encode_s=max(statistics.median(bench.encode_s), 1e-6),
-        switch_s=max(statistics.median(bench.switch_s), 1e-6),
+        encode_s=max(statistics.median(seconds for times in best.values() for seconds in times.encode_s), 1e-6),
+        switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), 1e-6),
         move_s=move_s,
-        denoise=tuple(denoise),
-        decode=tuple(decode),
+        denoise=tuple(row for shape in shapes for row in best[shape].denoise),
+        decode=tuple(best[shape].decode for shape in shapes),
+        doubt=doubt,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShapeTimes:
+    """What one go at measuring a shape gave. doubt: what disturbed it; empty if nothing did."""
+
+    denoise: list[DenoiseRow]
+    decode: DecodeRow
+    encode_s: list[float]
+    switch_s: list[float]
+    doubt: str
+
+    @property
+    def total_s(self) -> float:
+        """Other work only ever adds to it."""
+        return sum(row.step_s for row in self.denoise) + self.decode.decode_s
+
+
+@dataclass
+class _Count:
+    """Counts measurements. There are more of them when some are repeated."""
+
+    on_progress: OnProgress
+    num_total: int = 0
+    num_done: int = 0
+
+    def expect(self, num_more: int) -> None:
+        self.num_total = self.num_done + num_more
+
+    def next(self, text: str) -> None:
+        self.on_progress(self.num_done, self.num_total, text)
+        self.num_done += 1
+
+    def end(self) -> None:
+        self.on_progress(self.num_total, self.num_total, "done")
 
 
 def hardware_name(pool: PoolConfig) -> str:
@@ -83,46 +127,97 @@ def hardware_name(pool: PoolConfig) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks{threads}"
 
 
+async def _time_shapes(
+    bench: _Bench, card: ModelCard, shapes: Sequence[Shape], pool: PoolConfig, share: float, count: _Count
+) -> tuple[dict[Shape, _ShapeTimes], str]:
+    """The best times of each shape, and what speaks against them; empty if nothing does."""
+    best: dict[Shape, _ShapeTimes] = {}
+    waiting = list(shapes)
+    for number in range(1 + _MAX_REPEATS):
+        count.expect(sum(len(card.valid_degrees(shape, pool.degrees)) + 1 for shape in waiting))
+        for shape in waiting:
+            times = await _time_shape(bench, card, shape, pool, share, count)
+            best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
+            if number > 0 and times.doubt:
+                break  # still busy: larger shapes would take longer to say the same
+        waiting = sorted((shape for shape in shapes if best[shape].doubt), key=lambda shape: shape.num_pixels)
+        if not waiting:
+            return best, ""
+        doubt = best[waiting[0]].doubt + (f", and {len(waiting) - 1} more sizes" if len(waiting) > 1 else "")
+        logger.info("the machine was busy while measuring (%s)", doubt)
+    return best, doubt
+
+
+async def _time_shape(
+    bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig, share: float, count: _Count
+) -> _ShapeTimes:
+    """All that is measured of a shape, together: what disturbs one degree may disturb the others unseen."""
+    bench.encode_s, bench.switch_s = [], []
+    denoise: list[DenoiseRow] = []
+    doubts: list[str] = []
+
+    def judge(what: str, samples: Sequence[TaskFinished], degree: int) -> None:
+        if doubt := disturbance(samples, is_local=degree == 1, fair_share=share):
+            doubts.append(f"{what}: {doubt}")
+
+    for degree in card.valid_degrees(shape, pool.degrees):
+        what = f"{shape} at degree {degree}"
+        count.next(what)
+        row, samples = await _time_steps(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree))
+        denoise.append(row)
+        judge(what, samples, degree)
+    what = f"decode of {shape}"
+    count.next(what)
+    decode, samples = await _time_decode(bench, card, shape, pool.num_ranks)
+    judge(what, samples, 1)
+    return _ShapeTimes(
+        denoise=denoise, decode=decode, encode_s=bench.encode_s, switch_s=bench.switch_s, doubt=next(iter(doubts), "")
+    )
+
+
 async def _time_steps(
     bench: _Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]]
-) -> DenoiseRow:
+) -> tuple[DenoiseRow, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in groups]
     await asyncio.gather(*(bench.encode(request, group[0]) for request, group in zip(requests, groups, strict=True)))
-    first = max(
-        await asyncio.gather(
-            *(bench.denoise(request, group, 1) for request, group in zip(requests, groups, strict=True))
-        )
-    )
-    num_samples, num_steps = (1, 1) if first > _SLOW_STEP_S else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
-    samples: list[float] = []
-    for _ in range(num_samples):
-        elapsed = await asyncio.gather(
+
+    async def run(num_steps: int) -> list[TaskFinished]:
+        return await asyncio.gather(
             *(bench.denoise(request, group, num_steps) for request, group in zip(requests, groups, strict=True))
         )
-        samples += [seconds / num_steps for seconds in elapsed]
+
+    first_s = max(finished.elapsed_s for finished in await run(1))  # also allocates
+    num_samples, num_steps = (2, 1) if first_s > _SLOW_STEP_S else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
+    samples = [each for _ in range(num_samples) for each in await run(num_steps)]
     bench.forget(requests)
-    middle = statistics.median(samples)
-    return DenoiseRow(
+    step_s = [sample.elapsed_s / num_steps for sample in samples]
+    middle = statistics.median(step_s)
+    row = DenoiseRow(
         height=shape.height,
         width=shape.width,
         frames=shape.frames,
         tokens=card.num_tokens(shape),
         degree=degree,
         step_s=middle,
-        cv=statistics.stdev(samples) / middle if len(samples) > 1 else None,
+        cv=statistics.stdev(step_s) / middle,
     )
+    return row, samples
 
 
-async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int) -> DecodeRow:
+async def _time_decode(
+    bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int
+) -> tuple[DecodeRow, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in range(num_ranks)]
 
-    async def sample() -> list[float]:
+    async def run() -> list[TaskFinished]:
         return await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
 
-    first = await sample()  # also allocates
-    samples = first if max(first) > _SLOW_STEP_S else [each for _ in range(_NUM_SAMPLES) for each in await sample()]
+    first = await run()  # also allocates
+    is_slow = max(finished.elapsed_s for finished in first) > _SLOW_STEP_S
+    samples = first if is_slow else [each for _ in range(_NUM_SAMPLES) for each in await run()]
     bench.forget(requests)
-    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=statistics.median(samples))
+    decode_s = statistics.median(sample.elapsed_s for sample in samples)
+    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=decode_s), samples
 
 
 async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
@@ -138,8 +233,9 @@ async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolCo
         differences = []
         for index in range(_NUM_MOVES):
             group = groups[index % 2]
-            moved_s = await bench.denoise(request, group, 1)
-            differences.append(moved_s - await bench.denoise(request, group, 1))
+            moved = await bench.denoise(request, group, 1)
+            stayed = await bench.denoise(request, group, 1)
+            differences.append(moved.elapsed_s - stayed.elapsed_s)
         bench.forget([request])
         return max(statistics.median(differences), 1e-6)
     return 0.0
@@ -182,15 +278,15 @@ class _Bench:
         self._progress[request.request_id].embeds = finished.result
         self.encode_s.append(finished.elapsed_s)
 
-    async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> float:
+    async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
         finished = await self._run(request, Task(request.request_id, Stage.DENOISE, ranks, num_steps))
         progress = self._progress[request.request_id]
         progress.latents = finished.result
         progress.steps_done += num_steps
-        return finished.elapsed_s
+        return finished
 
-    async def decode(self, request: Request, rank: int) -> float:
-        return (await self._run(request, Task(request.request_id, Stage.DECODE, (rank,)))).elapsed_s
+    async def decode(self, request: Request, rank: int) -> TaskFinished:
+        return await self._run(request, Task(request.request_id, Stage.DECODE, (rank,)))
 
     def forget(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -46,16 +46,18 @@ class Runner:
         self._store = store
         self._rank = rank
         self._device = device
+        self._is_on_gpu = device.startswith("cuda")
         self._residents: dict[str, Resident] = {}
         self.num_steps = 0
 
     def run(self, message: RunTask) -> TaskDone | TaskError:
         """Do this rank's part of a task. Errors are answers: a failed task leaves the rank as it was before it."""
-        start, started_at = message.start, time.monotonic()
+        start, started_at, cpu_before_s = message.start, time.monotonic(), time.thread_time()
         try:
             result = self._run_stage(message)
             text = self._adapter.count_text(start.request) if start.task.stage is Stage.ENCODE else None
-            return TaskDone(start.task_id, time.monotonic() - started_at, result, text)
+            elapsed_s, cpu_s = time.monotonic() - started_at, time.thread_time() - cpu_before_s
+            return TaskDone(start.task_id, elapsed_s, result, text, None if self._is_on_gpu else cpu_s)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
             kind = failure_kind(error, is_split=message.group is not None)
             if kind is FailureKind.STEP:
@@ -71,7 +73,7 @@ class Runner:
 
     def is_device_sound(self) -> bool:
         """Whether a failure was the task's alone: some CUDA errors spoil every later call of the process."""
-        if not self._device.startswith("cuda"):
+        if not self._is_on_gpu:
             return True
         try:
             torch.cuda.synchronize()

@@ -42,7 +42,7 @@ class TableCost:
     def decode_s(self, request: Request) -> float:
         return self.decode[request.shape.height]
 
-    def observed(self, request: Request, degree: int, step_s: float) -> CostModel:
+    def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
 
     def duration_s(self, task: Task, request: Request) -> float:

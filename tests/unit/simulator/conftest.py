@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tetriserve.core.plan import CostModel
+from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
@@ -37,7 +37,7 @@ class TableCost:
     def decode_s(self, request: Request) -> float:
         return self.decode
 
-    def observed(self, request: Request, degree: int, step_s: float) -> CostModel:
+    def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
 
 

@@ -1,0 +1,136 @@
+"""Measuring a profile: what other work on the machine disturbs is measured again, and what stays disturbed is said."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, quiet_s
+from tetriserve.config import PoolConfig
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Shape
+from tetriserve.core.trajectory import Stage
+from tetriserve.models.card import ModelCard
+from tetriserve.profile import Profile
+from tetriserve.profiler import measure
+from tetriserve.profiler.disturbance import fair_share, num_cores
+
+SMALL, LARGE = Shape(256, 256), Shape(512, 512)
+CARD = ModelCard(
+    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
+    has_guidance=True, has_negative_prompt=True, sizes=(SMALL, LARGE), fingerprint="abc",
+)  # fmt: skip
+POOL = PoolConfig(num_ranks=2)
+
+
+def quiet(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+    """Alone on the machine; with others, a rank waits for them half of the time, asleep."""
+    return quiet_s(task), quiet_s(task) * (0.97 if task.degree == 1 else 0.5)
+
+
+def slowed(factor: float, task: Task) -> tuple[float, float | None]:
+    """Beside other processes: all takes longer, and as much computing as before."""
+    return factor * quiet_s(task), quiet_s(task)
+
+
+async def measured(took: Took, *, share: float = 1.0) -> tuple[Profile, MeasuredExecutor]:
+    executor = MeasuredExecutor(took)
+    profile = await measure(executor, CARD, POOL, CARD.sizes, lambda done, total, text: None, share=share)
+    return profile, executor
+
+
+async def test_on_a_quiet_machine_every_shape_is_measured_once() -> None:
+    profile, executor = await measured(quiet)
+    assert profile.doubt == ""
+    assert executor.goes == {SMALL: 1, LARGE: 1}
+    assert {(row.shape, row.degree): row.step_s for row in profile.denoise} == pytest.approx(
+        {(shape, degree): step_s for shape in CARD.sizes for degree, step_s in STEP_S.items()}
+    )
+    assert [row.decode_s for row in profile.decode] == [DECODE_S, DECODE_S]
+    assert profile.encode_s == ENCODE_S
+
+
+async def test_a_shape_that_was_disturbed_is_measured_again_and_the_disturbed_times_are_dropped() -> None:
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        return slowed(3.0, task) if shape == LARGE and go == 0 else quiet(shape, task, go)
+
+    profile, executor = await measured(took)
+    assert executor.goes == {SMALL: 1, LARGE: 2}
+    assert profile.doubt == ""
+    assert profile.encode_s == ENCODE_S
+    assert [row.step_s for row in profile.denoise] == pytest.approx([0.4, 0.25, 0.4, 0.25])
+    assert [row.decode_s for row in profile.decode] == [DECODE_S, DECODE_S]
+
+
+async def test_on_a_machine_that_stays_busy_the_smallest_shape_is_tried_thrice_and_the_best_is_kept_in_doubt() -> None:
+    factors = {0: 3.0, 1: 1.5, 2: 5.0}
+    profile, executor = await measured(lambda shape, task, go: slowed(factors.get(go, 1.0), task))
+    assert executor.goes == {SMALL: 3, LARGE: 1}
+    assert [row.step_s for row in profile.denoise] == pytest.approx([0.6, 0.375, 1.2, 0.75])
+    assert profile.doubt == "256x256 at degree 1: workers had a processor for 67% of the time, and 1 more sizes"
+
+
+@pytest.mark.parametrize("stage", [Stage.DENOISE, Stage.DECODE])
+async def test_work_that_disturbs_only_one_stage_is_noticed(stage: Stage) -> None:
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        return slowed(2.0, task) if task.stage is stage and go == 0 else quiet(shape, task, go)
+
+    _, executor = await measured(took)
+    assert executor.goes == {SMALL: 2, LARGE: 2}
+
+
+async def test_where_processor_time_says_nothing_repeats_that_differ_do_and_a_single_hiccup_does_not() -> None:
+    jitter = itertools.cycle([1.0, 1.0, 1.8, 1.0, 1.8])
+    profile, executor = await measured(lambda shape, task, go: (next(jitter) * quiet_s(task), None))
+    assert executor.goes == {SMALL: 3, LARGE: 1}
+    assert "repeats lie 80% apart" in profile.doubt
+    hiccup = itertools.cycle([1.0] * 9 + [4.0])
+    profile, executor = await measured(lambda shape, task, go: (next(hiccup) * quiet_s(task), None))
+    assert executor.goes == {SMALL: 1, LARGE: 1}
+    assert profile.doubt == ""
+
+
+async def test_ranks_that_share_a_processor_with_each_other_are_not_taken_for_other_work() -> None:
+    profile, _ = await measured(lambda shape, task, go: slowed(2.0, task), share=0.5)
+    assert profile.doubt == ""
+    profile, _ = await measured(lambda shape, task, go: slowed(3.0, task), share=0.5)
+    assert "workers had a processor for 33% of the time" in profile.doubt
+
+
+async def test_progress_counts_what_is_repeated_and_ends_complete() -> None:
+    told: list[tuple[int, int]] = []
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        return slowed(3.0, task) if shape == LARGE and go == 0 else quiet(shape, task, go)
+
+    await measure(
+        MeasuredExecutor(took), CARD, POOL, CARD.sizes, lambda done, total, text: told.append((done, total)), share=1.0
+    )
+    assert told == [*((done, 6) for done in range(6)), *((done, 9) for done in range(6, 9)), (9, 9)]
+
+
+def test_a_container_quota_counts_as_so_many_processors(tmp_path: Path) -> None:
+    all_of_them = num_cores(tmp_path)
+    assert all_of_them >= 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert num_cores(tmp_path) == 0.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert num_cores(tmp_path) == all_of_them
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert num_cores(tmp_path) == all_of_them
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("25000\n")
+    assert num_cores(tmp_path) == 0.25
+
+
+def test_the_fair_share_of_a_worker_is_a_whole_processor_unless_there_are_more_threads_than_processors() -> None:
+    cores = num_cores()
+    assert fair_share(PoolConfig(num_ranks=1)) == min(1.0, cores)
+    assert fair_share(PoolConfig(num_ranks=1000, degrees=(1,))) == pytest.approx(min(1.0, cores / 1000))
+    assert fair_share(PoolConfig(num_ranks=1, num_threads=1000)) == pytest.approx(min(1.0, cores / 1000))
+    assert fair_share(PoolConfig(num_ranks=1000, degrees=(1,), device="cuda")) == 1.0
