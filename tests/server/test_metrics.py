@@ -12,6 +12,7 @@ import pytest
 from fake_engine import ENCODE_S, FAILING, PROFILE, FakeExecutor, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.waiting import until
 from tetriserve.core.events import WorkerJoined, WorkerLost
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape
@@ -186,8 +187,7 @@ async def test_a_change_of_ranks_between_denoise_tasks_is_a_group_switch(client,
 async def test_rank_time_goes_on_between_events(client, draw, executor, engine):
     executor.gate.clear()
     pending = asyncio.gather(draw(), draw())
-    while len(engine.state.trajectories) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.state.trajectories) == 2)
     before = await samples(client)
     await asyncio.sleep(0.05)
     after = await samples(client)
