@@ -304,7 +304,7 @@ async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(exec
     monkeypatch.setattr(run, "_REFUSALS_S", 3600.0)
     server = Live(executor)
     url = await server.url
-    async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as client:
         assert (await client.get("/health")).status_code == 200
         signal.raise_signal(signal.SIGTERM)
         await until(lambda: executor.is_stopped)
