@@ -1,14 +1,8 @@
-"""Real models on CPU. The environment must be set before torch is first imported, here and in child processes."""
+"""Real models on CPU."""
 
 from __future__ import annotations
 
-import os
 import sys
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING

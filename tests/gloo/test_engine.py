@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.waiting import HANG_S, until
 from tetriserve import Engine
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.control import Controller
@@ -110,12 +111,6 @@ class Setup:
         assert self.engine.is_ready
         left = [path.name for path in self.executor._directory.path.iterdir()]
         assert [name for name in left if not name.startswith(("lock", "group-", ".preview-basis"))] == []
-
-
-async def until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not is_so():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -481,7 +476,7 @@ async def test_a_drained_engine_refuses_newcomers_and_finishes_what_it_took(
     async with faulty_engine(bundled_card, profile, 1, "fcfs") as one:
         taken = asyncio.create_task(one.engine.generate(Generation(prompt="taken", size="256x256", num_steps=3)))
         await until(lambda: bool(one.engine.state.in_flight))
-        stopping = asyncio.create_task(one.engine.stop(60.0))
+        stopping = asyncio.create_task(one.engine.stop(HANG_S))
         await asyncio.sleep(0)
         assert not one.engine.is_ready
         with pytest.raises(ShuttingDown):
@@ -605,7 +600,7 @@ def test_threads_that_ask_while_an_engine_is_left_are_answered(bundled_dir: Path
             thread.start()
         engine.generate("first", **OPTIONS)
     for thread in threads:
-        thread.join(20)
+        thread.join(HANG_S)
     assert not any(thread.is_alive() for thread in threads)
     assert "ShuttingDown" in ends
     assert ends.count("RuntimeError") == 8

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,33 @@ def connect() -> Connect:
 async def client(engine: LiveEngine, connect: Connect) -> AsyncIterator[httpx.AsyncClient]:
     async with connect(EngineSlot(engine)) as client:
         yield client
+
+
+class Clock:
+    """What the event loop's clock is ahead of the real one: its timers expire when a test says so."""
+
+    ahead_s = 0.0
+
+    async def pass_by(self, seconds: float) -> None:
+        """Put the clock forward, and have what is due then done, and what has been sent read."""
+        self.ahead_s += seconds
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+
+    async def until(self, is_so: Callable[[], object], within_s: float) -> None:
+        """Time passes a second after another, until `is_so`."""
+        end_s = self.ahead_s + within_s
+        while not is_so():
+            assert self.ahead_s < end_s
+            await self.pass_by(1.0)
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Name it before `live`, so that it is put back after the server's end."""
+    clock = Clock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: time.monotonic() + clock.ahead_s)
+    return clock
 
 
 @pytest.fixture

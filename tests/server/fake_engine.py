@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -209,12 +210,15 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
 
 
 async def make_durable_engine(
-    executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0, **settings: Any
-) -> LiveEngine:
+    executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
+    wall_clock: Callable[[], float] = time.time, **settings: Any,
+) -> LiveEngine:  # fmt: skip
     """As `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
     engine = make_engine(executor, **settings)
     journal = Journal(directory, MODEL)
-    engine.durable = DurableWork(engine, executor, journal, result_ttl_s=result_ttl_s, hold_s=hold_s)
+    engine.durable = DurableWork(
+        engine, executor, journal, result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s
+    )
     await engine.durable.recover()
     return engine
 

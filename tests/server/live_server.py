@@ -7,14 +7,11 @@ import signal
 
 from fake_engine import make_engine
 
+from tests.waiting import HANG_S, until
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.server import serve
 
-
-async def until(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
+__all__ = ["Live", "until"]
 
 
 class Live:
@@ -23,12 +20,13 @@ class Live:
     access: settings of `AccessConfig`.
     """
 
-    def __init__(self, executor, *, max_queue=64, launch_time_s=0.0, shutdown_timeout_s=5.0, **access):
+    def __init__(self, executor, *, max_queue=64, may_launch=None, shutdown_timeout_s=HANG_S, **access):
         self.engine = None
         self.url = asyncio.get_running_loop().create_future()
 
         async def launch():
-            await asyncio.sleep(launch_time_s)
+            if may_launch is not None:
+                await may_launch.wait()
             self.engine = make_engine(executor, max_queue=max_queue)
             return self.engine
 

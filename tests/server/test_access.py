@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.waiting import until
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.core.errors import ConfigError, InvalidRequest
 from tetriserve.logs import JsonFormatter
@@ -187,16 +188,14 @@ async def test_images_at_once_are_each_keys_own(engine, executor, connect):
     async with connect(EngineSlot(engine), api_keys=KEYS, max_concurrency=2) as client:
         executor.gate.clear()
         pending = asyncio.create_task(client.post(URL, json={**BODY, "n": 2}, headers=bearer(KEYS[0])))
-        while len(engine.state.trajectories) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(engine.state.trajectories) == 2)
         refused = await client.post(URL, json=BODY, headers=bearer(KEYS[0]))
         assert refused.status_code == 429
         assert refused.headers["Retry-After"] == "1"
         assert refused.json()["error"]["code"] == "concurrency_limit_exceeded"
         assert "2 of your images are unanswered, of at most 2" in refused.json()["error"]["message"]
         other = asyncio.create_task(client.post(URL, json=BODY, headers=bearer(KEYS[1])))
-        while len(engine.state.trajectories) < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(engine.state.trajectories) == 3)
         executor.gate.set()
         assert [(await answer).status_code for answer in (pending, other)] == [200, 200]
         assert (await client.post(URL, json=BODY, headers=bearer(KEYS[0]))).status_code == 200

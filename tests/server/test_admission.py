@@ -8,18 +8,13 @@ import httpx
 import pytest
 from fake_engine import FAILING, FakeExecutor, make_engine
 
+from tests.waiting import HANG_S, until
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.events import FailureKind
 from tetriserve.server import EngineSlot
 
 URL = "/v1/images/generations"
 BODY = {"prompt": "a lighthouse", "size": "64x64"}
-
-
-async def until(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ async def test_an_infeasible_deadline_is_refused_on_request_with_one_that_can_be
     assert f"one in {error['earliest_deadline_ms'] / 1000:.3f} s can" in error["message"]
 
     assert (await draw(slo_ms=3, deadline_policy="best_effort")).status_code == 200
-    assert (await draw(slo_ms=3000, deadline_policy="reject")).status_code == 200
+    assert (await draw(slo_ms=60_000, deadline_policy="reject")).status_code == 200
 
 
 async def test_a_failed_task_is_a_500_for_its_request_alone(draw):
@@ -165,7 +160,7 @@ async def test_while_shutting_down_new_work_is_refused_and_accepted_work_finishe
     executor.gate.clear()
     accepted = asyncio.create_task(client.post(URL, json=BODY))
     await until(lambda: engine.state.trajectories)
-    stopping = asyncio.create_task(engine.stop(5.0))
+    stopping = asyncio.create_task(engine.stop(HANG_S))
     await asyncio.sleep(0)
 
     refused = await client.post(URL, json=BODY)

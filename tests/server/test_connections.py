@@ -14,9 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import Live, until
+from live_server import Live
 
+from tests.waiting import HANG_S, until
 from tetriserve.server import connection
+from tetriserve.server.connection import ARRIVAL_S
 
 URL = "/v1/images/generations"
 BODY = json.dumps({"prompt": "a lighthouse", "size": "64x64"}).encode()
@@ -27,7 +29,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture
 async def http(live):
-    async with httpx.AsyncClient(base_url=await live.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=await live.url, timeout=HANG_S) as client:
         yield client
 
 
@@ -49,7 +51,7 @@ async def answer_to(live, *pieces, then_s=0.0):
         writer.write(piece)
         await writer.drain()
         await asyncio.sleep(then_s)
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), HANG_S)
     writer.close()
     return answer
 
@@ -59,15 +61,15 @@ STALLED = {
     "half a header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
     "no body": POST + b"Content-Length: 100\r\n\r\n",
     "half a body": POST + b'Content-Length: 100\r\n\r\n{"prompt": "',
-    "half a chunk": POST + b'Transfer-Encoding: chunked\r\n\r\n20\r\n{"prompt": ',
+    "half a chunk": POST + b'Transfer-Encoding: chunked\r\n\r\n200\r\n{"prompt": ',
 }
 
 
 @pytest.mark.parametrize("piece", STALLED.values(), ids=STALLED)
-async def test_a_request_that_does_not_go_on_is_a_408_and_disturbs_nobody(live, http, short, piece):
+async def test_a_request_that_does_not_go_on_is_a_408_and_disturbs_nobody(clock, live, http, piece):
     stalling = [asyncio.create_task(answer_to(live, piece)) for _ in range(20)]
-    await asyncio.sleep(0.05)
     assert (await http.post(URL, content=BODY, headers={"Content-Type": "application/json"})).status_code == 200
+    await clock.until(lambda: all(answer.done() for answer in stalling), 2 * ARRIVAL_S)
     for answer in await asyncio.gather(*stalling):
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ")
@@ -87,33 +89,34 @@ async def test_a_body_that_does_not_arrive_is_counted_and_logged_as_the_408_that
 
 
 @pytest.mark.parametrize("piece", STALLED.values(), ids=STALLED)
-async def test_dripping_bytes_gain_no_time(live, short, piece):
+async def test_dripping_bytes_gain_no_time(clock, live, piece):
     reader, writer = await connect(live)
     writer.write(piece)
-    start_s = asyncio.get_running_loop().time()
     reading = asyncio.create_task(reader.read())
-    while not reading.done():
+
+    def has_ended():
         writer.write(b" ")
-        await asyncio.sleep(0.02)
-        assert asyncio.get_running_loop().time() < start_s + 5
+        return reading.done()
+
+    await clock.until(has_ended, 2 * ARRIVAL_S)
     writer.close()
     if not isinstance(reading.exception(), ConnectionError):  # the server closes without reading what still came
         assert b" 408 " in reading.result()
 
 
-async def test_the_time_counts_anew_for_every_request_and_not_while_it_is_served(live, short, executor):
+async def test_the_time_counts_anew_for_every_request_and_not_while_it_is_served(clock, live, executor):
     executor.gate.clear()
     reader, writer = await connect(live)
     writer.write(WHOLE)
     await until(lambda: live.engine.state.trajectories)
-    await asyncio.sleep(0.4)
+    await clock.pass_by(1.5 * ARRIVAL_S)
     executor.gate.set()
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-    await asyncio.sleep(0.4)  # idle between two requests
+    await clock.pass_by(1.5 * ARRIVAL_S)  # idle between two requests
     writer.write(GET[:9])
-    await asyncio.sleep(0.1)
+    await clock.pass_by(0.5 * ARRIVAL_S)
     writer.write(GET[9:])
-    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b'{"status":"alive"}'), 5)
+    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b'{"status":"alive"}'), HANG_S)
     writer.close()
 
 
@@ -176,7 +179,7 @@ async def test_headers_without_an_end_are_refused(live, http, line):
     with contextlib.suppress(ConnectionError):  # it closes without reading the rest
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + line)
         await writer.drain()
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), HANG_S)
         assert answer.startswith(b"HTTP/1.1 400 ")
     writer.close()
     assert (await http.get("/health")).status_code == 200
@@ -200,15 +203,18 @@ async def test_many_idle_connections_take_nothing_from_others(live, http):
 async def test_more_connections_than_there_may_be_are_a_503_that_says_when_to_come_back(live, monkeypatch):
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
     kept = [await connect(live) for _ in range(3)]
-    await asyncio.sleep(0.05)
+    for reader, writer in kept:
+        writer.write(GET)
+        await reader.readuntil(b"alive")
     answer = await answer_to(live)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after: 5\r\n" in answer.lower()
     assert b'"too_many_connections"' in answer
     for _, writer in kept:
         writer.close()
-    await asyncio.sleep(0.05)
-    assert b"alive" in await answer_to(live, GET.replace(b"Host", b"Connection: close\r\nHost"))
+    async with asyncio.timeout(HANG_S):
+        while b"alive" not in await answer_to(live, GET.replace(b"Host", b"Connection: close\r\nHost")):
+            await asyncio.sleep(0.005)  # until the server knows that they are closed
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1073741824", b"Transfer-Encoding: chunked"])
@@ -263,14 +269,14 @@ async def test_a_storm_of_connections_leaves_a_few_lines_and_a_server_that_answe
         for _, writer in opened:
             writer.write(GET)
         answers = await asyncio.gather(
-            *(asyncio.wait_for(reader.read(2**16), 30) for reader, _ in opened), return_exceptions=True
+            *(asyncio.wait_for(reader.read(2**16), HANG_S) for reader, _ in opened), return_exceptions=True
         )
         for _, writer in opened:
             writer.close()
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=HANG_S) as http:
             assert (await http.post(URL, content=BODY, headers={"Content-Type": "application/json"})).status_code == 200
         program.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(program.wait, 30) == 0
+        assert await asyncio.to_thread(program.wait, HANG_S) == 0
     served = [answer for answer in answers if isinstance(answer, bytes) and b" 200 OK" in answer]
     assert len(served) >= 90, "half of the raised limit, but for a few"
     assert "Traceback" not in log.read_text()

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from fake_engine import FAILING
 
+from tests.waiting import until
 from tetriserve.engine import Generation
 from tetriserve.server import EngineSlot, recent
 
@@ -41,8 +42,7 @@ async def test_ended_tasks_are_blocks_on_their_ranks_and_deadlines_are_marks(cli
 async def test_what_runs_now_is_shown_up_to_now(client, draw, engine, executor):
     executor.gate.clear()
     pending = asyncio.create_task(draw())
-    while not engine.state.in_flight:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine.state.in_flight)
     ran, marks = await blocks(client)
     assert [(block["cat"], block["args"]["end"]) for block in ran] == [("encode", "running")]
     assert marks == []

@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from fake_engine import CARD, FAILING, outcomes_of
-from live_server import Live, until
+from live_server import Live
 
+from tests.waiting import HANG_S, until
 from tetriserve.config import ServerConfig
 from tetriserve.core.errors import CheckpointError, ConfigError
 from tetriserve.server import run, serve
+from tetriserve.server.errors import RESTART_S
 from tetriserve.server.run import listen, url_of
 
 URL = "/v1/images/generations"
@@ -32,7 +33,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 async def http(live):
-    async with httpx.AsyncClient(base_url=await live.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=await live.url, timeout=HANG_S) as client:
         yield client
 
 
@@ -111,7 +112,7 @@ async def test_the_openai_package_draws(ai):
         n=2,
         response_format="b64_json",
         user="ada",
-        extra_body={"slo_ms": 5000, "seed": 3, "num_inference_steps": 2, "negative_prompt": "fog"},
+        extra_body={"slo_ms": 60_000, "seed": 3, "num_inference_steps": 2, "negative_prompt": "fog"},
         extra_headers={"X-Request-Id": "from-openai"},
     )
     assert [base64.b64decode(item.b64_json)[:4] for item in answer.data] == [PNG, PNG]
@@ -155,23 +156,34 @@ async def test_the_openai_package_raises_its_own_errors(ai, executor, live):
     await asyncio.gather(*accepted)
 
 
-async def test_the_openai_package_comes_back_to_a_full_queue_when_it_is_told_to(live, executor):
+@pytest.fixture
+def rest(monkeypatch):
+    """Replaces the sleep of the openai package between two calls: waits for `rest.over`, and keeps how long it was to
+    take."""
+
+    async def sleep(seconds):
+        sleep.seconds.append(seconds)
+        await until(lambda: sleep.over)
+
+    sleep.seconds, sleep.over = [], False
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+    return sleep
+
+
+async def test_the_openai_package_comes_back_to_a_full_queue_when_it_is_told_to(live, executor, rest):
     executor.gate.clear()
     async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=2) as ai:
         accepted = []
         for number in range(5):  # one runs, four wait
             accepted.append(asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64")))
             await until(lambda number=number: len(live.engine.state.trajectories) == number + 1)
-        start = time.monotonic()
         patient = asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64", extra_body={"seed": 9}))
-        async with httpx.AsyncClient(base_url=await live.url) as http:
-            refusals = 'code="queue_full"} 1.0'
-            while refusals not in (await http.get("/metrics")).text:
-                await asyncio.sleep(0.01)
+        await until(lambda: rest.seconds)
         executor.gate.set()
-        assert (await patient).data[0].seed == 9
-        assert time.monotonic() - start > 1.0  # Retry-After: 1
         await asyncio.gather(*accepted)
+        rest.over = True
+        assert (await patient).data[0].seed == 9
+        assert rest.seconds == [1.0], "Retry-After: 1"
 
 
 def note_url(monkeypatch):
@@ -187,25 +199,33 @@ def note_url(monkeypatch):
     return seen
 
 
-async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch):
-    monkeypatch.setattr("tetriserve.server.errors.RESTART_S", 1.0)
+async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch, rest):
     seen = note_url(monkeypatch)
-    server = Live(executor, launch_time_s=0.5)
+    launch = asyncio.Event()
+    server = Live(executor, may_launch=launch)
     await until(lambda: seen)
     async with openai.AsyncOpenAI(base_url=f"{seen['url']}/v1", api_key="none", max_retries=2) as ai:
-        answer = await ai.images.generate(prompt="a lighthouse", size="64x64")
+        drawing = asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64"))
+        await until(lambda: rest.seconds)
+        launch.set()
+        await server.url
+        rest.over = True
+        answer = await drawing
+    assert rest.seconds == [RESTART_S]
     assert base64.b64decode(answer.data[0].b64_json)[:4] == PNG
     assert await server.stop() == 0
 
 
 async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):
     seen = note_url(monkeypatch)
-    server = Live(executor, launch_time_s=1.0)
+    launch = asyncio.Event()
+    server = Live(executor, may_launch=launch)
     await until(lambda: seen)
     async with httpx.AsyncClient(base_url=seen["url"]) as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 503
         assert (await client.post(URL, json=BODY)).status_code == 503
+        launch.set()
         assert await server.url == seen["url"]
         assert (await client.get("/ready")).status_code == 200
     assert await server.stop() == 0
@@ -264,7 +284,7 @@ def test_an_address_that_is_not_ours_is_a_config_error(host):
 
 async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(executor):
     server = Live(executor)
-    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
         await until(lambda: server.engine.state.trajectories)
@@ -284,7 +304,7 @@ async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(exec
     monkeypatch.setattr(run, "_REFUSALS_S", 3600.0)
     server = Live(executor)
     url = await server.url
-    async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as client:
         assert (await client.get("/health")).status_code == 200
         signal.raise_signal(signal.SIGTERM)
         await until(lambda: executor.is_stopped)
@@ -302,7 +322,7 @@ async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(exec
 
 async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(executor):
     server = Live(executor, shutdown_timeout_s=0.1)
-    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
         await until(lambda: server.engine.state.trajectories)
@@ -313,36 +333,35 @@ async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(execu
 
 
 async def test_a_second_signal_ends_at_once(executor):
-    server = Live(executor, shutdown_timeout_s=60)
-    async with httpx.AsyncClient(base_url=await server.url, timeout=10) as client:
+    server = Live(executor, shutdown_timeout_s=10 * HANG_S)
+    async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
         await until(lambda: server.engine.state.trajectories)
         signal.raise_signal(signal.SIGTERM)
         await until(lambda: not server.engine.is_ready)
-        start = time.monotonic()
         signal.raise_signal(signal.SIGINT)
-        assert await server.serving == 128 + signal.SIGINT
-        assert time.monotonic() - start < 2
+        assert await asyncio.wait_for(server.serving, HANG_S) == 128 + signal.SIGINT
         await asyncio.gather(accepted, return_exceptions=True)
     assert executor.is_stopped
 
 
 async def test_a_signal_while_launching_stops_the_launch():
-    was_cancelled = False
+    is_launching = was_cancelled = False
 
     async def launch():
-        nonlocal was_cancelled
+        nonlocal is_launching, was_cancelled
+        is_launching = True
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             was_cancelled = True
             raise
 
     serving = asyncio.create_task(serve(ServerConfig(port=0), launch))
-    await asyncio.sleep(0.1)
+    await until(lambda: is_launching)
     signal.raise_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(serving, 2) == 0
+    assert await asyncio.wait_for(serving, HANG_S) == 0
     assert was_cancelled
 
 
@@ -361,20 +380,16 @@ def test_as_a_program_it_drains_on_a_signal(number):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         assert program.stdout.readline() == "launching\n"
         url = program.stdout.readline().strip()
-        with httpx.Client(base_url=url, timeout=20) as client:
+        body = {**BODY, "size": "256x256", "num_inference_steps": 100, "stream": True}
+        with httpx.Client(base_url=url, timeout=HANG_S) as client:
             assert client.get("/ready").status_code == 200
-            request = client.build_request("POST", URL, json={**BODY, "size": "256x256", "num_inference_steps": 100})
-            answers = []
-            thread = threading.Thread(target=lambda: answers.append(client.send(request)))
-            thread.start()
-            with httpx.Client(base_url=url) as other:
-                while "tetriserve_requests_running 1.0" not in other.get("/metrics").text:
-                    time.sleep(0.01)
-            program.send_signal(number)
-            thread.join()
-        assert program.wait(timeout=10) == 0
+            with client.stream("POST", URL, json=body) as answer:
+                lines = answer.iter_lines()
+                assert next(lines) == "event: image_generation.progress"
+                program.send_signal(number)
+                *_, last = (line for line in lines if line.startswith("data: "))
+        assert program.wait(HANG_S) == 0
         log = program.stderr.read()
-    assert [answer.status_code for answer in answers] == [200]
-    assert len(answers[0].json()["data"][0]["schedule"]["degrees"]) == 100
+    assert len(json.loads(last.removeprefix("data: "))["schedule"]["degrees"]) == 100
     assert "Traceback" not in log
     assert "POST /v1/images/generations 200" in log

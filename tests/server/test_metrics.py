@@ -12,6 +12,7 @@ import pytest
 from fake_engine import ENCODE_S, FAILING, PROFILE, FakeExecutor, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.waiting import until
 from tetriserve.core.events import WorkerJoined, WorkerLost
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape
@@ -118,8 +119,7 @@ async def test_admitted_images_are_those_that_finished_failed_were_cancelled_or_
 
     executor.gate.clear()
     leaving, staying = (asyncio.create_task(draw(n=3, size=size)) for size in ("64x64", "80x64"))
-    while not engine.state.in_flight or len(engine.state.trajectories) < 6:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine.state.in_flight and len(engine.state.trajectories) == 6)
     assert_sum(await samples(client), num_open=6)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
@@ -136,8 +136,7 @@ async def test_admitted_images_are_those_that_finished_failed_were_cancelled_or_
 async def test_the_sum_holds_when_the_engine_fails_and_when_it_stops(client, draw, executor, engine):
     executor.gate.clear()
     leaving, waiting = (asyncio.create_task(draw(seed=seed)) for seed in (1, 2))
-    while len(engine.state.trajectories) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.state.trajectories) == 2)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     assert_sum(await samples(client), num_open=2)
@@ -186,8 +185,7 @@ async def test_a_change_of_ranks_between_denoise_tasks_is_a_group_switch(client,
 async def test_rank_time_goes_on_between_events(client, draw, executor, engine):
     executor.gate.clear()
     pending = asyncio.gather(draw(), draw())
-    while len(engine.state.trajectories) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.state.trajectories) == 2)
     before = await samples(client)
     await asyncio.sleep(0.05)
     after = await samples(client)

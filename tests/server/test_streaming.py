@@ -13,14 +13,10 @@ import pytest
 from fake_engine import CARD, FAILING, outcomes_of
 from PIL import Image
 
+from tests.waiting import HANG_S, until
+
 URL = "/v1/images/generations"
 BODY = {"prompt": "a lighthouse", "size": "64x64", "stream": True}
-
-
-async def until(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def events_of(response):
@@ -38,7 +34,7 @@ def picture_of(event):
 
 
 async def test_progress_comes_at_both_ends_of_every_task_and_then_the_image(client):
-    response = await client.post(URL, json={**BODY, "seed": 7, "slo_ms": 5000, "request_id": "mine"})
+    response = await client.post(URL, json={**BODY, "seed": 7, "slo_ms": 60_000, "request_id": "mine"})
     assert response.status_code == 200
     assert response.headers["X-Request-Id"] == "mine"
     events = events_of(response)
@@ -145,7 +141,7 @@ async def test_a_stream_counts_as_pending_until_it_ends(connect, engine, executo
 async def test_a_client_that_goes_away_in_mid_stream_cancels_its_images(live, executor):
     executor.gate.clear()
     ends = outcomes_of(live.engine)
-    async with httpx.AsyncClient(base_url=await live.url, timeout=10) as http:
+    async with httpx.AsyncClient(base_url=await live.url, timeout=HANG_S) as http:
         async with http.stream("POST", URL, json={**BODY, "n": 2}) as response:
             assert response.status_code == 200
             await anext(response.aiter_lines())
@@ -160,7 +156,7 @@ async def test_the_openai_package_streams(live):
     async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=0) as ai:
         stream = await ai.images.generate(
             prompt="a lighthouse", model=CARD.name, size="256x256", stream=True, partial_images=2,
-            extra_body={"num_inference_steps": 60, "slo_ms": 20000},
+            extra_body={"num_inference_steps": 60, "slo_ms": 60_000},
         )  # fmt: skip
         events = [event async for event in stream]
     kinds = [event.type for event in events]
