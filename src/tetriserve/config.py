@@ -95,7 +95,7 @@ class SchedulingConfig:
     late_share: part of the pool's rank time that is owed to the request longest past its deadline.
     """
 
-    policy: str = "tetriserve"
+    policy: str = "lookahead"
     default_slo_scale: float = 3.0
     max_queue: int = 256
     max_losses: int = 5
