@@ -51,7 +51,7 @@ class Engine:
         *,
         ranks: int = 2,
         degrees: tuple[int, ...] = (),
-        policy: str = "tetriserve",
+        policy: str = "lookahead",
         device: str = "cpu",
         profile: str | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class Engine:
         """One image; blocks until it is there. Call it from several threads for several images at once.
 
         `options` are the fields of `Generation`: size, seed, num_steps, guidance_scale, negative_prompt,
-        true_cfg_scale, max_sequence_length, slo_s (deadline in seconds from now), priority, reject_infeasible.
+        true_cfg_scale, max_sequence_length, degrees, slo_s (deadline in seconds from now), priority, reject_infeasible.
 
         Raises:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.

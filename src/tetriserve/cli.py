@@ -43,7 +43,9 @@ def serve(
     config: options.Config = None,
     ranks: options.Ranks = None,
     degrees: options.Degrees = "",
-    policy: Annotated[str, option("policy", "lookahead, tetriserve, fcfs, fixed:K, or a plug-in's name.")] = "lookahead",
+    policy: Annotated[
+        str, option("policy", "lookahead, tetriserve, fcfs, fixed:K, or a plug-in's name.")
+    ] = "lookahead",
     device: options.Device = "cpu",
     host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,

@@ -24,6 +24,7 @@ from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import MAX_TEXT_TOKENS, ModelCard, read_card
+from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy
 from tetriserve.profile.corrections import Corrections
@@ -96,9 +97,15 @@ async def launch(
             journal.close()
         raise
     scheduling = config.scheduling
-    intake = Intake(card=card, cost=cost, default_slo_scale=scheduling.default_slo_scale)
+    policy = new_policy()
+    intake = Intake(
+        card=card,
+        cost=cost,
+        default_slo_scale=scheduling.default_slo_scale,
+        max_degree=policy.degree if isinstance(policy, FixedDegree) else None,
+    )
     engine = LiveEngine(
-        Controller(new_policy(), cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
+        Controller(policy, cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
         executor,
         intake,
         SimulatedForesight(new_policy),

@@ -307,7 +307,7 @@ async def test_the_event_log_replayed_through_a_new_controller_gives_the_same_co
     assert joined == len(setup.all_ranks)
     degrees = PoolConfig(num_ranks=len(setup.all_ranks)).degrees
     cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(shape, degrees))
-    policy = make_policy("tetriserve", cost, num_ranks=len(setup.all_ranks), shapes=profile.shapes)
+    policy = make_policy("lookahead", cost, num_ranks=len(setup.all_ranks), shapes=profile.shapes)
     again = Controller(policy, cost)
     commands = [again.handle(event, now) for now, event in setup.events]
     assert commands == [[]] * joined + [live for _, _, live in log]

@@ -284,12 +284,25 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
     driver.executor.forget("unheard")
 
 
+async def test_a_task_tells_how_long_a_processor_ran_its_thread(driver: Driver) -> None:
+    request = dataclasses.replace(make_request("a red circle"), request_id="timed")
+    encoded = await driver.run(request, Task(request.request_id, Stage.ENCODE, (0,)))
+    driver.executor.forget(request.request_id)
+    assert encoded.cpu_s is not None
+    assert 0 < encoded.cpu_s < encoded.elapsed_s + 0.1
+
+
 async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bundled_card: ModelCard) -> None:
     heard: list[tuple[int, int]] = []
     pool, shapes = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2)), [Shape(256, 256)]
     try:
         profile = await measure(
-            driver.executor, bundled_card, pool, shapes, lambda done, total, text: heard.append((done, total))
+            driver.executor,
+            bundled_card,
+            pool,
+            shapes,
+            lambda done, total, text: heard.append((done, total)),
+            share=0.0,
         )
     finally:
         driver.executor.subscribe(driver._on_event)

@@ -166,3 +166,16 @@ async def test_the_same_request_id_may_be_used_twice_at_once(draw):
     responses = await asyncio.gather(*(draw(request_id="twin", seed=seed) for seed in (1, 2)))
     assert [response.status_code for response in responses] == [200, 200]
     assert [response.json()["data"][0]["seed"] for response in responses] == [1, 2]
+
+
+@pytest.mark.parametrize("degrees", [1, [1]])
+async def test_degrees_that_a_request_names_are_kept(draw, degrees):
+    response = await draw(degrees=degrees)
+    assert response.status_code == 200, response.text
+    assert set(response.json()["data"][0]["schedule"]["degrees"]) == {1}
+
+
+async def test_a_degree_that_is_not_served_is_refused_by_name(draw):
+    response = await draw(degrees=[64])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "degrees"

@@ -72,4 +72,4 @@ def test_each_gpu_has_a_process_of_its_own_and_nccl_and_a_cpu_pool_has_gloo() ->
 def test_the_default_engine_is_the_bundled_model_on_two_cpu_ranks() -> None:
     config = EngineConfig()
     assert (config.model, config.profile) == (None, None)
-    assert (config.pool.num_ranks, config.pool.device, config.scheduling.policy) == (2, "cpu", "tetriserve")
+    assert (config.pool.num_ranks, config.pool.device, config.scheduling.policy) == (2, "cpu", "lookahead")

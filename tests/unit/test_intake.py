@@ -185,3 +185,24 @@ def test_a_size_that_a_wider_degree_was_not_measured_for_is_still_served() -> No
     narrow = dataclasses.replace(PROFILE, denoise=tuple(row for row in PROFILE.denoise if row.step_s != 0.06))
     request = take(dataclasses.replace(INTAKE, cost=ProfileCost(narrow)), size="256x512", num_steps=1)
     assert request.deadline_s == pytest.approx(1000.0 + 3.0 * (0.5 + 0.2 + 0.4))
+
+
+def test_a_request_may_pin_its_degrees() -> None:
+    assert take().degrees is None
+    pinned = take(degrees=(2, 1))
+    assert pinned.degrees == (1, 2)
+    assert take(degrees=(1,), max_sequence_length=63).max_sequence_length == 63  # what degree 2 would not divide
+    assert list(INTAKE.cost.step_times(take(degrees=(2,)))) == [2]
+    assert list(INTAKE.cost.step_times(pinned)) == [1, 2]
+
+
+@pytest.mark.parametrize("degrees", [(3,), (1, 4), (), (0,), (-1,)])
+def test_a_degree_that_the_size_cannot_run_at_is_refused(degrees: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=r"degrees is \[.*\]; allowed for 512x512: one or more of 1, 2") as error:
+        take(degrees=degrees)
+    assert error.value.param == "degrees"
+
+
+def test_a_degree_that_the_policy_never_gives_is_refused_instead_of_waiting_for_ever() -> None:
+    with pytest.raises(InvalidRequest, match="one or more of 1$"):
+        take(dataclasses.replace(INTAKE, max_degree=1), degrees=(2,))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 
 
@@ -55,11 +55,11 @@ def _goes_before(other: Trajectory, request: Request, now: float) -> bool:
 def _least_gpu_time(state: State, trajectories: Iterable[Trajectory]) -> float:
     """Rank-seconds left of `trajectories`, each at the degree that spends the fewest."""
     cost = state.cost
-    known: dict[tuple[Shape, int], tuple[float, float, float]] = {}  # per kind: encode, a step, decode
+    known: dict[tuple[object, ...], tuple[float, float, float]] = {}  # per kind: encode, a step, decode
     total_s = 0.0
     for trajectory in trajectories:
         request = trajectory.request
-        kind = request.shape, request.num_passes
+        kind = request.kind
         if kind not in known:
             times = cost.step_times(request)
             widest = max(len(state.ranks), min(times))

@@ -44,8 +44,8 @@ class Request:
     """One accepted request: exactly one image (a client's `n` images are n requests).
 
     Times are seconds since the engine started. `priority` orders classes, lower is earlier. Texts are padded to
-    `max_sequence_length` tokens and cut at it; None is the model's own number. Prompts are in no `repr`, which logs and
-    tracebacks quote.
+    `max_sequence_length` tokens and cut at it; None is the model's own number. Steps run at one of `degrees`; None
+    leaves every degree of the shape to the policy. Prompts are in no `repr`, which logs and tracebacks quote.
     """
 
     request_id: str
@@ -60,6 +60,12 @@ class Request:
     true_cfg_scale: float = 1.0
     priority: int = 0
     max_sequence_length: int | None = None
+    degrees: tuple[int, ...] | None = None
+
+    @property
+    def kind(self) -> tuple[Shape, int, tuple[int, ...] | None]:
+        """Requests of one kind take the same time for a step, at the same degrees."""
+        return self.shape, self.num_passes, self.degrees
 
     @property
     def num_passes(self) -> int:

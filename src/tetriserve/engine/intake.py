@@ -42,6 +42,7 @@ class Generation:
     reject_infeasible: bool = False
     request_id: str | None = None
     max_sequence_length: int | None = None
+    degrees: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,13 @@ class Intake:
     """The rules of admission for one served model.
 
     cost: which shapes and degrees there are. Its times are those of the start: `request` takes the present ones.
+    max_degree: the widest that the policy ever gives to a request; None for whatever the shape can run at.
     """
 
     card: ModelCard
     cost: ProfileCost
     default_slo_scale: float = 3.0
+    max_degree: int | None = None
     max_steps: int = 200
     max_prompt_chars: int = 8000
 
@@ -71,6 +74,7 @@ class Intake:
             "num_inference_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps
         )
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
+        degrees = self._degrees(generation.degrees, shape)
         request = Request(
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._short_enough("prompt", generation.prompt),
@@ -85,7 +89,8 @@ class Intake:
             negative_prompt=negative_prompt,
             true_cfg_scale=true_cfg_scale,
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
-            max_sequence_length=self._text_length(generation.max_sequence_length, shape),
+            max_sequence_length=self._text_length(generation.max_sequence_length, shape, degrees),
+            degrees=generation.degrees and degrees,
         )
         slo_s = generation.slo_s
         if slo_s is None:
@@ -129,11 +134,23 @@ class Intake:
         own = [shape for shape in self.card.sizes if low <= shape.num_pixels <= high]
         return tuple(dict.fromkeys((*own, *self.shapes)))
 
-    def _text_length(self, length: int | None, shape: Shape) -> int | None:
-        """Every degree that the size may run at must divide it: which of them a step gets is known only then."""
+    def _degrees(self, wanted: Sequence[int] | None, shape: Shape) -> tuple[int, ...]:
+        """The degrees that the request's steps may run at, ascending."""
+        served = tuple(self.cost.profiled_step_times(shape))
+        if wanted is None:
+            return served
+        usable = [degree for degree in served if self.max_degree is None or degree <= self.max_degree]
+        refused = [degree for degree in wanted if degree not in usable]
+        if refused or not wanted:
+            allowed = f"allowed for {shape}: one or more of {', '.join(map(str, usable or served))}"
+            raise InvalidRequest(f"degrees is {list(wanted)[:8]}; {allowed}", "degrees")
+        return tuple(degree for degree in served if degree in wanted)
+
+    def _text_length(self, length: int | None, shape: Shape, degrees: Sequence[int]) -> int | None:
+        """Every degree that the request may run at must divide it: which of them a step gets is known only then."""
         if length is None:
             return None
-        longest, degrees = self.card.num_text_tokens, tuple(self.cost.profiled_step_times(shape))
+        longest = self.card.num_text_tokens
         multiple = math.lcm(*degrees)
         if not 1 <= length <= longest or length % multiple:
             allowed = f"allowed: {multiple} to {longest}"

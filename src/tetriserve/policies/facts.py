@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from tetriserve.core.plan import State
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 
 Terms = TypeVar("Terms")
@@ -16,9 +16,9 @@ Fact = TypeVar("Fact")
 class Facts(Generic[Terms, Fact]):
     """What `derive` makes of each trajectory, remembered for as long as the trajectory and its terms stay the same.
 
-    Terms are what the cost model and the pool say about a kind of request, its shape and number of passes. Most of a
-    long queue is the same at the next event, so that only looking it up is left. Both functions are pure: what is
-    remembered is never a decision, and a policy that forgot it all would plan the same.
+    Terms are what the cost model and the pool say about a kind of request (`Request.kind`). Most of a long queue is the
+    same at the next event, so that only looking it up is left. Both functions are pure: what is remembered is never a
+    decision, and a policy that forgot it all would plan the same.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Facts(Generic[Terms, Fact]):
     ) -> None:
         self._terms_of = terms_of
         self._derive = derive
-        self._kinds: dict[tuple[Shape, int], _Kind[Terms]] = {}
+        self._kinds: dict[tuple[object, ...], _Kind[Terms]] = {}
         self._known: dict[int, _Known[Terms, Fact]] = {}
 
     def of(self, trajectories: Iterable[Trajectory], state: State) -> list[Fact]:
@@ -53,7 +53,7 @@ class Facts(Generic[Terms, Fact]):
         return facts
 
     def _kind_of(self, request: Request) -> _Kind[Terms]:
-        return self._kinds.setdefault((request.shape, request.num_passes), _Kind())
+        return self._kinds.setdefault(request.kind, _Kind())
 
 
 class _Kind(Generic[Terms]):

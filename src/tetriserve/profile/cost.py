@@ -28,16 +28,16 @@ class ProfileCost:
     profile: Profile
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Corrections = field(default_factory=Corrections)
-    _memo: dict[tuple[Shape, int], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
+    _memo: dict[tuple[object, ...], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
 
     def step_times(self, request: Request) -> Mapping[int, float]:
-        """Seconds per denoise step by degree, ascending.
+        """Seconds per denoise step by degree, ascending; of the degrees that the request allows.
 
         Raises:
             ProfileError: the shape lies outside the measured range.
         """
-        key = (request.shape, request.num_passes)
+        key = request.kind
         times = self._memo.get(key)
         if times is None:
             make_room(self._memo)
@@ -45,6 +45,7 @@ class ProfileCost:
                 {
                     degree: profiled * self.corrections.of_step(request.shape, degree) * request.num_passes
                     for degree, profiled in self.profiled_step_times(request.shape).items()
+                    if request.degrees is None or degree in request.degrees
                 }
             )
         return times

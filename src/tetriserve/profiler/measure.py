@@ -59,7 +59,7 @@ async def measure(
     still is in doubt then, the profile says. Work that only slows memory or a GPU down, steadily, is not noticed.
 
     Args:
-        share: of a processor that each worker thread gets on the quiet machine; None finds out.
+        share: of a processor that each worker thread gets on the quiet machine; None finds out, 0 asks for nothing.
 
     Raises:
         TetriServeError: a worker failed or was lost while measuring.

@@ -36,6 +36,9 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
         )
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", "partial_images")
+    degrees: tuple[int, ...] | None = None
+    if body.degrees is not None:
+        degrees = (body.degrees,) if isinstance(body.degrees, int) else tuple(body.degrees)
     slo_ms = header_slo_ms if body.slo_ms is None else body.slo_ms
     return [
         Generation(
@@ -47,6 +50,7 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
             negative_prompt=body.negative_prompt,
             true_cfg_scale=body.true_cfg_scale,
             max_sequence_length=body.max_sequence_length,
+            degrees=degrees,
             slo_s=None if slo_ms is None else slo_ms / 1000,
             priority=body.priority or 0,
             reject_infeasible=body.deadline_policy == "reject",

@@ -48,6 +48,11 @@ class ImagesRequest(BaseModel):
     max_sequence_length: int | None = Field(
         None, description="Text tokens, to which the prompt is padded and at which it is cut; the model's by default."
     )
+    degrees: Annotated[list[int], Field(min_length=1, max_length=16)] | int | None = Field(
+        None,
+        description="Degrees of sequence parallelism that its steps may run at: one, or a list. By default the "
+        "scheduler chooses among those of the size. One degree makes the image reproducible bit by bit.",
+    )
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(

@@ -35,10 +35,17 @@ from tetriserve.server.schemas import (
 from tetriserve.workload.outcome import Outcome
 
 MEDIA_TYPE = "text/event-stream"
+_EVENT_SCHEMA = {
+    "type": "object",
+    "description": "One server-sent event; `data` is JSON.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The images; with `stream`, events that lead to them.",
-        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "content": {MEDIA_TYPE: {"schema": _EVENT_SCHEMA}},
     }
 }
 """For `/openapi.json`."""

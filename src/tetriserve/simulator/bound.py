@@ -105,7 +105,7 @@ def _possible(requests: Sequence[Request], cost: CostModel, num_ranks: int) -> _
     known: dict[tuple[object, ...], Chain | None] = {}
     found = []
     for request in requests:
-        key = (request.shape, request.num_steps, request.num_passes)
+        key = (request.kind, request.num_steps)
         if key not in known:
             known[key] = chain_of(request, cost, num_ranks)
         chain, end = known[key], request.deadline_s + SLACK_S
