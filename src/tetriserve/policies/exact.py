@@ -256,11 +256,33 @@ def _root(jobs: Sequence[_Job], state: State, now: float) -> _Partial:
 
 
 def _first_schedule(root: _Partial, jobs: Sequence[_Job], now: float) -> _Partial:
+    """The best of a few: one request after the other, each at its fastest, and side by side at each degree at most."""
+    widths = sorted({degree for job in jobs for degree in job.step_times}, reverse=True)
+    schedules = [_in_turn(root, jobs, now), *(_side_by_side(root, jobs, width, now) for width in widths)]
+    return max(schedules, key=lambda schedule: (schedule.num_attained, -schedule.total_finish_s))
+
+
+def _in_turn(root: _Partial, jobs: Sequence[_Job], now: float) -> _Partial:
     """A request after the other in their order, each at its fastest; short stages overlap where ranks are free."""
     partial = root
     for index, job in enumerate(jobs):
         while not job.is_done(progress := partial.progress[index]):
             partial = _extend(partial, jobs, index, job.degrees_at(progress)[0], job.steps_left(progress), now)
+    return partial
+
+
+def _side_by_side(root: _Partial, jobs: Sequence[_Job], width: int, now: float) -> _Partial:
+    """Whichever request can go on first does, on at most `width` ranks; the earlier in their order of equals."""
+    partial = root
+    while not partial.is_complete:
+        options = []
+        for index, (job, progress) in enumerate(zip(jobs, partial.progress, strict=True)):
+            if not job.is_done(progress):
+                degrees = job.degrees_at(progress)
+                degree = next((degree for degree in degrees if degree <= width), degrees[-1])
+                options.append((max(partial.ready_s[index], partial.free_s[degree - 1]), index, degree))
+        _, index, degree = min(options)
+        partial = _extend(partial, jobs, index, degree, jobs[index].steps_left(partial.progress[index]), now)
     return partial
 
 

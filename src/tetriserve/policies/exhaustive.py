@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.policies.exact import BestSchedule, find_best_schedule
 from tetriserve.policies.placement import place
+
+logger = logging.getLogger(__name__)
 
 NUM_NODES = 100_000
 """Partial schedules that one search makes at most by default: some seconds."""
@@ -14,12 +18,13 @@ class Exhaustive:
     """Starts what the best schedule of the requests known now starts now, and searches again at every event.
 
     See `exact` for what best means, and for the schedules among which it is exact. A search that would make more than
-    `max_nodes` partial schedules uses the best complete one that it knows. There always is one, which serves requests
-    by deadline, each at its fastest.
+    `max_nodes` partial schedules uses the best complete one that it knows, and a warning says so once. There always is
+    one: requests by deadline, each at its fastest, or side by side.
     """
 
     def __init__(self, max_nodes: int = NUM_NODES) -> None:
         self.max_nodes = max_nodes
+        self._has_warned = False
 
     def plan(self, state: State, now: float) -> Plan:
         if not state.waiting or not state.idle_ranks:
@@ -43,4 +48,12 @@ class Exhaustive:
 
     def search(self, state: State, now: float) -> BestSchedule:
         """The schedule that `plan` follows, of everything unfinished in `state` from `now` on."""
-        return find_best_schedule(state, now, max_nodes=self.max_nodes)
+        best = find_best_schedule(state, now, max_nodes=self.max_nodes)
+        if not best.is_exact and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "exhaustive stopped a search after %d partial schedules: a better schedule may exist; "
+                "exhaustive:nodes=N searches longer",
+                self.max_nodes,
+            )
+        return best
