@@ -56,6 +56,7 @@ class Controller:
         self.cost = cost
         self._max_losses = max_losses
         self._late = LateAccount(late_share)
+        self._first_deadline_s = math.inf
         self._tracker = Tracker()
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -69,7 +70,8 @@ class Controller:
     def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
         """What to do about several events that happened at `now`, with one plan for all of them; see `handle`."""
         commands = [command for event in events for command in self._apply(event, now)]
-        self._late.accrue(now, len(self._tracker.ranks), self._tracker.first_deadline_s)
+        self._first_deadline_s = self._tracker.first_deadline_s
+        self._late.accrue(now, len(self._tracker.ranks), self._first_deadline_s)
         state = self.state
         if again := [self._start(task, now) for task in lost_tasks(state)]:
             commands += again
@@ -140,8 +142,7 @@ class Controller:
         end_s = now + self.cost.switch_s + self.expected_s(task, record.request)
         if record.trajectory.is_moved_by(task.ranks):
             end_s += self.cost.move_s
-        deadline_s, first_deadline_s = record.request.deadline_s, self._tracker.first_deadline_s
-        self._late.charge((end_s - now) * task.degree, deadline_s, now, first_deadline_s)
+        self._late.charge((end_s - now) * task.degree, record.request.deadline_s, now, self._first_deadline_s)
         task_id = self._tracker.take_off(task, now, end_s)
         return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.overdue import Need, have_slack, owed
+from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
 from tetriserve.policies.stages import place_short_stages
@@ -121,7 +121,7 @@ def _ahead(
     if not late:
         return []
     head = owed(state, now)
-    is_spare = bool(in_time) and have_slack(
+    is_spare = min((job.latest_s for job in in_time), default=now) - now >= IN_HAND_S and have_slack(
         [Need(job.deadline_s, job.latest_s, job.gpu_s) for job in in_time], len(state.ranks), now
     )
     if head is None and not is_spare:

@@ -18,7 +18,7 @@ INSTALMENT_S = 30.0
 _COVER = 0.8
 """The part of what a request still needs that its credit must cover: the rest accrues while it runs."""
 
-_IN_HAND_S = 5.0
+IN_HAND_S = 5.0
 """Slack that is kept for arrivals, at least; three times the time alone where that is more."""
 
 
@@ -55,6 +55,6 @@ def have_slack(needs: Iterable[Need], num_ranks: int, now: float) -> bool:
     for need in sorted(needs):
         ahead_s += need.gpu_s / num_ranks
         alone_s = need.deadline_s - need.latest_s
-        if need.latest_s - now < ahead_s + max(_IN_HAND_S, 3 * alone_s):
+        if need.latest_s - now < ahead_s + max(IN_HAND_S, 3 * alone_s):
             return False
     return True

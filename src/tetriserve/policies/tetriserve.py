@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.overdue import Need, have_slack, owed
+from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
 from tetriserve.policies.rounds import RoundClock, Window
@@ -221,15 +221,12 @@ def _choose_ahead(
 ) -> tuple[list[Trajectory], list[Choice]]:
     """Late requests before those in time: what is owed to the oldest, and all for which the others have slack."""
     head = owed(state, window.now)
-    needs = [
-        Need(
-            candidate.trajectory.request.deadline_s,
-            candidate.latest_start_s,
-            candidate.trajectory.remaining_steps * candidate.table.efficient[0][2],
+    is_spare = False
+    if waiting.late or waiting.late_short:
+        first_s = min((candidate.latest_start_s for candidate in waiting.on_time), default=window.now)
+        is_spare = first_s - window.now >= IN_HAND_S and have_slack(
+            map(_need, waiting.on_time), len(state.ranks), window.now
         )
-        for candidate in (waiting.on_time if waiting.late or waiting.late_short else ())
-    ]
-    is_spare = bool(needs) and have_slack(needs, len(state.ranks), window.now)
     if head is None and not is_spare:
         return [], []
     short = [stage for stage in waiting.late_short if is_spare or stage.trajectory is head]
@@ -237,6 +234,12 @@ def _choose_ahead(
     late = [candidate for candidate in waiting.late if is_spare or candidate.trajectory is head]
     late.sort(key=lambda candidate: candidate.trajectory is not head)
     return late_short, _choose_late(late, capacity - len(late_short), window)
+
+
+def _need(candidate: Candidate) -> Need:
+    trajectory = candidate.trajectory
+    gpu_s = trajectory.remaining_steps * candidate.table.efficient[0][2]
+    return Need(trajectory.request.deadline_s, candidate.latest_start_s, gpu_s)
 
 
 def _choose_late_short(late: Sequence[ShortStage], capacity: int, window: Window) -> list[Trajectory]:
