@@ -228,7 +228,7 @@ def test_a_key_is_asked_for_and_kept(open_page, served, keep):
         dialog.get_by_label("API key").fill("sk-right")
         page.keyboard.press("Enter")
         expect(page.locator("#connection")).to_have_text("live")
-        expect(ask(page, steps=2).locator(".verdict")).to_contain_text("In time")
+        expect(ask(page, steps=2, deadline=60).locator(".verdict")).to_contain_text("In time")
         page.reload()
         expect(page.locator("#connection")).to_have_text("live")
         expect(dialog).to_be_hidden()
