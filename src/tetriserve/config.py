@@ -186,7 +186,7 @@ class EngineConfig:
 
     profile: path of a profile file, which every start takes as it is written; None finds, or measures, one for this
         model and machine, and takes up what the last engine learnt about it.
-    remeasure: measure one whatever is found.
+    remeasure: measure a profile even if one is found.
     served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
     journal: None keeps nothing.

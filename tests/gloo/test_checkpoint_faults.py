@@ -1,4 +1,4 @@
-"""A damaged checkpoint ends the start, whatever component and whatever damage: no weights are filled in or left out."""
+"""A damaged checkpoint ends the start, for every component and kind of damage: no weights are filled in or left out."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ class LateAccount:
     Credit accrues at `share` of the pool's rank time while a request is overdue. Tasks of the one that is longest
     overdue are charged to it, also when they run on ranks that nothing else wanted: to that request the share is a
     minimum, not an addition. What other late requests get on idle ranks is not charged. A balance is overdrawn by one
-    task, whatever its length, and by no more.
+    task of any length, and by no more.
     """
 
     def __init__(self, share: float) -> None:

@@ -50,7 +50,7 @@ class Intake:
     """The rules of admission for one served model.
 
     cost: which shapes and degrees there are. Its times are those of the start: `request` takes the present ones.
-    max_degree: the widest that the policy ever gives to a request; None for whatever the shape can run at.
+    max_degree: the widest that the policy ever gives to a request; None if the shape alone limits it.
     """
 
     card: ModelCard

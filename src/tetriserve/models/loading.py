@@ -29,7 +29,7 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> 
     """The pipeline, each of its models loaded alone: only then the libraries tell what they filled in or left out.
 
     Raises:
-        CheckpointError: whatever goes wrong, in one line.
+        CheckpointError: the model cannot be loaded; one line says why.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -34,7 +34,7 @@ class Exchange:
 
     facts: what the log line says beyond method, path, status and time.
     error_code: the code of the error it was answered with.
-    is_cut_off: the connection ended before the body had arrived; nobody receives the app's answer.
+    is_cut_off: the connection ended before the body had arrived; the app's answer is sent to no client.
     """
 
     request_id: str
