@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import time
@@ -20,6 +19,7 @@ from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.evaluate_command import evaluate
 from tetriserve.options import ENV, FORMATS, LOG_LEVELS, one_line_errors, option
+from tetriserve.stopping import run_until_signal
 
 if TYPE_CHECKING:
     from tetriserve.engine.live import LiveEngine
@@ -161,7 +161,7 @@ def profile(
             raise ConfigError(f"--sizes: {error}") from error
         pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
         with _progress() as progress:
-            card, measured = asyncio.run(measure_profile(model, pool, shapes, progress, max_sequence_length))
+            card, measured = run_until_signal(measure_profile(model, pool, shapes, progress, max_sequence_length))
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)
         _print_profile(measured)

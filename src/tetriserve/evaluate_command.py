@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from tetriserve import options
 from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, check_range
 from tetriserve.core.errors import ConfigError
 from tetriserve.options import FORMATS, one_line_errors, option
+from tetriserve.stopping import run_until_signal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,7 +88,7 @@ def evaluate(
         }
         with Progress(console=Console(stderr=True), transient=True) as progress:
             pictures = progress.add_task("pictures", total=prompts * len(settings))
-            rows = asyncio.run(
+            rows = run_until_signal(
                 evaluate_all(configs, settings, prompts, seed, on_trial=lambda: progress.advance(pictures))
             )
         result = {

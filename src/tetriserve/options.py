@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,6 +16,7 @@ from tetriserve.core.bounds import shown
 from tetriserve.core.errors import ConfigError, TetriServeError
 from tetriserve.files import read_text
 from tetriserve.logs import writes_json
+from tetriserve.stopping import Interrupted
 
 if TYPE_CHECKING:
     from tetriserve.config import PoolConfig
@@ -39,17 +41,30 @@ def option(name: str, text: str, **settings: Any) -> Any:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """An operator's mistake is one line on stderr and a failing exit code, never a traceback."""
+    """What ends a command early, an operator's mistake or a signal, is one line on stderr and an exit code.
+
+    2: a mistake; 1: another failure; 128 and the signal's number.
+    """
     try:
         yield
-    except TetriServeError as error:
-        if writes_json():
-            logger.critical("%s", error)
-        else:
-            typer.echo(f"tetriserve: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        _end(Interrupted(signal.SIGINT))
+    except TetriServeError as error:
+        _end(error)
+
+
+def _end(error: TetriServeError) -> NoReturn:
+    if writes_json():
+        logger.critical("%s", error)
+    else:
+        typer.echo(f"tetriserve: {error}", err=True)
+    match error:
+        case Interrupted(exit_code=code):
+            raise typer.Exit(code) from None
+        case ConfigError():
+            raise typer.Exit(2) from None
+        case _:
+            raise typer.Exit(1) from None
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -621,11 +621,12 @@ class Interrupted(Engine):
 def test_an_engine_whose_start_is_interrupted_leaves_no_worker_and_no_thread(
     bundled_dir: Path, profile_path: str
 ) -> None:
-    children, threads = set(multiprocessing.active_children()), threading.active_count()
+    children, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt), Interrupted(str(bundled_dir), ranks=2, profile=profile_path):
         pass
     assert set(multiprocessing.active_children()) <= children
-    assert threading.active_count() == threads
+    left = set(threading.enumerate()) - threads
+    assert {thread.name for thread in left} <= {"tetriserve-starts"}, "that one lives as long as the process"
 
 
 @pytest.mark.filterwarnings("error")

@@ -18,11 +18,12 @@ import torch
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
-from tetriserve.executor.processes import keep_fork_server, kill_process
+from tetriserve.executor.processes import ProcessStarter, kill_process
 from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.latents import TensorStore
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.rendezvous import PeerAbsent
+from tests.waiting import until
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
@@ -98,11 +99,10 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
     process.join()
 
 
-def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again() -> None:
-    pool = PoolConfig(num_ranks=1)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=time.sleep, args=(60,))
-    process.start()
+async def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again() -> None:
+    starter = ProcessStarter(PoolConfig(num_ranks=1))
+    process = starter.context.Process(target=time.sleep, args=(60,))  # type: ignore[attr-defined]
+    await starter.start(process)
     assert process.pid is not None
     handle = os.pidfd_open(process.pid)
     server_pid = forkserver._forkserver._forkserver_pid
@@ -113,8 +113,8 @@ def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_sta
     kill_process(process)
     assert select.select([handle], [], [], 10) == ([handle], [], [])
     os.close(handle)
-    keep_fork_server(context, pool)
-    assert forkserver._forkserver._forkserver_pid not in (None, server_pid)
+    starter.keep_fork_server()
+    await until(lambda: forkserver._forkserver._forkserver_pid not in (None, server_pid))
 
 
 def _live(held: Connection, theirs: Connection) -> None:

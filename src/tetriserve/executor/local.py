@@ -38,15 +38,7 @@ from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.previews import PreviewReader
-from tetriserve.executor.processes import (
-    end_process,
-    end_processes,
-    exit_words,
-    keep_fork_server,
-    start_context,
-    start_process,
-    wait_for_end,
-)
+from tetriserve.executor.processes import NoProcess, ProcessStarter, exit_words, kill_process, wait_for_end
 from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.executor.running import Running
 from tetriserve.executor.worker import Worker
@@ -64,6 +56,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_RESTART_DELAY_S = 30.0
+_STOP_TIMEOUT_S = 5.0
+_KILL_TIMEOUT_S = 1.0
 
 
 class LocalExecutor:
@@ -85,7 +79,7 @@ class LocalExecutor:
         self._on_event: OnEvent = lambda event: None
         self._is_stopping = False
         self.num_restarts = 0
-        self._context = start_context(pool)
+        self._starter = ProcessStarter(pool)
         self._directory = StoreDirectory()
         self._store = TensorStore(self._directory.path)
         self._previews = PreviewReader(self._store, card)
@@ -105,24 +99,29 @@ class LocalExecutor:
     async def start(self, on_progress: Callable[[str], None]) -> None:
         self._started = asyncio.get_running_loop().create_future()
         try:
-            on_progress(f"starting {self._pool.num_ranks} workers")
-            await asyncio.gather(*(self._spawn(rank) for rank in range(self._pool.num_ranks)))
-            on_progress("loading the model")
-            await asyncio.wait_for(self._started, self._pool.start_timeout_s)
-            self._watch = asyncio.create_task(self._watch_heartbeats())
-            on_progress("warming groups")
-            await self._warm_groups()
+            async with asyncio.timeout(self._pool.start_timeout_s):
+                on_progress(f"starting {self._pool.num_ranks} workers")
+                for rank in range(self._pool.num_ranks):
+                    await self._spawn(rank)
+                on_progress("loading the model")
+                await self._started
+                self._watch = asyncio.create_task(self._watch_heartbeats())
+                on_progress("warming groups")
+                await self._warm_groups()
         except TimeoutError:
             await self.stop()
             raise ConfigError(
                 f"workers were not ready within {self._pool.start_timeout_s:g} s; see the log, or raise --start-timeout"
             ) from None
-        except OSError as error:
+        except (OSError, NoProcess) as error:
             await self.stop()
             raise ConfigError(f"workers cannot be started: {error}") from error
         except BaseException:
             await self.stop()
             raise
+        finally:
+            if not self._started.cancel() and not self._started.cancelled():
+                self._started.exception()  # asked for, or asyncio would report it where another error came first
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
@@ -169,38 +168,46 @@ class LocalExecutor:
             self._send(rank, Forget(request_id))
 
     async def stop(self) -> None:
-        self._is_stopping = True
+        """Bounded, whatever state the workers are in. A second call, when the first was cancelled, is in a hurry."""
+        is_hurried, self._is_stopping = self._is_stopping, True
         tasks = [task for task in (self._watch, *self._restarts) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for rank in self._workers:
             self._send(rank, Stop())
-        await asyncio.to_thread(end_processes, [worker.process for worker in self._workers.values()])
+        if not is_hurried:
+            await self._are_gone(_STOP_TIMEOUT_S)
+        for worker in self._workers.values():
+            kill_process(worker.process)
+        await self._are_gone(_KILL_TIMEOUT_S)
         for worker in self._workers.values():
             worker.unwatch()
         self._workers.clear()
+        await self._starter.reap()
         self._directory.remove()
 
+    async def _are_gone(self, timeout_s: float) -> None:
+        """Wait until the lifelines of all workers have ended."""
+        deadline = time.monotonic() + timeout_s
+        while self._workers and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
     async def _spawn(self, rank: int) -> None:
-        ours, theirs = self._context.Pipe()
-        lifeline, held = self._context.Pipe(duplex=False)
-        process = self._context.Process(  # type: ignore[attr-defined]
+        ours, theirs = self._starter.context.Pipe()
+        lifeline, held = self._starter.context.Pipe(duplex=False)
+        process = self._starter.context.Process(  # type: ignore[attr-defined]
             target=worker_main, args=(self._spec(rank), theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
         )
-        starting = asyncio.ensure_future(asyncio.to_thread(start_process, process, self._pool))
         try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.wait({starting})  # a thread cannot be cancelled, and nobody else knows of its process
-            end_process(process)
+            await self._starter.start(process)
+        except BaseException:
+            ours.close()
+            lifeline.close()
             raise
         finally:
             theirs.close()  # so that our ends read end-of-file when the worker dies
             held.close()
-        if self._is_stopping:
-            end_process(process)
-            return
         now, loop = time.monotonic(), asyncio.get_running_loop()
         self._workers[rank] = Worker(process, ours, lifeline, Inbox(ours), Outbox(ours), born_s=now, last_sign_s=now)
         loop.add_reader(ours.fileno(), self._read, rank)
@@ -344,8 +351,8 @@ class LocalExecutor:
             self.num_restarts += 1
             try:
                 await self._spawn(rank)
-            except (OSError, EOFError, RuntimeError) as error:  # no process, fork server or thread at the moment
-                logger.error("rank %d could not be started again: %s: %s", rank, type(error).__name__, error)
+            except (OSError, NoProcess) as error:  # OSError: no pipe
+                logger.error("rank %d could not be started again: %s", rank, error)
             else:
                 return
 
@@ -380,7 +387,7 @@ class LocalExecutor:
                     self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
                 elif complaint := worker.complaint(self._pool, now, is_busy=rank in busy):
                     worker.kill(complaint)
-            keep_fork_server(self._context, self._pool)
+            self._starter.keep_fork_server()
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
@@ -391,7 +398,7 @@ class LocalExecutor:
             for rank in ranks:
                 self._send(rank, WarmGroup(name, ranks))
         self._check_warm()
-        await asyncio.wait_for(self._warmed.wait(), self._pool.start_timeout_s)
+        await self._warmed.wait()
 
     def _check_warm(self) -> None:
         if not self._warming:

@@ -1,15 +1,23 @@
-"""How worker processes begin and end."""
+"""How worker processes begin and end.
+
+All are started by one thread, which lives as long as this process: it is with the starting thread that the kernel ends
+a child (`worker.parent`), and a start may block for as long as the fork server is busy, stopped or stuck.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cache, partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext, ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -19,12 +27,92 @@ from tetriserve.config import PoolConfig
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
+_GRACE_S = 1.0
+"""For what takes milliseconds unless somebody is stuck."""
 _ORPHANED = 255
 """What multiprocessing takes for the exit code of every process whose parent, the fork server, has died."""
 _lock = threading.Lock()
 
 
-def start_context(pool: PoolConfig) -> BaseContext:
+class NoProcess(Exception):
+    """A process did not start, and nothing is left of it; one line says why."""
+
+
+class ProcessStarter:
+    """Starts the processes of one executor, one at a time, and sees to the fork server where there is one."""
+
+    def __init__(self, pool: PoolConfig) -> None:
+        self._pool = pool
+        self.context = _start_context(pool)
+        self._turn = asyncio.Lock()
+        self._processes: list[BaseProcess] = []
+
+    async def start(self, process: BaseProcess) -> None:
+        """Start it with the environment that workers need.
+
+        A fork server that does not answer is ended, and the next start has another: one that has yet to load its
+        libraries is waited for as long as workers are, one that has forked before for a worker's silence. A start that
+        is cancelled leaves nothing either.
+
+        Raises:
+            NoProcess: no process, no memory, or no fork server at the moment.
+        """
+        async with self._turn:
+            begun = _starting_thread().submit(partial(_start, process, self._pool))
+            start = asyncio.wrap_future(begun)
+            patience_s = self._pool.heartbeat_timeout_s if _has_forked() else self._pool.start_timeout_s
+            try:
+                await asyncio.wait({start}, timeout=patience_s)
+            except asyncio.CancelledError:
+                await self._break_off(begun, start, process)
+                raise
+            if not start.done():
+                await self._break_off(begun, start, process)
+                raise NoProcess(f"the fork server did not answer within {patience_s:g} s, and was ended")
+            try:
+                start.result()
+            except (EOFError, ConnectionError):
+                raise NoProcess("the fork server ended") from None
+            except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no thread
+                raise NoProcess(f"{type(error).__name__}: {error}") from error
+            self._processes = [*filter(_may_live, self._processes), process]
+
+    def keep_fork_server(self) -> None:
+        """Start the fork server again if it has died: that takes seconds, for which a replacement would wait."""
+        if isinstance(self.context, ForkServerContext) and not self._turn.locked():  # else it is looked after just now
+            _starting_thread().submit(partial(_keep_fork_server, self._pool))
+
+    async def reap(self) -> None:
+        """Learn how all processes ended, which were told to or killed: the interpreter waits for it at its own end.
+
+        A fork server that does not tell is ended; a process that outlives SIGKILL, in a driver, is given up.
+        """
+        await self._reap(self._processes)
+        self._processes = []
+
+    async def _reap(self, processes: Sequence[BaseProcess]) -> None:
+        if not await _have_ended(processes) and isinstance(self.context, ForkServerContext):
+            kill_fork_server()
+            await _have_ended(processes)
+        for process in processes:
+            if _may_live(process):
+                logger.error("process %s of %s cannot be ended", process.pid, process.name)
+                multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+
+    async def _break_off(self, begun: Future[None], start: asyncio.Future[None], process: BaseProcess) -> None:
+        """Nobody waits for this start any more, and only the end of the fork server frees a thread that is stuck."""
+        if begun.cancel():
+            return
+        await asyncio.wait({start}, timeout=_GRACE_S)
+        if not start.done():
+            kill_fork_server()
+            await asyncio.wait({start}, timeout=_GRACE_S)
+        if start.done() and not start.cancelled() and start.exception() is None:
+            kill_process(process)
+            await self._reap([process])
+
+
+def _start_context(pool: PoolConfig) -> BaseContext:
     """Fork from a server that has the libraries loaded (seconds and hundreds of MB cheaper); CUDA demands a spawn."""
     if pool.device == "cuda":
         return multiprocessing.get_context("spawn")
@@ -34,22 +122,72 @@ def start_context(pool: PoolConfig) -> BaseContext:
     return context
 
 
-def start_process(process: BaseProcess, pool: PoolConfig) -> None:
-    """Start with the environment that workers need; one at a time, since the environment is the whole process's."""
+class _StartingThread(threading.Thread):
+    """Runs what it is given, one after the other, until the process ends."""
+
+    def __init__(self) -> None:
+        super().__init__(name="tetriserve-starts", daemon=True)
+        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
+        self.start()
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def run(self) -> None:
+        # Children begin with this mask: Ctrl-C reaches a whole terminal, and the server decides what it means.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        while True:
+            future, job = self._jobs.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                job()
+            except BaseException as error:  # whoever waits for it is told
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+
+@cache
+def _starting_thread() -> _StartingThread:
+    return _StartingThread()
+
+
+_forked_by: int | None = None
+"""The process id of the fork server of which a process was forked last."""
+
+
+def _start(process: BaseProcess, pool: PoolConfig) -> None:
+    global _forked_by
     with _lock, _environment(pool):
         process.start()
+    _forked_by = _fork_server_pid()
 
 
-def keep_fork_server(context: BaseContext, pool: PoolConfig) -> None:
-    """Start the fork server again if it has died: it takes seconds, and the next replacement would wait for them."""
-    if isinstance(context, ForkServerContext) and _lock.acquire(blocking=False):  # else it is at work just now
-        try:
-            with _environment(pool):
-                forkserver.ensure_running()
-        except OSError as error:  # no process or no memory at the moment; it is tried again
-            logger.error("the fork server cannot be started: %s", error)
-        finally:
-            _lock.release()
+def _has_forked() -> bool:
+    return _forked_by is not None and _forked_by == _fork_server_pid()
+
+
+def _fork_server_pid() -> int | None:
+    pid: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
+def kill_fork_server() -> None:
+    """Workers live on as orphans; `keep_fork_server`, or the next start, sees to another."""
+    with forkserver._forkserver._lock:  # type: ignore[attr-defined]  # it is not waited for meanwhile: the id is its own
+        if (pid := _fork_server_pid()) is not None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _keep_fork_server(pool: PoolConfig) -> None:
+    try:
+        with _environment(pool):
+            forkserver.ensure_running()
+    except (OSError, RuntimeError, MemoryError) as error:  # none at the moment; it is tried again
+        logger.error("the fork server cannot be started: %s", error)
 
 
 @contextlib.contextmanager
@@ -78,21 +216,18 @@ def _environment(pool: PoolConfig) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def end_processes(processes: list[BaseProcess]) -> None:
-    """Wait for workers to end, and end those that do not."""
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        if process.is_alive() or process.exitcode == _ORPHANED:
-            end_process(process)
+async def _have_ended(processes: Sequence[BaseProcess]) -> bool:
+    """Whether all have, waited for no longer than the news may take."""
+    deadline = time.monotonic() + _GRACE_S
+    while any(map(_may_live, processes)):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
 
 
-def end_process(process: BaseProcess) -> None:
-    """End a worker that nobody needs, at once; one that never started is no error."""
-    if process.pid is not None:
-        kill_process(process)
-        process.join()
+def _may_live(process: BaseProcess) -> bool:
+    return process.exitcode is None
 
 
 def kill_process(process: BaseProcess) -> None:
@@ -110,10 +245,14 @@ def wait_for_end(process: BaseProcess) -> str:
     Blocks: call it in a thread.
     """
     deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with _lock:  # a start looks at all processes, and of two looks at once one would miss the exit code
-            if process.exitcode is not None:
-                break
+    while (left_s := deadline - time.monotonic()) > 0:
+        # A start looks at all processes, and of two looks at once one would miss the exit code.
+        if _lock.acquire(timeout=left_s):
+            try:
+                if process.exitcode is not None:
+                    break
+            finally:
+                _lock.release()
         time.sleep(0.01)  # in a thread of its own, as the docstring asks
     return exit_words(process)
 

@@ -307,12 +307,16 @@ class _Bench:
 
     def _on_event(self, event: Event) -> None:
         match event:
-            case TaskFinished(task_id):
-                self._waiting.pop(task_id).set_result(event)
-            case TaskFailed(task_id, _, message):
-                self._waiting.pop(task_id).set_exception(TetriServeError(f"while measuring a profile, {message}"))
+            case TaskFinished(task_id) | TaskFailed(task_id):
+                future = self._waiting.pop(task_id)
             case _:
-                pass
+                return
+        if future.done():
+            return  # the measurement was cancelled
+        if isinstance(event, TaskFailed):
+            future.set_exception(TetriServeError(f"while measuring a profile, {event.message}"))
+        else:
+            future.set_result(event)
 
 
 def _cpu_name() -> str:

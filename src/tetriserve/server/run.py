@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -21,6 +21,7 @@ from tetriserve.server.access import is_local_name
 from tetriserve.server.app import create_app
 from tetriserve.server.connection import BACKLOG, BoundedProtocol, LoopErrors, raise_file_limit
 from tetriserve.server.slot import EngineSlot
+from tetriserve.stopping import HardStop, caught_signals
 
 if TYPE_CHECKING:
     from tetriserve.server.tracing import Tracing
@@ -29,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 OnReady = Callable[[str, LiveEngine], None]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _IDLE_S = 75
 """A connection without a request is kept this long: longer than clients keep theirs, so that they close first."""
 _REFUSALS_S = 0.5
 """How long requests are refused at least before the port is closed: those sent before their client knew of the stop."""
 _LAST_ANSWERS_S = 5
 """How long clients may take to read their answers once the engine has stopped."""
+_HARD_STOP_S = 15.0
+"""Beyond `shutdown_timeout_s`: for clients to read, and for workers to be killed that hang."""
 
 
 def _log_ready(url: str, engine: LiveEngine) -> None:
@@ -47,12 +49,14 @@ async def serve(
     launch: Callable[[], Awaitable[LiveEngine]],
     *,
     on_ready: OnReady = _log_ready,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal says stop; the exit code. Call it on the main thread, which receives signals.
 
     The port is open before `launch` begins, and answers 503 until it is done; then `on_ready` hears URL and engine. The
-    first SIGTERM or SIGINT ends admission, waits up to `config.shutdown_timeout_s` for accepted requests, and leads
-    to 0. A second one ends at once, and leads to 128 plus its number.
+    first SIGTERM or SIGINT (`on_stop` hears of it) ends admission, waits up to `config.shutdown_timeout_s` for accepted
+    requests, and leads to 0. A second one ends at once, and leads to 128 plus its number, as does the first while
+    `launch` is at work, which is cancelled.
 
     Raises:
         ConfigError: the port cannot be had, or `launch` raised it.
@@ -80,12 +84,19 @@ async def serve(
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
     )
-    with _caught_signals() as signals:
+    signals: asyncio.Queue[int] = asyncio.Queue()
+
+    def take(number: int) -> None:
+        if signals.empty():
+            on_stop()
+        signals.put_nowait(number)
+
+    with caught_signals(take):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             engine = await _launched(launch, signals)
-            if engine is None:
-                return 0
+            if isinstance(engine, int):
+                return 128 + engine
             try:
                 slot.put(engine)
                 gc.freeze()  # modules and types, 90,000 objects: collections of the oldest generation would walk them
@@ -116,8 +127,14 @@ def _open_tracing(endpoint: str) -> Tracing:
 def run_server(
     config: ServerConfig, launch: Callable[[], Awaitable[LiveEngine]], *, on_ready: OnReady = _log_ready
 ) -> int:
-    """`serve` on an event loop of its own."""
-    return asyncio.run(serve(config, launch, on_ready=on_ready))
+    """`serve` on an event loop of its own. Some seconds after `shutdown_timeout_s` the process ends, whatever hangs."""
+    hard_stop = HardStop(config.shutdown_timeout_s + _HARD_STOP_S)
+
+    async def main() -> int:
+        hard_stop.exit_code = await serve(config, launch, on_ready=on_ready, on_stop=hard_stop.arm)
+        return hard_stop.exit_code
+
+    return asyncio.run(main())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -159,30 +176,18 @@ class _Server(uvicorn.Server):
         yield
 
 
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[asyncio.Queue[int]]:
-    """Signals to stop, in order of arrival, while the context lasts."""
-    loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    try:
-        yield signals
-    finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asyncio.Queue[int]) -> LiveEngine | None:
-    """The engine; None when a signal came first, and then nothing is left of it."""
+async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asyncio.Queue[int]) -> LiveEngine | int:
+    """The engine; the signal when one came first, and then nothing is left of the engine."""
     launching = asyncio.ensure_future(launch())
-    if await _signal_during(launching, signals) is None:
+    number = await _signal_during(launching, signals)
+    if number is None:
         return launching.result()
-    logger.info("stopped while starting")
+    logger.info("stopped by %s while starting", signal.Signals(number).name)
     launching.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await (await launching).stop()  # the signal came just after it was done
-    return None
+    await asyncio.wait({launching})
+    if not launching.cancelled() and launching.exception() is None:  # the signal came just after it was done
+        await launching.result().stop()
+    return number
 
 
 async def _drain(engine: LiveEngine, timeout_s: float, signals: asyncio.Queue[int]) -> int | None:

@@ -30,6 +30,7 @@ from tetriserve.core.messages import (
 from tetriserve.core.request import Request
 from tetriserve.logs import set_up_logging
 from tetriserve.worker.lifeline import hold
+from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Pipe:
 
 def worker_main(spec: WorkerSpec, connection: Connection, lifeline: Connection) -> None:
     """Entry point of the process. Ends when told to, or when the executor's end of the pipe closes."""
+    follow_server()
     hold(lifeline)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -146,7 +148,7 @@ def _beat(pipe: Pipe, num_steps: Callable[[], int], every_s: float) -> None:
         try:
             pipe.send(Heartbeat(num_steps()))
         except ExecutorGone:
-            return
+            os._exit(0)  # the other thread may be stuck, in a collective or a driver
 
 
 def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
