@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.waiting import until
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
 from tetriserve.executor.processes import ProcessStarter, kill_process
@@ -23,7 +24,6 @@ from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.latents import TensorStore
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.rendezvous import PeerAbsent
-from tests.waiting import until
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"

@@ -187,7 +187,7 @@ class Controller:
         if record.is_cancelled:
             return self._close(record)
         message = event.message
-        if event.kind is not FailureKind.STEP:
+        if event.kind in (FailureKind.MEMORY, FailureKind.LOST):
             record.lose(flight.task)
             if record.num_losses <= self._max_losses:
                 logger.warning(

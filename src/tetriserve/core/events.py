@@ -26,6 +26,8 @@ class FailureKind(StrEnum):
     """A rank ran out of memory: the request continues from its last copy, on other ranks or a fresh process."""
     LOST = "lost"
     """A worker of the group died or hung: the request continues from its last copy."""
+    STORE = "store"
+    """The tensor store had no room, or lost the request's copies: the host's trouble, which no worker can mend."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,10 +240,12 @@ class LiveEngine:
                     self._end_task(event, now)
             for command in self.controller.handle(event, now):
                 self._carry_out(command, now)
-        except Exception as error:
+        except BaseException as error:  # a library's panic is no Exception
             logger.critical("the engine failed on %s", type(event).__name__, exc_info=True)
             self.failure = f"the scheduler failed: {type(error).__name__}: {error}"
             self._abandon(RequestFailed(self.failure))
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
 
     def _end_task(self, event: TaskFinished | TaskFailed, now: float) -> None:
         ended = self._tasks.end(event, now)

@@ -128,7 +128,14 @@ class LocalExecutor:
         self._running[command.task_id] = running = Running(command, set(task.ranks))
         group = None
         if task.degree > 1:
-            group = self._name_group(task.ranks)
+            try:
+                group = self._name_group(task.ranks)
+            except OSError as error:
+                text = f"{task.stage} failed: no group: {error.strerror}"
+                running.errors.append(TaskError(command.task_id, FailureKind.STORE, text, time.monotonic()))
+                running.pending.clear()
+                asyncio.get_running_loop().call_soon(self._settle, running)
+                return
             in_use = {other.start.task.ranks for other in self._running.values()}
             for ranks, name in self._groups.surplus(in_use):
                 self._drop_group(ranks, name)
@@ -148,7 +155,7 @@ class LocalExecutor:
         try:
             return self._store.load_numpy(ref)["pixels"]
         except Exception as error:  # safetensors has errors of its own, for what the disk has too
-            raise RequestFailed(f"the finished image cannot be read: {type(error).__name__}: {error}") from error
+            raise RequestFailed(f"the finished image cannot be read ({type(error).__name__})") from error
 
     def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
         return self._previews.read(request, latents, before)
@@ -243,7 +250,12 @@ class LocalExecutor:
                 return
             if message is None:
                 return
-            self._take(rank, worker, message)
+            try:
+                self._take(rank, worker, message)
+            except Exception as error:  # its task would never end otherwise
+                logger.critical("a message of rank %d could not be handled", rank, exc_info=True)
+                worker.kill(f"its message could not be handled: {type(error).__name__}")
+                return
 
     def _read_last(self, rank: int) -> None:
         """A worker's lifeline has ended: it is dying, and what it wrote is all that it will have written."""
@@ -288,6 +300,8 @@ class LocalExecutor:
         if isinstance(message, TaskError):
             running.errors.append(message)
             self._hurry(running)
+            if message.kind is FailureKind.STORE:
+                self._directory.restore()
             if message.kind is FailureKind.MEMORY:  # for good, maybe: it would fail whatever it is given next
                 self._workers[rank].kill(f"ran out of memory: {message.message}")
                 return  # its end settles the task
@@ -342,7 +356,10 @@ class LocalExecutor:
 
     async def _restart(self, rank: int, last: BaseProcess) -> None:
         """Start a replacement for the `last` process, later and later if it keeps dying before it is ready."""
-        how = await asyncio.to_thread(wait_for_end, last)
+        try:
+            how = await asyncio.to_thread(wait_for_end, last)
+        except RuntimeError:  # no thread at the moment
+            how = ""
         logger.info("the process of rank %d ended%s; another takes its place", rank, how)
         while True:
             num_failed = self._num_failed_starts[rank]
@@ -351,7 +368,7 @@ class LocalExecutor:
             self.num_restarts += 1
             try:
                 await self._spawn(rank)
-            except (OSError, NoProcess) as error:  # OSError: no pipe
+            except (OSError, MemoryError, NoProcess) as error:  # OSError: no pipe
                 logger.error("rank %d could not be started again: %s", rank, error)
             else:
                 return
@@ -381,13 +398,20 @@ class LocalExecutor:
             if away_s > every_s:
                 for worker in self._workers.values():
                     worker.shift(away_s)
-            busy = {rank for running in self._running.values() for rank in running.pending}
-            for rank, worker in list(self._workers.items()):
-                if worker.verdict is not None:
-                    self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
-                elif complaint := worker.complaint(self._pool, now, is_busy=rank in busy):
-                    worker.kill(complaint)
-            self._starter.keep_fork_server()
+            try:
+                self._look(now)
+            except Exception:  # who else would notice a hung worker from now on?
+                logger.critical("a look at the workers failed", exc_info=True)
+
+    def _look(self, now: float) -> None:
+        busy = {rank for running in self._running.values() for rank in running.pending}
+        for rank, worker in list(self._workers.items()):
+            if worker.verdict is not None:
+                self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver
+            elif complaint := worker.complaint(self._pool, now, is_busy=rank in busy):
+                worker.kill(complaint)
+        self._starter.keep_fork_server()
+        self._directory.restore()
 
     async def _warm_groups(self) -> None:
         for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
@@ -406,6 +430,7 @@ class LocalExecutor:
 
     def _name_group(self, ranks: tuple[int, ...]) -> str:
         name = self._groups.name(ranks)
+        self._directory.restore()
         Rendezvous(self._directory.path / name).open()
         return name
 

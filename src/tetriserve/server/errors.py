@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     503: {
         "model": ErrorEnvelope,
-        "description": "The server is starting or shutting down, or its journal cannot be written; see Retry-After.",
+        "description": "The server is starting or shutting down, or its journal cannot be written, or its tensor store "
+        "is full; see Retry-After.",
     },
     "default": {"model": ErrorEnvelope, "description": "Any other error."},
 }
@@ -66,8 +68,11 @@ _FAILURE_CODES = {
     FailureKind.STEP: "generation_failed",
     FailureKind.MEMORY: "out_of_memory",
     FailureKind.LOST: "worker_lost",
+    FailureKind.STORE: "store_unavailable",
     None: "internal_error",
 }
+_PATH = re.compile(r"(?<![\w.:/-])/[^\s'\"),;:]*[^\s'\"),;:.]")
+"""Absolute paths of this host: libraries name them in their errors, and they are the operator's affair."""
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
@@ -134,6 +139,8 @@ def envelope(
     all_headers = dict(headers or {})
     if retry_after_s is not None:
         all_headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    if status >= 500:
+        message = _PATH.sub("(path)", message)
     kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
     if earliest_deadline_ms is not None:
@@ -176,6 +183,8 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             return envelope(503, message, "not_ready", retry_after_s=RESTART_S)
         case JournalError():
             return envelope(503, message, "journal_unavailable", retry_after_s=RESTART_S)
+        case RequestFailed(kind=FailureKind.STORE as kind):
+            return envelope(503, message, _FAILURE_CODES[kind], retry_after_s=RESTART_S)
         case RequestFailed(kind=kind):
             headers = {"X-Should-Retry": "false"} if kind is FailureKind.STEP else None
             return envelope(500, message, _FAILURE_CODES[kind], headers=headers)

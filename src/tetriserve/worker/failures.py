@@ -9,23 +9,26 @@ import torch
 
 from tetriserve.core.events import FailureKind
 from tetriserve.worker.groups import is_collective_error
+from tetriserve.worker.latents import StoreError, error_number
 
-_MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc", "no space left on device")
+_MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc")
 _PROBE_BYTES = 2**24
 
 
 def failure_kind(error: BaseException, *, is_split: bool) -> FailureKind:
     """`is_split`: the task ran on several ranks."""
+    if isinstance(error, StoreError) or error_number(error) == errno.ENOSPC:
+        return FailureKind.STORE
     if is_memory_error(error) or is_starved():
         return FailureKind.MEMORY
     return FailureKind.LOST if is_split and is_collective_error(error) else FailureKind.STEP
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory, or the store's room in it, ran out. Most libraries say so by a RuntimeError's text alone."""
+    """Whether memory ran out. Most libraries say so by a RuntimeError's text alone."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.ENOSPC):
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return any(mark in str(error).lower() for mark in _MEMORY_MARKS) and not isinstance(error, ValueError)
 

@@ -8,14 +8,19 @@ the rank that computed them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tetriserve.core.events import TensorRef
 
@@ -23,11 +28,20 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+logger = logging.getLogger(__name__)
+
 _SHM = Path("/dev/shm")  # noqa: S108
 _MIN_SHM_BYTES = 2**30
 _PREFIX = "tetriserve-store-"
 _LOCK = "lock"
+_ROOM_TIMEOUT_S = 5.0
+_LOOK_S = 0.1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NUMPY_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+class StoreError(OSError):
+    """There is no room in the store, or what it held of a request has been removed."""
 
 
 class TensorStore:
@@ -37,24 +51,55 @@ class TensorStore:
         self._directory = directory
 
     def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> TensorRef:
-        """Keep a host copy of `tensors` under `key`; readers see the old whole or the new whole."""
+        """Keep a host copy of `tensors` under `key`; readers see the old whole or the new whole.
+
+        Blocks for seconds while the store is full: requests that end make room.
+
+        Raises:
+            StoreError: there is no room, or no directory.
+        """
         from safetensors.torch import save_file
 
-        with self._whole_file(key) as file:
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
-        return TensorRef(key, self._path(key).stat().st_size)
+        copies = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        give_up_at = time.monotonic() + _ROOM_TIMEOUT_S
+        while True:
+            try:
+                with self._whole_file(key) as file, _no_panics():
+                    save_file(copies, file)
+                return TensorRef(key, self._path(key).stat().st_size)
+            except Exception as error:  # safetensors has errors of its own, for what the disk has too
+                number = error_number(error)
+                if number == errno.ENOENT:
+                    raise StoreError(number, "the tensor store was removed") from error
+                if number not in _NO_ROOM:
+                    raise
+                if time.monotonic() > give_up_at:
+                    raise StoreError(number, "the tensor store is full") from error
+            time.sleep(_LOOK_S)  # on the task's thread, which has nothing else to do
 
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
+        """Raises StoreError where it has been removed."""
         from safetensors.torch import load_file
 
-        tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key), device=device)
+        try:
+            with _no_panics():
+                tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key), device=device)
+        except FileNotFoundError as error:
+            raise StoreError(errno.ENOENT, "a copy was removed from the tensor store") from error
         return tensors
 
     def load_numpy(self, ref: TensorRef) -> dict[str, np.ndarray]:
-        """Without torch, for the server. bfloat16, which numpy does not have, comes as float32."""
+        """Without torch, for the server. bfloat16, which numpy does not have, comes as float32.
+
+        Raises:
+            OSError: it is gone.
+            MemoryError: it is too large for this process.
+        """
         from safetensors import deserialize
 
-        return {name: _array(view) for name, view in deserialize(self._path(ref.key).read_bytes())}  # type: ignore[no-untyped-call]
+        data = self._path(ref.key).read_bytes()
+        with _no_panics():
+            return {name: _array(view) for name, view in deserialize(data)}  # type: ignore[no-untyped-call]
 
     def read(self, ref: TensorRef) -> bytes:
         """The file as it is.
@@ -109,13 +154,47 @@ class StoreDirectory:
         for stale in parent.glob(f"{_PREFIX}*"):
             _remove_if_stale(stale)
         unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
-        self._lock = (unnamed / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = _locked(unnamed)
         self.path = unnamed.rename(parent / unnamed.name.removeprefix("."))  # locked before anybody looks for it
+
+    def restore(self) -> None:
+        """Make it again if somebody has removed it: a cleaner of temporary files, or a login session that ended."""
+        if self.path.exists():
+            return
+        logger.error("the tensor store %s was removed, with the state of what runs; it is made again", self.path)
+        with contextlib.suppress(OSError):  # it is tried again
+            self.path.mkdir(mode=0o700)
+            self._lock.close()
+            self._lock = _locked(self.path)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error, also where safetensors tells it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+@contextmanager
+def _no_panics() -> Iterator[None]:
+    """safetensors panics where memory runs out, and a panic is no Exception: it would pass by every handler."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise MemoryError(f"{type(error).__name__}: {error}") from error
+
+
+def _locked(directory: Path) -> TextIO:
+    lock = (directory / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _array(view: Mapping[str, Any]) -> np.ndarray:

@@ -33,7 +33,7 @@ class Rendezvous:
     def close(self) -> None:
         """Gone at once for those who look for it, whatever they write into it meanwhile."""
         closed = self._directory.with_name(f".{self._directory.name}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             self._directory.rename(closed)
         shutil.rmtree(closed, ignore_errors=True)
 
