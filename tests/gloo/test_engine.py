@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -31,7 +33,7 @@ from tetriserve.core.errors import (
     RequestFailed,
     ShuttingDown,
 )
-from tetriserve.core.events import Cancelled, Command, Event, StartTask
+from tetriserve.core.events import Cancelled, Command, Event, FailureKind, StartTask
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred
@@ -430,6 +432,40 @@ async def test_a_request_that_kills_its_worker_every_time_is_failed_alone_after_
     await assert_right(await asyncio.gather(*good), expected)
     await four.until_idle()
     assert four.executor.num_restarts == before + 6
+
+
+async def test_a_full_store_costs_the_request_alone_and_no_worker(
+    four: Setup, expected: Callable[[Request], np.ndarray]
+) -> None:
+    pids, before = four.executor.pids, four.executor.num_restarts
+    store = str(four.executor._directory.path)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", store]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        with pytest.raises(RequestFailed, match="StoreError: .* the tensor store is full") as caught:
+            await four.engine.generate(Generation(prompt="too much", size="256x256", num_steps=3))
+    finally:
+        subprocess.run(["umount", "--lazy", store], check=True)
+    assert caught.value.kind is FailureKind.STORE
+    image = await four.engine.generate(Generation(prompt="enough", size="256x256", num_steps=3, seed=1))
+    await assert_right([image], expected)
+    await four.until_idle()
+    assert (four.executor.pids, four.executor.num_restarts) == (pids, before)
+
+
+async def test_a_store_that_is_removed_is_made_again(four: Setup, expected: Callable[[Request], np.ndarray]) -> None:
+    pids, before = four.executor.pids, four.executor.num_restarts
+    client = asyncio.create_task(four.engine.generate(Generation(prompt="[slow] gone", size="256x256", num_steps=50)))
+    await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in four.engine.state.in_flight))
+    shutil.rmtree(four.executor._directory.path)
+    (ended,) = await asyncio.gather(client, return_exceptions=True)
+    if isinstance(ended, RequestFailed):  # else its state was still with the ranks that went on with it
+        assert ended.kind is FailureKind.STORE
+    image = await four.engine.generate(Generation(prompt="there", size="256x256", num_steps=3, seed=1))
+    await assert_right([image], expected)
+    await four.until_idle()
+    assert (four.executor.pids, four.executor.num_restarts) == (pids, before)
 
 
 async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir: Path, profile_path: str) -> None:

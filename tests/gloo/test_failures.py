@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import select
+import shutil
 import signal
 import time
 from multiprocessing import forkserver
@@ -14,14 +15,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from tests.waiting import until
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
 from tetriserve.executor.processes import ProcessStarter, kill_process
+from tetriserve.worker import latents
 from tetriserve.worker.failures import failure_kind
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.latents import StoreDirectory, StoreError, TensorStore
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.rendezvous import PeerAbsent
 
@@ -38,7 +42,6 @@ ALLOCATOR = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError(ALLOCATOR),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
-        OSError(errno.ENOSPC, "No space left on device"),
     ],
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
@@ -77,6 +80,74 @@ def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        StoreError(errno.ENOENT, "a copy was removed from the tensor store"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_store_without_room_or_files_is_the_hosts_trouble(error: Exception) -> None:
+    assert {failure_kind(error, is_split=is_split) for is_split in (False, True)} == {FailureKind.STORE}
+
+
+def full_disk(*arguments: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_copy_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    save_file = safetensors.torch.save_file
+    monkeypatch.setattr(
+        safetensors.torch, "save_file", lambda *given: full_disk() if len(looks) < 3 else save_file(*given)
+    )
+    monkeypatch.setattr(time, "sleep", looks.append)
+    ref = TensorStore(tmp_path).save("a.embeds", {"embeds": torch.ones(5000)})
+    assert len(looks) == 3
+    assert TensorStore(tmp_path).load_numpy(ref)["embeds"].sum() == 5000
+
+
+def test_a_copy_that_waits_for_room_in_vain_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "_ROOM_TIMEOUT_S", -1)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(StoreError, match="the tensor store is full"):
+        TensorStore(tmp_path).save("a.embeds", {"embeds": torch.ones(5000)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_was_removed_says_so_and_can_be_restored() -> None:
+    directory = StoreDirectory()
+    store = TensorStore(directory.path)
+    ref = store.save("a.embeds", {"embeds": torch.ones(5)})
+    shutil.rmtree(directory.path)
+    with pytest.raises(StoreError, match="a copy was removed"):
+        store.load(ref, "cpu")
+    with pytest.raises(StoreError, match="the tensor store was removed"):
+        store.save("a.embeds", {"embeds": torch.ones(5)})
+    directory.restore()
+    store.save("a.embeds", {"embeds": torch.ones(5)})
+    other = StoreDirectory()
+    assert directory.path.exists(), "it is locked again, so that no other server takes it for left behind"
+    other.remove()
+    directory.remove()
+    assert not directory.path.exists()
+
+
+def test_a_panic_of_the_library_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As Rust's, which is no Exception either."""
+
+    def panic(*arguments: object) -> None:
+        raise PanicException("memory allocation of 12 bytes failed")
+
+    ref = TensorStore(tmp_path).save("a.pixels", {"pixels": torch.ones(5)})
+    monkeypatch.setattr(safetensors, "deserialize", panic)
+    with pytest.raises(MemoryError, match="PanicException: memory allocation"):
+        TensorStore(tmp_path).load_numpy(ref)
 
 
 def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_open() -> None:

@@ -81,18 +81,35 @@ async def test_a_failed_task_is_a_500_for_its_request_alone(draw):
 
 
 @pytest.mark.parametrize(
-    ("kind", "code", "should_retry"),
+    ("kind", "status", "code", "should_retry"),
     [
-        (FailureKind.STEP, "generation_failed", "false"),
-        (FailureKind.LOST, "worker_lost", None),
-        (FailureKind.MEMORY, "out_of_memory", None),
+        (FailureKind.STEP, 500, "generation_failed", "false"),
+        (FailureKind.LOST, 500, "worker_lost", None),
+        (FailureKind.MEMORY, 500, "out_of_memory", None),
+        (FailureKind.STORE, 503, "store_unavailable", None),
     ],
 )
-async def test_a_client_is_told_whether_the_same_request_would_fail_again(draw, executor, kind, code, should_retry):
+async def test_a_client_is_told_whether_the_same_request_would_fail_again(
+    draw, executor, kind, status, code, should_retry
+):
     executor.failure_kind = kind
     answer = await draw(prompt=FAILING)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, code)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.headers.get("X-Should-Retry") == should_retry
+    assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+@pytest.mark.parametrize("path", ["/dev/shm/tetriserve-store-a1/x.safetensors", "/srv/models/FLUX.1-dev"])
+async def test_no_answer_names_a_path_of_the_server(draw, engine, path):
+    class Broken:
+        def plan(self, state, now):
+            raise OSError(2, "No such file or directory", path)
+
+    engine.controller.policy = Broken()
+    answer = await draw()
+    assert answer.status_code == 500
+    assert "No such file or directory: '(path)'" in answer.json()["error"]["message"]
+    assert path not in answer.text
 
 
 async def test_a_defect_of_the_scheduler_is_no_fault_of_the_request(draw, engine):

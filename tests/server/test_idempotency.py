@@ -175,10 +175,12 @@ async def test_a_failure_is_an_answer_too(ask, executor, client):
     assert await metric(client, "tetriserve_journal_entries", state="failed") == 1
 
 
-@pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.MEMORY])
-async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image(ask, executor, client, kind):
+@pytest.mark.parametrize(
+    ("kind", "status"), [(FailureKind.LOST, 500), (FailureKind.MEMORY, 500), (FailureKind.STORE, 503)]
+)
+async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image(ask, executor, client, kind, status):
     executor.failure_kind = kind
-    assert [(await ask(prompt=FAILING)).status_code for _ in range(2)] == [500, 500]
+    assert [(await ask(prompt=FAILING)).status_code for _ in range(2)] == [status, status]
     assert await metric(client, "tetriserve_journal_entries", state="open") == 1
     (failed,) = {command.request.seed for command in executor.started}
     executor.failure_kind = None

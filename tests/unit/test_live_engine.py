@@ -159,13 +159,18 @@ async def test_observers_hear_an_event_then_its_task_then_the_outcome() -> None:
     assert kinds == [Submitted, *[TaskFinished, EndedTask] * 3, Outcome, Stopped]
 
 
-async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting() -> None:
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Panic])
+async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting(kind: type[BaseException]) -> None:
     class Defective(ObedientExecutor):
         def read_pixels(self, ref: TensorRef) -> np.ndarray:
-            raise ZeroDivisionError("a defect")
+            raise kind("a defect")
 
     engine, _ = running(Defective())
-    with pytest.raises(RequestFailed, match="the scheduler failed: ZeroDivisionError: a defect"):
+    with pytest.raises(RequestFailed, match=f"the scheduler failed: {kind.__name__}: a defect"):
         await asyncio.wait_for(engine.generate(Generation(prompt="unlucky")), 10)
     assert not engine.is_ready
     await engine.stop()
