@@ -35,7 +35,8 @@ class LateAccount:
         """Take in the time since the last call.
 
         Args:
-            first_deadline_s: the earliest deadline of all unfinished requests; infinity for none.
+            first_deadline_s: the earliest deadline of all unfinished requests that living ranks can run; infinity for
+                none.
         """
         overdue_from_s = first_deadline_s + OVERDUE_S
         if overdue_from_s >= now:

@@ -94,9 +94,15 @@ class Tracker:
 
     @property
     def first_deadline_s(self) -> float:
-        """The earliest deadline of what is unfinished; infinity for none."""
+        """The earliest deadline of what is unfinished and can run on the living ranks; infinity for none."""
+        num_ranks = len(self.ranks)
         return min(
-            (record.request.deadline_s for record in self.records.values() if not record.is_cancelled), default=math.inf
+            (
+                record.request.deadline_s
+                for record in self.records.values()
+                if not record.is_cancelled and record.request.can_run_on(num_ranks)
+            ),
+            default=math.inf,
         )
 
     @property

@@ -67,6 +67,10 @@ class Request:
         """Requests of one kind take the same time for a step, at the same degrees."""
         return self.shape, self.num_passes, self.degrees
 
+    def can_run_on(self, num_ranks: int) -> bool:
+        """Whether its steps may run at a degree that so many ranks allow."""
+        return self.degrees is None or min(self.degrees) <= num_ranks
+
     @property
     def num_passes(self) -> int:
         """Transformer forwards per denoise step: classifier-free guidance with a negative prompt needs two."""

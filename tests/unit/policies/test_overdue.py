@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tetriserve.control.overdue import LateAccount
+from tetriserve.control.tracker import Tracker
 from tetriserve.core.events import FinishRequest, Submitted
 from tetriserve.core.request import Request, Shape
-from tetriserve.policies.overdue import INSTALMENT_S, OVERDUE_S, Need, have_slack
+from tetriserve.policies.overdue import INSTALMENT_S, OVERDUE_S, Need, have_slack, owed
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
@@ -102,3 +105,17 @@ def test_slack_counts_what_is_due_before_and_keeps_some_in_hand() -> None:
     assert have_slack([relaxed] * 4, 2, now=0.0)
     assert not have_slack([relaxed] * 40, 2, now=0.0)  # 20 s of work due in 20 s
     assert not have_slack([relaxed, Need(3.0, 2.0, 1.0)], 2, now=0.0)  # one is pressed
+
+
+def test_a_request_that_living_ranks_cannot_run_keeps_the_share_from_nobody() -> None:
+    wide = replace(request("wide", 0.0, 1.0, 4), degrees=(2,))
+    other = request("other", 0.0, 5.0, 4)
+    for ranks, head in (((0,), other), ((0, 1), wide)):
+        tracker = Tracker()
+        tracker.ranks |= set(ranks)
+        for each in (wide, other):
+            tracker.admit(each, each.deadline_s)
+        assert tracker.first_deadline_s == head.deadline_s
+        trajectory = owed(tracker.state(COST, INSTALMENT_S), now=60.0)
+        assert trajectory is not None
+        assert trajectory.request is head
