@@ -70,7 +70,7 @@ async def _until_signal(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 class HardStop:
-    """Ends this process some time after `arm`, if it still is there: a thread that hangs must not keep it.
+    """Ends this process some time after `arm`, if its context still lasts: a thread that hangs must not keep it.
 
     exit_code: with which; set it as soon as it is known.
     """
@@ -83,6 +83,11 @@ class HardStop:
 
     def arm(self) -> None:
         self._timer.start()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
 
     def _end(self) -> None:
         own = (threading.current_thread(), threading.main_thread())

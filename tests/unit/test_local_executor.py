@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -48,6 +49,7 @@ from tetriserve.core.trajectory import Stage
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
+from tetriserve.worker.rendezvous import Rendezvous
 
 CARD = ModelCard(
     name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
@@ -118,7 +120,7 @@ class Pool:
         self.workers: dict[int, PlayedWorker] = {}
         self.events: list[Event] = []
         self._on_birth = on_birth
-        self.executor._context = PlayedContext(self._born)  # type: ignore[assignment]
+        self.executor._starter.context = PlayedContext(self._born)  # type: ignore[assignment]
         self.executor.subscribe(self.events.append)
 
     def _born(self, rank: int, worker: PlayedWorker) -> None:
@@ -427,8 +429,61 @@ def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_
 
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
     pool = pools(1)
-    with pytest.raises(RequestFailed, match="the finished image cannot be read: FileNotFoundError"):
+    with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(FileNotFoundError\)"):
         pool.executor.read_pixels(TensorRef("a.pixels", 1))
+
+
+async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_request(
+    pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = await started(pools(1))
+    first = pool.workers[0]
+    pool.start_task(1, (0,))
+    with monkeypatch.context() as patch:
+
+        def starve(rank: int, message: object) -> None:
+            raise MemoryError
+
+        patch.setattr(pool.executor, "_answer", starve)
+        first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+        await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
+    (failed,) = [event for event in pool.events if isinstance(event, TaskFailed)]
+    assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its message could not be handled: MemoryError")
+    await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0})
+
+
+async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(
+    pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = await started(pools(1, heartbeat_timeout_s=0.1))
+    first = pool.workers[0]
+    failures: list[float] = []
+
+    def fail_twice() -> None:
+        if len(failures) < 2:
+            failures.append(0.0)
+            raise MemoryError
+
+    monkeypatch.setattr(pool.executor._starter, "keep_fork_server", fail_twice)
+    await pool.until(lambda: pool.workers[0] is not first)  # it has said nothing since it was ready
+    assert len(failures) == 2
+
+
+async def test_a_task_without_a_place_to_meet_fails_by_the_host(
+    pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(rendezvous: Rendezvous) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool = await started(pools(2))
+    for ranks in ((0, 1), (1, 0)):
+        pool.executor._groups.discard(ranks)
+    monkeypatch.setattr(Rendezvous, "open", full)
+    pool.start_task(1, (0, 1))
+    await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
+    text = "denoise failed: no group: No space left on device"
+    assert pool.events[-1] == TaskFailed(1, FailureKind.STORE, text)
+    assert [*map(PlayedWorker.is_alive, pool.workers.values())] == [True, True]
 
 
 def test_restarts_wait_longer_and_longer_but_go_on_for_ever() -> None:

@@ -104,7 +104,7 @@ class ProcessStarter:
         if begun.cancel():
             return
         await asyncio.wait({start}, timeout=_GRACE_S)
-        if not start.done():
+        if not start.done() and isinstance(self.context, ForkServerContext):
             kill_fork_server()
             await asyncio.wait({start}, timeout=_GRACE_S)
         if start.done() and not start.cancelled() and start.exception() is None:

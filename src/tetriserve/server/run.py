@@ -134,7 +134,8 @@ def run_server(
         hard_stop.exit_code = await serve(config, launch, on_ready=on_ready, on_stop=hard_stop.arm)
         return hard_stop.exit_code
 
-    return asyncio.run(main())
+    with hard_stop:
+        return asyncio.run(main())
 
 
 def listen(host: str, port: int) -> socket.socket:
