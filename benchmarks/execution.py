@@ -24,7 +24,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.trajectory import Stage
 from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
-from tetriserve.executor.processes import start_context, start_process
+from tetriserve.executor.processes import ProcessStarter
 from tetriserve.launch import Progress, find_model, launch
 from tetriserve.models.card import read_card
 
@@ -76,8 +76,9 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     """Ratios of denoise time through the engine over the bare loop, taken in turn so that drift hits both."""
     pool = PoolConfig(num_ranks=1)
     ours, theirs = multiprocessing.Pipe()
-    process = start_context(pool).Process(target=bare_loop, args=(directory, theirs), daemon=True)
-    start_process(process, pool)
+    starter = ProcessStarter(pool)
+    process = starter.context.Process(target=bare_loop, args=(directory, theirs), daemon=True)  # type: ignore[attr-defined]
+    await starter.start(process)
     engine = await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)
     ratios: dict[Shape, list[float]] = {shape: [] for shape in BARS}
     try:
@@ -104,7 +105,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     finally:
         await engine.stop()
         ours.close()
-        process.join(5)
+        await starter.reap()
     return ratios
 
 
