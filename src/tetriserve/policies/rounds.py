@@ -10,8 +10,41 @@ from tetriserve.core.plan import InFlight
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees, fastest_degree
 
+MIN_ROUND_S = 0.05
+"""Shorter rounds, which a very small model would get, spend their time on dispatch."""
+
+STEP_GRANULARITY = 5
+"""Steps of the reference shape in a round (TetriServe, 6.1); the most that a round of varying length has."""
+
 _EPSILON_S = 1e-9
 """Rounding slack: steps that fill what is left of a round exactly do fit."""
+
+
+def fixed_round(step_granularity: int, step_times: Mapping[int, float], switch_s: float) -> float:
+    """Seconds of a round of `step_granularity` steps of the reference shape at its fastest degree (section 4.2.2)."""
+    return max(MIN_ROUND_S, switch_s + step_granularity * min(step_times.values()))
+
+
+def round_lengths(step_times: Mapping[int, float], switch_s: float, slack_s: float) -> tuple[float, ...]:
+    """The lengths that a round may have, in seconds, longest first.
+
+    Each holds whole steps of the reference shape at one of its degrees: at most what `STEP_GRANULARITY` steps at the
+    fastest take, and at most `slack_s`, because a request that arrives when all ranks are taken waits for the end of
+    the round. One step at the fastest degree is always among them.
+
+    Args:
+        step_times: seconds per step of the reference shape by degree.
+        switch_s: seconds to start a task; part of the round, which would otherwise hold one step less.
+        slack_s: how long a request that arrives can wait.
+    """
+    shortest_s = fixed_round(1, step_times, switch_s)
+    longest_s = min(fixed_round(STEP_GRANULARITY, step_times, switch_s), max(shortest_s, slack_s))
+    lengths = {
+        max(MIN_ROUND_S, switch_s + num_steps * step_s)
+        for step_s in step_times.values()
+        for num_steps in range(1, STEP_GRANULARITY + 1)
+    }
+    return tuple(sorted((length for length in lengths if length <= longest_s), reverse=True))
 
 
 @dataclass(frozen=True, slots=True)
