@@ -28,23 +28,20 @@ def fixed_round(step_granularity: int, step_times: Mapping[int, float], switch_s
 def round_lengths(step_times: Mapping[int, float], switch_s: float, slack_s: float) -> tuple[float, ...]:
     """The lengths that a round may have, in seconds, longest first.
 
-    Each holds whole steps of the reference shape at one of its degrees: at most what `STEP_GRANULARITY` steps at the
-    fastest take, and at most `slack_s`, because a request that arrives when all ranks are taken waits for the end of
-    the round. One step at the fastest degree is always among them.
+    The longest holds `STEP_GRANULARITY` steps of the reference shape at its fastest degree, fewer where `slack_s` is
+    shorter, but one: a request that arrives when all ranks are taken waits for the end of the round. The others hold
+    as many whole steps at each other degree as end within the longest.
 
     Args:
         step_times: seconds per step of the reference shape by degree.
         switch_s: seconds to start a task; part of the round, which would otherwise hold one step less.
         slack_s: how long a request that arrives can wait.
     """
-    shortest_s = fixed_round(1, step_times, switch_s)
-    longest_s = min(fixed_round(STEP_GRANULARITY, step_times, switch_s), max(shortest_s, slack_s))
-    lengths = {
-        max(MIN_ROUND_S, switch_s + num_steps * step_s)
-        for step_s in step_times.values()
-        for num_steps in range(1, STEP_GRANULARITY + 1)
-    }
-    return tuple(sorted((length for length in lengths if length <= longest_s), reverse=True))
+    fastest_s = min(step_times.values())
+    num_fastest = max(1, int(min(STEP_GRANULARITY, (slack_s - switch_s) / fastest_s)))
+    counts = {step_s: int(num_fastest * fastest_s / step_s + _EPSILON_S) for step_s in step_times.values()}
+    lengths = {max(MIN_ROUND_S, switch_s + count * step_s) for step_s, count in counts.items() if count}
+    return tuple(sorted(lengths, reverse=True))
 
 
 @dataclass(frozen=True, slots=True)
