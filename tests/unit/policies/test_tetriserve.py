@@ -40,7 +40,7 @@ def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
     """Pitfall 1: six late ones, all with earlier deadlines, against one that needs 8 ranks now."""
     late = [encoded(request_of(1024, request_id=f"late{i}", deadline_s=1.0)) for i in range(6)]
     pressed = encoded(request_of(2048, request_id="pressed", deadline_s=3.8))
-    policy = make("tetriserve", flux)
+    policy = make("tetriserve:step_granularity=5", flux)
     plan = policy.plan(State((*late, pressed), (), RANKS, flux), 0.0)
     assert denoise_tasks(plan) == {"pressed": (8, 5)}
 
@@ -141,8 +141,8 @@ def test_scale_up_looks_past_slower_degrees(make, request_of, table_cost):
     """Pitfall 6: 512x512 at 1.18, 1.23, 1.01 and 0.77 s."""
     cost = table_cost({512: {1: 1.18, 2: 1.23, 4: 1.01, 8: 0.77}}, {512: 0.01})
     state = State((encoded(request_of(512)),), (), RANKS, cost)
-    assert denoise_tasks(make("tetriserve", cost).plan(state, 0.0)) == {"r": (8, 5)}
-    assert denoise_tasks(make("tetriserve:scale_up=off", cost).plan(state, 0.0)) == {"r": (1, 3)}
+    assert denoise_tasks(make("tetriserve:step_granularity=5", cost).plan(state, 0.0)) == {"r": (8, 5)}
+    assert denoise_tasks(make("tetriserve:step_granularity=5,scale_up=off", cost).plan(state, 0.0)) == {"r": (1, 3)}
 
 
 def test_a_lower_priority_class_goes_first_although_the_other_is_more_urgent(make, request_of, flux):
@@ -264,15 +264,15 @@ def test_attains_more_than_every_fixed_degree_and_fcfs(rate_per_min, is_skewed, 
 
 
 def test_every_mechanism_earns_its_place(drive, make, poisson, flux):
-    """Uniform mix at 36 per minute, two seeds: switching scale-up or fill off costs attainment."""
+    """The paper's rounds, uniform mix at 36 per minute, two seeds: switching scale-up or fill off costs attainment."""
 
     def attained(spec):
         runs = [poisson(36, 150, seed=seed) for seed in (1, 2)]
         return sum(drive(make(spec, flux), run, flux, is_pure_checked=False).attained(run) for run in runs) / 2
 
-    full = attained("tetriserve")
-    assert full > attained("tetriserve:scale_up=off")
-    assert full > attained("tetriserve:fill=off")
+    full = attained("tetriserve:step_granularity=5")
+    assert full > attained("tetriserve:step_granularity=5,scale_up=off")
+    assert full > attained("tetriserve:step_granularity=5,fill=off")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
