@@ -153,9 +153,9 @@ def ablation(experiment: Experiment) -> Exhibit:
         title="Table 5 · Mechanisms of tetriserve, one after the other",
         caption=(
             "From the packing of rounds alone to all of the policy; filling idle ranks with deferred requests and "
-            "rounds of varying length are not the paper's. The paper's numbers stand beside for the order of its stages: its absolute SARs come from "
-            "another set-up. Placement saves the profile's cost of moving to other ranks, a millisecond; the bubbles "
-            "that it also saves in the paper do not arise here."
+            "rounds of varying length are not the paper's. The paper's numbers stand beside for the order of its "
+            "stages: its absolute SARs come from another set-up. Placement saves the profile's cost of moving to other "
+            "ranks, a millisecond; the bubbles that it also saves in the paper do not arise here."
         ),
         command=experiment.command(cells[0], tuple(STAGES.values())),
         sheet=Sheet(columns, tuple(rows)),
