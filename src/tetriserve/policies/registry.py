@@ -248,7 +248,7 @@ def warn_of_long_rounds(spec: str, policy: Policy, slack_s: float) -> None:
             spec,
             policy.shortest_s,
             max(0.0, slack_s),
-            ", and without step_granularity rounds are shorter" if "step_granularity" in spec else "",
+            ", and without step_granularity rounds adapt" if "step_granularity" in spec else "",
         )
 
 

@@ -14,14 +14,14 @@ MIN_ROUND_S = 0.05
 """Shorter rounds, which a very small model would get, spend their time on dispatch."""
 
 STEP_GRANULARITY = 5
-"""Steps of the reference shape in a round (TetriServe, 6.1); the most that a round of varying length has."""
+"""Steps of the reference shape in the paper's round; the most that a round of varying length has."""
 
 _EPSILON_S = 1e-9
 """Rounding slack: steps that fill what is left of a round exactly do fit."""
 
 
 def fixed_round(step_granularity: int, step_times: Mapping[int, float], switch_s: float) -> float:
-    """Seconds of a round of `step_granularity` steps of the reference shape at its fastest degree (section 4.2.2)."""
+    """Seconds of a round of `step_granularity` steps of the reference shape at its fastest degree (TetriServe, 4.2)."""
     return max(MIN_ROUND_S, switch_s + step_granularity * min(step_times.values()))
 
 
