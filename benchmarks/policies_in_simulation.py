@@ -29,9 +29,10 @@ SLO_SCALES = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 BASELINES = ("fixed:1", "fixed:2", "fixed:4", "fixed:8", "rssp")
 OURS = ("tetriserve", "lookahead")
 ABLATION = {
-    "schedule": "tetriserve:placement=off,scale_up=off",
-    "+ placement": "tetriserve:scale_up=off",
-    "+ scale-up": "tetriserve",
+    "schedule": "tetriserve:step_granularity=5,placement=off,scale_up=off",
+    "+ placement": "tetriserve:step_granularity=5,scale_up=off",
+    "+ scale-up": "tetriserve:step_granularity=5",
+    "+ adaptive rounds": "tetriserve",
 }
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request
 from tetriserve.engine import Generation
-from tetriserve.launch import Progress, launch, measure_profile
+from tetriserve.launch import Progress, find_model, launch, measure_profile
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import load_profile, save_profile
@@ -33,7 +33,7 @@ from tetriserve.simulator import simulate
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.outcome import Outcome
-from tetriserve.workload.slo import MultipleRule
+from tetriserve.workload.slo import MultipleRule, slack_s
 from tetriserve.workload.synthesis import Synthesis
 
 BAR_SAR = 0.05
@@ -104,7 +104,9 @@ async def run_live(requests: Sequence[Request], policy: str, profile: Path, num_
 def run_simulated(outcomes: Sequence[Outcome], policy: str, cost: ProfileCost, num_ranks: int) -> list[Outcome]:
     """The same requests again, from when and with what deadlines they reached the live engine."""
     requests = sorted((outcome.request for outcome in outcomes), key=lambda request: request.arrival_s)
-    made = make_policy(policy, cost, num_ranks=num_ranks, shapes=cost.profile.shapes)
+    shapes, deadlines = cost.profile.shapes, MultipleRule(SchedulingConfig().default_slo_scale, cost)
+    can_wait_s = slack_s(shapes, cost, deadlines, find_model(None).default_num_steps)  # as the live engine has it
+    made = make_policy(policy, cost, num_ranks=num_ranks, shapes=shapes, slack_s=can_wait_s)
     return list(simulate(made, cost, requests, num_ranks=num_ranks))
 
 

@@ -26,13 +26,14 @@ from tetriserve.journal import Journal, Model
 from tetriserve.models.card import MAX_TEXT_TOKENS, ModelCard, read_card
 from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
-from tetriserve.policies.registry import find_policy, make_policy
+from tetriserve.policies.registry import find_policy, make_policy, warn_of_long_rounds
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.measure import gpu_names, hardware_name, measure
 from tetriserve.simulator.foresight import SimulatedForesight
+from tetriserve.workload.slo import MultipleRule, slack_s
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,12 @@ async def launch(
 
     def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees), corrections)
-        new_policy = partial(make_policy, spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes)
-        new_policy()  # what is wrong with it shows now
+        deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
+        can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
+        new_policy = partial(
+            make_policy, spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes, slack_s=can_wait_s
+        )
+        warn_of_long_rounds(spec, new_policy(), can_wait_s)  # what is wrong with the policy shows now
         return new_policy, cost
 
     is_named = config.profile is not None  # then it is taken as it is written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -20,9 +22,12 @@ from tetriserve.policies.greedy import (
 )
 from tetriserve.policies.lookahead import Lookahead
 from tetriserve.policies.policy import Policy
+from tetriserve.policies.rounds import fixed_round, round_lengths
 from tetriserve.policies.rssp import ResolutionSpecific
 from tetriserve.policies.tetriserve import TetriServe
 from tetriserve.policies.unsteady import Unsteady
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "tetriserve.policies"
 
@@ -33,12 +38,14 @@ class PolicyContext:
 
     argument: what followed the colon in the policy's name; empty without one.
     shapes: the shapes that the cost model was measured at.
+    slack_s: how long a request of the smallest size can wait if it has the default deadline (`workload.slo.slack_s`).
     """
 
     argument: str
     cost: CostModel
     num_ranks: int
     shapes: tuple[Shape, ...]
+    slack_s: float = math.inf
 
     def step_times(self, shape: Shape) -> dict[int, float]:
         """Seconds per step by degree, for the degrees that fit on the pool."""
@@ -133,7 +140,7 @@ def _is_count(text: str) -> bool:
 
 
 def _make_tetriserve(context: PolicyContext) -> Policy:
-    step_granularity = 5
+    step_granularity: int | None = None
     switches = {"placement": True, "scale_up": True, "fill": True}
     for item in filter(None, context.argument.split(",")):
         name, _, value = item.partition("=")
@@ -143,13 +150,13 @@ def _make_tetriserve(context: PolicyContext) -> Policy:
             switches[name] = _SWITCHES[value]
         else:
             raise ConfigError(f"policy 'tetriserve': cannot use option {item!r}; write {_TETRISERVE_USAGE}")
-    reference = max(context.shapes, key=lambda shape: shape.num_pixels)
-    return TetriServe(
-        reference_step_s=min(context.step_times(reference).values()),
-        switch_s=context.cost.switch_s,
-        step_granularity=step_granularity,
-        **switches,
-    )
+    reference = context.step_times(max(context.shapes, key=lambda shape: shape.num_pixels))
+    switch_s = context.cost.switch_s
+    if step_granularity is None:
+        lengths_s = round_lengths(reference, switch_s, context.slack_s)
+    else:
+        lengths_s = (fixed_round(step_granularity, reference, switch_s),)
+    return TetriServe(lengths_s=lengths_s, **switches)
 
 
 def _make_lookahead(context: PolicyContext) -> Policy:
@@ -200,25 +207,49 @@ POLICIES: Mapping[str, PolicySpec] = {
 }
 
 
-def make_policy(spec: str, cost: CostModel, *, num_ranks: int, shapes: Sequence[Shape]) -> Policy:
+def make_policy(
+    spec: str, cost: CostModel, *, num_ranks: int, shapes: Sequence[Shape], slack_s: float = math.inf
+) -> Policy:
     """The policy that `spec` names: `"tetriserve"`, `"fixed:2"`, `"fcfs"`, or one from an installed package.
 
     A package registers a policy under the entry-point group `tetriserve.policies`: a callable from `PolicyContext` to a
     policy. Installed packages are searched only when the name is not built in.
 
     Args:
-        cost: the cost model at start; the policy fixes its round length from it.
+        cost: the cost model at start; `tetriserve` takes the lengths of its rounds from it.
         num_ranks: ranks of the pool.
         shapes: the shapes that the cost model was measured at, at least one.
+        slack_s: how long a request of the smallest size can wait if it has the default deadline.
 
     Raises:
         ConfigError: the name is unknown or its argument is not allowed; the message says what is.
     """
     make = find_policy(spec)
-    context = PolicyContext(argument=spec.partition(":")[2], cost=cost, num_ranks=num_ranks, shapes=tuple(shapes))
+    context = PolicyContext(
+        argument=spec.partition(":")[2], cost=cost, num_ranks=num_ranks, shapes=tuple(shapes), slack_s=slack_s
+    )
     if not context.degrees:
         raise ConfigError(f"policy {spec!r}: no measured shape can run on {num_ranks} ranks")
     return make(context)
+
+
+def warn_of_long_rounds(spec: str, policy: Policy, slack_s: float) -> None:
+    """Log one line where even the shortest round of `policy` is longer than a request of the smallest size can wait.
+
+    Args:
+        spec: the policy as the user named it.
+        slack_s: as `make_policy` was given it.
+    """
+    if isinstance(policy, TetriServe) and policy.shortest_s > slack_s:
+        logger.warning(
+            "a round of policy %s takes %.3g s, and a request of the smallest size with the default deadline can wait "
+            "%.3g s: those that arrive during a round may be late; looser deadlines or lookahead, which has no rounds, "
+            "avoid that%s",
+            spec,
+            policy.shortest_s,
+            max(0.0, slack_s),
+            ", and without step_granularity rounds adapt" if "step_granularity" in spec else "",
+        )
 
 
 def find_policy(spec: str) -> PolicyFactory:

@@ -10,8 +10,38 @@ from tetriserve.core.plan import InFlight
 from tetriserve.core.trajectory import Stage
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees, fastest_degree
 
+MIN_ROUND_S = 0.05
+"""Shorter rounds, which a very small model would get, spend their time on dispatch."""
+
+STEP_GRANULARITY = 5
+"""Steps of the reference shape in the paper's round; the most that a round of varying length has."""
+
 _EPSILON_S = 1e-9
 """Rounding slack: steps that fill what is left of a round exactly do fit."""
+
+
+def fixed_round(step_granularity: int, step_times: Mapping[int, float], switch_s: float) -> float:
+    """Seconds of a round of `step_granularity` steps of the reference shape at its fastest degree (TetriServe, 4.2)."""
+    return max(MIN_ROUND_S, switch_s + step_granularity * min(step_times.values()))
+
+
+def round_lengths(step_times: Mapping[int, float], switch_s: float, slack_s: float) -> tuple[float, ...]:
+    """The lengths that a round may have, in seconds, longest first.
+
+    The longest holds `STEP_GRANULARITY` steps of the reference shape at its fastest degree, fewer where `slack_s` is
+    shorter, but one: a request that arrives when all ranks are taken waits for the end of the round. The others hold
+    as many whole steps at each other degree as end within the longest.
+
+    Args:
+        step_times: seconds per step of the reference shape by degree.
+        switch_s: seconds to start a task; part of the round, which would otherwise hold one step less.
+        slack_s: how long a request that arrives can wait.
+    """
+    fastest_s = min(step_times.values())
+    num_fastest = max(1, int(min(STEP_GRANULARITY, (slack_s - switch_s) / fastest_s)))
+    counts = {step_s: int(num_fastest * fastest_s / step_s + _EPSILON_S) for step_s in step_times.values()}
+    lengths = {max(MIN_ROUND_S, switch_s + count * step_s) for step_s, count in counts.items() if count}
+    return tuple(sorted(lengths, reverse=True))
 
 
 @dataclass(frozen=True, slots=True)

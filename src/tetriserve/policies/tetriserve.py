@@ -12,23 +12,29 @@ from tetriserve.core.trajectory import Stage, Trajectory
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
-from tetriserve.policies.rounds import RoundClock, Window
+from tetriserve.policies.rounds import Round, RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
 from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.triage import Candidate, ShortStage, Sorter, Triage
 
-MIN_ROUND_S = 0.05
-"""Shorter rounds, which a very small model would get, spend their time on dispatch."""
+NUM_PRICED = 4
+"""Requests, least slack first, whose GPU time decides how long a round is."""
+
+_EQUAL = 1.01
+"""GPU times that differ by no more than this factor count as equal, and the longer round is taken."""
 
 
 class TetriServe:
     """Rounds in which as many requests as possible keep their deadlines.
 
-    A round spans `step_granularity` steps of a reference shape and ends when the last of its denoise tasks does. At
-    every event the round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all
-    are idle this is the paper's round, in between it fills what has become free. Denoise tasks end by the end of the
-    round, so that all ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8
-    ranks for a request that needs them.
+    A round spans some steps of a reference shape and ends when the last of its denoise tasks does. At every event the
+    round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all are idle this is
+    the paper's round, in between it fills what has become free. Denoise tasks end by the end of the round, so that all
+    ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8 ranks for a
+    request that needs them.
+
+    Beyond the paper, a round that begins has the longest of `lengths_s` at which the most urgent requests need the
+    least GPU time: a round that holds no whole number of steps at the degree that a request needs wastes the rest.
 
     In order: encode and decode as soon as a rank is free; requests that can still meet their deadlines, packed by
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
@@ -40,41 +46,46 @@ class TetriServe:
     def __init__(
         self,
         *,
-        reference_step_s: float,
-        switch_s: float,
-        step_granularity: int = 5,
+        lengths_s: Sequence[float],
         placement: bool = True,
         scale_up: bool = True,
         fill: bool = True,
     ) -> None:
         """
         Args:
-            reference_step_s: seconds per step of the reference shape: the largest, at its fastest degree.
-            switch_s: seconds to start a task; part of the round, which would otherwise hold one step less.
-            step_granularity: steps of the reference shape in a round.
+            lengths_s: what a round may last, longest first; only one fixes it.
             placement: keep requests on the ranks that hold their state.
             scale_up: widen tasks into ranks that would idle.
             fill: run requests that the packing deferred on ranks that would idle.
         """
-        self.clock = RoundClock.of(max(MIN_ROUND_S, switch_s + step_granularity * reference_step_s))
+        self.clock = RoundClock.of(lengths_s[0])
+        self.shortest_s = lengths_s[-1]
         self.placement = placement
         self.scale_up = scale_up
         self.fill = fill
-        self._sorter = Sorter(self.clock)
+        self._sorters = tuple(Sorter(RoundClock.of(length_s)) for length_s in lengths_s)
 
     def plan(self, state: State, now: float) -> Plan:
         """See `Policy.plan`. Asks again at the end of the round for as long as a request waits."""
         if not state.waiting:
             return Plan()
-        window = Window(self.clock, self.clock.round_at(state.in_flight, now), now, state.cost.switch_s)
+        clock = self.clock
+        this = clock.round_at(state.in_flight, now)
         free = set(state.idle_ranks)
         if not free:
-            return Plan(wake_at=window.round.end_s)
-        waiting = self._sorter.triage(state, now)
+            return Plan(wake_at=this.end_s)
+        waiting = self._sorters[0].triage(state, now)
+        if this.is_open:
+            sorter = self._sorter_for(waiting.on_time, state, now)
+            if sorter is not self._sorters[0]:
+                clock = sorter.clock
+                this = Round(this.start_s, this.start_s + clock.round_s, is_open=True)
+                waiting = sorter.triage(state, now)
+        window = Window(clock, this, now, state.cost.switch_s)
         started = waiting.short[: len(free)]
         tasks = place_short_stages([stage.trajectory for stage in started], free, preserve=self.placement)
-        if (waiting.on_time or waiting.late) and self._is_assembling(state, started, window):
-            return Plan(tuple(tasks), wake_at=self.clock.grace_end_s(window.round))
+        if (waiting.on_time or waiting.late) and _is_assembling(state, started, window):
+            return Plan(tuple(tasks), wake_at=clock.grace_end_s(this))
 
         late_short, late_choices = _choose_ahead(waiting, state, len(free), window)
         spare = len(free) - len(late_short) - sum(choice.degree for choice in late_choices)
@@ -99,19 +110,17 @@ class TetriServe:
             tasks.append(Task(choice.trajectory.request_id, Stage.DENOISE, ranks, choice.num_steps))
             free.difference_update(ranks)
         tasks += place_short_stages(late_short, free, preserve=self.placement)
-        return Plan(tuple(tasks), wake_at=window.round.end_s)
+        return Plan(tuple(tasks), wake_at=this.end_s)
 
-    def _is_assembling(self, state: State, started: Sequence[ShortStage], window: Window) -> bool:
-        """Whether ranks of the last round, or of short stages that start now, come free before the grace is over.
-
-        Packing what is idle already would cut the pool into fragments a moment before it is whole.
-        """
-        grace_end_s = self.clock.grace_end_s(window.round)
-        if window.now >= grace_end_s:
-            return False
-        return any(self.clock.is_about_to_end(flight, window.round) for flight in state.in_flight) or any(
-            window.now + stage.duration_s <= grace_end_s for stage in started
-        )
+    def _sorter_for(self, on_time: Sequence[Candidate], state: State, now: float) -> Sorter:
+        """The one with the longest of the rounds at which the most urgent of `on_time` need the least GPU time."""
+        urgent = on_time[:NUM_PRICED]
+        if len(self._sorters) == 1 or not urgent:
+            return self._sorters[0]
+        from_s = now + state.cost.switch_s
+        needed = [sum(sorter.gpu_s(candidate, from_s, state) for candidate in urgent) for sorter in self._sorters]
+        least = min(needed)
+        return next(sorter for sorter, gpu_s in zip(self._sorters, needed, strict=True) if gpu_s <= _EQUAL * least)
 
     def _choose_on_time(self, on_time: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
         """Algorithm 1, one priority class after the other; then what it deferred, least slack first."""
@@ -123,6 +132,20 @@ class TetriServe:
             chosen += packed
             deferred += left
         return chosen + _fill(deferred, capacity, window) if self.fill else chosen
+
+
+def _is_assembling(state: State, started: Sequence[ShortStage], window: Window) -> bool:
+    """Whether ranks of the last round, or of short stages that start now, come free before the grace is over.
+
+    Packing what is idle already would cut the pool into fragments a moment before it is whole.
+    """
+    clock = window.clock
+    grace_end_s = clock.grace_end_s(window.round)
+    if window.now >= grace_end_s:
+        return False
+    return any(clock.is_about_to_end(flight, window.round) for flight in state.in_flight) or any(
+        window.now + stage.duration_s <= grace_end_s for stage in started
+    )
 
 
 def _startable(candidates: Sequence[Candidate], window: Window) -> list[Candidate]:

@@ -90,7 +90,7 @@ class Sorter:
     """Sorts the waiting trajectories. Late means that the deadline cannot be met even at the fastest, started now."""
 
     def __init__(self, clock: RoundClock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._facts: Facts[Terms, ShortStage | Candidate | None] = Facts(self._terms_of, next_stage)
 
     def triage(self, state: State, now: float) -> Triage:
@@ -108,11 +108,25 @@ class Sorter:
         sorted_out.late.sort(key=attrgetter("priority"))  # sorting is stable: the oldest stay first
         return sorted_out
 
+    def gpu_s(self, candidate: Candidate, denoise_from_s: float, state: State) -> float:
+        """Rank-seconds that `candidate`, of any sorter, needs in these rounds to be in time, or else at its fastest."""
+        table = self._table_of(candidate.trajectory.request, state)
+        assert table is not None, "a candidate has a degree"
+        num_steps = candidate.trajectory.remaining_steps
+        gpu_s = {degree: step_gpu_s for degree, _, step_gpu_s in table.paced}
+        mix = cheapest_mix(num_steps, candidate.denoised_by_s - denoise_from_s, table.paced)
+        if mix is None:
+            return num_steps * table.paced[-1][2]
+        return sum(segment.num_steps * gpu_s[segment.degree] for segment in mix)
+
     def _terms_of(self, request: Request, state: State) -> Terms:
-        cost = state.cost
-        switch_s = cost.switch_s
-        table = round_table(tuple(cost.step_times(request).items()), len(state.ranks), switch_s, self._clock)
+        cost, switch_s = state.cost, state.cost.switch_s
+        table = self._table_of(request, state)
         return Terms(switch_s + cost.encode_s(request), switch_s + cost.decode_s(request), switch_s, table)
+
+    def _table_of(self, request: Request, state: State) -> RoundTable | None:
+        cost = state.cost
+        return round_table(tuple(cost.step_times(request).items()), len(state.ranks), cost.switch_s, self.clock)
 
 
 def next_stage(trajectory: Trajectory, terms: Terms) -> ShortStage | Candidate | None:

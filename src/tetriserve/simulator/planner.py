@@ -30,7 +30,7 @@ from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
 
 STEP_GRANULARITIES = (1, 2, 5, 10)
-"""Lengths of a round that are tried for `tetriserve`, unless one is named."""
+"""Fixed lengths of a round that are tried for `tetriserve`, unless one is named."""
 MIN_SEEDS = 3
 """So many seeds, for the curve, of a policy that could be given up earlier."""
 FAR_BEHIND = 0.05
@@ -280,11 +280,10 @@ class _Search:
 
 
 def _with_rounds(policies: Sequence[str]) -> Iterator[str]:
-    """`tetriserve` once for every length of a round, unless it names one."""
+    """`tetriserve` with rounds that adapt and once for every fixed length, unless it names one."""
     for policy in policies:
         name, _, argument = policy.partition(":")
-        if name != "tetriserve" or "step_granularity" in argument:
-            yield policy
-        else:
+        yield policy
+        if name == "tetriserve" and "step_granularity" not in argument:
             for steps in STEP_GRANULARITIES:
                 yield f"{name}:{','.join(filter(None, (argument, f'step_granularity={steps}')))}"

@@ -12,13 +12,13 @@ from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.core.request import Request, Shape
 from tetriserve.policies.policy import Policy
-from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy
+from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy, warn_of_long_rounds
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.cache import NO_CACHE, Cache, parse_cache
 from tetriserve.workload.mixes import parse_mix
-from tetriserve.workload.slo import DeadlineRule, MultipleRule, TableRule
+from tetriserve.workload.slo import DeadlineRule, MultipleRule, TableRule, slack_s
 from tetriserve.workload.synthesis import Synthesis
 from tetriserve.workload.traces import load_trace
 
@@ -60,10 +60,14 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A scenario made ready: everything that can be wrong with it has been checked."""
+    """A scenario made ready: everything that can be wrong with it has been checked.
+
+    slack_s: how long a request of the smallest measured size can wait, by the scenario's deadlines.
+    """
 
     cost: ProfileCost
     num_ranks: int
+    slack_s: float
     noise: float
     source: Synthesis | tuple[Request, ...]
     cache: Cache | None = None
@@ -100,7 +104,8 @@ class Setting:
         Raises:
             ConfigError: unknown, or an argument that is not allowed here.
         """
-        return make_policy(spec, self.cost, num_ranks=self.num_ranks, shapes=self.cost.profile.shapes)
+        shapes = self.cost.profile.shapes
+        return make_policy(spec, self.cost, num_ranks=self.num_ranks, shapes=shapes, slack_s=self.slack_s)
 
     def policies(self, specs: str) -> list[str]:
         """The policies in a list with commas; `all` is every registered one, `fixed` at each degree.
@@ -120,7 +125,7 @@ class Setting:
                 names.append(item)
         names = list(dict.fromkeys(names))
         for name in names:
-            self.policy(name)
+            warn_of_long_rounds(name, self.policy(name), self.slack_s)
         return names
 
     def _all_policies(self) -> list[str]:
@@ -151,12 +156,14 @@ def prepare(scenario: Scenario) -> Setting:
     if not degrees:
         raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")
     cost = ProfileCost(profile, lambda shape: degrees)
+    deadlines = _deadlines(scenario, cost)
     setting = Setting(
         cost=cost,
         num_ranks=num_ranks,
+        slack_s=slack_s(profile.shapes, cost, deadlines, scenario.num_steps),
         noise=scenario.noise,
         late_share=scenario.late_share,
-        source=_source(scenario, cost),
+        source=_source(scenario, cost, deadlines),
         cache=parse_cache(scenario.cache),
     )
     for shape in setting.shapes:
@@ -164,10 +171,13 @@ def prepare(scenario: Scenario) -> Setting:
     return setting
 
 
-def _source(scenario: Scenario, cost: ProfileCost) -> Synthesis | tuple[Request, ...]:
-    deadlines: DeadlineRule = TableRule(scenario.slo_scale)
-    if scenario.slo_multiple is not None:
-        deadlines = MultipleRule(scenario.slo_multiple, cost)
+def _deadlines(scenario: Scenario, cost: ProfileCost) -> DeadlineRule:
+    if scenario.slo_multiple is None:
+        return TableRule(scenario.slo_scale)
+    return MultipleRule(scenario.slo_multiple, cost)
+
+
+def _source(scenario: Scenario, cost: ProfileCost, deadlines: DeadlineRule) -> Synthesis | tuple[Request, ...]:
     if scenario.trace is not None:
         return tuple(load_trace(scenario.trace, default_steps=scenario.num_steps, deadlines=deadlines))
     synthesis = Synthesis(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -77,3 +78,19 @@ class MultipleRule:
         times = self.cost.step_times(request)
         alone_s = self.cost.encode_s(request) + request.num_steps * times[min(times)] + self.cost.decode_s(request)
         return self.multiple * alone_s
+
+
+def slack_s(shapes: Sequence[Shape], cost: CostModel, deadlines: DeadlineRule, num_steps: int) -> float:
+    """How long a request of the smallest of `shapes` can wait: its deadline less its time alone at its best degree.
+
+    Negative when it cannot be in time at all; infinite when `deadlines` has none for it.
+    """
+    shape = min(shapes, key=lambda shape: shape.num_pixels)
+    request = Request(
+        request_id="probe", prompt="", shape=shape, num_steps=num_steps, seed=0, arrival_s=0.0, deadline_s=0.0
+    )
+    alone_s = cost.encode_s(request) + num_steps * min(cost.step_times(request).values()) + cost.decode_s(request)
+    try:
+        return deadlines.slo_s(request) - alone_s
+    except ConfigError:
+        return math.inf

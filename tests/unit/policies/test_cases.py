@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tetriserve.simulator.bound import max_attained
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
-from tetriserve.workload.outcome import Outcome
+from tetriserve.workload.outcome import Outcome, Status
 
 CASES = Path(__file__).parents[2] / "cases"
 VIDEO = str(CASES / "video-8.json")
 FLUX = "flux.1-dev-8xh100"
+QWEN = "qwen-image-4xh20"
 
 
-def outcomes(name: str, policy: str, profile: str = FLUX, **settings: float) -> list[Outcome]:
+def outcomes(name: str, policy: str, profile: str = FLUX, **settings: Any) -> list[Outcome]:
     setting = prepare(Scenario(trace=CASES / f"{name}.csv", profile=profile, **settings))
     return list(
         simulate(
@@ -49,6 +52,62 @@ def longest_wait_s(outcomes: list[Outcome]) -> float:
 )
 def test_lookahead_attains(name: str, profile: str, least: int) -> None:
     assert num_attained(outcomes(name, "lookahead", profile)) >= least
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "least"),
+    [
+        ("W4-qwen-tight", QWEN, 109),  # 93 with rounds of five steps, longer than a 512x512 can wait
+        ("W5-two-2048-6.60", FLUX, 2),  # 1 with rounds of five steps, which hold 2.8 steps at degree 4
+        ("video-light-300", VIDEO, 386),  # 89 % of 434; 77 % with rounds of 10 s
+        ("video-heavy-300", VIDEO, 538),  # 83 % of 649; 67 %
+    ],
+)
+def test_tetriserve_attains(name: str, profile: str, least: int) -> None:
+    assert num_attained(outcomes(name, "tetriserve", profile)) >= least
+
+
+def test_a_fixed_round_holds_no_whole_steps_at_the_degree_that_two_large_requests_need() -> None:
+    assert num_attained(outcomes("W5-two-2048-6.60", "tetriserve:step_granularity=5")) == 1
+
+
+OPTIMA = {
+    "H-1-exact-deadline": (8, 0),  # in time but for moving the latents from the encoding rank to eight
+    "H-1b-too-tight": (8, 0),
+    "H-2-two-2048-6.40": (8, 2),
+    "H-2b-two-2048-6.30": (8, 1),
+    "H-3-one-rank-three-256": (1, 3),
+    "H-3b-slack-5ms": (1, 3),
+    "H-4-moore-hodgson": (1, 3),  # all but the 1024x1024, which has the earliest deadline
+    "H-5-wide-vs-eight": (8, 5),
+}
+"""Ranks, and the most in time, found by hand."""
+
+
+@pytest.mark.parametrize("name", OPTIMA)
+def test_the_upper_bound_is_not_below_an_optimum_found_by_hand(name: str) -> None:
+    num_ranks, most = OPTIMA[name]
+    setting = prepare(Scenario(trace=CASES / f"{name}.csv", num_ranks=num_ranks))
+    assert max_attained(list(setting.requests(0)), setting.cost, num_ranks) >= most
+
+
+@pytest.mark.parametrize(
+    "name", ["H-1-exact-deadline", "H-1b-too-tight", "H-2b-two-2048-6.30", "H-3b-slack-5ms", "H-4-moore-hodgson"]
+)
+def test_lookahead_attains_an_optimum_found_by_hand(name: str) -> None:
+    num_ranks, most = OPTIMA[name]
+    assert num_attained(outcomes(name, "lookahead", num_ranks=num_ranks)) == most
+
+
+@pytest.mark.parametrize("profile", ["odd-6", "two-2"])
+def test_every_policy_runs_on_pools_of_other_sizes(profile: str) -> None:
+    """Six ranks with degrees 1, 2, 3 and 6; two ranks."""
+    setting = prepare(Scenario(profile=str(CASES / f"{profile}.json"), rate_per_min=60, num_requests=12))
+    requests = list(setting.requests(0))
+    for policy in (*setting.policies("all"), "tetriserve:step_granularity=5", "unsteady", "exhaustive:nodes=20"):
+        ended = list(simulate(setting.policy(policy), setting.cost, iter(requests), num_ranks=setting.num_ranks))
+        assert {outcome.request.request_id for outcome in ended} == {request.request_id for request in requests}
+        assert {outcome.status for outcome in ended} == {Status.FINISHED}, policy
 
 
 def test_a_late_request_beside_a_stream_that_fills_the_pool_ends_within_a_minute() -> None:

@@ -8,6 +8,7 @@ from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Shape
 from tetriserve.policies import POLICIES, make_policy
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
+from tetriserve.policies.registry import warn_of_long_rounds
 from tetriserve.policies.tetriserve import TetriServe
 
 
@@ -22,9 +23,37 @@ def test_builds_the_named_policy(make, flux):
     assert policy.clock.round_s == pytest.approx(3 * 0.1218 + 0.001)
 
 
-def test_the_round_spans_five_steps_of_the_largest_shape_at_its_fastest_degree_on_the_pool(make, flux):
-    assert make("tetriserve", flux).clock.round_s == pytest.approx(5 * 0.1218 + 0.001)
-    assert make("tetriserve", flux, 4).clock.round_s == pytest.approx(5 * 0.2184 + 0.001)
+def test_a_round_spans_at_most_five_steps_of_the_largest_shape_at_its_fastest_degree_on_the_pool(make, flux):
+    for spec in ("tetriserve", "tetriserve:step_granularity=5"):
+        assert make(spec, flux).clock.round_s == pytest.approx(5 * 0.1218 + 0.001)
+        assert make(spec, flux, 4).clock.round_s == pytest.approx(5 * 0.2184 + 0.001)
+
+
+def test_a_named_granularity_fixes_the_length_of_rounds(make, flux):
+    assert make("tetriserve:step_granularity=5", flux).shortest_s == pytest.approx(5 * 0.1218 + 0.001)
+    assert make("tetriserve", flux).shortest_s == pytest.approx(0.4086 + 0.001)  # one step at degree 2
+
+
+def warnings_of(spec, flux, slack_s, caplog):
+    policy = make_policy(spec, flux, num_ranks=8, shapes=flux.shapes, slack_s=slack_s)
+    caplog.clear()
+    warn_of_long_rounds(spec, policy, slack_s)
+    return caplog.messages
+
+
+def test_a_round_longer_than_the_smallest_size_can_wait_is_warned_of_in_one_line(flux, caplog):
+    fixed, adaptive = "tetriserve:step_granularity=5", "tetriserve"
+    (line,) = warnings_of(fixed, flux, 0.5, caplog)
+    assert "takes 0.61 s" in line
+    assert "can wait 0.5 s" in line
+    assert "without step_granularity" in line
+    assert "\n" not in line
+    assert warnings_of(adaptive, flux, 0.5, caplog) == []
+    (line,) = warnings_of(adaptive, flux, 0.1, caplog)  # one step takes longer
+    assert "takes 0.123 s" in line
+    assert "step_granularity" not in line
+    assert warnings_of(fixed, flux, 0.7, caplog) == []
+    assert warnings_of("lookahead", flux, 0.1, caplog) == []
 
 
 @pytest.mark.parametrize(

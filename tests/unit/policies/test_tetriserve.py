@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.trajectory import Stage, Trajectory
 from tetriserve.policies.packing import pack_round
-from tetriserve.policies.rounds import RoundClock, Window
+from tetriserve.policies.rounds import RoundClock, Window, round_lengths
 from tetriserve.policies.tetriserve import options_of, pack_candidates
 from tetriserve.policies.triage import Sorter
 
 ROUND_S = 5 * 0.1218 + 0.001
 RANKS = tuple(range(8))
+STEPS_2048 = {1: 0.76, 2: 0.4086, 4: 0.2184, 8: 0.1218}
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
@@ -38,7 +40,7 @@ def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
     """Pitfall 1: six late ones, all with earlier deadlines, against one that needs 8 ranks now."""
     late = [encoded(request_of(1024, request_id=f"late{i}", deadline_s=1.0)) for i in range(6)]
     pressed = encoded(request_of(2048, request_id="pressed", deadline_s=3.8))
-    policy = make("tetriserve", flux)
+    policy = make("tetriserve:step_granularity=5", flux)
     plan = policy.plan(State((*late, pressed), (), RANKS, flux), 0.0)
     assert denoise_tasks(plan) == {"pressed": (8, 5)}
 
@@ -139,8 +141,8 @@ def test_scale_up_looks_past_slower_degrees(make, request_of, table_cost):
     """Pitfall 6: 512x512 at 1.18, 1.23, 1.01 and 0.77 s."""
     cost = table_cost({512: {1: 1.18, 2: 1.23, 4: 1.01, 8: 0.77}}, {512: 0.01})
     state = State((encoded(request_of(512)),), (), RANKS, cost)
-    assert denoise_tasks(make("tetriserve", cost).plan(state, 0.0)) == {"r": (8, 5)}
-    assert denoise_tasks(make("tetriserve:scale_up=off", cost).plan(state, 0.0)) == {"r": (1, 3)}
+    assert denoise_tasks(make("tetriserve:step_granularity=5", cost).plan(state, 0.0)) == {"r": (8, 5)}
+    assert denoise_tasks(make("tetriserve:step_granularity=5,scale_up=off", cost).plan(state, 0.0)) == {"r": (1, 3)}
 
 
 def test_a_lower_priority_class_goes_first_although_the_other_is_more_urgent(make, request_of, flux):
@@ -213,6 +215,42 @@ def test_a_pool_at_rest_starts_a_round_at_once_whenever_that_is(make, request_of
         assert plan.wake_at == pytest.approx(now + ROUND_S)
 
 
+def test_rounds_hold_whole_steps_at_each_degree_and_none_is_longer_than_a_request_can_wait():
+    """2048x2048 takes 0.1218 s a step at degree 8, 0.2184 at 4, 0.4086 at 2, and at 1 more than any round."""
+
+    def lengths(slack_s):
+        return [round(length_s - 0.001, 6) for length_s in round_lengths(STEPS_2048, 0.001, slack_s)]
+
+    assert lengths(math.inf) == lengths(0.62) == [5 * 0.1218, 2 * 0.2184, 0.4086]
+    assert lengths(0.3) == [2 * 0.1218, 0.2184]
+    assert lengths(0.2) == lengths(-1.0) == [0.1218]
+    assert round_lengths({1: 0.004}, 0.001, 0.0) == (0.05,)
+
+
+def test_a_round_is_as_long_as_whole_steps_of_the_degree_that_the_most_urgent_need(make, request_of, flux):
+    """Two 2048x2048 are in time side by side: 28 steps at degree 4 take 6.12 s, one after the other 6.82 s."""
+    both = tuple(encoded(request_of(2048, request_id=name, deadline_s=6.58)) for name in "ab")
+    state = State(both, (), RANKS, flux)
+    plan = make("tetriserve", flux).plan(state, 0.0)
+    assert denoise_tasks(plan) == {"a": (4, 2), "b": (4, 2)}
+    assert plan.wake_at == pytest.approx(2 * 0.2184 + 0.001)
+    plan = make("tetriserve:step_granularity=5", flux).plan(state, 0.0)
+    assert denoise_tasks(plan) == {"a": (8, 5)}  # 0.61 s would hold two steps at degree 4, too
+
+    alone = State(both[:1], (), RANKS, flux)
+    assert make("tetriserve:scale_up=off", flux).plan(alone, 0.0).wake_at == pytest.approx(2 * 0.2184 + 0.001)
+    pressed = State((encoded(request_of(2048, deadline_s=3.8)),), (), RANKS, flux)
+    assert make("tetriserve", flux).plan(pressed, 0.0).wake_at == pytest.approx(ROUND_S)
+
+
+def test_the_length_of_a_round_that_has_begun_stays(make, request_of, flux):
+    """What starts in mid-round ends with it, although the requests that now wait would have wanted another length."""
+    running, flight = in_flight(request_of, ROUND_S, 0)
+    waiting = tuple(encoded(request_of(2048, request_id=name, deadline_s=7.0)) for name in "ab")
+    plan = make("tetriserve", flux).plan(State((running, *waiting), (flight,), RANKS, flux), 0.15)
+    assert plan.wake_at == pytest.approx(ROUND_S)
+
+
 @pytest.mark.parametrize("is_skewed", [False, True])
 @pytest.mark.parametrize("rate_per_min", [24, 36])
 def test_attains_more_than_every_fixed_degree_and_fcfs(rate_per_min, is_skewed, drive, make, poisson, flux):
@@ -226,15 +264,15 @@ def test_attains_more_than_every_fixed_degree_and_fcfs(rate_per_min, is_skewed, 
 
 
 def test_every_mechanism_earns_its_place(drive, make, poisson, flux):
-    """Uniform mix at 36 per minute, two seeds: switching scale-up or fill off costs attainment."""
+    """The paper's rounds, uniform mix at 36 per minute, two seeds: switching scale-up or fill off costs attainment."""
 
     def attained(spec):
         runs = [poisson(36, 150, seed=seed) for seed in (1, 2)]
         return sum(drive(make(spec, flux), run, flux, is_pure_checked=False).attained(run) for run in runs) / 2
 
-    full = attained("tetriserve")
-    assert full > attained("tetriserve:scale_up=off")
-    assert full > attained("tetriserve:fill=off")
+    full = attained("tetriserve:step_granularity=5")
+    assert full > attained("tetriserve:step_granularity=5,scale_up=off")
+    assert full > attained("tetriserve:step_granularity=5,fill=off")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

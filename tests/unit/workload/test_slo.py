@@ -8,7 +8,7 @@ from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
-from tetriserve.workload.slo import MultipleRule, TableRule
+from tetriserve.workload.slo import MultipleRule, TableRule, slack_s
 
 
 def of(height: int, width: int | None = None, num_steps: int = 28) -> Request:
@@ -36,6 +36,22 @@ def test_a_size_outside_the_table_is_refused(side: int) -> None:
 def test_a_multiple_of_the_time_alone_at_degree_1() -> None:
     cost = ProfileCost(open_profile("flux.1-dev-8xh100"))
     assert MultipleRule(3.0, cost).slo_s(of(1024)) == pytest.approx(3 * (0.02 + 28 * 0.1536 + 0.06))
+
+
+def test_what_the_smallest_size_can_wait_is_its_deadline_less_its_time_alone_at_its_best_degree() -> None:
+    cost = ProfileCost(open_profile("flux.1-dev-8xh100"))
+    alone_s = 0.02 + 28 * 0.0175 + 0.005
+    sizes = [Shape(1024, 1024), Shape(256, 256)]
+    assert slack_s(sizes, cost, TableRule(), 28) == pytest.approx(1.5 - alone_s)
+    assert slack_s(sizes, cost, TableRule(0.1), 28) == pytest.approx(0.15 - alone_s)
+    qwen = ProfileCost(open_profile("qwen-image-4xh20"))
+    assert slack_s(qwen.profile.shapes, qwen, TableRule(), 28) < 0  # the paper's deadlines are out of reach there
+
+
+def test_a_smallest_size_without_a_deadline_can_wait_for_ever() -> None:
+    cost = ProfileCost(open_profile("flux.1-dev-8xh100"))
+    rule = TableRule(base_s={Shape(1024, 1024): 3.0, Shape(2048, 2048): 5.0})
+    assert slack_s([Shape(256, 256)], cost, rule, 28) == float("inf")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])

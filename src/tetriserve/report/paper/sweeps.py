@@ -186,7 +186,7 @@ def step_granularity(experiment: Experiment) -> Exhibit:
         title="Figure 15 · Length of a round",
         caption=(
             "SAR of tetriserve by the number of steps of the largest size that a round spans, SLO scale "
-            f"{TYPICAL_SCALE:g}; 5 is the default. Bars are 95 % confidence intervals over seeds."
+            f"{TYPICAL_SCALE:g}; 5 is the paper's. By default it varies. Bars are 95 % confidence intervals over seeds."
         ),
         command=experiment.command(cells[1], policies),
         sheet=_sheet(cells, comparisons),
