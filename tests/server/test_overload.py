@@ -31,8 +31,8 @@ async def flooded(connect):
 
 
 async def flood(client: httpx.AsyncClient, num_requests: int, **fields: object) -> list[httpx.Response]:
-    """Requests five times as fast as two ranks can serve them (an image takes 0.14 s), whatever becomes of them. The
-    first has time enough on any machine."""
+    """The answers to requests sent five times as fast as two ranks can serve them: an image takes 0.14 s. The first has
+    a deadline that any machine meets."""
 
     async def send(**more: object) -> httpx.Response:
         return await client.post(URL, json={**BODY, **fields, **more})
