@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.waiting import HANG_S
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
 from tetriserve.executor.processes import keep_fork_server, kill_process
@@ -89,11 +90,10 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
     assert process.pid is not None
     handle = os.pidfd_open(process.pid)
     process.kill()
-    start = time.monotonic()
+    assert lifeline.poll(HANG_S)
     with pytest.raises(EOFError):
         lifeline.recv()
-    assert time.monotonic() - start < 5
-    select.select([handle], [], [], 5)
+    assert select.select([handle], [], [], HANG_S) == ([handle], [], [])
     os.close(handle)
     process.join()
 
@@ -101,17 +101,17 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
 def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again() -> None:
     pool = PoolConfig(num_ranks=1)
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=time.sleep, args=(60,))
+    process = context.Process(target=time.sleep, args=(10 * HANG_S,))
     process.start()
     assert process.pid is not None
     handle = os.pidfd_open(process.pid)
     server_pid = forkserver._forkserver._forkserver_pid
     os.kill(server_pid, signal.SIGKILL)
-    process.join(10)
+    process.join(HANG_S)
     assert process.exitcode == 255, "multiprocessing takes it for dead"
     assert select.select([handle], [], [], 0) == ([], [], []), "but it lives"
     kill_process(process)
-    assert select.select([handle], [], [], 10) == ([handle], [], [])
+    assert select.select([handle], [], [], HANG_S) == ([handle], [], [])
     os.close(handle)
     keep_fork_server(context, pool)
     assert forkserver._forkserver._forkserver_pid not in (None, server_pid)
@@ -120,4 +120,4 @@ def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_sta
 def _live(held: Connection, theirs: Connection) -> None:
     hold(held)
     theirs.send(held.closed)
-    time.sleep(60)
+    time.sleep(10 * HANG_S)
