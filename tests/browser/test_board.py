@@ -10,6 +10,8 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
+from tests.waiting import HANG_S
+
 SKY = [86, 180, 233]
 COUNT_PIXELS = """(colour) => {
   const canvas = document.getElementById("canvas");
@@ -50,7 +52,7 @@ def ask(page, *, prompt="a lighthouse", size="256x256", steps=100, deadline=""):
 def wait_for_blocks(page):
     """They grow as time passes. Not by `wait_for_function`: from the second look on it needs an eval that our policy
     of contents forbids."""
-    until = time.monotonic() + 8
+    until = time.monotonic() + HANG_S
     while page.evaluate(COUNT_PIXELS, SKY) <= 200:
         assert time.monotonic() < until, "no blocks"
         page.wait_for_timeout(50)
@@ -60,7 +62,7 @@ def load(url, num_requests, **fields):
     """Requests of others, all at once."""
     body = {"prompt": "theirs", "size": "256x256", "num_inference_steps": 40, "slo_ms": 60_000, **fields}
     with ThreadPoolExecutor(num_requests) as threads:
-        send = lambda _: httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)  # noqa: E731
+        send = lambda _: httpx.post(f"{url}/v1/images/generations", json=body, timeout=HANG_S)  # noqa: E731
         return [answer.status_code for answer in threads.map(send, range(num_requests))]
 
 
