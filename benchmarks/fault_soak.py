@@ -19,7 +19,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the campaign is the tests' own
 
 from tests.faults.campaign import Campaign, run  # noqa: E402
-from tests.faults.verdict import bars, print_verdict, promises  # noqa: E402
+from tests.faults.verdict import bars, coverage, print_verdict, promises  # noqa: E402
 
 
 def main() -> None:
@@ -46,7 +46,8 @@ def main() -> None:
     )
     result = asyncio.run(run(campaign))
     print_verdict(result, Console(highlight=False, width=120))
-    raise SystemExit(0 if all(promise.is_kept for promise in (*promises(result), *bars(result))) else 1)
+    found = (*promises(result), *bars(result), *coverage(result))
+    raise SystemExit(0 if all(promise.is_kept for promise in found) else 1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "out" / "screenshots"
@@ -20,6 +22,8 @@ WIDE = {"width": 1440, "height": 900}
 NO_BROWSER = "no Chromium on the PATH: the board is not tested in a browser (make browser)"
 
 Open = Callable[..., Page]
+
+expect.set_options(timeout=HANG_S * 1000)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -37,7 +41,7 @@ def _served(*options: str) -> Iterator[str]:
             yield process.stdout.readline().strip()
         finally:
             process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(HANG_S) == 0
 
 
 @pytest.fixture(scope="module")  # not longer: its event loop would be in the way of tests with one of their own
@@ -73,7 +77,7 @@ def open_page(chromium: Browser) -> Iterator[Open]:
         context = chromium.new_context(**{"viewport": WIDE, "color_scheme": "light", **options})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(8000)
+        page.set_default_timeout(HANG_S * 1000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(url)

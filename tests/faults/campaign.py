@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,9 +19,7 @@ from tests.faults.marksman import Marksman
 from tests.faults.pictures import Gallery, make_catalogue
 from tests.faults.server import Server, serving
 from tests.faults.vitals import Sample, files_left, take_sample
-
-_REPLACED_S = 60.0
-"""Long enough for a new fork server on a busy machine, and for the ranks that waited for it."""
+from tests.waiting import HANG_S, until
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ async def _run(campaign: Campaign, folder: Path) -> Result:
         gallery = await painting
         feed = Feed()
         following = asyncio.create_task(feed.follow(server.url))
-        await feed.until(lambda: feed.ranks or None, 30.0)
+        await feed.until(lambda: feed.ranks or None, HANG_S)
         clients = Clients(server, catalogue, gallery, Random(f"{campaign.seed} clients"))
         faults = _faults(campaign)
         samples: list[Sample] = []
@@ -92,12 +91,13 @@ async def _run(campaign: Campaign, folder: Path) -> Result:
         await asyncio.gather(asyncio.sleep(campaign.duration_s), *committing)
         clients.finish()
         await asyncio.gather(*asking)
-        await feed.until(lambda: len(feed.ranks) == campaign.num_ranks or None, _REPLACED_S)
+        await feed.until(lambda: len(feed.ranks) == campaign.num_ranks or None, HANG_S)
         elapsed_s = time.monotonic() - start
-        await feed.until(lambda: feed.arrived == set(feed.ended) or None, 10.0)
+        await feed.until(lambda: feed.arrived == set(feed.ended) or None, HANG_S)
         sampling.cancel()
         await clients.close()
-        await asyncio.sleep(0.5)  # for tasks that still run of requests whose clients have left
+        with contextlib.suppress(TimeoutError):  # tasks may still run of requests whose clients have left
+            await until(lambda: not files_left(server.pid))
         left = files_left(server.pid)
         damage = assess(server, feed, marksman)
     await following
@@ -135,7 +135,7 @@ async def _strike_patiently(faults: Sequence[Fault], marksman: Marksman, feed: F
         return are_back and len(feed.ranks) == num_ranks
 
     for fault in faults:
-        await feed.until(lambda: is_whole() or None, _REPLACED_S)
+        await feed.until(lambda: is_whole() or None, HANG_S)
         await marksman.strike(fault)
 
 

@@ -16,9 +16,8 @@ import httpx
 
 from tests.faults.pictures import TOLERANCE, Gallery, Picture
 from tests.faults.server import Server
+from tests.waiting import HANG_S
 
-HANG_S = 90.0
-"""A client that waits longer for its answer counts as hung."""
 FLOOD = 24
 """Requests at once, which the queue cannot hold."""
 

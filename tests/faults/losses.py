@@ -13,7 +13,7 @@ from tests.faults.marksman import Hold, Marksman, Strike
 from tests.faults.server import HEARTBEAT_TIMEOUT_S, Server
 
 _LOST = re.compile(r"lost rank (\d+): (.*)|rank (\d+) could not be started again: (.*)")
-_MAX_NOTICE_S = {Kind.KILL: 5.0, Kind.STOP: 30.0, Kind.STARVE: 10.0, Kind.SLOW: 10.0}
+_MAX_NOTICE_S = {Kind.KILL: 30.0, Kind.STOP: 30.0, Kind.STARVE: 10.0, Kind.SLOW: 10.0}
 """Later than this, a loss is not taken for the strike's."""
 _MAX_OVER_S = 12.0
 _AROUND_S = 0.1

@@ -15,12 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import HANG_S
 from tetriserve.launch import BUNDLED_PROFILES
 
 HEARTBEAT_TIMEOUT_S = 2.0
 MAX_QUEUE = 12
 _PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-xeon-cores.4-ranks.json"
-_START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ async def serving(folder: Path, num_ranks: int, policy: str, *options: str) -> A
     try:
         yield Server(pid=process.pid, url=await _url(process, log), log=log)
         process.send_signal(signal.SIGTERM)
-        code = await asyncio.to_thread(process.wait, 60.0)
+        code = await asyncio.to_thread(process.wait, HANG_S)
         assert code == 0, f"the server ended with {code}: {log.read_text()[-500:]}"
     finally:
         if process.poll() is None:
@@ -66,7 +66,7 @@ async def serving(folder: Path, num_ranks: int, policy: str, *options: str) -> A
 
 
 async def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    async with asyncio.timeout(_START_TIMEOUT_S):
+    async with asyncio.timeout(HANG_S):
         while process.poll() is None:
             for line in log.read_text().splitlines():
                 if '"serving ' in line:

@@ -79,6 +79,19 @@ def bars(result: Result) -> Iterator[Promise]:
             yield Promise(f"flat: {course.name}", f"{course.growth:+.1%}", is_flat)
 
 
+def coverage(result: Result) -> Iterator[Promise]:
+    """What has to be hit for the promises to mean something. On a busy machine some faults hit nothing."""
+    struck = result.damage.hit_stages
+    for wanted in (Kind.KILL, Kind.STOP):
+        aims = {fault.aim.value for fault in result.faults if fault.kind is wanted}
+        missed = aims - {aim for kind, aim, _ in struck if kind == wanted}
+        text = f"{len(aims) - len(missed)} of {len(aims)}"
+        yield Promise(f"a {wanted} cost a worker at every aim", ", not at ".join((text, *sorted(missed))), not missed)
+    if any(fault.is_strike for fault in result.faults):
+        num_split = sum(count for (_, _, stage), count in struck.items() if stage in ("denoise at 2", "denoise at 4"))
+        yield Promise("a task on several ranks was struck", f"{num_split}", num_split > 0)
+
+
 def late_repeats(damage: Damage) -> list[Hit]:
     """Lost tasks that were not done again at once although a rank was idle."""
     return [hit for hit in (*damage.hits, *damage.held_up) if hit.num_idle and hit.wait_s > _AT_ONCE_S]
@@ -107,7 +120,7 @@ def print_verdict(result: Result, console: Console) -> None:
     _print_costliest(damage, console)
     _print_courses(result, console)
     verdict = Table("promise", "found", "kept", title="verdict", title_justify="left")
-    for promise in (*promises(result), *bars(result)):
+    for promise in (*promises(result), *bars(result), *coverage(result)):
         verdict.add_row(promise.text, promise.found, "yes" if promise.is_kept else "NO")
     console.print(verdict)
     for text in tally.broken[:10]:

@@ -143,7 +143,9 @@ async def setup(request: pytest.FixtureRequest, bundled_dir: Path, profile_path:
     """An engine as `serve` launches it, under the policy of the paper."""
     events: list[tuple[float, Event]] = []
     config = EngineConfig(
-        model=str(bundled_dir), profile=profile_path, pool=PoolConfig(num_ranks=request.param, heartbeat_timeout_s=60.0)
+        model=str(bundled_dir),
+        profile=profile_path,
+        pool=PoolConfig(num_ranks=request.param, heartbeat_timeout_s=HANG_S),
     )
 
     def observe(observation: Observation) -> None:

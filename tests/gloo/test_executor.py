@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.waiting import HANG_S
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
@@ -114,7 +115,7 @@ class Driver:
             task_id = next(self._ids)
             self._ended[task_id] = asyncio.get_running_loop().create_future()
             self.executor.start_task(StartTask(task_id, task, request, steps_done, embeds, latents))
-            return await asyncio.wait_for(self._ended[task_id], 120)
+            return await asyncio.wait_for(self._ended[task_id], HANG_S)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, TaskFinished):
@@ -126,7 +127,7 @@ class Driver:
 @pytest.fixture(scope="module")
 async def driver(bundled_card: ModelCard) -> AsyncIterator[Driver]:
     """Four ranks with room for one idle group only, so that groups are dropped and formed again all the time."""
-    pool = PoolConfig(num_ranks=NUM_RANKS, max_groups=MAX_GROUPS, heartbeat_timeout_s=60.0)
+    pool = PoolConfig(num_ranks=NUM_RANKS, max_groups=MAX_GROUPS, heartbeat_timeout_s=HANG_S)
     executor = LocalExecutor(bundled_card, pool)
     await executor.start(lambda text: None)
     driver = Driver(executor)
@@ -273,7 +274,7 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
     try:
         request = dataclasses.replace(REQUESTS[2], request_id="unheard")
         driver.executor.start_task(StartTask(10**6, Task("unheard", Stage.ENCODE, (0,)), request, 0))
-        assert isinstance(await asyncio.wait_for(raised, 60), FileNotFoundError)
+        assert isinstance(await asyncio.wait_for(raised, HANG_S), FileNotFoundError)
     finally:
         loop.set_exception_handler(None)
         driver.executor.subscribe(driver._on_event)
@@ -356,7 +357,7 @@ async def test_a_replacement_refuses_a_directory_that_was_changed_since_the_serv
         file = path / "text_encoder_2/model.safetensors"
         save_file({f"base_model.model.{name}": tensor for name, tensor in load_file(file).items()}, file)
         os.kill(executor.pids[0], signal.SIGKILL)
-        await asyncio.wait_for(refused.wait(), 120)
+        await asyncio.wait_for(refused.wait(), HANG_S)
         assert executor.ranks == frozenset()
     finally:
         logging.getLogger("tetriserve.executor").removeHandler(listener)

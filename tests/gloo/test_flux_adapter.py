@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.registry import load_adapter
+
+HANG_S = 600.0
+"""Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
 
 REQUEST = Request(
     request_id="r",
@@ -234,11 +238,12 @@ SPLIT_CASES = ("square", "wide", "negative prompt")
 
 def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
     """One of two ranks, a process of its own: cases under every plan, saved as `Results`."""
-    from tetriserve.worker.groups import Groups
+    from tetriserve.worker import groups as forming
     from tetriserve.worker.rendezvous import Rendezvous
 
     torch.set_num_threads(1)
-    groups = Groups(rank, "gloo", "cpu", directory, timeout_s=60)
+    forming._MEETING_TIMEOUT_S, forming._CONNECTING_TIMEOUT = HANG_S, timedelta(seconds=HANG_S)
+    groups = forming.Groups(rank, "gloo", "cpu", directory, timeout_s=HANG_S)
     adapter = FluxAdapter(read_card(model_dir), "cpu")
     for name in ("first", "second"):
         Rendezvous(directory / name).open()
@@ -263,7 +268,7 @@ def two_ranks(card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> list
     directory = tmp_path_factory.mktemp("rendezvous")
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), card.path, directory]) for rank in (0, 1)]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=HANG_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.waiting import HANG_S
 from tetriserve.core.request import Request, Shape
 from tetriserve.server.run import listen
 
@@ -29,8 +30,6 @@ SEED = 20
 NUM_STEPS = 40
 BODY = {"prompt": "a green triangle", "size": "512x512", "num_inference_steps": NUM_STEPS, "n": 2, "slo_ms": 5000}
 HEADERS = {"Idempotency-Key": "order 66"}
-
-pytestmark = pytest.mark.timeout(900)
 
 
 class Server:
@@ -47,12 +46,12 @@ class Server:
         command = [sys.executable, "-c", "from tetriserve.cli import main; main()", "serve", *self._options, *options]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         threading.Thread(target=self._process.stderr.read, daemon=True).start()  # type: ignore[union-attr]
-        until(lambda: self._is_ready(), 120)
+        until(lambda: self._is_ready())
 
     def _is_ready(self) -> bool:
         assert self._process is not None and self._process.poll() is None, "the server ended while it started"
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/ready").status_code == 200
+            return httpx.get(f"{self.url}/ready", timeout=HANG_S).status_code == 200
         return False
 
     def kill(self) -> None:
@@ -63,15 +62,15 @@ class Server:
     def stop(self) -> int:
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(120)
+        return self._process.wait(HANG_S)
 
     def metric(self, name: str) -> float:
         """The sum over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=HANG_S).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
     def ask(self, **fields: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/images/generations", json=BODY | fields, headers=HEADERS, timeout=120)
+        return httpx.post(f"{self.url}/v1/images/generations", json=BODY | fields, headers=HEADERS, timeout=HANG_S)
 
     def ask_and_be_cut_off(self) -> threading.Thread:
         def ask() -> None:
@@ -83,8 +82,8 @@ class Server:
         return thread
 
 
-def until(is_so: Callable[[], bool], timeout_s: float) -> None:
-    ends_at = time.monotonic() + timeout_s
+def until(is_so: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + HANG_S
     while not is_so():
         assert time.monotonic() < ends_at
         time.sleep(0.02)
@@ -118,7 +117,7 @@ def test_a_server_killed_again_and_again_gives_the_undisturbed_images_once(
         resumed += server.metric("tetriserve_journal_resumed_total")
         saved += server.metric("tetriserve_journal_steps_saved_total")
         client = server.ask_and_be_cut_off()
-        until(lambda: server.metric("tetriserve_steps_total") > 0, 60)
+        until(lambda: server.metric("tetriserve_steps_total") > 0)
         time.sleep(dice.uniform(0, 0.3))
         server.kill()
         client.join()
@@ -148,7 +147,7 @@ def test_what_a_stop_leaves_unfinished_is_finished_by_the_next_life(
     refused: list[int] = []
     client = threading.Thread(target=lambda: refused.append(server.ask().status_code))
     client.start()
-    until(lambda: server.metric("tetriserve_steps_total") > 0, 60)
+    until(lambda: server.metric("tetriserve_steps_total") > 0)
     assert server.stop() == 0
     client.join()
     assert refused == [503]

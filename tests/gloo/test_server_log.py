@@ -9,6 +9,8 @@ import sys
 
 import httpx
 
+from tests.waiting import HANG_S
+
 SECRET = "hush"
 BODY = {"prompt": f"{SECRET} " * 900, "size": "256x256", "num_inference_steps": 2, "slo_ms": 60_000}
 """The prompt is longer than either text encoder reads."""
@@ -27,11 +29,11 @@ def test_every_line_of_every_process_is_an_object_and_none_has_a_prompt(profile_
                 if '"serving ' in line:
                     break
             url = json.loads(lines[-1])["message"].split()[-1]
-            answer = httpx.post(f"{url}/v1/images/generations", json=BODY, timeout=120)
+            answer = httpx.post(f"{url}/v1/images/generations", json=BODY, timeout=HANG_S)
         finally:
             server.terminate()
         lines += server.stderr
-        assert server.wait(120) == 0
+        assert server.wait(HANG_S) == 0
     assert answer.status_code == 200
     for line in lines:
         assert json.loads(line)["message"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import DTYPES, TOLERANCES, ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
+
+HANG_S = 600.0
+"""Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
 
 PROMPTS = ("a red circle on a blue background", "a green square above a yellow circle on a black background")
 SIDES = (64, 128)
@@ -43,12 +47,13 @@ def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh |
 
 def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
     """One of two ranks, a process of its own; saves `Results`, those of `REPEATED` also as `again`."""
-    from tetriserve.worker.groups import Groups
+    from tetriserve.worker import groups as forming
     from tetriserve.worker.rendezvous import Rendezvous
 
     torch.set_num_threads(1)
+    forming._MEETING_TIMEOUT_S, forming._CONNECTING_TIMEOUT = HANG_S, timedelta(seconds=HANG_S)
     Rendezvous(directory / "group").open()
-    mesh = Groups(rank, "gloo", "cpu", directory, timeout_s=60).get("group", (0, 1)).mesh
+    mesh = forming.Groups(rank, "gloo", "cpu", directory, timeout_s=HANG_S).get("group", (0, 1)).mesh
     results: Results = {}
     for dtype in DTYPES:
         adapter = FluxAdapter(dataclasses.replace(read_card(model_dir), dtype=dtype), "cpu")
@@ -65,7 +70,7 @@ def results(bundled_card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("rendezvous")
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), bundled_card.path, directory]) for rank in (0, 1)]
     try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=HANG_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

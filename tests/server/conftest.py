@@ -90,13 +90,26 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-async def live(executor: FakeExecutor) -> AsyncIterator[Live]:
-    """A server on a port, whose queue holds four."""
-    server = Live(executor, max_queue=4)
-    await server.url
-    yield server
+async def start_live(executor: FakeExecutor) -> AsyncIterator[Callable[..., Live]]:
+    """Starts servers on ports. Those that a test leaves running are ended after it."""
+    servers: list[Live] = []
+
+    def start_live(**settings: Any) -> Live:
+        servers.append(Live(executor, **settings))
+        return servers[-1]
+
+    yield start_live
     executor.gate.set()
-    await server.stop()
+    for server in servers:
+        await server.end()
+
+
+@pytest.fixture
+async def live(start_live: Callable[..., Live]) -> Live:
+    """A server on a port, whose queue holds four."""
+    server = start_live(max_queue=4)
+    await server.url
+    return server
 
 
 @pytest.fixture

@@ -33,6 +33,11 @@ class Live:
         config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s, access=AccessConfig(**access))
         self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))
 
+    async def end(self):
+        """Stop it if it still runs, in a test that failed halfway. Its signal handlers would outlive it."""
+        self.serving.cancel()
+        await asyncio.gather(self.serving, return_exceptions=True)
+
     async def stop(self):
         if not self.serving.done():
             signal.raise_signal(signal.SIGTERM)

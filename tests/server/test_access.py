@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.core.errors import ConfigError, InvalidRequest
 from tetriserve.logs import JsonFormatter
@@ -339,6 +339,6 @@ async def test_with_a_key_or_for_other_machines_any_name_is_served(engine, conne
 
 
 async def test_a_server_on_loopback_asks_for_a_name_of_loopback(live):
-    async with httpx.AsyncClient(base_url=await live.url) as client:
+    async with httpx.AsyncClient(base_url=await live.url, timeout=HANG_S) as client:
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.get("/board/events", headers={"Host": "evil.example"})).status_code == 421

@@ -7,7 +7,6 @@ import re
 
 import httpx
 import pytest
-from live_server import Live
 
 from tests.waiting import HANG_S, until
 from tetriserve.server import EngineSlot, run
@@ -73,11 +72,11 @@ async def test_no_other_path_is_opened_by_the_page(guarded):
         assert (await guarded.get(path)).status_code == 401
 
 
-async def test_an_open_page_does_not_delay_the_end_of_the_server(executor, monkeypatch):
+async def test_an_open_page_does_not_delay_the_end_of_the_server(start_live, monkeypatch):
     monkeypatch.setattr(run, "_LAST_ANSWERS_S", 10 * HANG_S)
-    server = Live(executor)
+    server = start_live()
     async with (
-        httpx.AsyncClient(base_url=await server.url) as http,
+        httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as http,
         http.stream("GET", "/board/events") as stream,
     ):
         text = stream.aiter_text()
@@ -86,11 +85,17 @@ async def test_an_open_page_does_not_delay_the_end_of_the_server(executor, monke
         assert await asyncio.wait_for(server.stop(), HANG_S) == 0
 
 
-async def test_a_page_that_is_closed_is_forgotten(executor):
-    server = Live(executor)
-    async with httpx.AsyncClient(base_url=await server.url) as http:
+async def test_a_page_that_is_closed_is_forgotten(start_live):
+    before = asyncio.all_tasks()
+    server = start_live()
+
+    def is_watched():
+        return any("_flush_regularly" in str(task.get_coro()) for task in asyncio.all_tasks() - before)
+
+    async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as http:
         for _ in range(3):
             async with http.stream("GET", "/board/events") as stream:
                 await anext(stream.aiter_text())
-    await until(lambda: not any("_flush_regularly" in str(task.get_coro()) for task in asyncio.all_tasks()))
+                assert is_watched()
+        await until(lambda: not is_watched())
     assert await server.stop() == 0

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import Live
 
 from tests.waiting import HANG_S, until
 from tetriserve.server import connection
@@ -31,12 +30,6 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 async def http(live):
     async with httpx.AsyncClient(base_url=await live.url, timeout=HANG_S) as client:
         yield client
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Requests have little time to arrive."""
-    monkeypatch.setattr(connection, "ARRIVAL_S", 0.2)
 
 
 async def connect(live):
@@ -77,9 +70,10 @@ async def test_a_request_that_does_not_go_on_is_a_408_and_disturbs_nobody(clock,
     assert live.engine.state.trajectories == ()
 
 
-async def test_a_body_that_does_not_arrive_is_counted_and_logged_as_the_408_that_it_is(live, http, short, caplog):
+async def test_a_body_that_does_not_arrive_is_counted_and_logged_as_the_408_that_it_is(clock, live, http, caplog):
     with caplog.at_level(logging.INFO, "tetriserve"):
-        await answer_to(live, STALLED["half a body"])
+        stalling = asyncio.create_task(answer_to(live, STALLED["half a body"]))
+        await clock.until(stalling.done, 2 * ARRIVAL_S)
         metrics = (await http.get("/metrics")).text
     assert 'route="/v1/images/generations",status="408"} 1.0' in metrics
     assert metrics.count('route="/v1/images/generations"') == 2  # with its _created
@@ -120,11 +114,15 @@ async def test_the_time_counts_anew_for_every_request_and_not_while_it_is_served
     writer.close()
 
 
-async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for(live, short):
+async def test_the_rest_of_a_body_that_nobody_reads_is_not_waited_for(clock, live):
     """The answer needs no body, so it comes at once; the connection still ends in time."""
-    answer = await answer_to(live, b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert answer.count(b"HTTP/1.1") == 1
+    reader, writer = await connect(live)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
+    assert (await reader.readuntil(b"alive")).startswith(b"HTTP/1.1 200 ")
+    reading = asyncio.create_task(reader.read())
+    await clock.until(reading.done, 2 * ARRIVAL_S)
+    assert b"HTTP/1.1" not in reading.result()
+    writer.close()
 
 
 async def test_a_connection_without_a_request_is_closed_after_a_while(live, monkeypatch):
@@ -144,9 +142,14 @@ async def test_pipelined_requests_are_answered_in_order(live):
     assert answer.index(b"alive") < answer.index(b"b64_json") < answer.rindex(b"alive") < answer.index(b'"ready"')
 
 
-async def test_the_second_of_two_pipelined_requests_may_not_stall_either(live, short):
-    answer = await answer_to(live, WHOLE + STALLED["half a body"])
-    assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"408"]
+async def test_the_second_of_two_pipelined_requests_may_not_stall_either(clock, live):
+    reader, writer = await connect(live)
+    writer.write(WHOLE + STALLED["half a body"])
+    assert (await reader.readuntil(b"b64_json")).startswith(b"HTTP/1.1 200 ")
+    reading = asyncio.create_task(reader.read())
+    await clock.until(reading.done, 2 * ARRIVAL_S)
+    assert [part[:3] for part in reading.result().split(b"HTTP/1.1 ")[1:]] == [b"408"]
+    writer.close()
 
 
 NONSENSE = {
@@ -219,9 +222,9 @@ async def test_more_connections_than_there_may_be_are_a_503_that_says_when_to_co
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1073741824", b"Transfer-Encoding: chunked"])
 @pytest.mark.parametrize(("keys", "status"), [((), b"413"), (("a-key",), b"401")])
-async def test_a_body_that_is_refused_is_not_read_to_its_end(executor, framing, keys, status):
+async def test_a_body_that_is_refused_is_not_read_to_its_end(start_live, framing, keys, status):
     """A gigabyte is sent; what is not read fills buffers of a few megabytes."""
-    live = Live(executor, api_keys=keys)
+    live = start_live(api_keys=keys)
     reader, writer = await connect(live)
     writer.write(POST + framing + b"\r\n\r\n")
     piece = b" " * 2**16 if b"Length" in framing else b"10000\r\n" + b" " * 2**16 + b"\r\n"
@@ -238,8 +241,8 @@ async def test_a_body_that_is_refused_is_not_read_to_its_end(executor, framing, 
     assert (await answering).startswith(b"HTTP/1.1 " + status)
 
 
-async def test_after_a_refusal_of_a_small_body_the_connection_goes_on(executor):
-    live = Live(executor, api_keys=("a-key",))
+async def test_after_a_refusal_of_a_small_body_the_connection_goes_on(start_live):
+    live = start_live(api_keys=("a-key",))
     reader, writer = await connect(live)
     for _ in range(2):
         writer.write(POST + b"Content-Length: 100000\r\n\r\n")

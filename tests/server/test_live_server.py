@@ -17,7 +17,6 @@ import httpx
 import openai
 import pytest
 from fake_engine import CARD, FAILING, outcomes_of
-from live_server import Live
 
 from tests.waiting import HANG_S, until
 from tetriserve.config import ServerConfig
@@ -199,10 +198,10 @@ def note_url(monkeypatch):
     return seen
 
 
-async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, monkeypatch, rest):
+async def test_the_openai_package_comes_back_to_a_server_that_starts(start_live, monkeypatch, rest):
     seen = note_url(monkeypatch)
     launch = asyncio.Event()
-    server = Live(executor, may_launch=launch)
+    server = start_live(may_launch=launch)
     await until(lambda: seen)
     async with openai.AsyncOpenAI(base_url=f"{seen['url']}/v1", api_key="none", max_retries=2) as ai:
         drawing = asyncio.create_task(ai.images.generate(prompt="a lighthouse", size="64x64"))
@@ -216,12 +215,12 @@ async def test_the_openai_package_comes_back_to_a_server_that_starts(executor, m
     assert await server.stop() == 0
 
 
-async def test_the_port_is_open_while_the_engine_launches(executor, monkeypatch):
+async def test_the_port_is_open_while_the_engine_launches(start_live, monkeypatch):
     seen = note_url(monkeypatch)
     launch = asyncio.Event()
-    server = Live(executor, may_launch=launch)
+    server = start_live(may_launch=launch)
     await until(lambda: seen)
-    async with httpx.AsyncClient(base_url=seen["url"]) as client:
+    async with httpx.AsyncClient(base_url=seen["url"], timeout=HANG_S) as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/ready")).status_code == 503
         assert (await client.post(URL, json=BODY)).status_code == 503
@@ -261,9 +260,9 @@ def test_an_accepted_connection_sends_small_packets_at_once():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
-async def test_while_it_serves_the_collector_does_not_walk_what_the_start_made(executor):
+async def test_while_it_serves_the_collector_does_not_walk_what_the_start_made(start_live):
     assert gc.get_freeze_count() == 0
-    live = Live(executor)
+    live = start_live()
     await live.url
     assert gc.get_freeze_count() > len(sys.modules)
     await live.stop()
@@ -282,8 +281,8 @@ def test_an_address_that_is_not_ours_is_a_config_error(host):
         listen(host, 0)
 
 
-async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(executor):
-    server = Live(executor)
+async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(start_live, executor):
+    server = start_live()
     async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
@@ -300,9 +299,9 @@ async def test_sigterm_lets_accepted_requests_finish_and_leads_to_0(executor):
     assert executor.is_stopped
 
 
-async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(executor, monkeypatch):
+async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(start_live, executor, monkeypatch):
     monkeypatch.setattr(run, "_REFUSALS_S", 3600.0)
-    server = Live(executor)
+    server = start_live()
     url = await server.url
     async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as client:
         assert (await client.get("/health")).status_code == 200
@@ -310,7 +309,7 @@ async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(exec
         await until(lambda: executor.is_stopped)
         for _ in range(5):
             kept, new = await asyncio.gather(
-                client.post(URL, json=BODY), httpx.AsyncClient().post(url + URL, json=BODY)
+                client.post(URL, json=BODY), httpx.AsyncClient(timeout=HANG_S).post(url + URL, json=BODY)
             )
             for refused in (kept, new):
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
@@ -320,8 +319,8 @@ async def test_requests_sent_as_the_stop_begins_are_refused_and_not_dropped(exec
     assert await server.serving == 128 + signal.SIGTERM
 
 
-async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(executor):
-    server = Live(executor, shutdown_timeout_s=0.1)
+async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(start_live, executor):
+    server = start_live(shutdown_timeout_s=0.1)
     async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
@@ -332,8 +331,8 @@ async def test_requests_that_outlast_the_shutdown_timeout_are_answered_503(execu
         assert await server.serving == 0
 
 
-async def test_a_second_signal_ends_at_once(executor):
-    server = Live(executor, shutdown_timeout_s=10 * HANG_S)
+async def test_a_second_signal_ends_at_once(start_live, executor):
+    server = start_live(shutdown_timeout_s=10 * HANG_S)
     async with httpx.AsyncClient(base_url=await server.url, timeout=HANG_S) as client:
         executor.gate.clear()
         accepted = asyncio.create_task(client.post(URL, json=BODY))
@@ -365,10 +364,10 @@ async def test_a_signal_while_launching_stops_the_launch():
     assert was_cancelled
 
 
-async def test_one_server_after_another_on_the_same_port(executor):
-    first = Live(executor)
+async def test_one_server_after_another_on_the_same_port(start_live):
+    first = start_live()
     url = await first.url
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as client:
         assert (await client.post(URL, json=BODY)).status_code == 200
     assert await first.stop() == 0
     listen("127.0.0.1", int(url.rsplit(":", 1)[1])).close()

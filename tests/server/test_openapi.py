@@ -20,6 +20,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.waiting import HANG_S
+
 OPERATIONS = (
     "POST /v1/images/generations", "POST /v1/quotes", "GET /v1/models", "GET /v1/models/{model_id}",
     "GET /debug/trace", "GET /health", "GET /ready", "GET /metrics",
@@ -38,7 +40,7 @@ def described() -> Iterator[schemathesis.BaseSchema]:
         assert program.stdout.readline() == "launching\n"
         url = program.stdout.readline().strip()
         try:
-            document = httpx.get(f"{url}/openapi.json").json()
+            document = httpx.get(f"{url}/openapi.json", timeout=HANG_S).json()
             # "Any other error" would make every status a documented one.
             for operation in (operation for path in document["paths"].values() for operation in path.values()):
                 operation["responses"].pop("default", None)

@@ -31,16 +31,18 @@ async def flooded(connect):
 
 
 async def flood(client: httpx.AsyncClient, num_requests: int, **fields: object) -> list[httpx.Response]:
-    """Requests five times as fast as two ranks can serve them (an image takes 0.14 s), whatever becomes of them. The
-    first has time enough on any machine."""
+    """The answers to requests of which five more are sent for each that is answered, by an image or a refusal.
+
+    Before them one is sent whose deadline any machine meets.
+    """
 
     async def send(**more: object) -> httpx.Response:
         return await client.post(URL, json={**BODY, **fields, **more})
 
     sending = [asyncio.create_task(send(slo_ms=60_000))]
-    for _ in range(num_requests):
-        sending.append(asyncio.create_task(send()))
-        await asyncio.sleep(0.14 / NUM_RANKS / 5)
+    for _ in range(num_requests // 5):
+        sending += [asyncio.create_task(send()) for _ in range(5)]
+        await asyncio.wait([task for task in sending if not task.done()], return_when=asyncio.FIRST_COMPLETED)
     return await asyncio.gather(*sending)
 
 

@@ -49,7 +49,7 @@ def number_options() -> Iterator[tuple[str, str, str]]:
                 yield command.callback.__name__, name, f"--{name.replace('_', '-')}"
 
 
-@pytest.mark.parametrize(("command", "name", "option"), number_options())
+@pytest.mark.parametrize(("command", "name", "option"), list(number_options()))
 @pytest.mark.parametrize("value", [HUGE, -HUGE])
 def test_every_number_option_has_a_range(command: str, name: str, option: str, value: int) -> None:
     line = only_line(run(command, option, value, *NEEDED.get(name, [])))

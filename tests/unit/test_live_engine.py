@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from tests.waiting import HANG_S
 from tetriserve.control import Controller
 from tetriserve.core.errors import InvalidRequest, RequestFailed
 from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
@@ -98,7 +99,7 @@ async def test_an_image_that_cannot_be_read_fails_its_request_alone() -> None:
     executor = ObedientExecutor(unreadable="bad")
     engine, outcomes = running(executor)
     clients = [asyncio.create_task(engine.generate(Generation(prompt=prompt))) for prompt in ("good", "bad", "fine")]
-    good, bad, fine = await asyncio.wait_for(asyncio.gather(*clients, return_exceptions=True), 10)
+    good, bad, fine = await asyncio.wait_for(asyncio.gather(*clients, return_exceptions=True), HANG_S)
     assert not isinstance(good, BaseException)
     assert not isinstance(fine, BaseException)
     assert isinstance(bad, RequestFailed)
@@ -171,7 +172,7 @@ async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting(k
 
     engine, _ = running(Defective())
     with pytest.raises(RequestFailed, match=f"the scheduler failed: {kind.__name__}: a defect"):
-        await asyncio.wait_for(engine.generate(Generation(prompt="unlucky")), 10)
+        await asyncio.wait_for(engine.generate(Generation(prompt="unlucky")), HANG_S)
     assert not engine.is_ready
     await engine.stop()
 
@@ -185,7 +186,7 @@ async def test_a_policy_that_fails_at_the_second_of_two_images_leaves_nobody_wai
 
     engine, outcomes = running(ObedientExecutor(), Fragile())
     with pytest.raises(RequestFailed, match="two are too many"):
-        await asyncio.wait_for(engine.generate_all([Generation(prompt="one"), Generation(prompt="two")]), 10)
+        await asyncio.wait_for(engine.generate_all([Generation(prompt="one"), Generation(prompt="two")]), HANG_S)
     assert [outcome.status for outcome in outcomes] == [Status.FAILED, Status.FAILED]
     await engine.stop()
 

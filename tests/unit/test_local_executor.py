@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.waiting import HANG_S
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import RequestFailed
 from tetriserve.core.events import (
@@ -128,7 +129,7 @@ class Pool:
         self._on_birth(rank, worker)
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while not is_so():
                 await asyncio.sleep(0.001)
 
@@ -215,7 +216,7 @@ async def test_a_worker_that_dies_right_after_it_was_ready_does_not_hang_the_sta
     first = pool.workers[1]
     first.say(Ready())
     first.kill()
-    await asyncio.wait_for(starting, 20)
+    await asyncio.wait_for(starting, HANG_S)
     await pool.until(lambda: pool.workers[1] is not first)
     pool.workers[1].say(Ready())
     await pool.until(lambda: pool.executor.ranks == {0, 1})

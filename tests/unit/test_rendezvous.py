@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG_S
 from tetriserve.worker.rendezvous import PeerAbsent, Rendezvous
 
 
@@ -19,17 +19,17 @@ def group(tmp_path: Path) -> Rendezvous:
 
 
 def test_all_members_meet(group: Rendezvous) -> None:
-    other = threading.Thread(target=group.meet, args=(2, (0, 2), 10.0))
+    other = threading.Thread(target=group.meet, args=(2, (0, 2), HANG_S))
     other.start()
-    group.meet(0, (0, 2), 10.0)
-    other.join(10.0)
+    group.meet(0, (0, 2), HANG_S)
+    other.join(HANG_S)
     assert not other.is_alive()
 
 
 def test_what_one_leaves_another_finds_whatever_its_name(group: Rendezvous) -> None:
     group.put("cpu//0/1", b"\x00 address")
     group.put("..", b"two dots")
-    group.wait(["cpu//0/1", ".."], 10.0)
+    group.wait(["cpu//0/1", ".."], HANG_S)
     assert [group.get(name) for name in ("cpu//0/1", "..")] == [b"\x00 address", b"two dots"]
     assert group.has(["cpu//0/1"]) and not group.has(["cpu//0/1", "cpu//0/2"])
 
@@ -39,10 +39,8 @@ def test_whoever_waits_for_a_dead_peer_is_sent_away_when_the_group_is_dropped(
 ) -> None:
     closing = threading.Timer(0.05, group.close)
     closing.start()
-    start = time.monotonic()
-    with pytest.raises(PeerAbsent, match="the group was dropped"):
-        group.meet(0, (0, 2), 60.0)
-    assert time.monotonic() - start < 30
+    with pytest.raises(PeerAbsent, match="the group was dropped"):  # and not because of the time
+        group.meet(0, (0, 2), HANG_S)
     closing.join()  # whoever waits is sent away before the files are gone
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.waiting import HANG_S
 from tetriserve.cli import app
 from tetriserve.core.request import Shape
 from tetriserve.workload.slo import TableRule
@@ -229,7 +230,7 @@ def test_an_interrupt_prints_what_is_known_by_then(stub) -> None:
         "--base-url", stub.url, "--num-prompts", 5, "--arrivals", "constant", "--request-rate", 5,
         "--warmup-requests", 0, "--slo-scale", 1000,
     )  # fmt: skip
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
     assert stderr == ""
     assert "interrupted: 3 of 5 not sent, 1 cut short before their deadlines and left out" in stdout

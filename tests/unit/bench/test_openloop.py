@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.waiting import HANG_S
 from tetriserve.bench.attempt import Attempt
 from tetriserve.bench.openloop import send_all
 from tetriserve.workload.outcome import Outcome, Status
@@ -49,7 +50,7 @@ async def test_a_server_that_stalls_does_not_hold_requests_back(make_request, st
     requests = [make_request(f"r{number}", arrival_s=number * 0.005) for number in range(8)]
 
     async def open_once_all_came() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_S):
             while len(server.seen) < 8:
                 await asyncio.sleep(0.001)
         server.gate.set()

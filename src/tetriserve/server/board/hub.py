@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from tetriserve.core.errors import ShuttingDown
@@ -74,8 +74,10 @@ class BoardHub:
         self._is_closed = False
         slot.when_filled(self._attach)
 
-    def watch(self) -> AsyncIterator[bytes]:
+    def watch(self) -> AsyncGenerator[bytes, None]:
         """Messages for one page, until the engine stops: a `snapshot`, then `changes`; another snapshot if it lags.
+
+        The page is watched from the first message on, until the generator is closed.
 
         Raises:
             NotReady: the engine is not there yet.
@@ -86,7 +88,7 @@ class BoardHub:
             raise ShuttingDown("the server is shutting down")
         return self._messages()
 
-    async def _messages(self) -> AsyncIterator[bytes]:
+    async def _messages(self) -> AsyncGenerator[bytes, None]:
         watcher = Watcher()
         self._join(watcher)
         try:
