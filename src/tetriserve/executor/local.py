@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, assert_never
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
 from tetriserve.core.errors import ConfigError, RequestFailed
-from tetriserve.core.events import FailureKind, StartTask, TaskFinished, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.events import Event, FailureKind, StartTask, TaskFinished, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
     Forget,
@@ -220,6 +220,14 @@ class LocalExecutor:
         loop.add_reader(ours.fileno(), self._read, rank)
         loop.add_reader(lifeline.fileno(), self._read_last, rank)
 
+    def _tell(self, event: Event) -> None:
+        """An error of whoever hears of it is no fault of the worker that it is about."""
+        try:
+            self._on_event(event)
+        except Exception as error:
+            context = {"message": f"{type(event).__name__} could not be handled", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
     def _spec(self, rank: int) -> WorkerSpec:
         device = self._pool.device_of(rank)
         return WorkerSpec(
@@ -283,7 +291,7 @@ class LocalExecutor:
                 worker.is_ready = True
                 self._previews.basis = preview_basis or self._previews.basis
                 self._num_failed_starts[rank] = 0
-                self._on_event(WorkerJoined(rank))
+                self._tell(WorkerJoined(rank))
                 if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:
                     self._started.set_result(None)
             case StartFailed(text):
@@ -320,13 +328,13 @@ class LocalExecutor:
             name = self._groups.discard(start.task.ranks)
             if name is not None:
                 self._drop_group(start.task.ranks, name)
-            self._on_event(failure)
+            self._tell(failure)
             return
         done = running.done
         assert done is not None and done.result is not None, "the leader leaves a result"
         if start.task.stage is Stage.DENOISE and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
-        self._on_event(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text, done.cpu_s))
+        self._tell(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text, done.cpu_s))
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""
@@ -341,7 +349,7 @@ class LocalExecutor:
         for ranks, name in self._groups.broken(rank):
             self._drop_group(ranks, name)
         if worker.is_ready:
-            self._on_event(WorkerLost(rank, reason))
+            self._tell(WorkerLost(rank, reason))
         for running in [running for running in self._running.values() if rank in running.pending]:
             running.pending.discard(rank)
             if worker.verdict is None or not running.errors:  # else we ended it because others had failed before
