@@ -26,7 +26,7 @@ from tetriserve.control import Controller
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE
 from tetriserve.engine import Generation, Intake, LiveEngine
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
@@ -69,8 +69,8 @@ class TimerExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task, request = command.task, command.request
-        elapsed_s = self._cost.decode_s(request) if task.stage is Stage.DECODE else self._cost.encode_s(request)
-        if task.stage is Stage.DENOISE:
+        elapsed_s = self._cost.decode_s(request) if task.stage is DECODE else self._cost.encode_s(request)
+        if task.stage is DENOISE:
             elapsed_s = task.num_steps * self._cost.step_times(request)[task.degree]
         self._shapes[request.request_id] = request.shape
         end = TaskFinished(command.task_id, elapsed_s, TensorRef(request.request_id, 1))

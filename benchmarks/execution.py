@@ -21,7 +21,7 @@ from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.events import Event, StartTask, TaskFinished, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.processes import ProcessStarter
@@ -91,7 +91,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
             generated = await engine.generate(
                 Generation(prompt="an engine", size=str(shape), num_steps=NUM_STEPS, slo_s=600.0)
             )
-            runs = [run for run in generated.outcome.runs if run.task.stage is Stage.DENOISE]
+            runs = [run for run in generated.outcome.runs if run.task.stage is DENOISE]
             return runs[-1].end_s - runs[0].start_s
 
         for pair in range(-2, num_pairs):  # two rounds of warm-up
@@ -131,11 +131,11 @@ async def switch_times(directory: Path) -> tuple[float, float]:
     async def run(name: str, stage: Stage, ranks: tuple[int, ...]) -> float:
         shape = Shape(256, 256)
         request = Request(
-            request_id=name, prompt=name, shape=shape, num_steps=500, seed=0, arrival_s=0.0, deadline_s=0.0
+            request_id=name, prompt=name, shape=shape, stages=image_stages(500), seed=0, arrival_s=0.0, deadline_s=0.0
         )
-        task_id, num_steps = next(ids), int(stage is Stage.DENOISE)
+        task_id, num_steps = next(ids), int(stage is DENOISE)
         end = ends[task_id] = asyncio.get_running_loop().create_future()
-        embeds, latents = refs.get((name, Stage.ENCODE)), refs.get((name, Stage.DENOISE))
+        embeds, latents = refs.get((name, ENCODE)), refs.get((name, DENOISE))
         started_at = time.perf_counter()
         executor.start_task(
             StartTask(task_id, Task(name, stage, ranks, num_steps), request, done[name], embeds, latents)
@@ -147,11 +147,11 @@ async def switch_times(directory: Path) -> tuple[float, float]:
     stays: list[float] = []
     switches: list[float] = []
     try:
-        await asyncio.gather(run("a", Stage.ENCODE, (0,)), run("b", Stage.ENCODE, (1,)))
+        await asyncio.gather(run("a", ENCODE, (0,)), run("b", ENCODE, (1,)))
         for number in range(163):
-            await asyncio.gather(run("a", Stage.DENOISE, (0,)), run("b", Stage.DENOISE, (1,)))
-            switch_s = await run("a", Stage.DENOISE, (0, 1))
-            stay_s = await run("a", Stage.DENOISE, (0, 1))
+            await asyncio.gather(run("a", DENOISE, (0,)), run("b", DENOISE, (1,)))
+            switch_s = await run("a", DENOISE, (0, 1))
+            stay_s = await run("a", DENOISE, (0, 1))
             if number >= 3:
                 switches.append(switch_s)
                 stays.append(stay_s)

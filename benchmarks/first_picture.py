@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tetriserve import Engine
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE
 
 SIZES = ("256x256", "512x512", "1024x1024")
 PROMPT = "a red circle above a blue square on a white background"
@@ -37,7 +37,7 @@ def time_pictures(num_pictures: int) -> None:
                 (run.end_s - run.start_s) / run.task.num_steps
                 for outcome in outcomes
                 for run in outcome.runs
-                if run.task.stage is Stage.DENOISE
+                if run.task.stage is DENOISE
             )
             picture_s = statistics.median(outcome.latency_s for outcome in outcomes)
             bars = f" (bars {STEP_BAR_S:g} s and {PICTURE_BAR_S:g} s)" if size == SIZES[0] else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tetriserve.core.events import Checkpoint, TensorRef
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.journal import Entry, Journal, Key, Model
 from tetriserve.workload.outcome import Outcome, Status
 
@@ -25,7 +26,7 @@ SIZES = {"bundled, 512x512": (512, 40 * 64 * 4, 2**16), "FLUX.1, 1024x1024": (10
 
 def make_request(request_id: str, side: int) -> Request:
     return Request(
-        request_id=request_id, prompt="a red circle above a blue square", shape=Shape(side, side), num_steps=20, seed=1,
+        request_id=request_id, prompt="a red circle above a blue square", shape=Shape(side, side), stages=image_stages(20), seed=1,
         arrival_s=0.0, deadline_s=5.0,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies import Policy, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
@@ -153,7 +153,7 @@ class Overload:
             request_id=f"r{next(self._numbers)}",
             prompt="",
             shape=Shape(height, height),
-            num_steps=NUM_STEPS,
+            stages=image_stages(NUM_STEPS),
             seed=0,
             arrival_s=now,
             deadline_s=now + self._deadline(self._random, height),
@@ -166,9 +166,9 @@ class Overload:
     def _duration_s(self, start: StartTask) -> float:
         request, task = start.request, start.task
         seconds = {
-            Stage.ENCODE: self.cost.encode_s(request),
-            Stage.DENOISE: task.num_steps * self.cost.step_times(request)[task.degree],
-            Stage.DECODE: self.cost.decode_s(request),
+            ENCODE: self.cost.encode_s(request),
+            DENOISE: task.num_steps * self.cost.step_times(request)[task.degree],
+            DECODE: self.cost.decode_s(request),
         }[task.stage]
         return seconds * self._random.gauss(1.0, NOISE)
 

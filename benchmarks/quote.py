@@ -27,6 +27,7 @@ from tetriserve.control.spare import Spare
 from tetriserve.core.events import Submitted, WorkerJoined
 from tetriserve.core.forecast import Quote
 from tetriserve.core.request import Request
+from tetriserve.core.stages import image_stages
 from tetriserve.policies import Policy, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
@@ -65,7 +66,7 @@ class Pool:
     def request(self, name: str, dice: random.Random, slo_s: tuple[float, float]) -> Request:
         shape = dice.choice(self.cost.profile.shapes)
         return Request(
-            request_id=name, prompt="", shape=shape, num_steps=self.num_steps, seed=0,
+            request_id=name, prompt="", shape=shape, stages=image_stages(self.num_steps), seed=0,
             arrival_s=0.0, deadline_s=dice.uniform(*slo_s),
         )  # fmt: skip
 

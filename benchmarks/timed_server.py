@@ -21,7 +21,6 @@ from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
-from tetriserve.core.trajectory import Stage
 from tetriserve.engine import Intake, LiveEngine
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -55,16 +54,16 @@ class TimedExecutor(FakeExecutor):
     async def _run(self, command: StartTask) -> None:
         task, request = command.task, command.request
         match task.stage:
-            case Stage.ENCODE:
+            case ENCODE:
                 takes_s = self._cost.encode_s(request)
-            case Stage.DENOISE:
+            case DENOISE:
                 takes_s = task.num_steps * self._cost.step_times(request)[task.degree]
-            case Stage.DECODE:
+            case DECODE:
                 takes_s = self._cost.decode_s(request)
         takes_s *= max(0.5, self._dice.gauss(1, NOISE))
         await asyncio.sleep(takes_s)
         key = f"{request.request_id}/{task.stage}"
-        if task.stage is Stage.DECODE:
+        if task.stage is DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
         self._on_event(TaskFinished(command.task_id, takes_s, TensorRef(key, num_bytes=1)))
 

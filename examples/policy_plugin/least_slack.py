@@ -2,7 +2,8 @@
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DENOISE
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import place
 from tetriserve.policies.registry import PolicyContext
 
@@ -22,7 +23,7 @@ class LeastSlack:
         slacks = [(slack_s(trajectory, state.cost, now), trajectory) for trajectory in state.waiting]
         for slack, trajectory in sorted(slacks, key=lambda pair: (pair[1].request.priority, pair[0] < 0, pair[0])):
             degree, num_steps = 1, 0
-            if trajectory.stage is Stage.DENOISE:
+            if trajectory.stage is DENOISE:
                 steps, times = trajectory.remaining_steps, state.cost.step_times(trajectory.request)
                 # Slack is counted at the fastest degree; at a slower one every step uses some of it up.
                 in_time = [k for k in times if steps * (times[k] - min(times.values())) <= slack]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.launch import find_model
 
 TOLERANCE = 1
@@ -67,7 +68,7 @@ class Gallery:
         for picture in pictures:
             request = Request(
                 request_id="reference", prompt=picture.prompt, shape=Shape.parse(picture.size),
-                num_steps=picture.num_steps, seed=picture.seed, arrival_s=0.0, deadline_s=0.0,
+                stages=image_stages(picture.num_steps), seed=picture.seed, arrival_s=0.0, deadline_s=0.0,
             )  # fmt: skip
             with torch.no_grad():
                 loop = adapter.denoise_loop(request, adapter.encode(request), 0)

@@ -35,7 +35,7 @@ from tetriserve.core.errors import (
 )
 from tetriserve.core.events import Cancelled, Command, Event, FailureKind, StartTask
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import Progress, launch
@@ -211,7 +211,7 @@ def assert_one_task_at_a_time(outcomes: Sequence[Outcome]) -> None:
 
 def assert_every_step_once(outcome: Outcome) -> None:
     stages = [run.task.stage for run in outcome.runs]
-    assert stages == [Stage.ENCODE, *[Stage.DENOISE] * (len(stages) - 2), Stage.DECODE]
+    assert stages == [ENCODE, *[DENOISE] * (len(stages) - 2), DECODE]
     assert len(outcome.degrees) == outcome.request.num_steps
 
 
@@ -324,7 +324,7 @@ async def disturb(
     """The image of a request whose worker is struck in the middle of `stage`, and the task that was struck."""
     engine = setup.engine
     client = asyncio.create_task(engine.generate(Generation(prompt=prompt, size="256x256", num_steps=24, seed=3)))
-    min_steps = {Stage.ENCODE: 0, Stage.DENOISE: 1, Stage.DECODE: 24}[stage]
+    min_steps = {ENCODE: 0, DENOISE: 1, DECODE: 24}[stage]
 
     def is_there() -> bool:
         return any(f.task.stage is stage for f in engine.state.in_flight) and any(
@@ -346,16 +346,14 @@ async def disturb(
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize(
-    ("stage", "member"), [(Stage.ENCODE, 0), (Stage.DENOISE, 0), (Stage.DENOISE, 1), (Stage.DECODE, 0)]
-)
+@pytest.mark.parametrize(("stage", "member"), [(ENCODE, 0), (DENOISE, 0), (DENOISE, 1), (DECODE, 0)])
 async def test_an_image_survives_the_death_or_the_hang_of_a_worker(
     two: Setup, expected: Callable[[Request], np.ndarray], signal_number: signal.Signals, stage: Stage, member: int
 ) -> None:
     image, struck = await disturb(two, signal_number, stage, member, f"[slow] struck in {stage}")
     await assert_right([image], expected)
     assert_every_step_once(image.outcome)
-    assert struck.task.degree == (2 if stage is Stage.DENOISE else 1)
+    assert struck.task.degree == (2 if stage is DENOISE else 1)
     starts = two.starts(image.outcome.request.request_id)
     retry = starts[starts.index(struck) + 1]
     assert (retry.task.stage, retry.steps_done, retry.latents) == (stage, struck.steps_done, struck.latents)
@@ -367,7 +365,7 @@ async def test_with_one_rank_everything_waits_for_the_replacement(
     async with faulty_engine(bundled_card, profile, 1, "tetriserve") as one:
         generations = [Generation(prompt=f"[slow] patient {n}", size="256x256", num_steps=4, seed=n) for n in range(3)]
         clients = [asyncio.create_task(one.engine.generate(generation)) for generation in generations]
-        await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in one.engine.state.in_flight))
+        await until(lambda: any(flight.task.stage is DENOISE for flight in one.engine.state.in_flight))
         os.kill(one.executor.pids[0], signal.SIGKILL)
         await until(lambda: one.engine.state.ranks == ())
         assert not one.engine.is_ready
@@ -399,7 +397,7 @@ async def test_a_step_that_fails_on_one_rank_of_two_fails_its_request_alone_and_
     (failed,) = [outcome for outcome in four.outcomes if outcome.request.prompt == f"{mark} bad"]
     assert (failed.status, failed.message) == (Status.FAILED, str(caught.value))
     *_, struck = four.starts(failed.request.request_id)
-    assert (struck.task.stage, struck.task.degree) == (Stage.DENOISE, 2)
+    assert (struck.task.stage, struck.task.degree) == (DENOISE, 2)
 
     after = await asyncio.gather(
         *(four.engine.generate(Generation(prompt=f"after {n}", size="256x256", num_steps=3, seed=n)) for n in range(4))
@@ -459,7 +457,7 @@ async def test_a_full_store_costs_the_request_alone_and_no_worker(
 async def test_a_store_that_is_removed_is_made_again(four: Setup, expected: Callable[[Request], np.ndarray]) -> None:
     pids, before = four.executor.pids, four.executor.num_restarts
     client = asyncio.create_task(four.engine.generate(Generation(prompt="[slow] gone", size="256x256", num_steps=50)))
-    await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in four.engine.state.in_flight))
+    await until(lambda: any(flight.task.stage is DENOISE for flight in four.engine.state.in_flight))
     shutil.rmtree(four.executor._directory.path)
     (ended,) = await asyncio.gather(client, return_exceptions=True)
     if isinstance(ended, RequestFailed):  # else its state was still with the ranks that went on with it
@@ -480,7 +478,7 @@ async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir
     one = Setup.of(await launch(config, Progress()), [])
     try:
         client = asyncio.create_task(one.engine.generate(Generation(prompt="fragile", size="256x256", num_steps=200)))
-        await until(lambda: any(flight.task.stage is Stage.DENOISE for flight in one.engine.state.in_flight))
+        await until(lambda: any(flight.task.stage is DENOISE for flight in one.engine.state.in_flight))
         os.kill(one.executor.pids[0], signal.SIGKILL)
         with pytest.raises(RequestFailed, match="its workers were lost 1 times in a row"):
             await client

@@ -21,6 +21,7 @@ import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnin
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.registry import load_adapter
@@ -32,7 +33,7 @@ REQUEST = Request(
     request_id="r",
     prompt="a red circle on a blue background",
     shape=Shape(256, 256),
-    num_steps=3,
+    stages=image_stages(3),
     seed=7,
     arrival_s=0.0,
     deadline_s=10.0,

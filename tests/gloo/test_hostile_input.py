@@ -14,6 +14,7 @@ from tests.hostile import PROMPTS
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.engine import Generation
 from tetriserve.launch import Progress, launch
 from tetriserve.models.card import read_card
@@ -23,7 +24,7 @@ from tetriserve.models.flux import FluxAdapter
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
     request = Request(
-        request_id="r", prompt=prompt, negative_prompt=prompt, true_cfg_scale=4.0, shape=Shape(64, 64), num_steps=1,
+        request_id="r", prompt=prompt, negative_prompt=prompt, true_cfg_scale=4.0, shape=Shape(64, 64), stages=image_stages(1),
         seed=0, arrival_s=0.0, deadline_s=0.0,
     )  # fmt: skip
     embeds = reference.encode(request)
@@ -47,7 +48,13 @@ async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: 
 def test_sizes_at_the_ends_of_what_the_model_divides(reference: FluxAdapter) -> None:
     for height, width in ((32, 32), (32, 512), (512, 32), (32, 64)):
         request = Request(
-            request_id="r", prompt="a", shape=Shape(height, width), num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+            request_id="r",
+            prompt="a",
+            shape=Shape(height, width),
+            stages=image_stages(1),
+            seed=0,
+            arrival_s=0.0,
+            deadline_s=0.0,
         )
         latents = reference.denoise_loop(request, reference.encode(request), 0).step(reference.initial_latents(request))
         assert reference.decode(request, latents).shape == (height, width, 3)
@@ -83,7 +90,7 @@ def test_loading_a_model_unpickles_nothing_and_runs_none_of_its_files(
     adapter = FluxAdapter(read_card(model), "cpu")
     monkeypatch.undo()
     request = Request(
-        request_id="r", prompt="a", shape=Shape(64, 64), num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+        request_id="r", prompt="a", shape=Shape(64, 64), stages=image_stages(1), seed=0, arrival_s=0.0, deadline_s=0.0
     )
     assert np.isfinite(next(iter(adapter.encode(request).values())).numpy()).all()
     assert not mark.exists()

@@ -11,6 +11,7 @@ import torch
 
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.engine import GeneratedImage, Generation
 from tetriserve.engine import Progress as Told
 from tetriserve.launch import Progress, launch
@@ -19,7 +20,7 @@ from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.preview import Latents, fit_basis, project
 
 REQUEST = Request(
-    request_id="r", prompt="a red circle on a blue background", shape=Shape(256, 320), num_steps=10, seed=3,
+    request_id="r", prompt="a red circle on a blue background", shape=Shape(256, 320), stages=image_stages(10), seed=3,
     arrival_s=0.0, deadline_s=0.0,
 )  # fmt: skip
 

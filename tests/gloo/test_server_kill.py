@@ -23,6 +23,7 @@ from PIL import Image
 
 from tests.waiting import HANG_S
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.server.run import listen
 
 PIXEL_TOLERANCE = 1
@@ -100,7 +101,7 @@ def server(tmp_path: Path, profile_path: str) -> Iterator[Server]:
 def distance(item: dict[str, Any], paint: Callable[[Request], np.ndarray]) -> int:
     """From the image that one process computes alone."""
     request = Request(
-        request_id="alone", prompt=str(BODY["prompt"]), shape=Shape(512, 512), num_steps=NUM_STEPS, seed=item["seed"],
+        request_id="alone", prompt=str(BODY["prompt"]), shape=Shape(512, 512), stages=image_stages(NUM_STEPS), seed=item["seed"],
         arrival_s=0.0, deadline_s=5.0,
     )  # fmt: skip
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.models.card import DTYPES, TOLERANCES, ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
 
@@ -34,7 +35,7 @@ Results = dict[tuple[str, str, int, str], np.ndarray]
 
 def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh | None]) -> np.ndarray:
     request = Request(
-        request_id="r", prompt=prompt, shape=Shape(side, side), num_steps=NUM_STEPS, seed=7, arrival_s=0.0,
+        request_id="r", prompt=prompt, shape=Shape(side, side), stages=image_stages(NUM_STEPS), seed=7, arrival_s=0.0,
         deadline_s=0.0,
     )  # fmt: skip
     loop, latents = adapter.denoise_loop(request, adapter.encode(request), 0), adapter.initial_latents(request)

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import HANG_S, until
 from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import DurableWork, Generation, LiveEngine
 from tetriserve.journal import Journal, Key
 from tetriserve.server import EngineSlot
@@ -60,7 +60,7 @@ def ask(client: httpx.AsyncClient) -> Ask:
 
 
 def num_executed(executor: FakeExecutor) -> int:
-    return sum(command.task.stage is Stage.DECODE for command in executor.started)
+    return sum(command.task.stage is DECODE for command in executor.started)
 
 
 def items(response: httpx.Response) -> list[dict[str, object]]:
@@ -171,7 +171,7 @@ async def test_a_failure_is_an_answer_too(ask, executor, client):
     assert {response.json()["error"]["message"] for response in responses} == {"latents are not finite"}
     assert {response.json()["error"]["code"] for response in responses} == {"generation_failed"}
     assert {response.headers["X-Should-Retry"] for response in responses} == {"false"}
-    assert [command.task.stage for command in executor.started] == [Stage.ENCODE, Stage.DENOISE]
+    assert [command.task.stage for command in executor.started] == [ENCODE, DENOISE]
     assert await metric(client, "tetriserve_journal_entries", state="failed") == 1
 
 
@@ -187,7 +187,7 @@ async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image
     (image,) = items(await ask(prompt=FAILING))
     assert image["seed"] == failed
     assert items(await ask(prompt=FAILING)) == [image]
-    assert [command.task.stage for command in executor.started].count(Stage.ENCODE) == 1, "it goes on where it was"
+    assert [command.task.stage for command in executor.started].count(ENCODE) == 1, "it goes on where it was"
     assert await metric(client, "tetriserve_journal_entries", state="finished") == 1
 
 
@@ -364,7 +364,7 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
     body = BODY | {"n": 2, "num_inference_steps": 4, "slo_ms": 60_000}
     async with connect(EngineSlot(engine)) as client:
         call = asyncio.create_task(client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
-        await until(lambda: any(command.task.stage is Stage.DENOISE for command in first_life.started))
+        await until(lambda: any(command.task.stage is DENOISE for command in first_life.started))
         first_life.gate.clear()
         await until(lambda: engine.state.in_flight)
         seeds = sorted(trajectory.request.seed for trajectory in engine.state.trajectories)
@@ -386,7 +386,7 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
         items(await client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
     assert num_executed(second_life) == 2
     stages = {command.task.stage for command in second_life.started}
-    assert Stage.ENCODE not in stages  # both were encoded in the first life
+    assert ENCODE not in stages  # both were encoded in the first life
     assert set(second_life.put) >= {f"{request_id}.encode.0" for request_id in ids}
     await engine.stop()
 

@@ -16,7 +16,8 @@ from tests.waiting import until
 from tetriserve.core.events import WorkerJoined, WorkerLost
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DENOISE, image_stages
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.server import EngineSlot
 from tetriserve.server.occupancy import RankTime
@@ -166,10 +167,10 @@ class Widening:
         if not state.waiting or len(state.idle_ranks) < 2:
             return Plan()
         trajectory = state.waiting[0]
-        if trajectory.stage is not Stage.DENOISE:
+        if trajectory.stage is not DENOISE:
             return Plan((Task(trajectory.request_id, trajectory.stage, (0,)),))
         ranks = [(0,), (1,), (0, 1)][min(trajectory.steps_done, 2)]
-        return Plan((Task(trajectory.request_id, Stage.DENOISE, ranks, 1),))
+        return Plan((Task(trajectory.request_id, DENOISE, ranks, 1),))
 
 
 async def test_a_change_of_ranks_between_denoise_tasks_is_a_group_switch(client, draw, engine):
@@ -200,11 +201,11 @@ async def test_rank_time_goes_on_between_events(client, draw, executor, engine):
 
 def test_rank_time_is_what_each_state_lasted():
     request = Request(
-        request_id="a", prompt="", shape=Shape(64, 64), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0
+        request_id="a", prompt="", shape=Shape(64, 64), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
     )
     running = Trajectory(request, is_encoded=True, is_running=True)
     waiting = Trajectory(replace(request, request_id="b"))
-    flight = InFlight(1, Task("a", Stage.DENOISE, (1, 2), 4), 0.0, 1.0)
+    flight = InFlight(1, Task("a", DENOISE, (1, 2), 4), 0.0, 1.0)
     cost = ProfileCost(PROFILE)
     times = RankTime(10.0)
     times.advance(State((), (), (0, 1, 2, 3), cost), 11.0)

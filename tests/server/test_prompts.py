@@ -11,6 +11,7 @@ from fake_engine import CARD, FAILING, SIDES
 from tests.hostile import PROMPTS
 from tetriserve.core.events import Submitted
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.engine import Generation
 from tetriserve.server import EngineSlot
 from tetriserve.server.exchange import MAX_BODY_BYTES
@@ -175,7 +176,7 @@ async def test_no_header_that_is_refused_is_logged(client, caplog, header):
 def test_no_repr_shows_a_prompt():
     generation = Generation(prompt="hush", negative_prompt="hush")
     request = Request(
-        request_id="a", prompt="hush", negative_prompt="hush", shape=Shape(64, 64), num_steps=1, seed=0, arrival_s=0.0,
+        request_id="a", prompt="hush", negative_prompt="hush", shape=Shape(64, 64), stages=image_stages(1), seed=0, arrival_s=0.0,
         deadline_s=1.0,
     )  # fmt: skip
     for value in (generation, request, Submitted(request), ImagesRequest(prompt="hush", negative_prompt="hush")):

@@ -9,6 +9,7 @@ import pytest
 from tetriserve.control.admission import backlog_s, earliest_finish
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
 
@@ -23,7 +24,13 @@ COST = ProfileCost(
     )
 )  # fmt: skip
 REQUEST = Request(
-    request_id="new", prompt="p", shape=Shape(256, 256), num_steps=10, seed=0, arrival_s=100.0, deadline_s=120.0
+    request_id="new",
+    prompt="p",
+    shape=Shape(256, 256),
+    stages=image_stages(10),
+    seed=0,
+    arrival_s=100.0,
+    deadline_s=120.0,
 )
 ALONE_S = 0.5 + 10 * 0.4 + 2.0
 WORK_S = 0.5 + 10 * 1.0 + 2.0

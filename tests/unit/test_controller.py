@@ -39,7 +39,7 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
@@ -61,7 +61,7 @@ COST = ProfileCost(
 
 def make_request(request_id: str = "a", side: int = 256, num_steps: int = 4, deadline_s: float = 10.0) -> Request:
     return Request(
-        request_id=request_id, prompt=f"prompt of {request_id}", shape=Shape(side, side), num_steps=num_steps, seed=0,
+        request_id=request_id, prompt=f"prompt of {request_id}", shape=Shape(side, side), stages=image_stages(num_steps), seed=0,
         arrival_s=0.0, deadline_s=deadline_s,
     )  # fmt: skip
 
@@ -104,13 +104,13 @@ class Bench:
 
     def encoded(self, elapsed_s: float = 0.02) -> TensorRef:
         """Carry `a` past encode."""
-        start, ref = self.start(Task("a", Stage.ENCODE, (0,))), TensorRef("a.embeds", 10)
+        start, ref = self.start(Task("a", ENCODE, (0,))), TensorRef("a.embeds", 10)
         assert self.send(TaskFinished(start.task_id, elapsed_s, ref)) == []
         return ref
 
     def denoised(self, num_steps: int, *ranks: int) -> TensorRef:
         """Carry `a` `num_steps` steps further."""
-        start = self.start(Task("a", Stage.DENOISE, ranks, num_steps))
+        start = self.start(Task("a", DENOISE, ranks, num_steps))
         ref = TensorRef(f"a.latents.{start.steps_done + num_steps}", 20)
         assert self.send(TaskFinished(start.task_id, 0.1, ref)) == []
         return ref
@@ -119,9 +119,9 @@ class Bench:
 def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_that_tasks_left() -> None:
     bench = Bench()
     embeds, latents, pixels = (TensorRef(key, 1) for key in ("e", "l", "p"))
-    encode = Task("a", Stage.ENCODE, (2,))
-    first, second = Task("a", Stage.DENOISE, (0, 1), 3), Task("a", Stage.DENOISE, (3,), 1)
-    decode = Task("a", Stage.DECODE, (3,))
+    encode = Task("a", ENCODE, (2,))
+    first, second = Task("a", DENOISE, (0, 1), 3), Task("a", DENOISE, (3,), 1)
+    decode = Task("a", DECODE, (3,))
 
     assert bench.send(TimerFired(), 1.0, plan=[encode]) == [StartTask(0, encode, bench.request, 0, None, None)]
     assert bench.send(TaskFinished(0, 0.02, embeds), 2.0, plan=[first]) == [
@@ -147,10 +147,10 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
 def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole() -> None:
     bench = Bench()
     embeds, latents, pixels = (TensorRef(key, 1) for key in ("b.embeds", "b.latents.3", "p"))
-    before = (Run(Task("b", Stage.ENCODE, (0,)), -3.0, -2.9), Run(Task("b", Stage.DENOISE, (0, 1), 3), -2.9, -2.0))
+    before = (Run(Task("b", ENCODE, (0,)), -3.0, -2.9), Run(Task("b", DENOISE, (0, 1), 3), -2.9, -2.0))
     request = make_request("b")
     bench.send(Submitted(request, None, Checkpoint(3, embeds, latents, before)), 1.0)
-    last, decode = Task("b", Stage.DENOISE, (3,), 1), Task("b", Stage.DECODE, (3,))
+    last, decode = Task("b", DENOISE, (3,), 1), Task("b", DECODE, (3,))
     assert bench.send(TimerFired(), 1.0, plan=[last]) == [StartTask(0, last, request, 3, embeds, latents)]
     after = TensorRef("b.latents.4", 1)
     bench.send(TaskFinished(0, 0.1, after), 1.2, plan=[decode])
@@ -163,13 +163,13 @@ def test_a_checkpoint_after_the_last_step_leaves_the_decoding() -> None:
     bench = Bench()
     embeds, latents = TensorRef("b.embeds", 1), TensorRef("b.latents.4", 1)
     bench.send(Submitted(make_request("b"), None, Checkpoint(4, embeds, latents, ())))
-    assert bench.start(Task("b", Stage.DECODE, (1,))).latents == latents
+    assert bench.start(Task("b", DECODE, (1,))).latents == latents
 
 
 def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> None:
     bench = Bench()
     bench.encoded()
-    bench.start(Task("a", Stage.DENOISE, (1, 3), 2), now=7.0)
+    bench.start(Task("a", DENOISE, (1, 3), 2), now=7.0)
     state = bench.controller.state
     (flight,) = state.in_flight
     assert (flight.start_s, flight.end_s) == (7.0, pytest.approx(7.0 + 0.001 + 2 * 0.06))
@@ -181,7 +181,7 @@ def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> Non
     assert now == 8.0
     assert (state.idle_ranks, state.in_flight) == ((0, 1, 2, 3), ())
     (trajectory,) = state.waiting
-    assert (trajectory.stage, trajectory.remaining_steps, trajectory.holders) == (Stage.DENOISE, 2, (1, 3))
+    assert (trajectory.stage, trajectory.remaining_steps, trajectory.holders) == (DENOISE, 2, (1, 3))
 
 
 def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() -> None:
@@ -197,7 +197,7 @@ def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() 
 def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", Stage.DENOISE, (0,), 2))
+    start = bench.start(Task("a", DENOISE, (0,), 2))
     bench.send(TaskFinished(start.task_id, 2 * 0.2, TensorRef("l", 1)))
     cost = bench.policy.seen[-1][0].cost
     assert cost.step_times(bench.request)[1] == pytest.approx(0.1 * 1.2)
@@ -208,9 +208,9 @@ def test_finished_encodes_and_decodes_correct_it_too() -> None:
     bench = Bench()
     bench.encoded(elapsed_s=0.04)
     for _ in range(4):
-        start = bench.start(Task("a", Stage.DENOISE, (0,), 1))
+        start = bench.start(Task("a", DENOISE, (0,), 1))
         bench.send(TaskFinished(start.task_id, 0.1, TensorRef("l", 1)))
-    start = bench.start(Task("a", Stage.DECODE, (0,)))
+    start = bench.start(Task("a", DECODE, (0,)))
     bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
     cost = bench.controller.cost
     assert cost.encode_s(bench.request) == pytest.approx(0.02 * 1.2)
@@ -236,14 +236,14 @@ def test_a_request_cancelled_before_it_starts_is_forgotten_at_once() -> None:
 def test_a_request_cancelled_between_tasks_is_forgotten_at_once() -> None:
     bench = Bench()
     bench.encoded()
-    assert_closed(bench.send(Cancelled("a")), [Stage.ENCODE])
+    assert_closed(bench.send(Cancelled("a")), [ENCODE])
 
 
 @pytest.mark.parametrize("is_lost", [None, True, False])
 def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends(is_lost: bool | None) -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    start = bench.start(Task("a", DENOISE, (0, 1), 2))
     assert bench.send(Cancelled("a")) == []
     assert bench.send(Cancelled("a")) == []
     state = bench.controller.state
@@ -251,7 +251,7 @@ def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends
     end: Event = TaskFinished(start.task_id, 0.1, TensorRef("l", 1))
     if is_lost is not None:
         end = TaskFailed(start.task_id, FailureKind.LOST if is_lost else FailureKind.STEP, "broken")
-    assert_closed(bench.send(end), [Stage.ENCODE] if is_lost is not None else [Stage.ENCODE, Stage.DENOISE])
+    assert_closed(bench.send(end), [ENCODE] if is_lost is not None else [ENCODE, DENOISE])
     assert bench.controller.state.idle_ranks == (0, 1, 2, 3)
 
 
@@ -259,10 +259,10 @@ def test_a_request_cancelled_during_decode_finishes_nothing() -> None:
     bench = Bench()
     bench.encoded()
     bench.denoised(4, 0)
-    start = bench.start(Task("a", Stage.DECODE, (0,)))
+    start = bench.start(Task("a", DECODE, (0,)))
     bench.send(Cancelled("a"))
     closed = bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
-    assert_closed(closed, [Stage.ENCODE, Stage.DENOISE, Stage.DECODE])
+    assert_closed(closed, [ENCODE, DENOISE, DECODE])
 
 
 def test_cancelling_somebody_unknown_or_finished_does_nothing() -> None:
@@ -277,11 +277,11 @@ def test_a_step_that_fails_ends_that_request_alone() -> None:
     bench.encoded()
     other = make_request("b")
     bench.send(Submitted(other))
-    start = bench.start(Task("b", Stage.ENCODE, (2,)), Task("a", Stage.DENOISE, (0, 1), 2))
+    start = bench.start(Task("b", ENCODE, (2,)), Task("a", DENOISE, (0, 1), 2))
     fail, forget = bench.send(TaskFailed(start.task_id, FailureKind.STEP, "out of memory"), 3.0)
     assert isinstance(fail, FailRequest)
     assert (fail.request, fail.message) == (bench.request, "out of memory")
-    assert [run.task.stage for run in fail.runs] == [Stage.ENCODE]
+    assert [run.task.stage for run in fail.runs] == [ENCODE]
     assert forget == ForgetRequest("a")
     state = bench.controller.state
     assert [trajectory.request_id for trajectory in state.trajectories] == ["b"]
@@ -292,12 +292,12 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
     bench = Bench()
     embeds = bench.encoded()
     latents = bench.denoised(2, 0, 1)
-    lost = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    lost = bench.start(Task("a", DENOISE, (0, 1), 2))
     bench.send(Submitted(make_request("b")))
     assert bench.send(WorkerLost(1, "killed")) == []
-    encode_b = Task("b", Stage.ENCODE, (0,))
+    encode_b = Task("b", ENCODE, (0,))
     again, other = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[encode_b])
-    assert again == StartTask(lost.task_id + 1, Task("a", Stage.DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
+    assert again == StartTask(lost.task_id + 1, Task("a", DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
     assert isinstance(other, StartTask)
     assert other.task == encode_b
     seen, _ = bench.policy.seen[-1]
@@ -308,7 +308,7 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
 def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
     bench = Bench()
     bench.encoded()
-    lost = bench.start(Task("a", Stage.DENOISE, (0,), 2))
+    lost = bench.start(Task("a", DENOISE, (0,), 2))
     (again,) = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 0 hung"))
     assert isinstance(again, StartTask)
     assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef("a.latents.1", 20))) == []
@@ -317,24 +317,24 @@ def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
 def test_lost_tasks_go_first_on_as_many_ranks_as_are_idle() -> None:
     bench = Bench()
     bench.encoded()
-    wide = bench.start(Task("a", Stage.DENOISE, (0, 1, 2, 3), 1))
+    wide = bench.start(Task("a", DENOISE, (0, 1, 2, 3), 1))
     for rank in range(1, 4):
         bench.send(WorkerLost(rank, "killed"))
     (narrow,) = bench.send(TaskFailed(wide.task_id, FailureKind.LOST, "they died"))
     assert isinstance(narrow, StartTask)
-    assert narrow.task == Task("a", Stage.DENOISE, (0,), 1)
+    assert narrow.task == Task("a", DENOISE, (0,), 1)
     bench.send(WorkerLost(0, "killed"))
     assert bench.send(TaskFailed(narrow.task_id, FailureKind.LOST, "it died")) == []
     bench.send(Submitted(make_request("b")))
     (first,) = bench.send(WorkerJoined(2))
     assert isinstance(first, StartTask)
-    assert first.task == Task("a", Stage.DENOISE, (2,), 1)
+    assert first.task == Task("a", DENOISE, (2,), 1)
 
 
 @pytest.mark.parametrize("max_losses", [0, 2])
 def test_a_request_that_loses_its_workers_too_often_fails_and_says_so(max_losses: int) -> None:
     bench = Bench(max_losses=max_losses)
-    start = bench.start(Task("a", Stage.ENCODE, (0,)))
+    start = bench.start(Task("a", ENCODE, (0,)))
     for _ in range(max_losses):
         (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
         assert isinstance(again, StartTask)
@@ -351,7 +351,7 @@ def test_losses_count_only_in_a_row() -> None:
     bench = Bench(max_losses=1)
     bench.encoded()
     for step in range(3):
-        start = bench.start(Task("a", Stage.DENOISE, (0,), 1))
+        start = bench.start(Task("a", DENOISE, (0,), 1))
         (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
         assert isinstance(again, StartTask)
         assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef(f"a.latents.{step + 1}", 20))) == []
@@ -373,7 +373,7 @@ def test_a_lost_worker_holds_nothing_and_comes_back_empty() -> None:
 def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", Stage.DENOISE, (0, 1), 2))
+    start = bench.start(Task("a", DENOISE, (0, 1), 2))
     bench.send(WorkerLost(1, "killed"))
     assert bench.controller.state.idle_ranks == (2, 3)
     bench.send(Cancelled("a"))
@@ -382,19 +382,19 @@ def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None
 
 
 WRONG_PLANS = {
-    "unknown request": (Task("z", Stage.ENCODE, (0,)), "for z, which is not waiting"),
-    "request that runs": (Task("busy", Stage.DENOISE, (0,), 1), "for busy, which is not waiting"),
-    "cancelled request": (Task("gone", Stage.ENCODE, (0,)), "for gone, which is not waiting"),
-    "no ranks": (Task("a", Stage.DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
-    "a rank twice": (Task("a", Stage.DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
-    "busy rank": (Task("a", Stage.DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
-    "rank that is not there": (Task("a", Stage.DENOISE, (9,), 1), r"ranks \(9,\); idle are"),
-    "stage that is over": (Task("a", Stage.ENCODE, (0,)), "planned encode for a, which is at denoise"),
-    "stage too early": (Task("a", Stage.DECODE, (0,)), "planned decode for a, which is at denoise"),
-    "no steps": (Task("a", Stage.DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
-    "too many steps": (Task("a", Stage.DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
-    "degree without a profile": (Task("a", Stage.DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
-    "wide encode": (Task("new", Stage.ENCODE, (0, 1)), "planned encode at degree 2; it runs at 1"),
+    "unknown request": (Task("z", ENCODE, (0,)), "for z, which is not waiting"),
+    "request that runs": (Task("busy", DENOISE, (0,), 1), "for busy, which is not waiting"),
+    "cancelled request": (Task("gone", ENCODE, (0,)), "for gone, which is not waiting"),
+    "no ranks": (Task("a", DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
+    "a rank twice": (Task("a", DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
+    "busy rank": (Task("a", DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
+    "rank that is not there": (Task("a", DENOISE, (9,), 1), r"ranks \(9,\); idle are"),
+    "stage that is over": (Task("a", ENCODE, (0,)), "planned encode for a, which is at denoise"),
+    "stage too early": (Task("a", DECODE, (0,)), "planned decode for a, which is at denoise"),
+    "no steps": (Task("a", DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
+    "too many steps": (Task("a", DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
+    "degree without a profile": (Task("a", DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
+    "wide encode": (Task("new", ENCODE, (0, 1)), "planned encode at degree 2; it runs at 1"),
 }
 
 
@@ -405,7 +405,7 @@ def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
     for request_id in ("busy", "gone", "new"):
         bench.send(Submitted(make_request(request_id)))
     bench.send(Cancelled("gone"))
-    bench.start(Task("busy", Stage.ENCODE, (3,)))
+    bench.start(Task("busy", ENCODE, (3,)))
     task, message = WRONG_PLANS[case]
     with pytest.raises(PolicyError, match=message) as caught:
         bench.send(TimerFired(), plan=[task])
@@ -413,11 +413,11 @@ def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
 
 
 def test_two_tasks_of_one_plan_may_not_share_a_rank_or_a_request() -> None:
-    for second in (Task("b", Stage.ENCODE, (0,)), Task("a", Stage.ENCODE, (1,))):
+    for second in (Task("b", ENCODE, (0,)), Task("a", ENCODE, (1,))):
         bench = Bench()
         bench.send(Submitted(make_request("b")))
         with pytest.raises(PolicyError):
-            bench.send(TimerFired(), plan=[Task("a", Stage.ENCODE, (0,)), second])
+            bench.send(TimerFired(), plan=[Task("a", ENCODE, (0,)), second])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,16 +507,16 @@ class Pool:
         assert self._busy.keys().isdisjoint(task.ranks), "a rank is in one task at a time"
         assert request_id not in {other.request.request_id for other in self._busy.values()}
         assert start.steps_done == self.steps_done[request_id]
-        assert (start.embeds is None) == (task.stage is Stage.ENCODE)
+        assert (start.embeds is None) == (task.stage is ENCODE)
         assert (start.latents is None) == (start.steps_done == 0)
         if start.latents is not None:
             assert start.latents.key == f"{request_id}.latents.{start.steps_done}"
         self._busy |= dict.fromkeys(task.ranks, start)
         self._running.add(start.task_id)
         seconds = {
-            Stage.ENCODE: 0.02,
-            Stage.DENOISE: task.num_steps * STEP_S[start.request.shape.height][task.degree],
-            Stage.DECODE: DECODE_S[start.request.shape.height],
+            ENCODE: 0.02,
+            DENOISE: task.num_steps * STEP_S[start.request.shape.height][task.degree],
+            DECODE: DECODE_S[start.request.shape.height],
         }[task.stage] * self.rng.uniform(0.8, 1.5)
         if self.rng.random() < self.weather.death_rate:
             rank = self.rng.choice(task.ranks)
@@ -533,9 +533,9 @@ class Pool:
         request_id = start.request.request_id
         self.steps_done[request_id] += start.task.num_steps
         left = {
-            Stage.ENCODE: "embeds",
-            Stage.DENOISE: f"latents.{self.steps_done[request_id]}",
-            Stage.DECODE: "pixels",
+            ENCODE: "embeds",
+            DENOISE: f"latents.{self.steps_done[request_id]}",
+            DECODE: "pixels",
         }[start.task.stage]
         self._send(TaskFinished(start.task_id, seconds, TensorRef(f"{request_id}.{left}", 1)))
 
@@ -579,10 +579,10 @@ class Erratic:
         rng.shuffle(free)
         tasks = []
         for trajectory in state.waiting:
-            degree = rng.choice([1, 2, 4]) if trajectory.stage is Stage.DENOISE else 1
+            degree = rng.choice([1, 2, 4]) if trajectory.stage is DENOISE else 1
             if len(free) < degree or rng.random() < 0.2:
                 continue
-            num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage is Stage.DENOISE else 0
+            num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage is DENOISE else 0
             ranks = tuple(free.pop() for _ in range(degree))
             tasks.append(Task(trajectory.request_id, trajectory.stage, ranks, num_steps))
         return Plan(tuple(tasks), wake_at=now + 0.1 if state.waiting else None)

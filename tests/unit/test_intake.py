@@ -12,7 +12,7 @@ import pytest
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
@@ -45,7 +45,7 @@ def take_at(cost: CostModel, intake: Intake = INTAKE, **options: Any) -> Request
 def test_a_prompt_alone_gets_the_models_defaults() -> None:
     request = take()
     assert request == Request(
-        request_id="id", prompt="a cat", shape=Shape(512, 512), num_steps=20, seed=77, arrival_s=1000.0,
+        request_id="id", prompt="a cat", shape=Shape(512, 512), stages=image_stages(20), seed=77, arrival_s=1000.0,
         deadline_s=request.deadline_s, guidance_scale=3.5, negative_prompt=None, true_cfg_scale=1.0, priority=0,
     )  # fmt: skip
 
@@ -61,8 +61,7 @@ def test_the_default_deadline_is_a_multiple_of_the_time_alone_at_degree_1() -> N
 def test_the_default_deadline_follows_what_was_observed_of_encode_steps_and_decode_at_every_request() -> None:
     asked = take()
     encode, step, decode = (
-        Task("id", stage, (0,), num_steps)
-        for stage, num_steps in ((Stage.ENCODE, 0), (Stage.DENOISE, 1), (Stage.DECODE, 0))
+        Task("id", stage, (0,), num_steps) for stage, num_steps in ((ENCODE, 0), (DENOISE, 1), (DECODE, 0))
     )
     cost = INTAKE.cost
     for _ in range(100):  # the profile was measured under load: all is four times as quick

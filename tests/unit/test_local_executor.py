@@ -46,7 +46,7 @@ from tetriserve.core.messages import (
 )
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE, image_stages
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
@@ -57,7 +57,9 @@ CARD = ModelCard(
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256),), fingerprint="abc",
 )  # fmt: skip
-REQUEST = Request(request_id="a", prompt="a", shape=Shape(256, 256), num_steps=9, seed=0, arrival_s=0.0, deadline_s=9.0)
+REQUEST = Request(
+    request_id="a", prompt="a", shape=Shape(256, 256), stages=image_stages(9), seed=0, arrival_s=0.0, deadline_s=9.0
+)
 
 
 class PlayedWorker:
@@ -135,7 +137,7 @@ class Pool:
 
     def start_task(self, task_id: int, ranks: tuple[int, ...]) -> None:
         embeds = TensorRef("a.embeds", 1)
-        self.executor.start_task(StartTask(task_id, Task("a", Stage.DENOISE, ranks, 1), REQUEST, 0, embeds))
+        self.executor.start_task(StartTask(task_id, Task("a", DENOISE, ranks, 1), REQUEST, 0, embeds))
 
 
 def ready(rank: int, worker: PlayedWorker) -> None:

@@ -11,7 +11,7 @@ from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExe
 from tetriserve.config import PoolConfig
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import Profile
 from tetriserve.profiler import measure
@@ -73,7 +73,7 @@ async def test_on_a_machine_that_stays_busy_the_smallest_shape_is_tried_thrice_a
     assert profile.doubt == "256x256 at degree 1: workers had a processor for 67% of the time, and 1 more sizes"
 
 
-@pytest.mark.parametrize("stage", [Stage.DENOISE, Stage.DECODE])
+@pytest.mark.parametrize("stage", [DENOISE, DECODE])
 async def test_work_that_disturbs_only_one_stage_is_noticed(stage: Stage) -> None:
     def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
         return slowed(2.0, task) if task.stage is stage and go == 0 else quiet(shape, task, go)

@@ -10,21 +10,21 @@ import pytest
 from tetriserve.core.events import Run
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.workload.outcome import Outcome, Status
 
 REQUEST = Request(
-    request_id="r", prompt="a secret", shape=Shape(256, 512), num_steps=5, seed=9, arrival_s=10.0, deadline_s=20.0,
+    request_id="r", prompt="a secret", shape=Shape(256, 512), stages=image_stages(5), seed=9, arrival_s=10.0, deadline_s=20.0,
     priority=2,
 )  # fmt: skip
 OUTCOME = Outcome(
     request=REQUEST,
     status=Status.FINISHED,
     runs=(
-        Run(Task("r", Stage.ENCODE, (3,)), 11.0, 11.5),
-        Run(Task("r", Stage.DENOISE, (0, 1), 2), 12.0, 14.0),
-        Run(Task("r", Stage.DENOISE, (0, 1, 2, 3), 3), 14.0, 15.0),
-        Run(Task("r", Stage.DECODE, (2,)), 16.0, 17.0),
+        Run(Task("r", ENCODE, (3,)), 11.0, 11.5),
+        Run(Task("r", DENOISE, (0, 1), 2), 12.0, 14.0),
+        Run(Task("r", DENOISE, (0, 1, 2, 3), 3), 14.0, 15.0),
+        Run(Task("r", DECODE, (2,)), 16.0, 17.0),
     ),
     predicted_finish_s=16.5,
     finish_s=17.25,

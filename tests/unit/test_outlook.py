@@ -13,11 +13,12 @@ from tetriserve.core.events import Cancelled, Submitted, TaskFinished, TensorRef
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.engine.foresight import MAX_AGE_S, MAX_WAIT_S, Outlook
 from tetriserve.engine.observers import Occurred
 
 REQUEST = Request(
-    request_id="r", prompt="", shape=Shape(256, 256), num_steps=1, seed=0, arrival_s=0.0, deadline_s=5.0
+    request_id="r", prompt="", shape=Shape(256, 256), stages=image_stages(1), seed=0, arrival_s=0.0, deadline_s=5.0
 )  # fmt: skip
 QUOTE = Quote(
     is_feasible=False, arrival_s=2.0, deadline_s=3.0, earliest_deadline_s=7.5, position=0,

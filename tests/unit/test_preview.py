@@ -10,6 +10,7 @@ from safetensors import TensorSpec, serialize_file
 
 from tetriserve.core.events import TensorRef
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.executor.previews import PreviewReader
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import PATCH, Latents, fit_basis, project
@@ -23,7 +24,7 @@ CARD = ModelCard(
 )  # fmt: skip
 MIXING = np.random.default_rng(1).normal(size=(PATCH * PATCH * 3, 20))
 REQUEST = Request(
-    request_id="r", prompt="", shape=Shape(16, 8), num_steps=4, seed=0, arrival_s=0.0, deadline_s=1.0
+    request_id="r", prompt="", shape=Shape(16, 8), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=1.0
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, load_profile, save_profile
 from tetriserve.profile.corrections import MAX_SHAPES, Corrections
 from tetriserve.profile.table import FORMAT
@@ -52,16 +52,16 @@ PROFILE = Profile(
 DOCUMENT: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(PROFILE)}))
 
 
-ENCODE, DECODE = Task("r", Stage.ENCODE, (0,)), Task("r", Stage.DECODE, (0,))
+ENCODE, DECODE = Task("r", ENCODE, (0,)), Task("r", DECODE, (0,))
 
 
 def step(degree: int, num_steps: int = 1) -> Task:
-    return Task("r", Stage.DENOISE, tuple(range(degree)), num_steps)
+    return Task("r", DENOISE, tuple(range(degree)), num_steps)
 
 
 def request(height: int, width: int, **rest: Any) -> Request:
     return Request(
-        request_id="r", prompt="p", shape=Shape(height, width), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0,
+        request_id="r", prompt="p", shape=Shape(height, width), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0,
         **rest,
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 from tetriserve.control.recovery import lost_tasks
 from tetriserve.core.plan import CostModel, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
+from tetriserve.core.trajectory import Trajectory
 
 
 def state(*trajectories: Trajectory, ranks: int, degrees: tuple[int, ...] = (1, 2, 4)) -> State:
@@ -19,7 +20,7 @@ def state(*trajectories: Trajectory, ranks: int, degrees: tuple[int, ...] = (1, 
 
 def lost(name: str, degree: int) -> Trajectory:
     request = Request(
-        request_id=name, prompt="", shape=Shape(256, 256), num_steps=8, seed=0, arrival_s=0.0, deadline_s=1.0
+        request_id=name, prompt="", shape=Shape(256, 256), stages=image_stages(8), seed=0, arrival_s=0.0, deadline_s=1.0
     )
     return Trajectory(request, is_encoded=True, steps_done=3, lost_degree=degree)
 
@@ -31,12 +32,12 @@ def test_each_gets_the_degree_that_it_lost_while_ranks_are_left() -> None:
 
 def test_one_that_fits_nowhere_is_passed_over() -> None:
     narrow = replace(lost("b", 1), is_encoded=False)
-    assert lost_tasks(state(lost("a", 4), narrow, ranks=1, degrees=(2, 4))) == [Task("b", Stage.ENCODE, (0,))]
+    assert lost_tasks(state(lost("a", 4), narrow, ranks=1, degrees=(2, 4))) == [Task("b", ENCODE, (0,))]
 
 
 def test_it_stays_where_its_state_is() -> None:
     (task,) = lost_tasks(state(replace(lost("a", 4), holders=(2,)), ranks=4, degrees=(1,)))
-    assert task == Task("a", Stage.DENOISE, (2,), 1)
+    assert task == Task("a", DENOISE, (2,), 1)
 
 
 def test_others_are_the_policys() -> None:

@@ -8,9 +8,12 @@ import pytest
 
 from tetriserve.core.cluster import aligned_groups, warm_groups
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.core.trajectory import Trajectory
 
-REQUEST = Request(request_id="r", prompt="p", shape=Shape(256, 512), num_steps=3, seed=0, arrival_s=1.0, deadline_s=2.0)
+REQUEST = Request(
+    request_id="r", prompt="p", shape=Shape(256, 512), stages=image_stages(3), seed=0, arrival_s=1.0, deadline_s=2.0
+)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,13 @@ def test_a_step_takes_two_forwards_only_with_a_negative_prompt_and_a_scale_above
 
 def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:
     trajectory = Trajectory(REQUEST)
-    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.ENCODE, 3)
+    assert (trajectory.stage, trajectory.remaining_steps) == (ENCODE, 3)
     trajectory = dataclasses.replace(trajectory, is_encoded=True)
-    assert trajectory.stage is Stage.DENOISE
+    assert trajectory.stage is DENOISE
     trajectory = dataclasses.replace(trajectory, steps_done=2)
-    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.DENOISE, 1)
+    assert (trajectory.stage, trajectory.remaining_steps) == (DENOISE, 1)
     trajectory = dataclasses.replace(trajectory, steps_done=3)
-    assert (trajectory.stage, trajectory.remaining_steps) == (Stage.DECODE, 0)
+    assert (trajectory.stage, trajectory.remaining_steps) == (DECODE, 0)
 
 
 def test_a_trajectory_is_late_only_after_its_deadline() -> None:

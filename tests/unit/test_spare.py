@@ -8,12 +8,19 @@ import pytest
 
 from tetriserve.control.spare import FIRST_SPARE, LEAST_SPARE, MOST_SPARE, Spare
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 
 
 def promise(spare: Spare, name: str, deadline_s: float) -> None:
     spare.note_promise(
         Request(
-            request_id=name, prompt="", shape=Shape(64, 64), num_steps=1, seed=0, arrival_s=0.0, deadline_s=deadline_s
+            request_id=name,
+            prompt="",
+            shape=Shape(64, 64),
+            stages=image_stages(1),
+            seed=0,
+            arrival_s=0.0,
+            deadline_s=deadline_s,
         )
     )
 

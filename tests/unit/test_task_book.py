@@ -5,7 +5,7 @@ from __future__ import annotations
 from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.engine.tasks import EndedTask, TaskBook
 from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
 
@@ -16,9 +16,11 @@ COST = ProfileCost(
         decode=(DecodeRow(height=256, width=256, decode_s=0.01),),
     )
 )  # fmt: skip
-REQUEST = Request(request_id="a", prompt="", shape=Shape(256, 256), num_steps=4, seed=0, arrival_s=0.0, deadline_s=9.0)
-ENCODE = Task("a", Stage.ENCODE, (0,))
-DENOISE, DECODE = Task("a", Stage.DENOISE, (0,), 4), Task("a", Stage.DECODE, (0,))
+REQUEST = Request(
+    request_id="a", prompt="", shape=Shape(256, 256), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
+)
+ENCODE = Task("a", ENCODE, (0,))
+DENOISE, DECODE = Task("a", DENOISE, (0,), 4), Task("a", DECODE, (0,))
 RESULT = TensorRef("a", 1)
 
 

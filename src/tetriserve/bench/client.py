@@ -19,7 +19,7 @@ from tetriserve.bench.connections import Answer, Connections, Unanswered
 from tetriserve.core.events import Run
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import image_stages
 from tetriserve.workload.outcome import Outcome, Status
 
 _PATH = "/v1/images/generations"
@@ -126,7 +126,7 @@ def _save(picture: Mapping[str, Any], path: Path) -> None:
 def _finished(request: Request, sent_s: float, finish_s: float, schedule: object) -> Attempt:
     runs, predicted_finish_s = _told(request, sent_s, schedule)
     if runs and not request.num_steps:
-        request = replace(request, num_steps=sum(run.task.num_steps for run in runs))
+        request = replace(request, stages=image_stages(sum(run.task.num_steps for run in runs)))
     outcome = Outcome(
         request=request, status=Status.FINISHED, runs=runs, predicted_finish_s=predicted_finish_s, finish_s=finish_s
     )
@@ -140,7 +140,7 @@ def _told(request: Request, sent_s: float, schedule: object) -> tuple[tuple[Run,
     try:
         runs = tuple(
             Run(
-                Task(request.request_id, Stage(run["stage"]), tuple(run["ranks"]), int(run["num_steps"])),
+                Task(request.request_id, str(run["stage"]), tuple(run["ranks"]), int(run["num_steps"])),
                 sent_s + float(run["start_s"]),
                 sent_s + float(run["end_s"]),
             )

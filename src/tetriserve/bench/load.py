@@ -15,6 +15,7 @@ from tetriserve.bench.target import Target
 from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, MAX_TIME_S, SLO_SCALES, check_range, shown
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import MAX_SIDE, Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import Mix, parse_mix
 from tetriserve.workload.randomness import RandomSource
@@ -104,7 +105,7 @@ class Load:
             num_steps=num_steps or 1,
         )
         for request in synthesis.requests(random.Random(self.seed)):
-            yield replace(request, num_steps=steps.get(request.shape, num_steps))
+            yield replace(request, stages=image_stages(steps.get(request.shape, num_steps)))
 
     def _mix(self, target: Target) -> tuple[Mix, Mapping[Shape, int]]:
         """The mix, and the steps of sizes that have a number of their own."""

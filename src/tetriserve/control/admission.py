@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tetriserve.core.cost import fastest_s, stages_gpu_s
 from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
-from tetriserve.core.request import Request
+from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
 
@@ -18,13 +19,7 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
     request's own time is its fastest. A schedule cannot be much better than this, but it can be worse: ranks fragment.
     """
     ahead_s = _least_gpu_time(state, (other for other in state.trajectories if _goes_before(other, request, now)))
-    times = state.cost.step_times(request)
-    widest = max(len(state.ranks), min(times))
-    alone_s = (
-        state.cost.encode_s(request)
-        + request.num_steps * min(step_s for degree, step_s in times.items() if degree <= widest)
-        + state.cost.decode_s(request)
-    )
+    alone_s = fastest_s(state.cost, request, len(state.ranks))
     return now + ahead_s / max(len(state.ranks), 1) + alone_s
 
 
@@ -54,17 +49,16 @@ def _goes_before(other: Trajectory, request: Request, now: float) -> bool:
 
 def _least_gpu_time(state: State, trajectories: Iterable[Trajectory]) -> float:
     """Rank-seconds left of `trajectories`, each at the degree that spends the fewest."""
-    cost = state.cost
-    known: dict[tuple[object, ...], tuple[float, float, float]] = {}  # per kind: encode, a step, decode
+    cost, num_ranks = state.cost, len(state.ranks)
+    known: dict[tuple[object, ...], tuple[float, ...]] = {}  # per kind: of each stage, or of one step of it
     total_s = 0.0
     for trajectory in trajectories:
         request = trajectory.request
         kind = request.kind
         if kind not in known:
-            times = cost.step_times(request)
-            widest = max(len(state.ranks), min(times))
-            step_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
-            known[kind] = cost.encode_s(request), step_s, cost.decode_s(request)
-        encode_s, step_s, decode_s = known[kind]
-        total_s += trajectory.remaining_steps * step_s + decode_s + (0.0 if trajectory.is_encoded else encode_s)
+            known[kind] = tuple(stages_gpu_s(cost, request, [Stage(stage.kind)], num_ranks) for stage in request.stages)
+        index, done = trajectory.stage_index, trajectory.stage_steps_done
+        for stage, gpu_s in zip(request.stages[index:], known[kind][index:], strict=True):
+            total_s += max(1, stage.num_steps - done) * gpu_s
+            done = 0
     return total_s

@@ -11,6 +11,7 @@ from tetriserve.control.admission import earliest_finish
 from tetriserve.control.overdue import LateAccount
 from tetriserve.control.recovery import lost_tasks
 from tetriserve.control.tracker import Record, Tracker
+from tetriserve.core.cost import stage_s, task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import (
     Cancelled,
@@ -33,7 +34,6 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import LATE_SHARE, CostModel, State, Task
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 from tetriserve.policies.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ class Controller:
         forked._late = self._late.fork()
         return forked
 
-    def skip_encoding(self) -> dict[str, float]:
-        """Take every request that waits to be encoded for encoded; what that would have taken, by request id."""
+    def skip_first_stages(self) -> dict[str, float]:
+        """Take short first stages that wait to begin for over; what each would have taken, by request id."""
         return {
-            record.request.request_id: self.cost.encode_s(record.request)
+            record.request.request_id: stage_s(self.cost, record.request, skipped, 1)
             for record in self._tracker.records.values()
-            if record.skip_encoding()
+            if (skipped := record.skip_first_stage()) is not None
         }
 
     def earliest_finish(self, request: Request, now: float) -> float:
@@ -139,7 +139,7 @@ class Controller:
     def _start(self, task: Task, now: float) -> StartTask:
         self._check(task)
         record = self._tracker.records[task.request_id]
-        end_s = now + self.cost.switch_s + self.expected_s(task, record.request)
+        end_s = now + self.cost.switch_s + task_s(self.cost, task, record.request)
         if record.trajectory.is_moved_by(task.ranks):
             end_s += self.cost.move_s
         self._late.charge((end_s - now) * task.degree, record.request.deadline_s, now, self._first_deadline_s)
@@ -149,16 +149,6 @@ class Controller:
     def end_s(self, task_id: int) -> float:
         """When a task in flight was expected to end as it started."""
         return self._tracker.in_flight[task_id].end_s
-
-    def expected_s(self, task: Task, request: Request) -> float:
-        """Seconds that the leader of `task` is expected to compute; starting it comes on top."""
-        match task.stage:
-            case Stage.ENCODE:
-                return self.cost.encode_s(request)
-            case Stage.DENOISE:
-                return task.num_steps * self.cost.step_times(request)[task.degree]
-            case Stage.DECODE:
-                return self.cost.decode_s(request)
 
     def _cancel(self, request_id: str) -> list[Command]:
         """A running task is left to end: tasks are short, and a collective cannot be left by one rank alone."""
@@ -173,11 +163,11 @@ class Controller:
         task, request = flight.task, record.request
         record.advance(Run(task, flight.start_s, now, event.text), event.result)
         # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.
-        if not math.isclose(event.elapsed_s, self.expected_s(task, request)):
+        if not math.isclose(event.elapsed_s, task_s(self.cost, task, request)):
             self.cost = self.cost.observed(task, request, event.elapsed_s)
         if record.is_cancelled:
             return self._close(record)
-        if task.stage is not Stage.DECODE:
+        if not record.trajectory.is_over:
             return []
         finish = FinishRequest(request, tuple(record.runs), record.predicted_finish_s, event.result)
         return [finish, self._forget(record)]
@@ -218,14 +208,18 @@ class Controller:
         if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
             raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
         trajectory = record.trajectory
-        if task.stage is not trajectory.stage:
-            raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {trajectory.stage}")
-        if task.stage is Stage.DENOISE:
-            degrees = self.cost.step_times(record.request)
-            if not 1 <= task.num_steps <= trajectory.remaining_steps or task.degree not in degrees:
-                raise PolicyError(
-                    f"{name} planned {task.num_steps} steps at degree {task.degree} for {task.request_id}; "
-                    f"{trajectory.remaining_steps} steps remain, degrees are {list(degrees)}"
-                )
-        elif task.degree != 1:
-            raise PolicyError(f"{name} planned {task.stage} at degree {task.degree}; it runs at 1")
+        stage, degrees = trajectory.stage, self.cost.times(record.request, trajectory.stage.kind)
+        if task.stage != stage.kind:
+            raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {stage.kind}")
+        if trajectory.is_short and not (task.num_steps == 0 and task.degree in degrees):
+            raise PolicyError(
+                f"{name} planned {task.stage} at degree {task.degree} in {task.num_steps} steps; it has none, and "
+                f"degrees are {list(degrees)}"
+            )
+        if not trajectory.is_short and not (
+            1 <= task.num_steps <= trajectory.remaining_steps and task.degree in degrees
+        ):
+            raise PolicyError(
+                f"{name} planned {task.num_steps} steps at degree {task.degree} for {task.request_id}; "
+                f"{trajectory.remaining_steps} steps remain, degrees are {list(degrees)}"
+            )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from tetriserve.core.plan import State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import place
 
 
 def lost_tasks(state: State) -> list[Task]:
     """The tasks to do again now, in order of arrival, on whatever ranks are idle, survivors of the loss among them.
 
-    A loss shall cost a request one task, and not its turn. Of a denoise task this is one step, at the degree that was
-    lost or the widest that idle ranks allow; what comes after it is the policy's again.
+    A loss shall cost a request one task, and not its turn. Of a stage with steps this is one step, at the degree that
+    was lost or the widest that idle ranks allow; what comes after it is the policy's again.
     """
     num_idle = len(state.idle_ranks)
     wanted: list[tuple[Trajectory, int]] = []
@@ -21,7 +21,7 @@ def lost_tasks(state: State) -> list[Task]:
             wanted.append((trajectory, degree))
             num_idle -= degree
     return [
-        Task(trajectory.request_id, trajectory.stage, ranks, int(trajectory.stage is Stage.DENOISE))
+        Task(trajectory.request_id, trajectory.stage.kind, ranks, int(not trajectory.is_short))
         for (trajectory, _), ranks in zip(wanted, place(wanted, state.idle_ranks), strict=True)
     ]
 
@@ -29,5 +29,5 @@ def lost_tasks(state: State) -> list[Task]:
 def _degree(trajectory: Trajectory, state: State, num_idle: int) -> int:
     """0 if it fits on no ranks that are idle."""
     most = min(trajectory.lost_degree, num_idle)
-    degrees = state.cost.step_times(trajectory.request) if trajectory.stage is Stage.DENOISE else (1,)
+    degrees = state.cost.times(trajectory.request, trajectory.stage.kind)
     return max((degree for degree in degrees if degree <= most), default=0)

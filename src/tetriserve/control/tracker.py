@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.events import Checkpoint, Run, TensorRef
 from tetriserve.core.plan import CostModel, InFlight, State, Task
-from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.request import Request, Stage
+from tetriserve.core.trajectory import Trajectory
 
 
 @dataclass(slots=True)
@@ -35,29 +35,27 @@ class Record:
         """Take in a finished task."""
         self.runs.append(run)
         self.num_losses = 0
-        task, trajectory = run.task, replace(self.trajectory, is_running=False, lost_degree=0)
-        match task.stage:
-            case Stage.ENCODE:
-                self.embeds = result
-                self.trajectory = replace(trajectory, is_encoded=True, holders=task.ranks)
-            case Stage.DENOISE:
-                self.latents = result
-                steps_done = trajectory.steps_done + task.num_steps
-                self.trajectory = replace(trajectory, steps_done=steps_done, holders=task.ranks)
-            case Stage.DECODE:
-                self.trajectory = trajectory
+        task = run.task
+        if task.num_steps:
+            self.latents = result
+        elif self.trajectory.stage_index == 0:
+            self.embeds = result
+        is_stage_over = task.num_steps in (0, self.trajectory.remaining_steps)
+        after = self.trajectory.after(task.num_steps, is_stage_over=is_stage_over)
+        self.trajectory = replace(after, holders=task.ranks, is_running=False, lost_degree=0)
 
     def lose(self, task: Task) -> None:
         """Take in a task that was lost with its workers."""
         self.num_losses += 1
         self.trajectory = replace(self.trajectory, lost_degree=task.degree)
 
-    def skip_encoding(self) -> bool:
-        """Whether the request waited to be encoded; it is taken for encoded from now on."""
-        is_due = not (self.trajectory.is_encoded or self.trajectory.is_running)
-        if is_due:
-            self.trajectory = replace(self.trajectory, is_encoded=True)
-        return is_due
+    def skip_first_stage(self) -> Stage | None:
+        """The first stage, if it is short and waits to begin; it is taken for over from now on."""
+        if self.trajectory.has_started or not self.trajectory.is_short:
+            return None
+        skipped = self.trajectory.stage
+        self.trajectory = self.trajectory.after(0, is_stage_over=True)
+        return skipped
 
     def set_running(self, is_running: bool) -> None:
         self.trajectory = replace(self.trajectory, is_running=is_running)
@@ -116,7 +114,7 @@ class Tracker:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
         record = Record(Trajectory(request), predicted_finish_s)
         if checkpoint is not None:
-            record.trajectory = Trajectory(request, is_encoded=True, steps_done=checkpoint.steps_done)
+            record.trajectory = Trajectory.at(request, checkpoint.steps_done)
             record.embeds, record.latents, record.runs = checkpoint.embeds, checkpoint.latents, [*checkpoint.runs]
         self.records[request.request_id] = record
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tetriserve.core.events import Run
-from tetriserve.core.trajectory import Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +25,7 @@ class Forecast:
     def degrees(self, request_id: str) -> tuple[int, ...]:
         """The degree of every denoise step of a request that is in flight or to come."""
         return tuple(
-            run.task.degree
-            for run in self.runs
-            if run.task.request_id == request_id and run.task.stage is Stage.DENOISE
-            for _ in range(run.task.num_steps)
+            run.task.degree for run in self.runs if run.task.request_id == request_id for _ in range(run.task.num_steps)
         )
 
 

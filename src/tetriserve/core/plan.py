@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 
 LATE_SHARE = 0.05
 """Part of the pool's rank time that is owed to the request longest overdue, by default (`control.overdue`)."""
@@ -16,13 +16,15 @@ LATE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The unit of dispatch: one stage of one request (for denoise, a run of `num_steps` steps) on a set of ranks.
+    """The unit of dispatch: a short stage of one request, or some steps of a stage that has steps, on a set of ranks.
 
-    `ranks[0]` is the leader: it keeps the copy of the request's state that the task leaves behind.
+    stage: its kind.
+    ranks: the first is the leader: it keeps the copy of the request's state that the task leaves behind.
+    num_steps: 0 for a short stage.
     """
 
     request_id: str
-    stage: Stage
+    stage: str
     ranks: tuple[int, ...]
     num_steps: int = 0
 
@@ -45,13 +47,10 @@ class InFlight:
 class CostModel(Protocol):
     """What a stage of a request is expected to take, in seconds. Nothing is ever free."""
 
-    def step_times(self, request: Request) -> Mapping[int, float]:
-        """Seconds per denoise step by degree, for the degrees that this request's shape can run at, ascending."""
+    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+        """Seconds by degree, ascending, for the degrees that the request can run this kind of stage at: of one step
+        where the stage has steps, of all of it where it has none."""
         ...
-
-    def encode_s(self, request: Request) -> float: ...
-
-    def decode_s(self, request: Request) -> float: ...
 
     @property
     def switch_s(self) -> float:

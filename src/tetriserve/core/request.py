@@ -39,19 +39,32 @@ class Shape:
         return size if self.frames == 1 else f"{size}x{self.frames}"
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a request's life.
+
+    kind: its family's name for it, which profiles and reports use too.
+    num_steps: of a stage with steps, which tasks divide. 0: a short stage, which is one task.
+    """
+
+    kind: str
+    num_steps: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One accepted request: exactly one image (a client's `n` images are n requests).
 
-    Times are seconds since the engine started. `priority` orders classes, lower is earlier. Texts are padded to
-    `max_sequence_length` tokens and cut at it; None is the model's own number. Steps run at one of `degrees`; None
-    leaves every degree of the shape to the policy. Prompts are in no `repr`, which logs and tracebacks quote.
+    `stages` come from the model's family. Times are seconds since the engine started. `priority` orders classes, lower
+    is earlier. Texts are padded to `max_sequence_length` tokens and cut at it; None is the model's own number. Steps run
+    at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are in no `repr`, which logs and
+    tracebacks quote.
     """
 
     request_id: str
     prompt: str = field(repr=False)
     shape: Shape
-    num_steps: int
+    stages: tuple[Stage, ...]
     seed: int
     arrival_s: float
     deadline_s: float
@@ -63,9 +76,19 @@ class Request:
     degrees: tuple[int, ...] | None = None
 
     @property
-    def kind(self) -> tuple[Shape, int, tuple[int, ...] | None]:
-        """Requests of one kind take the same time for a step, at the same degrees."""
-        return self.shape, self.num_passes, self.degrees
+    def num_steps(self) -> int:
+        """Of all stages together."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def stepped(self) -> Stage:
+        """The first stage that has steps; without one, the first stage."""
+        return next((stage for stage in self.stages if stage.num_steps), self.stages[0])
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Requests of one kind have the same stages, but for the number of steps, and take the same time for each."""
+        return self.shape, self.num_passes, self.degrees, tuple(stage.kind for stage in self.stages)
 
     def can_run_on(self, num_ranks: int) -> bool:
         """Whether its steps may run at a degree that so many ranks allow."""

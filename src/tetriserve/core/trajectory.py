@@ -1,35 +1,38 @@
-"""A request's life as a chain of stages: encode, `num_steps` denoise steps, decode."""
+"""How far a request has come through its stages."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 
-from tetriserve.core.request import Request
-
-
-class Stage(StrEnum):
-    ENCODE = "encode"
-    DENOISE = "denoise"
-    DECODE = "decode"
+from tetriserve.core.request import Request, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """How far one request has come.
 
-    `holders` are the ranks that hold its current state in memory, the last task's leader first. They are a hint for
-    placement only: a rank that lacks the state loads the copy that the last task left in the store. `lost_degree` is
-    the degree of the task that was lost since, with its workers; 0 if none was.
+    stage_index: of the stage that runs now or comes next, in `Request.stages`; their number when all are over.
+    steps_done: of all stages.
+    stage_steps_done: of the present stage.
+    holders: the ranks that hold its current state in memory, the last task's leader first. They are a hint for
+        placement only: a rank that lacks the state loads the copy that the last task left in the store.
+    lost_degree: of the task that was lost since, with its workers; 0 if none was.
     """
 
     request: Request
-    is_encoded: bool = False
+    stage_index: int = 0
     steps_done: int = 0
+    stage_steps_done: int = 0
     holders: tuple[int, ...] = ()
     is_running: bool = False
     lost_degree: int = 0
+
+    @classmethod
+    def at(cls, request: Request, steps_done: int) -> Trajectory:
+        """One whose first stage, a short one, is over, and `steps_done` steps of the stage after it."""
+        begun = cls(request).after(0, is_stage_over=True)
+        return begun.after(steps_done, is_stage_over=steps_done == begun.remaining_steps)
 
     @property
     def request_id(self) -> str:
@@ -38,13 +41,32 @@ class Trajectory:
     @property
     def stage(self) -> Stage:
         """The stage that runs now or comes next."""
-        if not self.is_encoded:
-            return Stage.ENCODE
-        return Stage.DENOISE if self.remaining_steps else Stage.DECODE
+        return self.request.stages[self.stage_index]
+
+    @property
+    def is_over(self) -> bool:
+        return self.stage_index == len(self.request.stages)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the present stage is one task, without steps."""
+        return self.stage.num_steps == 0
+
+    @property
+    def has_started(self) -> bool:
+        return self.is_running or self.stage_index > 0 or self.steps_done > 0
 
     @property
     def remaining_steps(self) -> int:
-        return self.request.num_steps - self.steps_done
+        """Of the present stage if it has steps, else of the next one that has; 0 if there is none."""
+        return steps_from(self.request, self.stage_index) - self.stage_steps_done
+
+    def after(self, num_steps: int, *, is_stage_over: bool) -> Trajectory:
+        """This one when a task has done `num_steps` steps of the present stage, or all of it."""
+        steps_done = self.steps_done + num_steps
+        if is_stage_over:
+            return replace(self, stage_index=self.stage_index + 1, steps_done=steps_done, stage_steps_done=0)
+        return replace(self, steps_done=steps_done, stage_steps_done=self.stage_steps_done + num_steps)
 
     def is_moved_by(self, ranks: Collection[int]) -> bool:
         """Whether a task on `ranks` would have to fetch the state, or to change the group that holds it."""
@@ -52,3 +74,11 @@ class Trajectory:
 
     def is_late(self, now: float) -> bool:
         return now > self.request.deadline_s
+
+
+def steps_from(request: Request, stage_index: int) -> int:
+    """Steps of the first stage with steps, of those from `stage_index` on; 0 if there is none."""
+    for stage in request.stages[stage_index:]:
+        if stage.num_steps:
+            return stage.num_steps
+    return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tetriserve.core.events import Submitted, TensorRef
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class GeneratedImage:
 class Progress:
     """The request was admitted, or a task of it started or ended.
 
-    stage: of the task; at admission the one that comes first.
+    stage: kind of the task's; at admission of the one that comes first.
     steps_done: denoise steps that are over.
     degree: ranks that work for the request from now on; 0 for none.
     latents: what a denoise task left behind as it ended; gone as soon as the next one has ended.
     """
 
     request: Request
-    stage: Stage
+    stage: str
     steps_done: int
     degree: int
     latents: TensorRef | None = None
@@ -61,9 +61,9 @@ def first_progress(event: Submitted) -> Progress:
     """What is heard at admission."""
     request, checkpoint = event.request, event.checkpoint
     if checkpoint is None:
-        return Progress(request=request, stage=Stage.ENCODE, steps_done=0, degree=0)
-    stage = Stage.DENOISE if checkpoint.steps_done < request.num_steps else Stage.DECODE
-    return Progress(request=request, stage=stage, steps_done=checkpoint.steps_done, degree=0)
+        return Progress(request=request, stage=request.stages[0].kind, steps_done=0, degree=0)
+    begun = Trajectory.at(request, checkpoint.steps_done)
+    return Progress(request=request, stage=begun.stage.kind, steps_done=begun.steps_done, degree=0)
 
 
 def unheard(update: Progress | GeneratedImage) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +44,14 @@ class TaskBook:
 
     def start(self, command: StartTask, now: float, cost: CostModel) -> None:
         task = command.task
-        expected_step_s = cost.step_times(command.request)[task.degree] if task.stage is Stage.DENOISE else None
+        expected_step_s = cost.times(command.request, task.stage)[task.degree] if task.num_steps else None
         self._started[command.task_id] = _Started(command, now, expected_step_s)
 
     def end(self, event: TaskFinished | TaskFailed, now: float) -> EndedTask:
         started = self._started.pop(event.task_id)
         task = started.command.task
         steps_done, step_s = started.command.steps_done, None
-        if isinstance(event, TaskFinished) and task.stage is Stage.DENOISE:
+        if isinstance(event, TaskFinished) and task.num_steps:
             steps_done, step_s = steps_done + task.num_steps, event.elapsed_s / task.num_steps
         return EndedTask(
             request=started.command.request,

@@ -33,7 +33,6 @@ from tetriserve.core.messages import (
     WarmGroup,
 )
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.outbox import Outbox
@@ -332,7 +331,7 @@ class LocalExecutor:
             return
         done = running.done
         assert done is not None and done.result is not None, "the leader leaves a result"
-        if start.task.stage is Stage.DENOISE and start.latents is not None:
+        if start.task.num_steps and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
         self._tell(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text, done.cpu_s))
 

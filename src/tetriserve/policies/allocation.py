@@ -29,7 +29,7 @@ def deadline_aware_allocation(
     over all mixes of at most two degrees. Equal GPU times are settled by fewer degrees, then by the faster finish.
 
     Args:
-        num_steps: remaining denoise steps, at least 1.
+        num_steps: remaining steps, at least 1.
         budget_s: seconds in which they must be done.
         step_times: seconds per step by degree.
 

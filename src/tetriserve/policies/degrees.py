@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tetriserve.core.cost import stages_gpu_s, times_per_step
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request
 
@@ -30,6 +31,7 @@ def fastest_degree(step_times: Mapping[int, float]) -> int:
 
 
 def least_gpu_s(request: Request, num_steps: int, cost: CostModel) -> float:
-    """Rank-seconds of `num_steps` steps at the cheapest degree, and of the decode."""
-    step_times = cost.step_times(request)
-    return num_steps * min(degree * step_s for degree, step_s in step_times.items()) + cost.decode_s(request)
+    """Rank-seconds of `num_steps` steps at the cheapest degree, and of the stages after them at theirs."""
+    steps_s = min(degree * step_s for degree, step_s in times_per_step(cost, request).items())
+    after = request.stages[request.stages.index(request.stepped) + 1 :]
+    return num_steps * steps_s + stages_gpu_s(cost, request, after)

@@ -1,7 +1,7 @@
 """Exact search over schedules, by branch and bound (the exhaustive search of TetriServe, table 6).
 
-**What is searched.** All schedules of all tasks that are left: encode and decode on one rank, denoise steps in runs of
-any length at any degree, every task charged with its start as the simulator does. Tasks in flight end when predicted,
+**What is searched.** All schedules of all tasks that are left: short stages on one rank, steps in runs of any
+length at any degree, every task charged with its start as the simulator does. Tasks in flight end when predicted,
 or now if that is past; nothing more arrives; ranks are alike, and priority classes count alike. The best schedule
 attains the most deadlines and, of those that do, has the least sum of finish times over all requests, late ones too.
 
@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from tetriserve.core.cost import stage_s, times_per_step
 from tetriserve.core.plan import CostModel, InFlight, State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
@@ -47,7 +48,7 @@ _Position: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Start(NamedTuple):
-    """A task that begins now; `num_steps` is 0 for encode and decode."""
+    """A task that begins now; `num_steps` is 0 for a short stage."""
 
     request_id: str
     degree: int
@@ -60,8 +61,8 @@ class BestSchedule:
 
     starts: the tasks that begin now, in the schedule's order. Some may have to wait a moment for a task in flight that
         is predicted to end now.
-    num_attained, total_finish_s: requests that finish in time, and the sum of all finish times; a request whose decode
-        is in flight counts in neither.
+    num_attained, total_finish_s: requests that finish in time, and the sum of all finish times; a request whose last
+        task is in flight counts in neither.
     num_nodes: partial schedules that the search made.
     is_exact: no schedule is better by more than a nanosecond; False when the search was stopped.
     """
@@ -111,9 +112,11 @@ def find_best_schedule(state: State, now: float, *, max_nodes: int) -> BestSched
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A request's work. Progress counts 1 for encode, 1 for each step, 1 for decode; the job is done at `end`.
+    """A request's work. Progress counts 1 for each short stage and 1 for each step.
 
     degree: of the last task; 0 before the first, which nothing can move.
+    steps_left: by progress, of the present stage; 0 at a short one.
+    short_s: by progress, seconds of a short stage; 0 at steps.
     step_times: seconds per step by degree, fastest first.
     left_s: by progress, seconds to the end with one run of all steps left at the fastest degree.
     """
@@ -124,21 +127,17 @@ class _Job:
     ready_s: float
     switch_s: float
     move_s: float
-    encode_s: float
-    decode_s: float
+    steps_left: tuple[int, ...]
+    short_s: tuple[float, ...]
     step_times: Mapping[int, float]
     left_s: tuple[float, ...]
 
     def is_done(self, progress: int) -> bool:
-        return progress == self.request.num_steps + 2
-
-    def steps_left(self, progress: int) -> int:
-        """0 at encode too, which no run of steps is part of."""
-        return self.request.num_steps + 1 - progress if progress else 0
+        return progress == len(self.steps_left)
 
     def degrees_at(self, progress: int) -> tuple[int, ...]:
         """What the next task may run at, fastest first."""
-        return tuple(self.step_times) if self.steps_left(progress) else (1,)
+        return tuple(self.step_times) if self.steps_left[progress] else (1,)
 
     def start_s(self, last_degree: int, degree: int) -> float:
         """Seconds that a task takes to start."""
@@ -146,9 +145,7 @@ class _Job:
 
     def work_s(self, progress: int, degree: int, num_steps: int) -> float:
         """Seconds of the next task after its start."""
-        if num_steps:
-            return num_steps * self.step_times[degree]
-        return self.decode_s if progress else self.encode_s
+        return num_steps * self.step_times[degree] if num_steps else self.short_s[progress]
 
 
 @dataclass(slots=True, eq=False)
@@ -211,11 +208,12 @@ def _jobs(state: State, now: float) -> tuple[_Job, ...]:
 
 def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: float) -> _Job | None:
     request, cost = trajectory.request, state.cost
-    times = {degree: step_s for degree, step_s in cost.step_times(request).items() if degree <= len(state.ranks)}
+    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= len(state.ranks)}
     if not times:
         return None
     useful = [degree for degree in times if all(times[degree] < times[less] for less in times if less < degree)]
-    progress = trajectory.is_encoded + trajectory.steps_done
+    passed = request.stages[: trajectory.stage_index]
+    progress = sum(max(1, stage.num_steps) for stage in passed) + trajectory.stage_steps_done
     if flight is not None:
         progress += flight.task.num_steps or 1
     return _Job(
@@ -225,17 +223,28 @@ def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: flo
         ready_s=now if flight is None else max(now, flight.end_s),
         switch_s=cost.switch_s,
         move_s=cost.move_s,
-        encode_s=cost.encode_s(request),
-        decode_s=cost.decode_s(request),
+        steps_left=tuple(
+            left for stage in request.stages for left in (range(stage.num_steps, 0, -1) if stage.num_steps else (0,))
+        ),
+        short_s=tuple(
+            stage_s(cost, request, stage, 1) if stage.num_steps == 0 else 0.0
+            for stage in request.stages
+            for _ in range(max(1, stage.num_steps))
+        ),
         step_times={degree: times[degree] for degree in sorted(useful, key=lambda degree: times[degree])},
         left_s=_left_s(request, cost, times[fastest_degree(times)]),
     )
 
 
 def _left_s(request: Request, cost: CostModel, step_s: float) -> tuple[float, ...]:
-    decode_s = cost.switch_s + cost.decode_s(request)
-    denoise_s = [cost.switch_s + left * step_s + decode_s for left in range(request.num_steps, 0, -1)]
-    return cost.switch_s + cost.encode_s(request) + denoise_s[0], *denoise_s, decode_s, 0.0
+    left_s = [0.0]  # from the end
+    for stage in reversed(request.stages):
+        after_s = left_s[-1]
+        if stage.num_steps:
+            left_s += [cost.switch_s + left * step_s + after_s for left in range(1, stage.num_steps + 1)]
+        else:
+            left_s.append(cost.switch_s + stage_s(cost, request, stage, 1) + after_s)
+    return tuple(reversed(left_s))
 
 
 def _root(jobs: Sequence[_Job], state: State, now: float) -> _Partial:
@@ -267,7 +276,7 @@ def _in_turn(root: _Partial, jobs: Sequence[_Job], now: float) -> _Partial:
     partial = root
     for index, job in enumerate(jobs):
         while not job.is_done(progress := partial.progress[index]):
-            partial = _extend(partial, jobs, index, job.degrees_at(progress)[0], job.steps_left(progress), now)
+            partial = _extend(partial, jobs, index, job.degrees_at(progress)[0], job.steps_left[progress], now)
     return partial
 
 
@@ -282,7 +291,7 @@ def _side_by_side(root: _Partial, jobs: Sequence[_Job], width: int, now: float) 
                 degree = next((degree for degree in degrees if degree <= width), degrees[-1])
                 options.append((max(partial.ready_s[index], partial.free_s[degree - 1]), index, degree))
         _, index, degree = min(options)
-        partial = _extend(partial, jobs, index, degree, jobs[index].steps_left(partial.progress[index]), now)
+        partial = _extend(partial, jobs, index, degree, jobs[index].steps_left[partial.progress[index]], now)
     return partial
 
 
@@ -291,7 +300,7 @@ def _extensions(partial: _Partial, jobs: Sequence[_Job], best: _Partial, now: fl
     for index, (job, progress) in enumerate(zip(jobs, partial.progress, strict=True)):
         if job.is_done(progress):
             continue
-        steps_left = job.steps_left(progress)
+        steps_left = job.steps_left[progress]
         for degree in job.degrees_at(progress):
             yield _extend(partial, jobs, index, degree, steps_left, now)
             for num_steps in range(1, steps_left):
@@ -302,7 +311,7 @@ def _extensions(partial: _Partial, jobs: Sequence[_Job], best: _Partial, now: fl
 
 
 def _extend(partial: _Partial, jobs: Sequence[_Job], index: int, degree: int, num_steps: int, now: float) -> _Partial:
-    """`partial` with a task of job `index` started as early as may be; `num_steps` is 0 for encode and decode."""
+    """`partial` with a task of job `index` started as early as may be; `num_steps` is 0 for a short stage."""
     job, progress = jobs[index], partial.progress[index]
     start_s = max(partial.ready_s[index], partial.free_s[degree - 1])
     end_s = start_s + job.start_s(partial.degrees[index], degree) + job.work_s(progress, degree, num_steps)

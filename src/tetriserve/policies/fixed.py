@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import CostModel, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import fastest_degree
 
 CHUNK_S = 0.5
-"""Length of a denoise task. Short enough that a cancelled request leaves soon and a dead worker costs little."""
+"""Length of a task of steps. Short enough that a cancelled request leaves soon and a dead worker costs little."""
 
 Block = tuple[int, ...]
 
@@ -18,9 +19,9 @@ Block = tuple[int, ...]
 class BlockPolicy(ABC):
     """First come first served over disjoint blocks of ranks, non-preemptive.
 
-    A request holds its block from encode to decode, although encode and decode run on the block's first rank alone.
-    Which request holds which block is read from the state: the first of a started trajectory's holders, or the leader
-    of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of
+    A request holds its block from its first stage to its last, although short stages run on the block's first rank
+    alone. Which request holds which block is read from the state: the first of a started trajectory's holders, or the
+    leader of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of
     requests that have not started.
     """
 
@@ -29,8 +30,8 @@ class BlockPolicy(ABC):
         """Disjoint blocks out of the living ranks."""
 
     @abstractmethod
-    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
-        """The ranks of `block` that denoise steps run on; none when the shape needs more ranks than the block has."""
+    def step_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+        """The ranks of `block` that steps run on; none when the shape needs more ranks than the block has."""
 
     def plan(self, state: State, now: float) -> Plan:
         blocks = self.blocks(state.ranks)
@@ -38,7 +39,7 @@ class BlockPolicy(ABC):
         idle = set(state.idle_ranks)
         free = [block for block in blocks if block not in owners.values() and idle.issuperset(block)]
         tasks = []
-        for trajectory in sorted(state.waiting, key=lambda trajectory: not has_started(trajectory)):
+        for trajectory in sorted(state.waiting, key=lambda trajectory: not trajectory.has_started):
             block = owners.get(trajectory.request_id) or next(iter(free), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
             if block is None or not idle.issuperset(block):
@@ -56,7 +57,7 @@ class BlockPolicy(ABC):
         leaders |= {
             trajectory.request_id: trajectory.holders[0]
             for trajectory in state.waiting
-            if has_started(trajectory) and trajectory.holders
+            if trajectory.has_started and trajectory.holders
         }
         owners: dict[str, Block] = {}
         for request_id, leader in leaders.items():
@@ -66,14 +67,14 @@ class BlockPolicy(ABC):
         return owners
 
     def _next_task(self, trajectory: Trajectory, block: Block, cost: CostModel) -> Task | None:
-        step_times = cost.step_times(trajectory.request)
-        ranks = self.denoise_ranks(block, step_times)
+        step_times = times_per_step(cost, trajectory.request)
+        ranks = self.step_ranks(block, step_times)
         if not ranks:
             return None
-        if trajectory.stage is not Stage.DENOISE:
-            return Task(trajectory.request_id, trajectory.stage, ranks[:1])
+        if trajectory.is_short:
+            return Task(trajectory.request_id, trajectory.stage.kind, ranks[:1])
         num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
-        return Task(trajectory.request_id, Stage.DENOISE, ranks, min(num_steps, trajectory.remaining_steps))
+        return Task(trajectory.request_id, trajectory.stage.kind, ranks, min(num_steps, trajectory.remaining_steps))
 
 
 class FixedDegree(BlockPolicy):
@@ -92,7 +93,7 @@ class FixedDegree(BlockPolicy):
             degree //= 2
         return tuple(whole_blocks(ranks, degree))
 
-    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+    def step_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
         fitting = [degree for degree in step_times if degree <= len(block)]
         return block[: max(fitting)] if fitting else ()
 
@@ -106,7 +107,7 @@ class FirstComeFirstServed(BlockPolicy):
     def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
         return (ranks,) if ranks else ()
 
-    def denoise_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
+    def step_ranks(self, block: Block, step_times: Mapping[int, float]) -> Block:
         fitting = {degree: step_s for degree, step_s in step_times.items() if degree <= len(block)}
         if not fitting:
             return ()
@@ -121,7 +122,3 @@ def whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:
         block = tuple(range(start, start + degree))
         if living.issuperset(block):
             yield block
-
-
-def has_started(trajectory: Trajectory) -> bool:
-    return trajectory.is_running or trajectory.is_encoded

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from tetriserve.core.cost import stages_gpu_s, times_per_step
 from tetriserve.core.plan import CostModel, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import fastest_degree, least_gpu_s
-from tetriserve.policies.fixed import has_started
 from tetriserve.policies.overdue import owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.stages import place_short_stages, urgency_order
 
 TASK_S = 0.25
-"""Length of a denoise task: a request can be overtaken, widened or narrowed at its end."""
+"""Length of a task of steps: a request can be overtaken, widened or narrowed at its end."""
 
 Order = Callable[[Trajectory, CostModel], tuple[float, ...]]
 """Sort key of a waiting trajectory within its priority class."""
@@ -52,11 +52,11 @@ class ListScheduler:
         for trajectory in keyed:
             if not spare:
                 break
-            if trajectory.stage is not Stage.DENOISE:
+            if trajectory.is_short:
                 short.append(trajectory)
                 spare -= 1
                 continue
-            times = cost.step_times(trajectory.request)
+            times = times_per_step(cost, trajectory.request)
             fitting = {degree: step_s for degree, step_s in times.items() if degree <= spare}
             if fitting:
                 degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
@@ -69,14 +69,15 @@ class ListScheduler:
         tasks = []
         for (trajectory, times, degree), ranks in zip(chosen, placed, strict=True):
             num_steps = min(trajectory.remaining_steps, max(1, int(TASK_S / times[degree])))
-            tasks.append(Task(trajectory.request_id, Stage.DENOISE, ranks, num_steps))
+            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
             free.difference_update(ranks)
         return Plan((*tasks, *place_short_stages(short, free)))
 
 
 def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostModel, now: float) -> int:
     request = trajectory.request
-    budget_s = request.deadline_s - now - cost.decode_s(request) - 2 * cost.switch_s
+    after_s = stages_gpu_s(cost, request, request.stages[trajectory.stage_index + 1 :])
+    budget_s = request.deadline_s - now - after_s - 2 * cost.switch_s
     enough = [degree for degree, step_s in fitting.items() if trajectory.remaining_steps * step_s <= budget_s]
     return min(enough) if enough else fastest_degree(fitting)
 
@@ -103,4 +104,4 @@ def shortest_remaining(trajectory: Trajectory, cost: CostModel) -> tuple[float, 
 
 def shortest_job(trajectory: Trajectory, cost: CostModel) -> tuple[float, ...]:
     """`sjf`: least GPU time in all, behind those that have started: non-preemptive."""
-    return (not has_started(trajectory), least_gpu_s(trajectory.request, trajectory.request.num_steps, cost))
+    return (not trajectory.has_started, least_gpu_s(trajectory.request, trajectory.request.num_steps, cost))

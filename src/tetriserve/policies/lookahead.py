@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
@@ -14,10 +14,10 @@ from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
 TASK_S = 0.25
-"""Length of a denoise task with a reservation: how long an urgent arrival may have to wait for its ranks."""
+"""Length of a task of steps with a reservation: how long an urgent arrival may have to wait for its ranks."""
 
 FILL_TASK_S = 0.12
-"""Length of a denoise task without one, unless a single step takes longer."""
+"""Length of a task of steps without one, unless a single step takes longer."""
 
 FILL_STEP_S = 0.25
 """Longest step of such a task; for a shape whose fastest step takes more than half of it, twice that step."""
@@ -66,7 +66,7 @@ class Lookahead:
     def __init__(self, *, task_s: float = TASK_S, promote: bool = True, widen: bool = True) -> None:
         """
         Args:
-            task_s: length of a denoise task, in seconds.
+            task_s: length of a task of steps, in seconds.
             promote: try again with those ahead that did not fit.
             widen: give tasks ranks that would idle.
         """
@@ -101,7 +101,7 @@ class Lookahead:
             if pieces[0].start_s > now + EPSILON_S:
                 begins_s.append(pieces[0].start_s)
             elif pieces[0].num_steps:
-                start.denoise(job, pieces[0], self.task_s, widen=widen)
+                start.steps(job, pieces[0], self.task_s, widen=widen)
             else:
                 start.short.append(job.trajectory)
         served = {id(job) for job, _ in ahead}
@@ -140,8 +140,7 @@ def _ahead(
 
 def _late_piece(job: Job, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
-    if job.stage is not Stage.DENOISE:
-        duration_s = job.encode_s or job.decode_s
+    if duration_s := job.here.short_s:
         start_s = timeline.earliest(duration_s, now)
         return Piece(start_s, start_s + duration_s, 1)
     times = job.speeds.times
@@ -171,7 +170,7 @@ class _Start:
         self._wanted: list[tuple[Trajectory, int]] = []
         self._num_steps: list[int] = []
 
-    def denoise(self, job: Job, piece: Piece, task_s: float, *, widen: bool) -> None:
+    def steps(self, job: Job, piece: Piece, task_s: float, *, widen: bool) -> None:
         """Start `piece`, or its first `task_s`, at the fastest degree that ranks left over allow.
 
         All wider degrees are considered, as in `scale_up`.
@@ -210,8 +209,7 @@ class _Start:
         for job in ordered:
             if self._free_until[1] <= self._ready_s:
                 return
-            if job.stage is not Stage.DENOISE:
-                duration_s = job.encode_s or job.decode_s
+            if duration_s := job.here.short_s:
                 is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
                 if is_fitting and self._leaves_headroom(1, duration_s):
                     self._claim_until(self.now + duration_s, 1)
@@ -219,10 +217,10 @@ class _Start:
                 continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
             kind = id(job.speeds), is_patient
-            if kind not in hopeless and not self._fill_denoise(job, is_patient=is_patient):
+            if kind not in hopeless and not self._fill_steps(job, is_patient=is_patient):
                 hopeless.add(kind)
 
-    def _fill_denoise(self, job: Job, *, is_patient: bool) -> bool:
+    def _fill_steps(self, job: Job, *, is_patient: bool) -> bool:
         """Start a task at the narrowest degree whose step is short enough; failing that at the fastest that fits."""
         times = job.speeds.times
         longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
@@ -256,7 +254,7 @@ class _Start:
         tasks = []
         placed = place(self._wanted, free)
         for (trajectory, _), num_steps, ranks in zip(self._wanted, self._num_steps, placed, strict=True):
-            tasks.append(Task(trajectory.request_id, Stage.DENOISE, ranks, num_steps))
+            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
             free.difference_update(ranks)
         return (*tasks, *place_short_stages(self.short, free))
 

@@ -19,6 +19,6 @@ class Policy(Protocol):
         """Tasks to start at `now` (seconds since the engine started), and when to ask again at the latest.
 
         Each task uses ranks from `state.idle_ranks` only, for a trajectory in `state.waiting`, at most one task per
-        request; a denoise task runs between 1 and the remaining number of steps.
+        request; a task of a stage with steps runs between 1 and the remaining number of steps.
         """
         ...

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.policies.exhaustive import NUM_NODES, Exhaustive
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.policies.greedy import (
@@ -50,9 +52,9 @@ class PolicyContext:
     def step_times(self, shape: Shape) -> dict[int, float]:
         """Seconds per step by degree, for the degrees that fit on the pool."""
         request = Request(
-            request_id="probe", prompt="", shape=shape, num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0
+            request_id="probe", prompt="", shape=shape, stages=image_stages(1), seed=0, arrival_s=0.0, deadline_s=0.0
         )
-        times = self.cost.step_times(request)
+        times = times_per_step(self.cost, request)
         return {degree: step_s for degree, step_s in times.items() if degree <= self.num_ranks}
 
     @property

@@ -11,11 +11,13 @@ from heapq import nsmallest
 from operator import attrgetter
 from typing import NamedTuple
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import InFlight, State
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
 from tetriserve.policies.facts import Facts
+from tetriserve.policies.stages import Ahead, ahead_of
 from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
 
 MIN_RESERVED = 12
@@ -65,32 +67,32 @@ def _step_s(pair: tuple[int, float]) -> float:
 
 
 class Terms(NamedTuple):
-    """What one kind of request takes on the living ranks; encode and decode in seconds, with the time to start them."""
+    """What one kind of request takes on the living ranks: its steps, and its stages one by one."""
 
     speeds: Speeds | None
-    encode_s: float
-    decode_s: float
+    ahead: tuple[Ahead, ...]
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """What is left of one request once its task in flight, if it has one, has ended.
 
+    stage_index: of the stage that comes next; `here` is what lies ahead of it, and `ahead` the same for every stage.
+    num_steps: left of the stage with steps, if that is not over.
     ready_s: when its next stage can start, or could have started.
-    encode_s: 0 when that is done; decode_s: both with the time to start the task.
     gpu_s: rank-seconds left at the cheapest degree.
     latest_s: until when it can wait and still end in time at its fastest; what its task in flight takes is no wait.
     order: priority class, then slack.
     """
 
     trajectory: Trajectory
-    stage: Stage
+    stage_index: int
     num_steps: int
     ready_s: float
     is_waiting: bool
     speeds: Speeds
-    encode_s: float
-    decode_s: float
+    ahead: tuple[Ahead, ...]
+    here: Ahead
     gpu_s: float
     latest_s: float
     order: tuple[int, float]
@@ -105,44 +107,43 @@ class Job:
 
     def after(self, flight: InFlight, now: float) -> Job | None:
         """The same request once `flight` has landed; None when that was its last task."""
-        if self.stage is Stage.DECODE:
+        stage_index, num_steps = self.stage_index, self.num_steps - flight.task.num_steps
+        if self.here.short_s or not num_steps:
+            stage_index += 1
+        if stage_index == len(self.ahead):
             return None
-        num_steps = self.num_steps - flight.task.num_steps
         ready_s = expected_end_s(flight, now)
         return _job(
-            self.trajectory, Stage.DENOISE if num_steps else Stage.DECODE, num_steps, self.speeds, 0.0, self.decode_s,
-            ready_s=ready_s, busy_s=ready_s - now,
-        )  # fmt: skip
+            self.trajectory, stage_index, num_steps, self.speeds, self.ahead, ready_s=ready_s, busy_s=ready_s - now
+        )
 
 
 def _job(
     trajectory: Trajectory,
-    stage: Stage,
+    stage_index: int,
     num_steps: int,
     speeds: Speeds,
-    encode_s: float,
-    decode_s: float,
+    ahead: tuple[Ahead, ...],
     *,
     ready_s: float,
     busy_s: float | None = None,
 ) -> Job:
     """busy_s: how long its task in flight still takes; None when it waits."""
-    rest_s = encode_s + decode_s
+    here = ahead[stage_index]
+    rest_s = here.before_s + here.after_s
     gpu_s = rest_s + num_steps * speeds.efficient[0][2]
     latest_s = trajectory.request.deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
     is_waiting = busy_s is None
     order = trajectory.request.priority, latest_s
-    return Job(trajectory, stage, num_steps, ready_s, is_waiting, speeds, encode_s, decode_s, gpu_s, latest_s, order)
+    return Job(trajectory, stage_index, num_steps, ready_s, is_waiting, speeds, ahead, here, gpu_s, latest_s, order)
 
 
 def job_of(trajectory: Trajectory, terms: Terms) -> Job | None:
     """The job of a trajectory as it stands, without its task in flight; None when no living rank can serve it."""
     if terms.speeds is None:
         return None
-    stage = trajectory.stage
     return _job(
-        trajectory, stage, trajectory.remaining_steps, terms.speeds,
-        terms.encode_s if stage is Stage.ENCODE else 0.0, terms.decode_s,
+        trajectory, trajectory.stage_index, trajectory.remaining_steps, terms.speeds, terms.ahead,
         ready_s=trajectory.request.arrival_s,
     )  # fmt: skip
 
@@ -166,10 +167,9 @@ class JobBook:
         return jobs
 
     def _terms_of(self, request: Request, state: State) -> Terms:
-        cost = state.cost
-        switch_s = cost.switch_s
-        speeds = speeds_of(tuple(cost.step_times(request).items()), len(state.ranks), switch_s, self._task_s)
-        return Terms(speeds, switch_s + cost.encode_s(request), switch_s + cost.decode_s(request))
+        step_times = tuple(times_per_step(state.cost, request).items())
+        speeds = speeds_of(step_times, len(state.ranks), state.cost.switch_s, self._task_s)
+        return Terms(speeds, ahead_of(request, state.cost))
 
 
 def expected_end_s(flight: InFlight, now: float) -> float:
@@ -236,36 +236,37 @@ def _walk(jobs: Iterable[Job], timeline: Timeline) -> Reservations:
 def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
     """The cheapest reservation by which `job` ends in time, as early as the timeline allows; None if there is none.
 
-    Encode if that is to come, then the denoise steps, then decode. The cheapest is the narrowest efficient degree that,
-    taken as the most that the job may have at once, still brings it to its end in time: where fewer ranks are free, it
-    makes do with those.
+    Short stages if some come first, then steps, then what follows them. The cheapest is the narrowest efficient degree
+    that, taken as the most that the job may have at once, still brings it to its end in time: where fewer ranks are
+    free, it makes do with those.
     """
     pieces: list[Piece] = []
     from_s = max(job.ready_s, timeline.times[0])
-    if job.encode_s:
-        from_s = timeline.earliest(job.encode_s, from_s)
-        pieces.append(Piece(from_s, from_s + job.encode_s, 1))
-        from_s += job.encode_s
+    before_s, after_s = job.here.before_s, job.here.after_s
+    if before_s:
+        from_s = timeline.earliest(before_s, from_s)
+        pieces.append(Piece(from_s, from_s + before_s, 1))
+        from_s += before_s
     if job.num_steps:
-        denoised_by_s = job.deadline_s - job.decode_s
-        denoise = None
+        steps_by_s = job.deadline_s - after_s
+        steps = None
         for degree, step_s, _ in job.speeds.efficient:
-            if from_s + job.num_steps * step_s <= denoised_by_s + EPSILON_S:
-                denoise = denoise_pieces(timeline, job.speeds, job.num_steps, from_s, denoised_by_s, degree)
-                if denoise:
+            if from_s + job.num_steps * step_s <= steps_by_s + EPSILON_S:
+                steps = step_pieces(timeline, job.speeds, job.num_steps, from_s, steps_by_s, degree)
+                if steps:
                     break
-        if not denoise:
+        if not steps:
             return None
-        pieces += denoise
-        from_s = denoise[-1].end_s
-    start_s = timeline.earliest(job.decode_s, from_s)
-    if start_s + job.decode_s > job.deadline_s + EPSILON_S:
-        return None
-    pieces.append(Piece(start_s, start_s + job.decode_s, 1))
-    return pieces
+        pieces += steps
+        from_s = steps[-1].end_s
+    if after_s:
+        from_s = timeline.earliest(after_s, from_s)
+        pieces.append(Piece(from_s, from_s + after_s, 1))
+        from_s += after_s
+    return None if from_s > job.deadline_s + EPSILON_S else pieces
 
 
-def denoise_pieces(
+def step_pieces(
     timeline: Timeline, speeds: Speeds, num_steps: int, from_s: float, by_s: float, max_degree: int
 ) -> list[Piece] | None:
     """`num_steps` steps between `from_s` and `by_s` on whatever is free, up to `max_degree` ranks; None if too late."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tetriserve.core.plan import InFlight
-from tetriserve.core.trajectory import Stage
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees, fastest_degree
 
 MIN_ROUND_S = 0.05
@@ -46,7 +45,7 @@ def round_lengths(step_times: Mapping[int, float], switch_s: float, slack_s: flo
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round, in seconds since the engine started. `is_open` until the first of its denoise tasks has started."""
+    """One round, in seconds since the engine started. `is_open` until the first of its tasks with steps has started."""
 
     start_s: float
     end_s: float
@@ -57,7 +56,7 @@ class Round:
 class RoundClock:
     """Rounds of at most `round_s` seconds.
 
-    There is no grid: a round ends when the last of its denoise tasks is predicted to end, and the next one starts then.
+    There is no grid: a round ends when the last of its tasks with steps is predicted to end, and then the next starts.
     What starts in mid-round ends by that moment, so the whole pool comes together at it, and when tasks are a little
     late or early the boundary moves with them. Predictions are a little off; three tolerances absorb that:
 
@@ -79,11 +78,7 @@ class RoundClock:
 
     def round_at(self, in_flight: Iterable[InFlight], now: float) -> Round:
         """The round that `now` belongs to; it always ends after `now`. A task that is long overdue does not count."""
-        ends = [
-            flight.end_s
-            for flight in in_flight
-            if flight.task.stage is Stage.DENOISE and flight.end_s > now - self.grace_s
-        ]
+        ends = [flight.end_s for flight in in_flight if flight.task.num_steps and flight.end_s > now - self.grace_s]
         if not ends:
             return Round(now, now + self.round_s, is_open=True)
         end_s = max(ends)
@@ -118,7 +113,7 @@ class Window:
     switch_s: float
 
     def steps_that_fit(self, step_s: float) -> int:
-        """Steps that a denoise task can run by the end of the round."""
+        """Steps that a task can run by the end of the round."""
         available_s = self.round.end_s - self.now - self.switch_s
         return self.clock.steps_that_fit(available_s, step_s, is_open=self.round.is_open)
 

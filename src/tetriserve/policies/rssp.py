@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
-from tetriserve.policies.fixed import CHUNK_S, Block, has_started, whole_blocks
+from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.fixed import CHUNK_S, Block, whole_blocks
 
 MIN_EFFICIENCY = 0.7
 """GPU time at the cheapest degree over GPU time at the chosen one. On FLUX.1-dev and 8 H100 it gives the degrees of
@@ -23,8 +24,8 @@ def efficient_enough_degree(step_times: Mapping[int, float], min_efficiency: flo
 class ResolutionSpecific:
     """`rssp`: first come first served, non-preemptive, each request on an aligned block as wide as its shape's degree.
 
-    A request holds its block from encode to decode, although these two run on the block's first rank alone. The
-    request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
+    A request holds its block from its first stage to its last, although short stages run on the block's first rank
+    alone. The request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
     what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of
     those that have not started; degrees wider than the largest living block are left out.
     """
@@ -40,7 +41,7 @@ class ResolutionSpecific:
         leaders = {flight.task.request_id: flight.task.ranks[0] for flight in state.in_flight}
         # In order of arrival; should two claim a rank after a death, the later one moves.
         for trajectory in state.trajectories:
-            if not has_started(trajectory):
+            if not trajectory.has_started:
                 new.append(trajectory)
                 continue
             leader = leaders.get(trajectory.request_id, next(iter(trajectory.holders), None))
@@ -73,7 +74,7 @@ class ResolutionSpecific:
         """The degree of the shape among those for which a whole block lives; 0 for none."""
         step_times = {
             degree: step_s
-            for degree, step_s in state.cost.step_times(trajectory.request).items()
+            for degree, step_s in times_per_step(state.cost, trajectory.request).items()
             if any(True for _ in whole_blocks(state.ranks, degree))
         }
         return efficient_enough_degree(step_times) if step_times else 0
@@ -84,8 +85,8 @@ def _blocks(state: State, degree: int) -> Iterator[Block]:
 
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:
-    if trajectory.stage is not Stage.DENOISE:
-        return Task(trajectory.request_id, trajectory.stage, block[:1])
-    step_s = state.cost.step_times(trajectory.request)[len(block)]
+    if trajectory.is_short:
+        return Task(trajectory.request_id, trajectory.stage.kind, block[:1])
+    step_s = times_per_step(state.cost, trajectory.request)[len(block)]
     num_steps = min(trajectory.remaining_steps, max(1, int(CHUNK_S / step_s)))
-    return Task(trajectory.request_id, Stage.DENOISE, block, num_steps)
+    return Task(trajectory.request_id, trajectory.stage.kind, block, num_steps)

@@ -10,7 +10,7 @@ from tetriserve.core.trajectory import Trajectory
 
 
 class Choice(NamedTuple):
-    """A denoise task whose ranks are still to be chosen.
+    """A task with steps whose ranks are still to be chosen.
 
     times: seconds per step by degree, for the degrees that it may run at.
     """

@@ -1,10 +1,12 @@
-"""Encode and decode: short stages on one rank, outside the rounds."""
+"""Short stages, which run outside of rounds and reservations, and how stages follow each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from tetriserve.core.plan import Task
+from tetriserve.core.plan import CostModel, Task
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import FreeRanks
 
@@ -15,11 +17,49 @@ def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
     return request.priority, request.deadline_s, request.arrival_s, request.request_id
 
 
+class Ahead(NamedTuple):
+    """What lies ahead of a request at one of its stages, in seconds with the time to start each task.
+
+    short_s: the present stage if it is short, else 0.
+    before_s: short stages up to the next one with steps, the present one included.
+    has_steps: whether there is one with steps.
+    after_s: the stages after that one.
+    """
+
+    short_s: float
+    before_s: float
+    has_steps: bool
+    after_s: float
+
+
+def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
+    """One entry for each of the request's stages; short stages count at their narrowest degrees."""
+    taken = [
+        (stage.num_steps == 0, cost.switch_s + times[min(times)])
+        for stage in request.stages
+        for times in [cost.times(request, stage.kind)]
+    ]
+    found = []
+    for index in range(len(taken)):
+        before_s = after_s = 0.0
+        has_steps = False
+        for is_short, seconds in taken[index:]:
+            if not is_short:
+                has_steps = True
+            elif has_steps:
+                after_s += seconds
+            else:
+                before_s += seconds
+        is_short, seconds = taken[index]
+        found.append(Ahead(seconds if is_short else 0.0, before_s, has_steps, after_s))
+    return tuple(found)
+
+
 def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:
     """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
 
     They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
-    waiting for two rounds to end. Decode runs where the latents are when that rank is free. One rank runs one task, so
+    waiting for two rounds to end. They run where the state is when that rank is free. One rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
     if not trajectories:
@@ -31,5 +71,5 @@ def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, pr
             break
         ranks = available.take(1, trajectory.holders if preserve else ())
         free.difference_update(ranks)
-        tasks.append(Task(trajectory.request_id, trajectory.stage, ranks))
+        tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks))
     return tasks

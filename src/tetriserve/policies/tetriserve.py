@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import attrgetter
 
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
@@ -27,9 +27,9 @@ _EQUAL = 1.01
 class TetriServe:
     """Rounds in which as many requests as possible keep their deadlines.
 
-    A round spans some steps of a reference shape and ends when the last of its denoise tasks does. At every event the
-    round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all are idle this is
-    the paper's round, in between it fills what has become free. Denoise tasks end by the end of the round, so that all
+    A round spans some steps of a reference shape and ends when the last of its tasks with steps does. At every event
+    the round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all are idle this is
+    the paper's round, in between it fills what has become free. Tasks with steps end by the end of the round, so that all
     ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8 ranks for a
     request that needs them.
 
@@ -107,7 +107,7 @@ class TetriServe:
         choices += late_choices
         wanted = [(choice.trajectory, choice.degree) for choice in choices]
         for choice, ranks in zip(choices, place(wanted, free, preserve=self.placement), strict=True):
-            tasks.append(Task(choice.trajectory.request_id, Stage.DENOISE, ranks, choice.num_steps))
+            tasks.append(Task(choice.trajectory.request_id, choice.trajectory.stage.kind, ranks, choice.num_steps))
             free.difference_update(ranks)
         tasks += place_short_stages(late_short, free, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=this.end_s)
@@ -194,7 +194,7 @@ def options_of(candidate: Candidate, window: Window) -> tuple[Group, list[Choice
     """
     trajectory, table = candidate.trajectory, candidate.table
     remaining = trajectory.remaining_steps
-    latest_s = candidate.denoised_by_s - remaining * table.fastest_s
+    latest_s = candidate.steps_by_s - remaining * table.fastest_s
     options: list[Option] = []
     choices: list[Choice] = []
     for segment in candidate.allocation(window.now + window.switch_s):

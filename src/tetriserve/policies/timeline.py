@@ -14,7 +14,7 @@ NEVER_S = 1e12
 
 
 class Piece(NamedTuple):
-    """`degree` ranks from `start_s` to `end_s`, for `num_steps` denoise steps (0 for encode and decode)."""
+    """`degree` ranks from `start_s` to `end_s`, for `num_steps` steps (0 for short stages)."""
 
     start_s: float
     end_s: float

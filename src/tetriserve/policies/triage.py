@@ -7,30 +7,30 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.allocation import EPSILON_S, Segment, cheapest_mix
 from tetriserve.policies.facts import Facts
 from tetriserve.policies.rounds import RoundClock, RoundTable, round_table
-from tetriserve.policies.stages import urgency_order
+from tetriserve.policies.stages import Ahead, ahead_of, urgency_order
 
 
 class Terms(NamedTuple):
     """What one kind of request takes on the living ranks, in seconds.
 
-    encode_s, decode_s: with the time to start them.
+    ahead: by stage.
     table: None when even the narrowest degree is too wide.
     """
 
-    encode_s: float
-    decode_s: float
+    ahead: tuple[Ahead, ...]
     switch_s: float
     table: RoundTable | None
 
 
 class ShortStage(NamedTuple):
-    """A trajectory whose next stage is encode or decode.
+    """A trajectory whose next stage is short.
 
     order: priority class, then deadline.
     latest_start_s: when it has to start at the latest for the request to finish in time.
@@ -44,27 +44,27 @@ class ShortStage(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A trajectory whose next stage is denoise.
+    """A trajectory whose next stage has steps.
 
     order: priority class, then when it has to start at its fastest degree to finish in time: least slack first.
     latest_start_s: from when on no allocation meets the deadline.
-    denoised_by_s: when the last step has to end for decode to end by the deadline.
+    steps_by_s: when the last step has to end for what follows to end by the deadline.
     """
 
     trajectory: Trajectory
     order: tuple[int, float]
     latest_start_s: float
-    denoised_by_s: float
+    steps_by_s: float
     table: RoundTable
 
     @property
     def priority(self) -> int:
         return self.order[0]
 
-    def allocation(self, denoise_from_s: float) -> Sequence[Segment]:
+    def allocation(self, steps_from_s: float) -> Sequence[Segment]:
         """The cheapest way to meet the deadline (section 4.2.1); empty when there is none."""
         num_steps = self.trajectory.remaining_steps
-        budget_s = self.denoised_by_s - denoise_from_s
+        budget_s = self.steps_by_s - steps_from_s
         # Whole rounds are the honest price of a degree; near the deadline only the bare steps may still fit.
         segments = cheapest_mix(num_steps, budget_s, self.table.paced)
         return segments or cheapest_mix(num_steps, budget_s, self.table.efficient) or ()
@@ -108,40 +108,38 @@ class Sorter:
         sorted_out.late.sort(key=attrgetter("priority"))  # sorting is stable: the oldest stay first
         return sorted_out
 
-    def gpu_s(self, candidate: Candidate, denoise_from_s: float, state: State) -> float:
+    def gpu_s(self, candidate: Candidate, steps_from_s: float, state: State) -> float:
         """Rank-seconds that `candidate`, of any sorter, needs in these rounds to be in time, or else at its fastest."""
         table = self._table_of(candidate.trajectory.request, state)
         assert table is not None, "a candidate has a degree"
         num_steps = candidate.trajectory.remaining_steps
         gpu_s = {degree: step_gpu_s for degree, _, step_gpu_s in table.paced}
-        mix = cheapest_mix(num_steps, candidate.denoised_by_s - denoise_from_s, table.paced)
+        mix = cheapest_mix(num_steps, candidate.steps_by_s - steps_from_s, table.paced)
         if mix is None:
             return num_steps * table.paced[-1][2]
         return sum(segment.num_steps * gpu_s[segment.degree] for segment in mix)
 
     def _terms_of(self, request: Request, state: State) -> Terms:
-        cost, switch_s = state.cost, state.cost.switch_s
-        table = self._table_of(request, state)
-        return Terms(switch_s + cost.encode_s(request), switch_s + cost.decode_s(request), switch_s, table)
+        return Terms(ahead_of(request, state.cost), state.cost.switch_s, self._table_of(request, state))
 
     def _table_of(self, request: Request, state: State) -> RoundTable | None:
         cost = state.cost
-        return round_table(tuple(cost.step_times(request).items()), len(state.ranks), cost.switch_s, self.clock)
+        return round_table(tuple(times_per_step(cost, request).items()), len(state.ranks), cost.switch_s, self.clock)
 
 
 def next_stage(trajectory: Trajectory, terms: Terms) -> ShortStage | Candidate | None:
     """What `trajectory` needs next; None when no degree is narrow enough for its steps."""
-    request = trajectory.request
-    denoised_by_s = request.deadline_s - terms.decode_s
-    if trajectory.stage is Stage.DECODE:
-        return ShortStage(trajectory, urgency_order(trajectory), denoised_by_s, terms.decode_s)
+    request, here = trajectory.request, terms.ahead[trajectory.stage_index]
+    if not here.has_steps:
+        return ShortStage(trajectory, urgency_order(trajectory), request.deadline_s - here.before_s, here.short_s)
     table = terms.table
     if table is None:
         return None
     num_steps = trajectory.remaining_steps
-    fastest_from_s = denoised_by_s - terms.switch_s - num_steps * table.fastest_s
-    if trajectory.stage is Stage.ENCODE:
+    steps_by_s = request.deadline_s - here.after_s
+    fastest_from_s = steps_by_s - terms.switch_s - num_steps * table.fastest_s
+    if trajectory.is_short:
         order = urgency_order(trajectory)
-        return ShortStage(trajectory, order, fastest_from_s - terms.encode_s, terms.encode_s)
-    latest_start_s = denoised_by_s - terms.switch_s - num_steps * table.quickest_s
-    return Candidate(trajectory, (request.priority, fastest_from_s), latest_start_s, denoised_by_s, table)
+        return ShortStage(trajectory, order, fastest_from_s - here.before_s, here.short_s)
+    latest_start_s = steps_by_s - terms.switch_s - num_steps * table.quickest_s
+    return Candidate(trajectory, (request.priority, fastest_from_s), latest_start_s, steps_by_s, table)

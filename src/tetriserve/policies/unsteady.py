@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import CostModel, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 
 _Choice = TypeVar("_Choice")
 
@@ -27,16 +28,15 @@ class Unsteady:
             if not 0 < degree <= len(idle):
                 break
             ranks = tuple(sorted(_take(idle, trajectory, number) for number in range(degree)))
-            num_steps = 1 if trajectory.stage is Stage.DENOISE else 0
-            tasks.append(Task(trajectory.request_id, trajectory.stage, ranks, num_steps))
+            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, int(not trajectory.is_short)))
         return Plan(tuple(tasks))
 
 
 def _degree(trajectory: Trajectory, cost: CostModel, num_ranks: int) -> int:
     """0 if its shape runs at no degree that the pool has."""
-    if trajectory.stage is not Stage.DENOISE:
+    if trajectory.is_short:
         return 1
-    degrees = [degree for degree in cost.step_times(trajectory.request) if degree <= num_ranks]
+    degrees = [degree for degree in times_per_step(cost, trajectory.request) if degree <= num_ranks]
     return _drawn(degrees, trajectory, "degree") if degrees else 0
 
 

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
 from tetriserve.profile.corrections import Corrections, make_room
 from tetriserve.profile.table import DenoiseRow, Profile
 
@@ -31,12 +30,21 @@ class ProfileCost:
     _memo: dict[tuple[object, ...], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
 
-    def step_times(self, request: Request) -> Mapping[int, float]:
-        """Seconds per denoise step by degree, ascending; of the degrees that the request allows.
+    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+        """See `CostModel.times`; of the degrees that the request allows.
 
         Raises:
             ProfileError: the shape lies outside the measured range.
         """
+        match stage:
+            case "encode":
+                return {1: self.corrections.encode * self.profile.encode_s * request.num_passes}
+            case "decode":
+                return {1: self.corrections.of_decode(request.shape) * self._decode_s(request.shape)}
+            case _:
+                return self._step_times(request)
+
+    def _step_times(self, request: Request) -> Mapping[int, float]:
         key = request.kind
         times = self._memo.get(key)
         if times is None:
@@ -62,12 +70,6 @@ class ProfileCost:
         covered = [degree for degree in allowed if self._covers(shape, degree)]
         return {degree: self._step_s(shape, degree) for degree in covered or allowed[:1]}
 
-    def encode_s(self, request: Request) -> float:
-        return self.corrections.encode * self.profile.encode_s * request.num_passes
-
-    def decode_s(self, request: Request) -> float:
-        return self.corrections.of_decode(request.shape) * self._decode_s(request.shape)
-
     @property
     def switch_s(self) -> float:
         return self.profile.switch_s
@@ -80,13 +82,13 @@ class ProfileCost:
         """The same model after one task of `request` took `elapsed_s`; `self` is unchanged."""
         shape, corrections, memo = request.shape, self.corrections, self._memo
         match task.stage:
-            case Stage.ENCODE:
+            case "encode":
                 corrections = corrections.after_encode(elapsed_s / (self.profile.encode_s * request.num_passes))
-            case Stage.DENOISE:
+            case "denoise":
                 profiled_s = task.num_steps * self._step_s(shape, task.degree) * request.num_passes
                 corrections = corrections.after_step(shape, task.degree, elapsed_s / profiled_s)
                 memo = {known: times for known, times in memo.items() if known[0] != shape}
-            case Stage.DECODE:
+            case "decode":
                 corrections = corrections.after_decode(shape, elapsed_s / self._decode_s(shape))
         return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._decode_memo)
 

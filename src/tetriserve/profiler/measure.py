@@ -21,7 +21,7 @@ from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
@@ -267,26 +267,26 @@ class _Bench:
     def request(self, card: ModelCard, shape: Shape, num_steps: int = _NUM_STEPS) -> Request:
         request = Request(
             request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
-            num_steps=num_steps, seed=0, arrival_s=0.0, deadline_s=0.0,
+            stages=image_stages(num_steps), seed=0, arrival_s=0.0, deadline_s=0.0,
             guidance_scale=card.default_guidance_scale,
         )  # fmt: skip
         self._progress[request.request_id] = _Progress()
         return request
 
     async def encode(self, request: Request, rank: int) -> None:
-        finished = await self._run(request, Task(request.request_id, Stage.ENCODE, (rank,)))
+        finished = await self._run(request, Task(request.request_id, ENCODE, (rank,)))
         self._progress[request.request_id].embeds = finished.result
         self.encode_s.append(finished.elapsed_s)
 
     async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
-        finished = await self._run(request, Task(request.request_id, Stage.DENOISE, ranks, num_steps))
+        finished = await self._run(request, Task(request.request_id, DENOISE, ranks, num_steps))
         progress = self._progress[request.request_id]
         progress.latents = finished.result
         progress.steps_done += num_steps
         return finished
 
     async def decode(self, request: Request, rank: int) -> TaskFinished:
-        return await self._run(request, Task(request.request_id, Stage.DECODE, (rank,)))
+        return await self._run(request, Task(request.request_id, DECODE, (rank,)))
 
     def forget(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -77,7 +77,7 @@ def board_sheet(boards: Mapping[str, Sequence[Outcome]], window: tuple[float, fl
             policy,
             outcome.request.request_id,
             str(outcome.request.shape),
-            run.task.stage.value,
+            run.task.stage,
             run.task.num_steps,
             " ".join(map(str, sorted(run.task.ranks))),
             run.start_s,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TypeAlias
 
-from tetriserve.core.trajectory import Stage
 from tetriserve.workload.outcome import Outcome
 
 RunOutcomes: TypeAlias = Sequence[Outcome]
@@ -41,7 +40,7 @@ def degree_over_time(runs: Sequence[RunOutcomes]) -> Points:
         for run in runs
         for outcome in run
         for task_run in outcome.runs
-        if task_run.task.stage is Stage.DENOISE
+        if task_run.task.num_steps
     ]
 
     def value(start_s: float, end_s: float) -> float:

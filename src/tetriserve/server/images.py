@@ -63,7 +63,7 @@ def schedule(outcome: Outcome) -> Schedule:
         truncated=None if text is None else text.is_truncated,
         runs=[
             Run(
-                stage=run.task.stage.value,
+                stage=run.task.stage,
                 ranks=list(run.task.ranks),
                 degree=run.task.degree,
                 num_steps=run.task.num_steps,

@@ -11,7 +11,6 @@ from prometheus_client.exposition import choose_encoder
 
 from tetriserve.core.events import Event, Submitted, WorkerJoined, WorkerLost
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
 from tetriserve.engine import EndedTask, LiveEngine, Observation, Occurred
 from tetriserve.server.durability import JournalCollector
 from tetriserve.server.occupancy import PoolCollector
@@ -130,7 +129,7 @@ class Metrics:
         self._requests.labels(outcome.status.value, size).inc()
         was_promised = outcome.request.request_id in self._promised
         self._promised.discard(outcome.request.request_id)
-        denoise = [run.task for run in outcome.runs if run.task.stage is Stage.DENOISE]
+        denoise = [run.task for run in outcome.runs if run.task.num_steps]
         self._switches.inc(sum(set(before.ranks) != set(after.ranks) for before, after in pairwise(denoise)))
         if outcome.status is Status.CANCELLED:
             return
@@ -150,15 +149,15 @@ class Metrics:
         self._queued.labels(size).observe(max(0.0, outcome.queued_s))
         self._slack.labels(size).observe(outcome.request.deadline_s - outcome.finish_s)
         self._finish_error.labels(size).observe(outcome.finish_s - outcome.predicted_finish_s)
-        for stage in Stage:
-            stage_s = sum(run.end_s - run.start_s for run in outcome.runs if run.task.stage is stage)
-            self._stage_time.labels(stage.value).observe(stage_s)
+        for stage in dict.fromkeys(stage.kind for stage in outcome.request.stages):
+            stage_s = sum(run.end_s - run.start_s for run in outcome.runs if run.task.stage == stage)
+            self._stage_time.labels(stage).observe(stage_s)
 
     def _count_task(self, ended: EndedTask) -> None:
         run, task = ended.run, ended.run.task
         end = "finished" if ended.failure is None else ended.failure.value
-        self._tasks.labels(task.stage.value, end).inc()
-        self._rank_seconds.labels(task.stage.value).inc((run.end_s - run.start_s) * task.degree)
+        self._tasks.labels(task.stage, end).inc()
+        self._rank_seconds.labels(task.stage).inc((run.end_s - run.start_s) * task.degree)
         if ended.step_s is not None and ended.expected_step_s is not None:
             self._steps.labels(str(task.degree)).inc(task.num_steps)
             self._step_ratio.labels(str(task.degree)).observe(ended.step_s / ended.expected_step_s)

@@ -122,7 +122,7 @@ class ImageEvents:
         finish_s = (await self._engine.forecast()).finish_s.get(request.request_id)
         return ProgressEvent(
             image_index=number,
-            stage=update.stage.value,
+            stage=update.stage,
             step=update.steps_done,
             num_steps=request.num_steps,
             degree=update.degree,

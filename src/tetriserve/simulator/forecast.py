@@ -4,9 +4,9 @@ A forecast is a simulation that starts in mid-life. The controller is forked, ta
 to, every task takes what the cost model says, and nobody else arrives.
 
 **Resolution.** An exact forecast costs a decision per task, and under a long queue there are thousands. With a
-resolution r above 0 the future is looked at the more coarsely the further away it is: a denoise task that starts t
+resolution r above 0 the future is looked at the more coarsely the further away it is: a task with steps that starts t
 seconds ahead lasts at least r * t, and tasks that end within r * t / 5 of each other are followed by one decision,
-though each of them ends, and its ranks go on, at its own time. Encoding is part of the first denoise task, and decoding
+though each of them ends, and its ranks go on, at its own time. A short first stage is part of the first task with steps, and a short last one
 follows the last at once, without a decision. So the number of decisions grows with the logarithm of
 the time that is forecast, and what comes next is nearly exact.
 """
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tetriserve.control.controller import Controller
+from tetriserve.core.cost import task_s, times_per_step
 from tetriserve.core.events import (
     Event,
     FailureKind,
@@ -35,7 +36,7 @@ from tetriserve.core.events import (
 from tetriserve.core.forecast import Forecast
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.reservation import expected_end_s
 
@@ -73,13 +74,13 @@ def forecast(
 class _WhatIf:
     """One run of a fork. `ends` holds how and when each task in flight ends; of equal times the first started first.
 
-    ready_s: when each request's last task ends, by id. free_s: when each rank's does. encode_s: what encoding adds to a
-    request's first denoise task, by id.
+    ready_s: when each request's last task ends, by id. free_s: when each rank's does. first_s: what a short first stage
+    adds to a request's first task with steps, by id.
     """
 
     def __init__(self, controller: Controller, now: float, policy: Policy, resolution: float) -> None:
         self.controller = controller.fork(_Coarse(policy, now, resolution) if resolution else policy)
-        self.encode_s = self.controller.skip_encoding() if resolution else {}
+        self.first_s = self.controller.skip_first_stages() if resolution else {}
         self.start_s = self.now = now
         self.blur = resolution / _MOMENTS
         self.ends: list[tuple[float, int, Event]] = []
@@ -123,7 +124,7 @@ class _WhatIf:
                 case StartTask(task_id, task, request):
                     # Within a moment a rank or a request may be in use for a little longer.
                     start_s = max(self.now, self.ready_s.get(task.request_id, 0.0), *map(self._free_s, task.ranks))
-                    takes_s = self.controller.end_s(task_id) - self.now + self.encode_s.pop(task.request_id, 0.0)
+                    takes_s = self.controller.end_s(task_id) - self.now + self.first_s.pop(task.request_id, 0.0)
                     self._expect(Run(task, start_s, start_s + takes_s), task_id, self._end_of(task_id, task, request))
                 case WakeAt(time_s):
                     self.timer_s = max(time_s, self.now)
@@ -133,7 +134,7 @@ class _WhatIf:
                     pass  # nobody waits for an answer, and there is no state to drop
 
     def _end_of(self, task_id: int, task: Task, request: Request) -> Event:
-        return TaskFinished(task_id, self.controller.expected_s(task, request), _NOTHING)
+        return TaskFinished(task_id, task_s(self.controller.cost, task, request), _NOTHING)
 
     def _expect(self, run: Run, task_id: int, end: Event) -> None:
         self.runs.append(run)
@@ -161,7 +162,7 @@ class _WhatIf:
 
 
 class _Coarse:
-    """`policy` with denoise tasks that last at least `resolution` of the time that lies ahead of `start_s`."""
+    """`policy` with tasks of steps that last at least `resolution` of the time that lies ahead of `start_s`."""
 
     def __init__(self, policy: Policy, start_s: float, resolution: float) -> None:
         self._policy = policy
@@ -170,8 +171,8 @@ class _Coarse:
 
     def plan(self, state: State, now: float) -> Plan:
         least_s = self._resolution * (now - self._start_s)
-        if least_s and (decoding := _decoding(state)) and len(decoding) == len(state.idle_ranks):
-            return Plan(decoding)  # nothing is left to decide on
+        if least_s and (closing := _closing(state)) and len(closing) == len(state.idle_ranks):
+            return Plan(closing)  # nothing is left to decide on
         plan = self._policy.plan(state, now)
         if not plan.tasks or not least_s:
             return plan
@@ -180,20 +181,21 @@ class _Coarse:
         return Plan(tasks, plan.wake_at)
 
 
-def _decoding(state: State) -> tuple[Task, ...]:
-    """The tasks of requests that wait to be decoded, each on its idle leader."""
+def _closing(state: State) -> tuple[Task, ...]:
+    """The tasks of requests that wait for their last stage, a short one, each on its idle leader."""
     idle = set(state.idle_ranks)
     tasks = []
     for trajectory in state.waiting:
         leader = next(iter(trajectory.holders), None)
-        if trajectory.stage is Stage.DECODE and leader in idle:
+        is_last = trajectory.stage_index == len(trajectory.request.stages) - 1
+        if is_last and trajectory.is_short and leader in idle:
             idle.discard(leader)
-            tasks.append(Task(trajectory.request_id, Stage.DECODE, (leader,)))
+            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, (leader,)))
     return tuple(tasks)
 
 
 def _lengthened(task: Task, trajectory: Trajectory | None, state: State, least_s: float) -> Task:
-    if task.stage is not Stage.DENOISE or trajectory is None:
+    if not task.num_steps or trajectory is None:
         return task
-    step_s = state.cost.step_times(trajectory.request).get(task.degree, math.inf)
+    step_s = times_per_step(state.cost, trajectory.request).get(task.degree, math.inf)
     return replace(task, num_steps=min(max(task.num_steps, math.ceil(least_s / step_s)), trajectory.remaining_steps))

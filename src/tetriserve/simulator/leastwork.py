@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tetriserve.core.cost import stages_gpu_s, times_per_step
 from tetriserve.core.plan import CostModel
-from tetriserve.core.request import Request
+from tetriserve.core.request import Request, Stage
 from tetriserve.policies.degrees import efficient_degrees
 
 Floats = npt.NDArray[np.float64]
@@ -61,17 +62,23 @@ class Chain:
 
 def chain_of(request: Request, cost: CostModel, num_ranks: int) -> Chain | None:
     """The chain of `request` on a pool of `num_ranks`; None when no degree of its shape fits on the pool."""
-    times = {degree: step_s for degree, step_s in cost.step_times(request).items() if degree <= num_ranks}
+    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= num_ranks}
     if not times:
         return None
+    index = request.stages.index(request.stepped)
     corners = _convex_hull([(step_s, gpu_s) for _, step_s, gpu_s in reversed(efficient_degrees(times))])
     return Chain(
-        head_s=2 * cost.switch_s + cost.encode_s(request),
-        tail_s=cost.switch_s + cost.decode_s(request),
+        head_s=cost.switch_s + sum(_short_s(cost, request, stage) for stage in request.stages[:index]),
+        tail_s=sum(_short_s(cost, request, stage) for stage in request.stages[index + 1 :]),
         num_steps=request.num_steps,
         times_s=tuple(step_s for step_s, _ in corners),
         costs_s=tuple(gpu_s for _, gpu_s in corners),
     )
+
+
+def _short_s(cost: CostModel, request: Request, stage: Stage) -> float:
+    """With the time to start it."""
+    return cost.switch_s + stages_gpu_s(cost, request, [stage])
 
 
 def _convex_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from tetriserve.control.controller import Controller
+from tetriserve.core.cost import task_s
 from tetriserve.core.events import (
     CloseCancelled,
     Command,
@@ -26,7 +27,6 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import LATE_SHARE, CostModel, Task
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 from tetriserve.policies.policy import Policy
 from tetriserve.workload.outcome import Outcome, Status
 
@@ -153,14 +153,7 @@ class Simulation:
         return self._cost.switch_s + (self._cost.move_s if set(before) != set(task.ranks) else 0.0)
 
     def _duration_s(self, command: StartTask) -> float:
-        task, request = command.task, command.request
-        match task.stage:
-            case Stage.ENCODE:
-                seconds = self._cost.encode_s(request)
-            case Stage.DENOISE:
-                seconds = task.num_steps * self._cost.step_times(request)[task.degree]
-            case Stage.DECODE:
-                seconds = self._cost.decode_s(request)
+        seconds = task_s(self._cost, command.task, command.request)
         return seconds * max(0.1, self._random.gauss(1.0, self._noise)) if self._noise else seconds
 
     def _schedule(self, time_s: float, event: Event) -> _Scheduled:

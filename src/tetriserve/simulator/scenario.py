@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_STEPS, check_range
+from tetriserve.core.cost import narrowest_s
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy, warn_of_long_rounds
 from tetriserve.profile.bundled import open_profile
@@ -196,8 +198,7 @@ def _source(scenario: Scenario, cost: ProfileCost, deadlines: DeadlineRule) -> S
 def _check_covered(shape: Shape, scenario: Scenario, cost: ProfileCost) -> None:
     """Every shape is checked before anything runs: a missing one would show only when it first arrives."""
     try:
-        cost.step_times(_probe(shape))
-        cost.decode_s(_probe(shape))
+        narrowest_s(cost, _probe(shape))
     except ProfileError as error:
         measured = ", ".join(map(str, cost.profile.shapes))
         raise ProfileError(
@@ -206,4 +207,5 @@ def _check_covered(shape: Shape, scenario: Scenario, cost: ProfileCost) -> None:
 
 
 def _probe(shape: Shape) -> Request:
-    return Request(request_id="probe", prompt="", shape=shape, num_steps=1, seed=0, arrival_s=0.0, deadline_s=0.0)
+    stages = image_stages(1)
+    return Request(request_id="probe", prompt="", shape=shape, stages=stages, seed=0, arrival_s=0.0, deadline_s=0.0)

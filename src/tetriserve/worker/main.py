@@ -28,6 +28,7 @@ from tetriserve.core.messages import (
     WarmGroup,
 )
 from tetriserve.core.request import Request
+from tetriserve.core.stages import image_stages
 from tetriserve.logs import set_up_logging
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.parent import follow_server
@@ -163,6 +164,6 @@ def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
 def _warm_up_request(spec: WorkerSpec) -> Request:
     smallest = min(spec.card.sizes, key=lambda shape: shape.num_pixels)
     return Request(
-        request_id="warm-up", prompt="warm-up", shape=smallest, num_steps=1, seed=0,
+        request_id="warm-up", prompt="warm-up", shape=smallest, stages=image_stages(1), seed=0,
         arrival_s=0.0, deadline_s=0.0, guidance_scale=spec.card.default_guidance_scale,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from tetriserve.core.events import FailureKind, StartTask, TensorRef
 from tetriserve.core.messages import RunTask, TaskDone, TaskError
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import ENCODE
 from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, DenoiseLoop, Embeds
 from tetriserve.models.card import ModelCard
@@ -55,7 +55,7 @@ class Runner:
         start, started_at, cpu_before_s = message.start, time.monotonic(), time.thread_time()
         try:
             result = self._run_stage(message)
-            text = self._adapter.count_text(start.request) if start.task.stage is Stage.ENCODE else None
+            text = self._adapter.count_text(start.request) if start.task.stage == ENCODE else None
             elapsed_s, cpu_s = time.monotonic() - started_at, time.thread_time() - cpu_before_s
             return TaskDone(start.task_id, elapsed_s, result, text, None if self._is_on_gpu else cpu_s)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
@@ -98,12 +98,14 @@ class Runner:
         start = message.start
         with torch.no_grad():
             match start.task.stage:
-                case Stage.ENCODE:
+                case "encode":
                     return self._encode(start)
-                case Stage.DENOISE:
+                case "denoise":
                     return self._denoise(start, message.group)
-                case Stage.DECODE:
+                case "decode":
                     return self._decode(start)
+                case unknown:
+                    raise ValueError(f"this model has no stage {unknown!r}")
 
     def _encode(self, start: StartTask) -> TensorRef:
         embeds = self._adapter.encode(start.request)

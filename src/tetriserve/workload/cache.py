@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request
+from tetriserve.core.stages import image_stages
 from tetriserve.workload.randomness import RandomSource, draw
 
 SKIPPED_STEPS = (5, 10, 15, 20, 25)
@@ -58,7 +59,7 @@ class Cache:
         for request in requests:
             part = draw(random, choices, weights) / OF_STEPS
             skipped = math.floor(part * request.num_steps + 0.5)
-            yield replace(request, num_steps=max(1, request.num_steps - skipped))
+            yield replace(request, stages=image_stages(max(1, request.num_steps - skipped)))
 
 
 def parse_cache(spec: str) -> Cache | None:

@@ -8,7 +8,6 @@ from enum import StrEnum
 
 from tetriserve.core.events import Run, TextCount
 from tetriserve.core.request import Request
-from tetriserve.core.trajectory import Stage
 
 
 class Status(StrEnum):
@@ -62,7 +61,7 @@ class Outcome:
         return tuple(run.task.ranks for run in self._denoise_runs() for _ in range(run.task.num_steps))
 
     def _denoise_runs(self) -> Sequence[Run]:
-        return [run for run in self.runs if run.task.stage is Stage.DENOISE]
+        return [run for run in self.runs if run.task.num_steps]
 
     def as_json(self) -> dict[str, object]:
         """One line of a result file. The prompt is left out: results are shared, prompts are not."""

@@ -37,12 +37,12 @@ def task_blocks(run: Run, shape: Shape, **arguments: object) -> Iterator[TraceEv
         yield {
             "ph": "X",
             "name": f"{task.request_id} x{task.degree}",
-            "cat": task.stage.value,
+            "cat": task.stage,
             "pid": _PROCESS,
             "tid": rank,
             "ts": run.start_s * 1e6,
             "dur": (run.end_s - run.start_s) * 1e6,
-            "args": {"stage": task.stage.value, "size": str(shape), "steps": task.num_steps, **arguments},
+            "args": {"stage": task.stage, "size": str(shape), "steps": task.num_steps, **arguments},
         }
 
 

@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Protocol
 
 from tetriserve.core.bounds import SLO_SCALES, check_range
+from tetriserve.core.cost import fastest_s, narrowest_s
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 
 BASE_DEADLINES_S: Mapping[Shape, float] = MappingProxyType(
     {Shape(256, 256): 1.5, Shape(512, 512): 2.0, Shape(1024, 1024): 3.0, Shape(2048, 2048): 5.0}
@@ -75,9 +77,7 @@ class MultipleRule:
         check_range("slo-multiple", self.multiple, *SLO_SCALES)
 
     def slo_s(self, request: Request) -> float:
-        times = self.cost.step_times(request)
-        alone_s = self.cost.encode_s(request) + request.num_steps * times[min(times)] + self.cost.decode_s(request)
-        return self.multiple * alone_s
+        return self.multiple * narrowest_s(self.cost, request)
 
 
 def slack_s(shapes: Sequence[Shape], cost: CostModel, deadlines: DeadlineRule, num_steps: int) -> float:
@@ -86,11 +86,9 @@ def slack_s(shapes: Sequence[Shape], cost: CostModel, deadlines: DeadlineRule, n
     Negative when it cannot be in time at all; infinite when `deadlines` has none for it.
     """
     shape = min(shapes, key=lambda shape: shape.num_pixels)
-    request = Request(
-        request_id="probe", prompt="", shape=shape, num_steps=num_steps, seed=0, arrival_s=0.0, deadline_s=0.0
-    )
-    alone_s = cost.encode_s(request) + num_steps * min(cost.step_times(request).values()) + cost.decode_s(request)
+    stages = image_stages(num_steps)
+    request = Request(request_id="probe", prompt="", shape=shape, stages=stages, seed=0, arrival_s=0.0, deadline_s=0.0)
     try:
-        return deadlines.slo_s(request) - alone_s
+        return deadlines.slo_s(request) - fastest_s(cost, request)
     except ConfigError:
         return math.inf

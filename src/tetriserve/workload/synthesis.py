@@ -8,6 +8,7 @@ from itertools import islice
 
 from tetriserve.core.bounds import MAX_REQUESTS, MAX_STEPS, check_range
 from tetriserve.core.request import Request
+from tetriserve.core.stages import image_stages
 from tetriserve.workload.arrivals import Arrivals
 from tetriserve.workload.mixes import Mix
 from tetriserve.workload.randomness import RandomSource
@@ -30,12 +31,13 @@ class Synthesis:
 
     def requests(self, random: RandomSource) -> Iterator[Request]:
         """The requests in order of arrival, one at a time: a long workload need not fit in memory."""
+        stages = image_stages(self.num_steps)
         for number, arrival_s in enumerate(islice(self.arrivals.times(random), self.num_requests)):
             request = Request(
                 request_id=f"r{number}",
                 prompt="",
                 shape=self.mix.draw(random),
-                num_steps=self.num_steps,
+                stages=stages,
                 seed=random.getrandbits(32),
                 arrival_s=arrival_s,
                 deadline_s=arrival_s,

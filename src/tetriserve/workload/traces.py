@@ -17,6 +17,7 @@ from pathlib import Path
 from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, shown
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import MAX_SIDE, Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.files import read_text
 from tetriserve.workload.slo import DeadlineRule
 
@@ -148,7 +149,7 @@ def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineR
             _whole(row, "width", 1, MAX_SIDE),
             _whole(row, "frames", 1, _MAX_FRAMES, default=1),
         ),
-        num_steps=_whole(row, "num_steps", 1, MAX_STEPS) if "num_steps" in row else default_steps,
+        stages=image_stages(_whole(row, "num_steps", 1, MAX_STEPS) if "num_steps" in row else default_steps),
         seed=_whole(row, "seed", 0, MAX_SEED, default=0),
         arrival_s=arrival_s,
         deadline_s=arrival_s,

@@ -14,7 +14,7 @@ from tetriserve.bench.attempt import Attempt
 from tetriserve.bench.client import Client, Wire
 from tetriserve.bench.connections import Connections
 from tetriserve.core.request import Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.workload.outcome import Status
 from tetriserve.workload.slo import TableRule
 from tetriserve.workload.traces import load_trace
@@ -98,7 +98,7 @@ async def test_what_tetriserve_tells_of_its_schedule_is_part_of_the_outcome(
     assert outcome.degrees == (2, 2, 2)
     assert outcome.request.num_steps == 3
     assert outcome.gpu_time_s == pytest.approx(0.1 + 2 * 0.3 + 0.05)
-    assert [run.task.stage for run in outcome.runs] == [Stage.ENCODE, Stage.DENOISE, Stage.DECODE]
+    assert [run.task.stage for run in outcome.runs] == [ENCODE, DENOISE, DECODE]
     assert outcome.runs[0].start_s == attempt.sent_s
     assert outcome.predicted_finish_s == pytest.approx(attempt.sent_s + 0.5)
     path = tmp_path / "out.jsonl"

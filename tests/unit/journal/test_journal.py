@@ -17,7 +17,7 @@ from tetriserve.core.errors import ConfigError, JournalError
 from tetriserve.core.events import Checkpoint, FailureKind, Run, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.journal import Entry, Failure, Journal, Kept, Key, Model
 from tetriserve.journal.database import Database
 from tetriserve.workload.outcome import Outcome, Status
@@ -30,7 +30,7 @@ PIXELS = bytes(range(12))
 
 def make_request(request_id: str = "a", prompt: str = "a lighthouse") -> Request:
     return Request(
-        request_id=request_id, prompt=prompt, shape=Shape(2, 2), num_steps=8, seed=2**63 - 1, arrival_s=0.0,
+        request_id=request_id, prompt=prompt, shape=Shape(2, 2), stages=image_stages(8), seed=2**63 - 1, arrival_s=0.0,
         deadline_s=3.5,
     )  # fmt: skip
 
@@ -43,13 +43,13 @@ def make_entry(*requests: Request, name: str = "k", arrived_at: float = 1000.0) 
 
 
 def make_outcome(request: Request) -> Outcome:
-    runs = (Run(Task(request.request_id, Stage.DENOISE, (0, 1), 8), 0.1, 0.3),)
+    runs = (Run(Task(request.request_id, DENOISE, (0, 1), 8), 0.1, 0.3),)
     return Outcome(request=request, status=Status.FINISHED, runs=runs, predicted_finish_s=0.2, finish_s=0.4)
 
 
 def checkpoint(steps_done: int) -> Checkpoint:
     latents = TensorRef(f"a.latents.{steps_done}", 20) if steps_done else None
-    return Checkpoint(steps_done, EMBEDS, latents, (Run(Task("a", Stage.ENCODE, (1,)), 0.0, 0.1),))
+    return Checkpoint(steps_done, EMBEDS, latents, (Run(Task("a", ENCODE, (1,)), 0.0, 0.1),))
 
 
 def read_state(ref: TensorRef) -> bytes | None:

@@ -14,7 +14,8 @@ import pytest
 
 from tetriserve.core.plan import CostModel, InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies import Policy, make_policy
 
 
@@ -46,9 +47,9 @@ class TableCost:
         return self
 
     def duration_s(self, task: Task, request: Request) -> float:
-        if task.stage is Stage.ENCODE:
+        if task.stage is ENCODE:
             return self.switch_s + self.encode_s(request)
-        if task.stage is Stage.DECODE:
+        if task.stage is DECODE:
             return self.switch_s + self.decode_s(request)
         return self.switch_s + task.num_steps * self.step_times(request)[task.degree]
 
@@ -78,7 +79,7 @@ class Run:
         return sum(self.finish_s[request.request_id] <= request.deadline_s for request in requests) / len(requests)
 
     def denoise(self, request_id: str) -> list[Task]:
-        return [task for _, _, task in self.tasks if task.request_id == request_id and task.stage is Stage.DENOISE]
+        return [task for _, _, task in self.tasks if task.request_id == request_id and task.stage is DENOISE]
 
     def mean_degree(self, request_id: str) -> float:
         tasks = self.denoise(request_id)
@@ -97,7 +98,7 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
         trajectory = waiting[task.request_id]
         assert task.stage is trajectory.stage, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
-        if task.stage is Stage.DENOISE:
+        if task.stage is DENOISE:
             assert task.degree in state.cost.step_times(trajectory.request)
             assert 1 <= task.num_steps <= trajectory.remaining_steps
         else:
@@ -157,7 +158,7 @@ def drive_policy(
                     trajectory, is_encoded=True, steps_done=trajectory.steps_done + task.num_steps, holders=task.ranks
                 )
             trajectories[task.request_id] = trajectory
-            if kind == "end" and task.stage is Stage.DECODE:
+            if kind == "end" and task.stage is DECODE:
                 assert trajectory.remaining_steps == 0, "no step skipped or repeated"
                 run.finish_s[task.request_id] = now
                 del trajectories[task.request_id]
@@ -259,7 +260,7 @@ def request_of() -> Callable[..., Request]:
             request_id=request_id,
             prompt="",
             shape=Shape(height, height),
-            num_steps=num_steps,
+            stages=image_stages(num_steps),
             seed=seed,
             arrival_s=arrival_s,
             deadline_s=deadline_s,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.plan import InFlight, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DECODE, DENOISE
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.exhaustive import Exhaustive
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, make_policy
@@ -183,9 +184,9 @@ def test_a_task_in_flight_holds_its_ranks_and_its_request(table_cost, request_of
     cost = table_cost({256: {1: 1.0, 2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
     running = Trajectory(request_of(256, request_id="a", num_steps=4), is_encoded=True, holders=(0,), is_running=True)
     waiting = Trajectory(request_of(256, request_id="b", num_steps=2), is_encoded=True, holders=(1,))
-    flight = InFlight(0, Task("a", Stage.DENOISE, (0,), 2), 0.0, 2.0)
+    flight = InFlight(0, Task("a", DENOISE, (0,), 2), 0.0, 2.0)
     state = State((running, waiting), (flight,), (0, 1), cost)
-    assert Exhaustive().plan(state, 1.0) == Plan((Task("b", Stage.DENOISE, (1,), 1),))
+    assert Exhaustive().plan(state, 1.0) == Plan((Task("b", DENOISE, (1,), 1),))
     found = Exhaustive().search(state, 1.0)
     # "b": a step alone until 2.0, one on both ranks, decode until 2.6. "a": from 2.5 on both ranks, or on what is left.
     assert found.is_exact
@@ -196,7 +197,7 @@ def test_a_task_that_is_overdue_does_not_free_its_ranks(table_cost, request_of) 
     cost = table_cost({256: {2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
     running = Trajectory(request_of(256, request_id="a", num_steps=1), is_encoded=True, steps_done=1, is_running=True)
     waiting = Trajectory(request_of(256, request_id="b", num_steps=1), is_encoded=True)
-    state = State((running, waiting), (InFlight(0, Task("a", Stage.DECODE, (0,)), 0.0, 0.1),), (0, 1), cost)
+    state = State((running, waiting), (InFlight(0, Task("a", DECODE, (0,)), 0.0, 0.1),), (0, 1), cost)
     assert Exhaustive().plan(state, 5.0) == Plan()
     assert Exhaustive().plan(State((waiting,), (), (0, 1), cost), 5.0).tasks[0].ranks == (0, 1)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tetriserve.core.plan import InFlight, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DENOISE
+from tetriserve.core.trajectory import Trajectory
 
 
 def test_fcfs_runs_one_request_at_a_time_at_its_fastest_degree(drive, make, request_of, flux):
@@ -26,8 +27,8 @@ def test_fixed_keeps_a_request_on_its_block_from_encode_to_decode(drive, make, r
     run = drive(make("fixed:4", flux), requests, flux)
     for index, block in enumerate([(0, 1, 2, 3), (4, 5, 6, 7)]):
         tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
-        assert {task.ranks for task in tasks if task.stage is Stage.DENOISE} == {block}
-        assert {task.ranks for task in tasks if task.stage is not Stage.DENOISE} == {block[:1]}
+        assert {task.ranks for task in tasks if task.stage is DENOISE} == {block}
+        assert {task.ranks for task in tasks if task.stage is not DENOISE} == {block[:1]}
     starts = {}
     for start, _, task in run.tasks:
         starts.setdefault(task.request_id, start)
@@ -40,9 +41,9 @@ def test_a_block_stays_reserved_while_its_request_waits_between_tasks(make, requ
     policy = make("fixed:2", flux, 4)
     a, b, c = (request_of(1024, request_id=name) for name in "abc")
     trajectories = (Trajectory(c), Trajectory(a, True, 5, (0, 1)), Trajectory(b, True, 5, (2, 3), is_running=True))
-    flight = InFlight(0, Task("b", Stage.DENOISE, (2, 3), 5), 0.0, 0.5)
+    flight = InFlight(0, Task("b", DENOISE, (2, 3), 5), 0.0, 0.5)
     plan = policy.plan(State(trajectories, (flight,), (0, 1, 2, 3), flux), 0.1)
-    assert plan.tasks == (Task("a", Stage.DENOISE, (0, 1), 5),)
+    assert plan.tasks == (Task("a", DENOISE, (0, 1), 5),)
 
 
 def test_a_request_that_lost_its_block_takes_the_next_free_one_but_nobody_elses(make, request_of, flux):

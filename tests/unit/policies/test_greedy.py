@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tetriserve.core.plan import InFlight, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DENOISE, ENCODE
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.rssp import efficient_enough_degree
 
 RANKS = tuple(range(8))
@@ -61,12 +62,12 @@ def test_rssp_chooses_the_degrees_that_the_paper_chose(flux):
 
 def test_rssp_makes_everyone_wait_behind_the_head_unless_it_backfills(make, request_of, flux):
     running = encoded(request_of(1024, request_id="running"), 5, (0, 1), is_running=True)
-    flight = InFlight(0, Task("running", Stage.DENOISE, (0, 1), 5), 0.0, 0.5)
+    flight = InFlight(0, Task("running", DENOISE, (0, 1), 5), 0.0, 0.5)
     head = Trajectory(request_of(2048, request_id="head"))
     small = Trajectory(request_of(256, request_id="small"))
     state = State((running, head, small), (flight,), RANKS, flux)
     assert make("rssp", flux).plan(state, 0.1).tasks == ()
-    assert make("rssp:backfill=on", flux).plan(state, 0.1).tasks == (Task("small", Stage.ENCODE, (2,)),)
+    assert make("rssp:backfill=on", flux).plan(state, 0.1).tasks == (Task("small", ENCODE, (2,)),)
 
 
 def test_rssp_holds_the_block_from_encode_to_decode(drive, make, request_of, flux):
@@ -75,8 +76,8 @@ def test_rssp_holds_the_block_from_encode_to_decode(drive, make, request_of, flu
     for index in range(4):
         tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
         block = (2 * index, 2 * index + 1)
-        assert {task.ranks for task in tasks if task.stage is Stage.DENOISE} == {block}
-        assert {task.ranks for task in tasks if task.stage is not Stage.DENOISE} == {block[:1]}
+        assert {task.ranks for task in tasks if task.stage is DENOISE} == {block}
+        assert {task.ranks for task in tasks if task.stage is not DENOISE} == {block[:1]}
     first_start = min(start for start, _, task in run.tasks if task.request_id == "r4")
     assert first_start == pytest.approx(run.finish_s["r0"])
 
@@ -88,7 +89,7 @@ def test_rssp_narrows_when_no_whole_block_lives(drive, make, request_of, flux, d
 
 def test_rssp_holds_the_whole_block_while_its_first_rank_encodes(make, request_of, flux):
     encoding = Trajectory(request_of(2048, request_id="encoding"), is_running=True)
-    flight = InFlight(0, Task("encoding", Stage.ENCODE, (0,)), 0.0, 0.021)
+    flight = InFlight(0, Task("encoding", ENCODE, (0,)), 0.0, 0.021)
     state = State((encoding, Trajectory(request_of(256))), (flight,), RANKS, flux)
     for spec in ("rssp", "rssp:backfill=on"):
         assert make(spec, flux).plan(state, 0.01).tasks == ()
@@ -98,4 +99,4 @@ def test_rssp_passes_over_a_shape_that_no_living_rank_can_serve(make, request_of
     cost = table_cost({256: {1: 0.02}, 512: {2: 0.1}}, {256: 0.01, 512: 0.01})
     wide, small = Trajectory(request_of(512, request_id="wide")), Trajectory(request_of(256, request_id="small"))
     plan = make("rssp", cost, 2).plan(State((wide, small), (), (1,), cost), 0.0)
-    assert plan.tasks == (Task("small", Stage.ENCODE, (1,)),)
+    assert plan.tasks == (Task("small", ENCODE, (1,)),)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tetriserve.core.plan import InFlight, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DECODE, DENOISE
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.reservation import MIN_RESERVED, num_reserved
 
 RANKS = tuple(range(8))
@@ -16,7 +17,7 @@ def encoded(request, steps_done=0, holders=(), *, is_running=False):
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is Stage.DENOISE}
+    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is DENOISE}
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def beside_a_short_task(request_of):
 
     def build(*trajectories, cost):
         running = encoded(request_of(512, request_id="running"), 24, (0,), is_running=True)
-        flight = InFlight(0, Task("running", Stage.DENOISE, (0,), 4), 0.0, 0.2)
+        flight = InFlight(0, Task("running", DENOISE, (0,), 4), 0.0, 0.2)
         return State((running, *trajectories), (flight,), RANKS, cost)
 
     return build
@@ -105,7 +106,7 @@ def test_what_could_still_be_in_time_fills_before_what_cannot(policy, request_of
     late = encoded(request_of(1024, request_id="late", deadline_s=-1.0))
     state = State((late, *rivals), (), RANKS, flux)
     assert denoise_tasks(policy.plan(state, 0.0)) == {"a": (8, 2)}
-    flight = InFlight(0, Task("a", Stage.DECODE, (0,)), 0.0, 0.25)
+    flight = InFlight(0, Task("a", DECODE, (0,)), 0.0, 0.25)
     running = encoded(rivals[0].request, 28, (0,), is_running=True)
     state = State((late, running, encoded(rivals[1].request)), (flight,), RANKS, flux)
     assert list(denoise_tasks(policy.plan(state, 0.0))) == ["b", "late"]
@@ -151,7 +152,7 @@ def test_a_larger_pool_reserves_for_more_requests(make, request_of, flux):
 
 def test_nothing_starts_on_a_full_pool(policy, request_of, flux):
     running = encoded(request_of(2048, request_id="running"), 3, RANKS, is_running=True)
-    flight = InFlight(0, Task("running", Stage.DENOISE, RANKS, 2), 0.0, 0.25)
+    flight = InFlight(0, Task("running", DENOISE, RANKS, 2), 0.0, 0.25)
     assert policy.plan(State((running, encoded(request_of(256))), (flight,), RANKS, flux), 0.1) == Plan()
 
 

@@ -10,6 +10,7 @@ from tetriserve.control.overdue import LateAccount
 from tetriserve.control.tracker import Tracker
 from tetriserve.core.events import FinishRequest, Submitted
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.policies.overdue import INSTALMENT_S, OVERDUE_S, Need, have_slack, owed
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile.bundled import open_profile
@@ -23,7 +24,7 @@ SHAPE = Shape(512, 512)
 
 def request(name: str, arrival_s: float, slo_s: float, num_steps: int) -> Request:
     return Request(
-        request_id=name, prompt="", shape=SHAPE, num_steps=num_steps, seed=0, arrival_s=arrival_s,
+        request_id=name, prompt="", shape=SHAPE, stages=image_stages(num_steps), seed=0, arrival_s=arrival_s,
         deadline_s=arrival_s + slo_s,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
 
@@ -20,7 +20,7 @@ def test_every_policy_keeps_to_the_degrees_of_a_request(policy: str) -> None:
     ended = list(simulate(SETTING.policy(policy), SETTING.cost, requests, num_ranks=8))
     assert len(ended) == len(requests)
     for outcome in ended:
-        degrees = {run.task.degree for run in outcome.runs if run.task.stage is Stage.DENOISE}
+        degrees = {run.task.degree for run in outcome.runs if run.task.stage is DENOISE}
         allowed = outcome.request.degrees
         if policy.startswith("fixed:") and allowed is not None and min(allowed) > int(policy[6:]):
             assert not degrees  # no block is wide enough

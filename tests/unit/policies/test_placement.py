@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import FreeRanks, place
 
@@ -15,7 +16,7 @@ def held_by(*holders: int) -> Trajectory:
         request_id=str(holders),
         prompt="",
         shape=Shape(256, 256),
-        num_steps=4,
+        stages=image_stages(4),
         seed=0,
         arrival_s=0.0,
         deadline_s=1.0,

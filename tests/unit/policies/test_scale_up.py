@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.scale_up import Choice, scale_up
 
@@ -16,7 +17,13 @@ FLAT = {1: 0.02, 2: 0.02, 4: 0.021, 8: 0.025}
 
 def choice(times, degree, num_steps, remaining):
     request = Request(
-        request_id="r", prompt="", shape=Shape(512, 512), num_steps=remaining, seed=0, arrival_s=0.0, deadline_s=9.0
+        request_id="r",
+        prompt="",
+        shape=Shape(512, 512),
+        stages=image_stages(remaining),
+        seed=0,
+        arrival_s=0.0,
+        deadline_s=9.0,
     )
     return Choice(Trajectory(request, is_encoded=True), times, degree, num_steps)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.plan import InFlight, Plan, State, Task
-from tetriserve.core.trajectory import Stage, Trajectory
+from tetriserve.core.stages import DECODE, DENOISE
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.packing import pack_round
 from tetriserve.policies.rounds import RoundClock, Window, round_lengths
 from tetriserve.policies.tetriserve import options_of, pack_candidates
@@ -29,11 +30,11 @@ def encoded(request, steps_done=0, holders=(), *, is_running=False):
 def in_flight(request_of, end_s, rank):
     """A narrow request whose task on `rank` ends at `end_s`, and with it the round."""
     running = encoded(request_of(512, request_id="running"), 5, (rank,), is_running=True)
-    return running, InFlight(0, Task("running", Stage.DENOISE, (rank,), 14), 0.0, end_s)
+    return running, InFlight(0, Task("running", DENOISE, (rank,), 14), 0.0, end_s)
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is Stage.DENOISE}
+    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is DENOISE}
 
 
 def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
@@ -76,7 +77,7 @@ def test_a_short_request_waits_for_no_boundary(drive, make, request_of, flux):
 def test_decode_starts_at_once_in_mid_round_on_a_rank_that_holds_the_latents(make, request_of, flux):
     done = Trajectory(request_of(256, deadline_s=1.5), True, 28, (5,))
     plan = make("tetriserve", flux).plan(State((done,), (), RANKS, flux), 0.4)
-    assert plan.tasks == (Task("r", Stage.DECODE, (5,)),)
+    assert plan.tasks == (Task("r", DECODE, (5,)),)
 
 
 def test_a_step_longer_than_a_round_starts_at_any_event(drive, make, request_of, flux):
@@ -84,7 +85,7 @@ def test_a_step_longer_than_a_round_starts_at_any_event(drive, make, request_of,
     policy = make("tetriserve", flux)
     state = State((encoded(request_of(2048, deadline_s=60.0)),), (), (3,), flux)
     for now in (0.0, 0.25, 0.6):
-        assert policy.plan(state, now).tasks == (Task("r", Stage.DENOISE, (3,), 1),)
+        assert policy.plan(state, now).tasks == (Task("r", DENOISE, (3,), 1),)
     run = drive(policy, [request_of(2048)], flux, num_ranks=1)
     assert run.finish_s["r"] == pytest.approx(0.021 + 28 * 0.761 + 0.251)
 
@@ -126,7 +127,7 @@ def test_a_late_decode_does_not_hold_a_rank_beyond_the_end_of_a_round(make, requ
     running, flight = in_flight(request_of, ROUND_S, 0)
     late = Trajectory(request_of(2048, deadline_s=0.1), True, 28, (5,))
     state = State((running, late), (flight,), RANKS, flux)
-    assert policy.plan(state, 0.3).tasks == (Task("r", Stage.DECODE, (5,)),)
+    assert policy.plan(state, 0.3).tasks == (Task("r", DECODE, (5,)),)
     assert policy.plan(state, 0.5) == Plan(wake_at=pytest.approx(ROUND_S))
 
 
@@ -182,7 +183,7 @@ def test_a_request_stays_on_its_ranks_while_its_degree_stays(drive, make, poisso
 def test_what_starts_in_mid_round_ends_with_the_round(drive, make, poisson, flux):
     policy = make("tetriserve", flux)
     run = drive(policy, poisson(45, 60, seed=2), flux)
-    denoise = [(start, end) for start, end, task in run.tasks if task.stage is Stage.DENOISE]
+    denoise = [(start, end) for start, end, task in run.tasks if task.stage is DENOISE]
     num_mid_round = 0
     for start, end in denoise:
         assert end - start <= policy.clock.round_s + policy.clock.overrun_s + 1e-9

@@ -9,7 +9,7 @@ import pytest
 from tetriserve.core.events import Run
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE, image_stages
 from tetriserve.simulator.comparison import Comparison, compare
 from tetriserve.simulator.scenario import Scenario, prepare
 from tetriserve.workload.outcome import Outcome, Status
@@ -38,10 +38,10 @@ def outcome_of() -> Callable[..., Outcome]:
     ) -> Outcome:
         """Runs are (start, end, ranks) of denoise tasks."""
         request = Request(
-            request_id=name, prompt="", shape=Shape(1024, 1024), num_steps=4, seed=0,
+            request_id=name, prompt="", shape=Shape(1024, 1024), stages=image_stages(4), seed=0,
             arrival_s=arrival_s, deadline_s=arrival_s + slo_s,
         )  # fmt: skip
-        tasks = tuple(Run(Task(name, Stage.DENOISE, ranks, 1), start, end) for start, end, ranks in runs)
+        tasks = tuple(Run(Task(name, DENOISE, ranks, 1), start, end) for start, end, ranks in runs)
         return Outcome(request=request, status=status, runs=tasks, predicted_finish_s=0.0, finish_s=finish_s)
 
     return build

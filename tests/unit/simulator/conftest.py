@@ -10,6 +10,7 @@ import pytest
 
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
 from tetriserve.workload.arrivals import parse_arrivals
@@ -57,7 +58,7 @@ def request_of() -> Callable[..., Request]:
         arrival_s: float, deadline_s: float, *, num_steps: int = 1, height: int = 256, name: str = "r"
     ) -> Request:
         return Request(
-            request_id=name, prompt="", shape=Shape(height, height), num_steps=num_steps, seed=0,
+            request_id=name, prompt="", shape=Shape(height, height), stages=image_stages(num_steps), seed=0,
             arrival_s=arrival_s, deadline_s=deadline_s,
         )  # fmt: skip
 

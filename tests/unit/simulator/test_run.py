@@ -9,7 +9,7 @@ from itertools import count, islice
 import pytest
 
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.trajectory import Stage
+from tetriserve.core.stages import DENOISE
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.simulator.run import simulate
 from tetriserve.workload.outcome import Status
@@ -32,7 +32,7 @@ def test_a_task_on_other_ranks_than_the_last_costs_the_move(table_cost, request_
         def plan(self, state: State, now: float) -> Plan:
             return Plan(
                 tuple(
-                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage is Stage.DENOISE))
+                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage is DENOISE))
                     for each in state.waiting
                 )
             )

@@ -10,6 +10,7 @@ import pytest
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.simulator.comparison import compare
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
@@ -20,7 +21,7 @@ from tetriserve.workload.traces import load_trace, save_trace
 def requests(count: int, num_steps: int) -> list[Request]:
     return [
         Request(
-            request_id=f"r{number}", prompt="", shape=Shape(256, 256), num_steps=num_steps, seed=0,
+            request_id=f"r{number}", prompt="", shape=Shape(256, 256), stages=image_stages(num_steps), seed=0,
             arrival_s=float(number), deadline_s=number + 1.5,
         )
         for number in range(count)

@@ -6,6 +6,7 @@ import pytest
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
 from tetriserve.workload.slo import MultipleRule, TableRule, slack_s
@@ -13,7 +14,9 @@ from tetriserve.workload.slo import MultipleRule, TableRule, slack_s
 
 def of(height: int, width: int | None = None, num_steps: int = 28) -> Request:
     shape = Shape(height, width or height)
-    return Request(request_id="r", prompt="", shape=shape, num_steps=num_steps, seed=0, arrival_s=7.0, deadline_s=7.0)
+    return Request(
+        request_id="r", prompt="", shape=shape, stages=image_stages(num_steps), seed=0, arrival_s=7.0, deadline_s=7.0
+    )
 
 
 @pytest.mark.parametrize(("side", "base_s"), [(256, 1.5), (512, 2.0), (1024, 3.0), (2048, 5.0)])

@@ -11,6 +11,7 @@ import pytest
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.workload.arrivals import Poisson
 from tetriserve.workload.mixes import uniform
 from tetriserve.workload.outcome import Outcome, Status
@@ -28,10 +29,16 @@ def test_csv_fields_are_read_and_the_missing_ones_filled_in(tmp_path: Path) -> N
     path.write_text("arrival_s,height,width,num_steps,slo_ms,seed,priority\n3.5,512,1024,10,2500,7,1\n1,256,256,,,,\n")
     first, second = load(path)
     assert first == Request(
-        request_id="r1", prompt="", shape=Shape(256, 256), num_steps=28, seed=0, arrival_s=1.0, deadline_s=1.0 + 3.0
+        request_id="r1",
+        prompt="",
+        shape=Shape(256, 256),
+        stages=image_stages(28),
+        seed=0,
+        arrival_s=1.0,
+        deadline_s=1.0 + 3.0,
     )
     assert second == Request(
-        request_id="r0", prompt="", shape=Shape(512, 1024), num_steps=10, seed=7, arrival_s=3.5, deadline_s=6.0,
+        request_id="r0", prompt="", shape=Shape(512, 1024), stages=image_stages(10), seed=7, arrival_s=3.5, deadline_s=6.0,
         priority=1,
     )  # fmt: skip
 
@@ -59,7 +66,13 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, name: str) -> None:
 
 def test_a_result_file_is_a_trace(tmp_path: Path) -> None:
     request = Request(
-        request_id="a", prompt="", shape=Shape(256, 512), num_steps=5, seed=9, arrival_s=10.0, deadline_s=12.5
+        request_id="a",
+        prompt="",
+        shape=Shape(256, 512),
+        stages=image_stages(5),
+        seed=9,
+        arrival_s=10.0,
+        deadline_s=12.5,
     )
     outcome = Outcome(request=request, status=Status.FINISHED, runs=(), predicted_finish_s=11.0, finish_s=11.5)
     path = tmp_path / "results.jsonl"

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tetriserve.core.cost import stages_gpu_s
 from tetriserve.core.request import Request
+from tetriserve.core.stages import image_stages
 from tetriserve.report.charts import add_legend, add_radar, draw_sars
 from tetriserve.report.exhibit import Column, Exhibit, Sheet, comparison_sheet
 from tetriserve.report.paper.experiment import (
@@ -141,13 +143,12 @@ def homogeneous(experiment: Experiment) -> Exhibit:
             request_id="",
             prompt="",
             shape=shape,
-            num_steps=experiment.base.num_steps,
+            stages=image_stages(experiment.base.num_steps),
             seed=0,
             arrival_s=0.0,
             deadline_s=0.0,
         )
-        least_step_s = min(degree * step_s for degree, step_s in setting.cost.step_times(request).items())
-        least_s = setting.cost.encode_s(request) + request.num_steps * least_step_s + setting.cost.decode_s(request)
+        least_s = stages_gpu_s(setting.cost, request, request.stages)
         rate = float(f"{60 * LOAD * setting.num_ranks / least_s:.2g}")
         cells.append([experiment.cell(f"homogeneous:{shape}", rate, scale) for scale in FEW_SCALES])
     rows = [experiment.compare(row) for row in cells]

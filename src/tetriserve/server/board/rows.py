@@ -47,13 +47,13 @@ def ended_row(outcome: Outcome) -> Row:
 def running_row(flight: InFlight) -> Row:
     """A task that runs; its end is the expected one."""
     task = flight.task
-    return run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, flight.start_s, flight.end_s)
+    return run_row(task.request_id, task.stage, task.ranks, task.num_steps, flight.start_s, flight.end_s)
 
 
 def ran_row(ended: EndedTask) -> Row:
     """A task that is over. `failure` is there only if it has no result."""
     run, task = ended.run, ended.run.task
-    row = run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, run.start_s, run.end_s)
+    row = run_row(task.request_id, task.stage, task.ranks, task.num_steps, run.start_s, run.end_s)
     return row if ended.failure is None else {**row, "failure": ended.failure.value}
 
 
@@ -68,7 +68,7 @@ def plan_row(forecast: Forecast) -> Row:
             row = before[1]
             row["end_s"] = seconds(run.end_s)
         else:
-            row = run_row(task.request_id, task.stage.value, task.ranks, task.num_steps, run.start_s, run.end_s)
+            row = run_row(task.request_id, task.stage, task.ranks, task.num_steps, run.start_s, run.end_s)
             rows.append(row)
         last[task.request_id] = run, row
     finishes = {name: seconds(finish_s) for name, finish_s in forecast.finish_s.items() if isfinite(finish_s)}

@@ -1,0 +1,50 @@
+"""What follows from a cost model: times of tasks and of whole requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from tetriserve.core.plan import CostModel, Task
+from tetriserve.core.request import Request, Stage
+
+
+def times_per_step(cost: CostModel, request: Request) -> Mapping[int, float]:
+    """Seconds per step by degree, ascending, of the stage of `request` that has steps."""
+    return cost.times(request, request.stepped.kind)
+
+
+def task_s(cost: CostModel, task: Task, request: Request) -> float:
+    """Seconds that the ranks of `task` compute; starting it comes on top."""
+    return max(1, task.num_steps) * cost.times(request, task.stage)[task.degree]
+
+
+def stage_s(cost: CostModel, request: Request, stage: Stage, degree: int) -> float:
+    """Seconds of a whole stage at one degree, in one task, without its start."""
+    return max(1, stage.num_steps) * cost.times(request, stage.kind)[degree]
+
+
+def narrowest_s(cost: CostModel, request: Request) -> float:
+    """Seconds of `request` alone, each stage at its narrowest degree, without starts."""
+    return sum(stage_s(cost, request, stage, min(cost.times(request, stage.kind))) for stage in request.stages)
+
+
+def fastest_s(cost: CostModel, request: Request, num_ranks: float = math.inf) -> float:
+    """Seconds of `request` alone, each stage at its fastest degree on `num_ranks`, or at its narrowest on fewer."""
+    total_s = 0.0
+    for stage in request.stages:
+        times = cost.times(request, stage.kind)
+        widest = max(num_ranks, min(times))
+        total_s += max(1, stage.num_steps) * min(step_s for degree, step_s in times.items() if degree <= widest)
+    return total_s
+
+
+def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage], num_ranks: float = math.inf) -> float:
+    """Rank-seconds of `stages` of a request, each at its cheapest degree on `num_ranks`, or its narrowest on fewer."""
+    total_s = 0.0
+    for stage in stages:
+        times = cost.times(request, stage.kind)
+        widest = max(num_ranks, min(times))
+        gpu_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
+        total_s += max(1, stage.num_steps) * gpu_s
+    return total_s
