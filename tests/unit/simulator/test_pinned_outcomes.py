@@ -20,7 +20,7 @@ from tetriserve.simulator.scenario import Scenario, Setting, prepare
 DIGESTS = Path(__file__).with_suffix(".json")
 CELLS = [*product(("uniform", "skewed"), (12.0, 36.0), (1.0, 1.25, 1.5))]
 """Mix, requests per minute, SLO scale."""
-NUM_REQUESTS = 40
+NUM_REQUESTS = 25
 VARIANTS = ("tetriserve:step_granularity=5", "tetriserve:fill=off", "unsteady")
 
 
@@ -43,7 +43,7 @@ def digest(policy: str) -> str:
         )  # fmt: skip
         for outcome in sorted(outcomes, key=lambda outcome: outcome.request.request_id):
             runs = [(run.start_s.hex(), run.end_s.hex(), run.task.ranks, run.task.num_steps) for run in outcome.runs]
-            fact = (outcome.request.request_id, str(outcome.status), outcome.predicted_finish_s.hex(), runs)
+            fact = (outcome.request.request_id, str(outcome.status), f"{outcome.predicted_finish_s:.9f}", runs)
             sha.update(json.dumps(fact).encode())
     return sha.hexdigest()[:16]
 
