@@ -80,7 +80,7 @@ def split_results(model_dir: Path, directory: Path) -> Results:
 def test_any_schedule_stays_within_the_stated_tolerance_and_the_same_degrees_give_the_same_bits(
     bundled_card: ModelCard, tmp_path: Path
 ) -> None:
-    """One test, because the ranks' results take half a minute, and each process that runs tests would make them anew."""
+    """One test: the results take half a minute, and each process that runs tests would make them anew."""
     results = split_results(bundled_card.path, tmp_path)
     for dtype in DTYPES:
         adapter = FluxAdapter(dataclasses.replace(bundled_card, dtype=dtype), "cpu")
