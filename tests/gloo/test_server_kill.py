@@ -113,7 +113,7 @@ def test_a_server_killed_again_and_again_gives_the_undisturbed_images_once(
 ) -> None:
     dice = random.Random(SEED)
     resumed = saved = 0.0
-    for _ in range(3):
+    for _ in range(2):
         server.start()
         resumed += server.metric("tetriserve_journal_resumed_total")
         saved += server.metric("tetriserve_journal_steps_saved_total")
@@ -128,7 +128,7 @@ def test_a_server_killed_again_and_again_gives_the_undisturbed_images_once(
     answers = [server.ask().json()["data"] for _ in range(2)]
 
     assert answers[0] == answers[1]
-    assert resumed >= 3, "two images were under way, and at most one of them was finished before the last kill"
+    assert resumed >= 2, "two images were under way, and at most one of them was finished before the last kill"
     assert saved > 0
     assert len({item["seed"] for item in answers[0]}) == 2, "chosen by the server, and fixed when it accepted"
     for item in answers[0]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cache, partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 
@@ -136,8 +136,6 @@ class _StartingThread(threading.Thread):
         return future
 
     def run(self) -> None:
-        # Children begin with this mask: Ctrl-C reaches a whole terminal, and the server decides what it means.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True:
             future, job = self._jobs.get()
             if not future.set_running_or_notify_cancel():
@@ -161,6 +159,7 @@ _forked_by: int | None = None
 
 def _start(process: BaseProcess, pool: PoolConfig) -> None:
     global _forked_by
+    _block_interrupts()
     with _lock, _environment(pool):
         process.start()
     _forked_by = _fork_server_pid()
@@ -184,10 +183,20 @@ def kill_fork_server() -> None:
 
 def _keep_fork_server(pool: PoolConfig) -> None:
     try:
+        _block_interrupts()
         with _environment(pool):
             forkserver.ensure_running()
     except (OSError, RuntimeError, MemoryError) as error:  # none at the moment; it is tried again
         logger.error("the fork server cannot be started: %s", error)
+
+
+def _block_interrupts() -> None:
+    """Children begin with this thread's mask: Ctrl-C reaches a whole terminal, and the server decides what it means.
+
+    multiprocessing unblocks it when it starts its resource tracker, which must be there before the fork server.
+    """
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 @contextlib.contextmanager
