@@ -23,10 +23,10 @@ from playwright.sync_api import sync_playwright
 
 from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
+from tetriserve.core.cost import task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, DENOISE
 from tetriserve.engine import Generation, Intake, LiveEngine
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
@@ -69,9 +69,7 @@ class TimerExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task, request = command.task, command.request
-        elapsed_s = self._cost.decode_s(request) if task.stage is DECODE else self._cost.encode_s(request)
-        if task.stage is DENOISE:
-            elapsed_s = task.num_steps * self._cost.step_times(request)[task.degree]
+        elapsed_s = task_s(self._cost, task, request)
         self._shapes[request.request_id] = request.shape
         end = TaskFinished(command.task_id, elapsed_s, TensorRef(request.request_id, 1))
         asyncio.get_running_loop().call_later(elapsed_s, lambda: self._on_event(end))

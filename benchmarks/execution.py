@@ -91,7 +91,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
             generated = await engine.generate(
                 Generation(prompt="an engine", size=str(shape), num_steps=NUM_STEPS, slo_s=600.0)
             )
-            runs = [run for run in generated.outcome.runs if run.task.stage is DENOISE]
+            runs = [run for run in generated.outcome.runs if run.task.stage == DENOISE]
             return runs[-1].end_s - runs[0].start_s
 
         for pair in range(-2, num_pairs):  # two rounds of warm-up
@@ -126,9 +126,9 @@ async def switch_times(directory: Path) -> tuple[float, float]:
     executor.subscribe(on_event)
     ids = itertools.count()
     done = {"a": 0, "b": 0}
-    refs: dict[tuple[str, Stage], TensorRef] = {}
+    refs: dict[tuple[str, str], TensorRef] = {}
 
-    async def run(name: str, stage: Stage, ranks: tuple[int, ...]) -> float:
+    async def run(name: str, stage: str, ranks: tuple[int, ...]) -> float:
         shape = Shape(256, 256)
         request = Request(
             request_id=name, prompt=name, shape=shape, stages=image_stages(500), seed=0, arrival_s=0.0, deadline_s=0.0

@@ -37,7 +37,7 @@ def time_pictures(num_pictures: int) -> None:
                 (run.end_s - run.start_s) / run.task.num_steps
                 for outcome in outcomes
                 for run in outcome.runs
-                if run.task.stage is DENOISE
+                if run.task.stage == DENOISE
             )
             picture_s = statistics.median(outcome.latency_s for outcome in outcomes)
             bars = f" (bars {STEP_BAR_S:g} s and {PICTURE_BAR_S:g} s)" if size == SIZES[0] else ""

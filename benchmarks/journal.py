@@ -26,9 +26,14 @@ SIZES = {"bundled, 512x512": (512, 40 * 64 * 4, 2**16), "FLUX.1, 1024x1024": (10
 
 def make_request(request_id: str, side: int) -> Request:
     return Request(
-        request_id=request_id, prompt="a red circle above a blue square", shape=Shape(side, side), stages=image_stages(20), seed=1,
-        arrival_s=0.0, deadline_s=5.0,
-    )  # fmt: skip
+        request_id=request_id,
+        prompt="a red circle above a blue square",
+        shape=Shape(side, side),
+        stages=image_stages(20),
+        seed=1,
+        arrival_s=0.0,
+        deadline_s=5.0,
+    )
 
 
 def ms(seconds: list[float]) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetriserve.control import Controller
+from tetriserve.core.cost import task_s, times_per_step
 from tetriserve.core.events import (
     Event,
     FinishRequest,
@@ -35,7 +36,7 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.core.stages import image_stages
 from tetriserve.policies import Policy, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
@@ -76,7 +77,7 @@ class Timed:
         if state.idle_ranks and state.waiting:
             self.plan_s.append(elapsed_s)
             for trajectory in state.waiting[:: len(state.waiting) // 50 + 1]:
-                fastest_s = trajectory.remaining_steps * min(state.cost.step_times(trajectory.request).values())
+                fastest_s = trajectory.remaining_steps * min(times_per_step(state.cost, trajectory.request).values())
                 self.num_waiting += 1
                 self.num_in_time += now + fastest_s <= trajectory.request.deadline_s
         return plan
@@ -164,13 +165,7 @@ class Overload:
         return self.cost.switch_s + (self.cost.move_s if set(before) != set(task.ranks) else 0.0)
 
     def _duration_s(self, start: StartTask) -> float:
-        request, task = start.request, start.task
-        seconds = {
-            ENCODE: self.cost.encode_s(request),
-            DENOISE: task.num_steps * self.cost.step_times(request)[task.degree],
-            DECODE: self.cost.decode_s(request),
-        }[task.stage]
-        return seconds * self._random.gauss(1.0, NOISE)
+        return task_s(self.cost, start.task, start.request) * self._random.gauss(1.0, NOISE)
 
 
 _RESULT = TensorRef("benchmark", 0)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.control import Controller
 from tetriserve.control.spare import Spare
+from tetriserve.core.cost import stages_gpu_s
 from tetriserve.core.events import Submitted, WorkerJoined
 from tetriserve.core.forecast import Quote
 from tetriserve.core.request import Request
@@ -171,8 +172,7 @@ def mean_gpu_s(pool: Pool) -> float:
     total_s = 0.0
     for shape in cost.profile.shapes:
         request = replace(probe, shape=shape)
-        step_s = min(degree * step_s for degree, step_s in cost.step_times(request).items())
-        total_s += cost.encode_s(request) + pool.num_steps * step_s + cost.decode_s(request)
+        total_s += stages_gpu_s(cost, request, request.stages)
     return total_s / len(cost.profile.shapes)
 
 

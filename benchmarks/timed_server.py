@@ -19,8 +19,10 @@ from fake_engine import CARD, FakeExecutor, picture
 
 from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
+from tetriserve.core.cost import task_s
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE
 from tetriserve.engine import Intake, LiveEngine
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -53,17 +55,11 @@ class TimedExecutor(FakeExecutor):
 
     async def _run(self, command: StartTask) -> None:
         task, request = command.task, command.request
-        match task.stage:
-            case ENCODE:
-                takes_s = self._cost.encode_s(request)
-            case DENOISE:
-                takes_s = task.num_steps * self._cost.step_times(request)[task.degree]
-            case DECODE:
-                takes_s = self._cost.decode_s(request)
+        takes_s = task_s(self._cost, task, request)
         takes_s *= max(0.5, self._dice.gauss(1, NOISE))
         await asyncio.sleep(takes_s)
         key = f"{request.request_id}/{task.stage}"
-        if task.stage is DECODE:
+        if task.stage == DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
         self._on_event(TaskFinished(command.task_id, takes_s, TensorRef(key, num_bytes=1)))
 

@@ -319,7 +319,7 @@ async def test_the_event_log_replayed_through_a_new_controller_gives_the_same_co
 
 
 async def disturb(
-    setup: Setup, signal_number: signal.Signals, stage: Stage, member: int, prompt: str
+    setup: Setup, signal_number: signal.Signals, stage: str, member: int, prompt: str
 ) -> tuple[GeneratedImage, StartTask]:
     """The image of a request whose worker is struck in the middle of `stage`, and the task that was struck."""
     engine = setup.engine
@@ -327,13 +327,13 @@ async def disturb(
     min_steps = {ENCODE: 0, DENOISE: 1, DECODE: 24}[stage]
 
     def is_there() -> bool:
-        return any(f.task.stage is stage for f in engine.state.in_flight) and any(
+        return any(f.task.stage == stage for f in engine.state.in_flight) and any(
             t.request.prompt == prompt and t.steps_done >= min_steps for t in engine.state.trajectories
         )
 
     await until(is_there)
     await asyncio.sleep(0.02)
-    flight = next(flight for flight in engine.state.in_flight if flight.task.stage is stage)
+    flight = next(flight for flight in engine.state.in_flight if flight.task.stage == stage)
     pids = setup.executor.pids
     victim = flight.task.ranks[member]
     os.kill(pids[victim], signal_number)
@@ -348,7 +348,7 @@ async def disturb(
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize(("stage", "member"), [(ENCODE, 0), (DENOISE, 0), (DENOISE, 1), (DECODE, 0)])
 async def test_an_image_survives_the_death_or_the_hang_of_a_worker(
-    two: Setup, expected: Callable[[Request], np.ndarray], signal_number: signal.Signals, stage: Stage, member: int
+    two: Setup, expected: Callable[[Request], np.ndarray], signal_number: signal.Signals, stage: str, member: int
 ) -> None:
     image, struck = await disturb(two, signal_number, stage, member, f"[slow] struck in {stage}")
     await assert_right([image], expected)
@@ -365,7 +365,7 @@ async def test_with_one_rank_everything_waits_for_the_replacement(
     async with faulty_engine(bundled_card, profile, 1, "tetriserve") as one:
         generations = [Generation(prompt=f"[slow] patient {n}", size="256x256", num_steps=4, seed=n) for n in range(3)]
         clients = [asyncio.create_task(one.engine.generate(generation)) for generation in generations]
-        await until(lambda: any(flight.task.stage is DENOISE for flight in one.engine.state.in_flight))
+        await until(lambda: any(flight.task.stage == DENOISE for flight in one.engine.state.in_flight))
         os.kill(one.executor.pids[0], signal.SIGKILL)
         await until(lambda: one.engine.state.ranks == ())
         assert not one.engine.is_ready
@@ -457,7 +457,7 @@ async def test_a_full_store_costs_the_request_alone_and_no_worker(
 async def test_a_store_that_is_removed_is_made_again(four: Setup, expected: Callable[[Request], np.ndarray]) -> None:
     pids, before = four.executor.pids, four.executor.num_restarts
     client = asyncio.create_task(four.engine.generate(Generation(prompt="[slow] gone", size="256x256", num_steps=50)))
-    await until(lambda: any(flight.task.stage is DENOISE for flight in four.engine.state.in_flight))
+    await until(lambda: any(flight.task.stage == DENOISE for flight in four.engine.state.in_flight))
     shutil.rmtree(four.executor._directory.path)
     (ended,) = await asyncio.gather(client, return_exceptions=True)
     if isinstance(ended, RequestFailed):  # else its state was still with the ranks that went on with it
@@ -478,7 +478,7 @@ async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir
     one = Setup.of(await launch(config, Progress()), [])
     try:
         client = asyncio.create_task(one.engine.generate(Generation(prompt="fragile", size="256x256", num_steps=200)))
-        await until(lambda: any(flight.task.stage is DENOISE for flight in one.engine.state.in_flight))
+        await until(lambda: any(flight.task.stage == DENOISE for flight in one.engine.state.in_flight))
         os.kill(one.executor.pids[0], signal.SIGKILL)
         with pytest.raises(RequestFailed, match="its workers were lost 1 times in a row"):
             await client

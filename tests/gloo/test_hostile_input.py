@@ -24,9 +24,16 @@ from tetriserve.models.flux import FluxAdapter
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
     request = Request(
-        request_id="r", prompt=prompt, negative_prompt=prompt, true_cfg_scale=4.0, shape=Shape(64, 64), stages=image_stages(1),
-        seed=0, arrival_s=0.0, deadline_s=0.0,
-    )  # fmt: skip
+        request_id="r",
+        prompt=prompt,
+        negative_prompt=prompt,
+        true_cfg_scale=4.0,
+        shape=Shape(64, 64),
+        stages=image_stages(1),
+        seed=0,
+        arrival_s=0.0,
+        deadline_s=0.0,
+    )
     embeds = reference.encode(request)
     assert {name.startswith("negative_") for name in embeds} == {True, False}
     assert all(torch.isfinite(tensor).all() for tensor in embeds.values())

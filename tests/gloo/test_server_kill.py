@@ -101,9 +101,14 @@ def server(tmp_path: Path, profile_path: str) -> Iterator[Server]:
 def distance(item: dict[str, Any], paint: Callable[[Request], np.ndarray]) -> int:
     """From the image that one process computes alone."""
     request = Request(
-        request_id="alone", prompt=str(BODY["prompt"]), shape=Shape(512, 512), stages=image_stages(NUM_STEPS), seed=item["seed"],
-        arrival_s=0.0, deadline_s=5.0,
-    )  # fmt: skip
+        request_id="alone",
+        prompt=str(BODY["prompt"]),
+        shape=Shape(512, 512),
+        stages=image_stages(NUM_STEPS),
+        seed=item["seed"],
+        arrival_s=0.0,
+        deadline_s=5.0,
+    )
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
     return int(np.abs(pixels.astype(int) - paint(request)).max())
 

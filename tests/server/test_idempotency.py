@@ -60,7 +60,7 @@ def ask(client: httpx.AsyncClient) -> Ask:
 
 
 def num_executed(executor: FakeExecutor) -> int:
-    return sum(command.task.stage is DECODE for command in executor.started)
+    return sum(command.task.stage == DECODE for command in executor.started)
 
 
 def items(response: httpx.Response) -> list[dict[str, object]]:
@@ -364,7 +364,7 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
     body = BODY | {"n": 2, "num_inference_steps": 4, "slo_ms": 60_000}
     async with connect(EngineSlot(engine)) as client:
         call = asyncio.create_task(client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
-        await until(lambda: any(command.task.stage is DENOISE for command in first_life.started))
+        await until(lambda: any(command.task.stage == DENOISE for command in first_life.started))
         first_life.gate.clear()
         await until(lambda: engine.state.in_flight)
         seeds = sorted(trajectory.request.seed for trajectory in engine.state.trajectories)

@@ -167,7 +167,7 @@ class Widening:
         if not state.waiting or len(state.idle_ranks) < 2:
             return Plan()
         trajectory = state.waiting[0]
-        if trajectory.stage is not DENOISE:
+        if trajectory.stage.kind != DENOISE:
             return Plan((Task(trajectory.request_id, trajectory.stage, (0,)),))
         ranks = [(0,), (1,), (0, 1)][min(trajectory.steps_done, 2)]
         return Plan((Task(trajectory.request_id, DENOISE, ranks, 1),))
@@ -203,7 +203,7 @@ def test_rank_time_is_what_each_state_lasted():
     request = Request(
         request_id="a", prompt="", shape=Shape(64, 64), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
     )
-    running = Trajectory(request, is_encoded=True, is_running=True)
+    running = replace(Trajectory.at(request, 0), is_running=True)
     waiting = Trajectory(replace(request, request_id="b"))
     flight = InFlight(1, Task("a", DENOISE, (1, 2), 4), 0.0, 1.0)
     cost = ProfileCost(PROFILE)

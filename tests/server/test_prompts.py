@@ -176,9 +176,15 @@ async def test_no_header_that_is_refused_is_logged(client, caplog, header):
 def test_no_repr_shows_a_prompt():
     generation = Generation(prompt="hush", negative_prompt="hush")
     request = Request(
-        request_id="a", prompt="hush", negative_prompt="hush", shape=Shape(64, 64), stages=image_stages(1), seed=0, arrival_s=0.0,
+        request_id="a",
+        prompt="hush",
+        negative_prompt="hush",
+        shape=Shape(64, 64),
+        stages=image_stages(1),
+        seed=0,
+        arrival_s=0.0,
         deadline_s=1.0,
-    )  # fmt: skip
+    )
     for value in (generation, request, Submitted(request), ImagesRequest(prompt="hush", negative_prompt="hush")):
         assert "hush" not in repr(value)
 

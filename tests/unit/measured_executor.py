@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE
+from tetriserve.core.stages import DECODE, ENCODE
 from tetriserve.executor.protocol import Executor, OnEvent
 
 STEP_S = {1: 0.4, 2: 0.25}
@@ -20,13 +20,9 @@ Took = Callable[[Shape, Task, int], tuple[float, float | None]]
 
 
 def quiet_s(task: Task) -> float:
-    match task.stage:
-        case ENCODE:
-            return ENCODE_S
-        case DENOISE:
-            return task.num_steps * STEP_S[task.degree]
-        case DECODE:
-            return DECODE_S
+    if task.num_steps:
+        return task.num_steps * STEP_S[task.degree]
+    return {ENCODE: ENCODE_S, DECODE: DECODE_S}[task.stage]
 
 
 class MeasuredExecutor(Executor):
@@ -52,7 +48,7 @@ class MeasuredExecutor(Executor):
     def start_task(self, command: StartTask) -> None:
         task, shape = command.task, command.request.shape
         elapsed_s, cpu_s = self._took(shape, task, self._go(shape))
-        if task.stage is DECODE:
+        if task.stage == DECODE:
             self._num_decodes[shape] = self._num_decodes.get(shape, 0) + 1
         ended = TaskFinished(command.task_id, elapsed_s, TensorRef(f"{command.task_id}", 1), cpu_s=cpu_s)
         asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))

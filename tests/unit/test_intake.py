@@ -191,8 +191,8 @@ def test_a_request_may_pin_its_degrees() -> None:
     pinned = take(degrees=(2, 1))
     assert pinned.degrees == (1, 2)
     assert take(degrees=(1,), max_sequence_length=63).max_sequence_length == 63  # what degree 2 would not divide
-    assert list(INTAKE.cost.step_times(take(degrees=(2,)))) == [2]
-    assert list(INTAKE.cost.step_times(pinned)) == [1, 2]
+    assert list(INTAKE.cost.times(take(degrees=(2,)), DENOISE)) == [2]
+    assert list(INTAKE.cost.times(pinned, DENOISE)) == [1, 2]
 
 
 @pytest.mark.parametrize("degrees", [(3,), (1, 4), (), (0,), (-1,)])

@@ -74,9 +74,9 @@ async def test_on_a_machine_that_stays_busy_the_smallest_shape_is_tried_thrice_a
 
 
 @pytest.mark.parametrize("stage", [DENOISE, DECODE])
-async def test_work_that_disturbs_only_one_stage_is_noticed(stage: Stage) -> None:
+async def test_work_that_disturbs_only_one_stage_is_noticed(stage: str) -> None:
     def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
-        return slowed(2.0, task) if task.stage is stage and go == 0 else quiet(shape, task, go)
+        return slowed(2.0, task) if task.stage == stage and go == 0 else quiet(shape, task, go)
 
     _, executor = await measured(took)
     assert executor.goes == {SMALL: 2, LARGE: 2}

@@ -14,9 +14,15 @@ from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.workload.outcome import Outcome, Status
 
 REQUEST = Request(
-    request_id="r", prompt="a secret", shape=Shape(256, 512), stages=image_stages(5), seed=9, arrival_s=10.0, deadline_s=20.0,
+    request_id="r",
+    prompt="a secret",
+    shape=Shape(256, 512),
+    stages=image_stages(5),
+    seed=9,
+    arrival_s=10.0,
+    deadline_s=20.0,
     priority=2,
-)  # fmt: skip
+)
 OUTCOME = Outcome(
     request=REQUEST,
     status=Status.FINISHED,

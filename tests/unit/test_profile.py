@@ -61,9 +61,15 @@ def step(degree: int, num_steps: int = 1) -> Task:
 
 def request(height: int, width: int, **rest: Any) -> Request:
     return Request(
-        request_id="r", prompt="p", shape=Shape(height, width), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0,
+        request_id="r",
+        prompt="p",
+        shape=Shape(height, width),
+        stages=image_stages(4),
+        seed=0,
+        arrival_s=0.0,
+        deadline_s=9.0,
         **rest,
-    )  # fmt: skip
+    )
 
 
 def test_a_saved_profile_loads_as_it_was(tmp_path: Path) -> None:
@@ -230,10 +236,10 @@ def test_any_json_is_a_profile_or_a_profile_error(
 
 def test_measured_shapes_are_looked_up_exactly() -> None:
     cost = ProfileCost(PROFILE)
-    assert dict(cost.step_times(request(256, 256))) == {1: 0.1, 2: 0.06}
-    assert dict(cost.step_times(request(1024, 1024))) == {1: 2.8, 2: 1.5}
-    assert (cost.encode_s(request(256, 256)), cost.switch_s) == (0.02, 0.001)
-    assert [cost.decode_s(request(side, side)) for side in (256, 512, 1024)] == [0.2, 0.8, 3.5]
+    assert dict(cost.times(request(256, 256), DENOISE)) == {1: 0.1, 2: 0.06}
+    assert dict(cost.times(request(1024, 1024), DENOISE)) == {1: 2.8, 2: 1.5}
+    assert (cost.times(request(256, 256), ENCODE)[1], cost.switch_s) == (0.02, 0.001)
+    assert [cost.times(request(side, side), DECODE)[1] for side in (256, 512, 1024)] == [0.2, 0.8, 3.5]
 
 
 @pytest.mark.parametrize(
@@ -250,8 +256,8 @@ def test_in_between_times_are_linear_in_tokens_whatever_the_aspect(
     height: int, width: int, step_s: float, decode_s: float
 ) -> None:
     cost = ProfileCost(PROFILE)
-    assert cost.step_times(request(height, width))[1] == pytest.approx(step_s)
-    assert cost.decode_s(request(height, width)) == pytest.approx(decode_s)
+    assert cost.times(request(height, width), DENOISE)[1] == pytest.approx(step_s)
+    assert cost.times(request(height, width), DECODE)[1] == pytest.approx(decode_s)
 
 
 @pytest.mark.parametrize("side", [128, 224, 1056, 2048])
@@ -259,68 +265,68 @@ def test_outside_the_measured_range_is_an_error_that_names_it(side: int) -> None
     cost, tokens = ProfileCost(PROFILE), side * side // 1024
     message = f"a step of {side}x{side} at degree 1 is {tokens} tokens, outside the profile's range 64 to 1024"
     with pytest.raises(ProfileError, match=re.escape(message)):
-        cost.step_times(request(side, side))
+        cost.times(request(side, side), DENOISE)
     message = f"decode of {side}x{side} is {side * side:g} pixels, outside the profile's range 65536 to 1.04858e+06"
     with pytest.raises(ProfileError, match=re.escape(message)):
-        cost.decode_s(request(side, side))
+        cost.times(request(side, side), DECODE)[1]
 
 
 def test_a_degree_that_is_allowed_but_not_in_the_profile_is_an_error_not_a_guess() -> None:
     cost = ProfileCost(PROFILE, lambda shape: (1, 4))
     with pytest.raises(ProfileError, match=re.escape("profile has no row at degree 4; it has [1, 2]")):
-        cost.step_times(request(256, 256))
+        cost.times(request(256, 256), DENOISE)
 
 
 def test_a_shape_runs_only_at_the_degrees_allowed_for_it() -> None:
     cost = ProfileCost(PROFILE, lambda shape: (1,) if shape.width == 256 else (1, 2))
-    assert list(cost.step_times(request(256, 256))) == [1]
-    assert list(cost.step_times(request(512, 512))) == [1, 2]
+    assert list(cost.times(request(256, 256), DENOISE)) == [1]
+    assert list(cost.times(request(512, 512), DENOISE)) == [1, 2]
     with pytest.raises(ProfileError, match=re.escape("256x256 can run at none of the degrees [1, 2]")):
-        ProfileCost(PROFILE, lambda shape: ()).step_times(request(256, 256))
+        ProfileCost(PROFILE, lambda shape: ()).times(request(256, 256), DENOISE)
 
 
 def test_a_degree_measured_only_for_other_sizes_is_left_out_of_a_shape_beyond_them() -> None:
     narrow = dataclasses.replace(
         PROFILE, denoise=(*PROFILE.denoise[:3], denoise_row(512, 2, 0.22), denoise_row(1024, 2, 1.5))
     )
-    assert list(ProfileCost(narrow).step_times(request(256, 512))) == [1]
-    assert list(ProfileCost(narrow).step_times(request(512, 1024))) == [1, 2]
+    assert list(ProfileCost(narrow).times(request(256, 512), DENOISE)) == [1]
+    assert list(ProfileCost(narrow).times(request(512, 1024), DENOISE)) == [1, 2]
 
 
 def test_two_forwards_per_step_double_steps_and_encode_but_not_decode() -> None:
     cost = ProfileCost(PROFILE)
     guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
-    assert dict(cost.step_times(guided)) == {1: 0.2, 2: 0.12}
-    assert cost.encode_s(guided) == 0.04
-    assert cost.decode_s(guided) == 0.2
-    assert dict(cost.step_times(request(256, 256))) == {1: 0.1, 2: 0.06}
+    assert dict(cost.times(guided, DENOISE)) == {1: 0.2, 2: 0.12}
+    assert cost.times(guided, ENCODE)[1] == 0.04
+    assert cost.times(guided, DECODE)[1] == 0.2
+    assert dict(cost.times(request(256, 256), DENOISE)) == {1: 0.1, 2: 0.06}
 
 
 def test_batched_rows_do_not_stand_in_for_single_requests() -> None:
     batched = dataclasses.replace(PROFILE, denoise=(*PROFILE.denoise, denoise_row(256, 1, 0.15, batch=2)))
-    assert ProfileCost(batched).step_times(request(256, 256))[1] == 0.1
+    assert ProfileCost(batched).times(request(256, 256), DENOISE)[1] == 0.1
 
 
 def test_an_observation_moves_the_estimate_a_fifth_of_the_way_and_leaves_the_original_unchanged() -> None:
     before, small = ProfileCost(PROFILE), request(256, 256)
-    before.step_times(small)
+    before.times(small, DENOISE)
     once = before.observed(step(1), small, 0.2)
     twice = once.observed(step(1), small, 0.2)
-    assert before.step_times(small)[1] == 0.1
-    assert once.step_times(small)[1] == pytest.approx(0.1 * 1.2)
-    assert twice.step_times(small)[1] == pytest.approx(0.1 * (1.2 + 0.2 * 0.8))
+    assert before.times(small, DENOISE)[1] == 0.1
+    assert once.times(small, DENOISE)[1] == pytest.approx(0.1 * 1.2)
+    assert twice.times(small, DENOISE)[1] == pytest.approx(0.1 * (1.2 + 0.2 * 0.8))
     assert before.corrections == Corrections()
 
 
 def test_a_degree_never_observed_shares_the_mean_correction_of_the_shape_and_other_shapes_none() -> None:
     small, large = request(256, 256), request(512, 512)
     cost = ProfileCost(PROFILE).observed(step(1), small, 0.2)
-    assert cost.step_times(small)[2] == pytest.approx(0.06 * 1.2)
-    assert dict(cost.step_times(large)) == {1: 0.4, 2: 0.22}
+    assert cost.times(small, DENOISE)[2] == pytest.approx(0.06 * 1.2)
+    assert dict(cost.times(large, DENOISE)) == {1: 0.4, 2: 0.22}
     cost = cost.observed(step(2), small, 0.06)  # starts from the shared 1.2, not from 1
-    assert cost.step_times(small)[2] == pytest.approx(0.06 * (1.2 - 0.2 * 0.2))
+    assert cost.times(small, DENOISE)[2] == pytest.approx(0.06 * (1.2 - 0.2 * 0.2))
     # and degree 1, not observed this time, drifts a fiftieth of the way towards it
-    assert cost.step_times(small)[1] == pytest.approx(0.1 * (1.2 + 0.02 * (1.16 - 1.2)))
+    assert cost.times(small, DENOISE)[1] == pytest.approx(0.1 * (1.2 + 0.02 * (1.16 - 1.2)))
 
 
 def test_a_degree_that_seemed_slow_once_is_forgiven_in_time() -> None:
@@ -328,10 +334,10 @@ def test_a_degree_that_seemed_slow_once_is_forgiven_in_time() -> None:
     cost = ProfileCost(PROFILE)
     for _ in range(5):
         cost = cost.observed(step(2), small, 0.6)
-    assert cost.step_times(small)[2] > 0.12
+    assert cost.times(small, DENOISE)[2] > 0.12
     for _ in range(200):  # nobody runs it at degree 2 any more
         cost = cost.observed(step(1), small, 0.1)
-    assert cost.step_times(small)[2] == pytest.approx(0.06, rel=0.05)
+    assert cost.times(small, DENOISE)[2] == pytest.approx(0.06, rel=0.05)
 
 
 def test_repeated_observations_converge_and_one_outlier_is_bounded() -> None:
@@ -339,32 +345,32 @@ def test_repeated_observations_converge_and_one_outlier_is_bounded() -> None:
     cost = ProfileCost(PROFILE)
     for _ in range(40):
         cost = cost.observed(step(1), small, 0.03)
-    assert cost.step_times(small)[1] == pytest.approx(0.03, rel=1e-3)
-    assert ProfileCost(PROFILE).observed(step(1), small, 1000.0).step_times(small)[1] == pytest.approx(0.1 * 1.2)
-    assert ProfileCost(PROFILE).observed(step(1), small, 1e-9).step_times(small)[1] == pytest.approx(0.1 * 0.82)
+    assert cost.times(small, DENOISE)[1] == pytest.approx(0.03, rel=1e-3)
+    assert ProfileCost(PROFILE).observed(step(1), small, 1000.0).times(small, DENOISE)[1] == pytest.approx(0.1 * 1.2)
+    assert ProfileCost(PROFILE).observed(step(1), small, 1e-9).times(small, DENOISE)[1] == pytest.approx(0.1 * 0.82)
 
 
 def test_encode_is_corrected_for_all_requests_and_decode_for_its_shape() -> None:
     small, large = request(256, 256), request(512, 512)
     guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
     cost = ProfileCost(PROFILE).observed(ENCODE, guided, 0.08).observed(DECODE, small, 0.1)
-    assert [cost.encode_s(each) for each in (small, guided, large)] == pytest.approx([0.024, 0.048, 0.024])
-    assert [cost.decode_s(each) for each in (small, large)] == pytest.approx([0.2 * 0.9, 0.8])
-    assert cost.step_times(small) == ProfileCost(PROFILE).step_times(small)
+    assert [cost.times(each, ENCODE)[1] for each in (small, guided, large)] == pytest.approx([0.024, 0.048, 0.024])
+    assert [cost.times(each, DECODE)[1] for each in (small, large)] == pytest.approx([0.2 * 0.9, 0.8])
+    assert cost.times(small, DENOISE) == ProfileCost(PROFILE).times(small, DENOISE)
 
 
 def test_a_decode_profiled_eight_times_too_long_is_right_after_twenty_pictures() -> None:
     cost, large = ProfileCost(PROFILE), request(1024, 1024)
     for _ in range(20):
         cost = cost.observed(DECODE, large, 3.5 / 8)
-    assert cost.decode_s(large) == pytest.approx(3.5 / 8, rel=0.1)
+    assert cost.times(large, DECODE)[1] == pytest.approx(3.5 / 8, rel=0.1)
 
 
 def test_an_observed_step_of_two_forwards_corrects_the_time_of_one() -> None:
     guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
     cost = ProfileCost(PROFILE).observed(step(1), guided, 0.4)
-    assert cost.step_times(guided)[1] == pytest.approx(0.24)
-    assert cost.step_times(request(256, 256))[1] == pytest.approx(0.12)
+    assert cost.times(guided, DENOISE)[1] == pytest.approx(0.24)
+    assert cost.times(request(256, 256), DENOISE)[1] == pytest.approx(0.12)
 
 
 def test_thousands_of_sizes_leave_a_bounded_memory_and_the_ones_in_use_keep_their_corrections() -> None:
@@ -372,10 +378,10 @@ def test_thousands_of_sizes_leave_a_bounded_memory_and_the_ones_in_use_keep_thei
     for number in range(2000):
         cost = cost.observed(step(1), usual, 0.8)
         odd = request(256 + number % 700, 256 + number // 700)
-        cost.step_times(odd)
-        cost.decode_s(odd)
+        cost.times(odd, DENOISE)
+        cost.times(odd, DECODE)[1]
         cost = cost.observed(step(2), odd, 0.5)
         cost = cost.observed(DECODE, odd, 0.5)
     assert len(cost.corrections.steps) == len(cost.corrections.decode) == len(cost._decode_memo) == MAX_SHAPES
     assert len(cost._memo) <= MAX_SHAPES
-    assert cost.step_times(usual)[1] == pytest.approx(0.8)
+    assert cost.times(usual, DENOISE)[1] == pytest.approx(0.8)

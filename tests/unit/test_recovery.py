@@ -14,7 +14,9 @@ from tetriserve.core.trajectory import Trajectory
 
 
 def state(*trajectories: Trajectory, ranks: int, degrees: tuple[int, ...] = (1, 2, 4)) -> State:
-    cost: Any = SimpleNamespace(step_times=lambda request: dict.fromkeys(degrees, 0.1))
+    cost: Any = SimpleNamespace(
+        times=lambda request, stage: dict.fromkeys(degrees, 0.1) if stage == DENOISE else {1: 0.1}
+    )
     return State(trajectories, (), tuple(range(ranks)), cast(CostModel, cost))
 
 
@@ -22,7 +24,7 @@ def lost(name: str, degree: int) -> Trajectory:
     request = Request(
         request_id=name, prompt="", shape=Shape(256, 256), stages=image_stages(8), seed=0, arrival_s=0.0, deadline_s=1.0
     )
-    return Trajectory(request, is_encoded=True, steps_done=3, lost_degree=degree)
+    return replace(Trajectory.at(request, 3), lost_degree=degree)
 
 
 def test_each_gets_the_degree_that_it_lost_while_ranks_are_left() -> None:
@@ -31,7 +33,7 @@ def test_each_gets_the_degree_that_it_lost_while_ranks_are_left() -> None:
 
 
 def test_one_that_fits_nowhere_is_passed_over() -> None:
-    narrow = replace(lost("b", 1), is_encoded=False)
+    narrow = replace(Trajectory(lost("b", 1).request), lost_degree=1)
     assert lost_tasks(state(lost("a", 4), narrow, ranks=1, degrees=(2, 4))) == [Task("b", ENCODE, (0,))]
 
 

@@ -59,13 +59,21 @@ def test_a_step_takes_two_forwards_only_with_a_negative_prompt_and_a_scale_above
 
 def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:
     trajectory = Trajectory(REQUEST)
-    assert (trajectory.stage, trajectory.remaining_steps) == (ENCODE, 3)
-    trajectory = dataclasses.replace(trajectory, is_encoded=True)
-    assert trajectory.stage is DENOISE
-    trajectory = dataclasses.replace(trajectory, steps_done=2)
-    assert (trajectory.stage, trajectory.remaining_steps) == (DENOISE, 1)
-    trajectory = dataclasses.replace(trajectory, steps_done=3)
-    assert (trajectory.stage, trajectory.remaining_steps) == (DECODE, 0)
+    assert (trajectory.stage.kind, trajectory.is_short, trajectory.remaining_steps) == (ENCODE, True, 3)
+    trajectory = trajectory.after(0, is_stage_over=True)
+    assert (trajectory.stage.kind, trajectory.is_short, trajectory.remaining_steps) == (DENOISE, False, 3)
+    trajectory = trajectory.after(2, is_stage_over=False)
+    assert (trajectory.stage.kind, trajectory.remaining_steps) == (DENOISE, 1)
+    assert trajectory == Trajectory.at(REQUEST, 2)
+    trajectory = trajectory.after(1, is_stage_over=True)
+    assert (trajectory.stage.kind, trajectory.is_short, trajectory.remaining_steps) == (DECODE, True, 0)
+    trajectory = trajectory.after(0, is_stage_over=True)
+    assert (trajectory.is_over, trajectory.steps_done) == (True, 3)
+
+
+def test_a_stage_may_be_over_before_all_its_steps_are_done() -> None:
+    early = Trajectory.at(REQUEST, 1).after(1, is_stage_over=True)
+    assert (early.stage.kind, early.steps_done, early.remaining_steps) == (DECODE, 2, 0)
 
 
 def test_a_trajectory_is_late_only_after_its_deadline() -> None:

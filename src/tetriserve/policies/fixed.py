@@ -21,8 +21,8 @@ class BlockPolicy(ABC):
 
     A request holds its block from its first stage to its last, although short stages run on the block's first rank
     alone. Which request holds which block is read from the state: the first of a started trajectory's holders, or the
-    leader of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of
-    requests that have not started.
+    leader of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead
+    of requests that have not started.
     """
 
     @abstractmethod

@@ -140,7 +140,8 @@ def _ahead(
 
 def _late_piece(job: Job, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
-    if duration_s := job.here.short_s:
+    if job.here.is_short:
+        duration_s = job.here.short_s
         start_s = timeline.earliest(duration_s, now)
         return Piece(start_s, start_s + duration_s, 1)
     times = job.speeds.times
@@ -209,7 +210,8 @@ class _Start:
         for job in ordered:
             if self._free_until[1] <= self._ready_s:
                 return
-            if duration_s := job.here.short_s:
+            if job.here.is_short:
+                duration_s = job.here.short_s
                 is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
                 if is_fitting and self._leaves_headroom(1, duration_s):
                     self._claim_until(self.now + duration_s, 1)

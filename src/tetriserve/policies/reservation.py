@@ -108,7 +108,7 @@ class Job:
     def after(self, flight: InFlight, now: float) -> Job | None:
         """The same request once `flight` has landed; None when that was its last task."""
         stage_index, num_steps = self.stage_index, self.num_steps - flight.task.num_steps
-        if self.here.short_s or not num_steps:
+        if self.here.is_short or not num_steps:
             stage_index += 1
         if stage_index == len(self.ahead):
             return None
@@ -243,7 +243,7 @@ def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
     pieces: list[Piece] = []
     from_s = max(job.ready_s, timeline.times[0])
     before_s, after_s = job.here.before_s, job.here.after_s
-    if before_s:
+    if job.here.is_short:
         from_s = timeline.earliest(before_s, from_s)
         pieces.append(Piece(from_s, from_s + before_s, 1))
         from_s += before_s
@@ -259,7 +259,7 @@ def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
             return None
         pieces += steps
         from_s = steps[-1].end_s
-    if after_s:
+    if job.here.is_followed:
         from_s = timeline.earliest(after_s, from_s)
         pieces.append(Piece(from_s, from_s + after_s, 1))
         from_s += after_s

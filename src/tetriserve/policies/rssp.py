@@ -25,9 +25,9 @@ class ResolutionSpecific:
     """`rssp`: first come first served, non-preemptive, each request on an aligned block as wide as its shape's degree.
 
     A request holds its block from its first stage to its last, although short stages run on the block's first rank
-    alone. The request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
-    what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of
-    those that have not started; degrees wider than the largest living block are left out.
+    alone. The request at the head waits until its block is free and everyone waits behind it; with `backfill` those
+    behind take what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves,
+    ahead of those that have not started; degrees wider than the largest living block are left out.
     """
 
     def __init__(self, *, backfill: bool = False) -> None:

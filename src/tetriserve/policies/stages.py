@@ -20,15 +20,17 @@ def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
 class Ahead(NamedTuple):
     """What lies ahead of a request at one of its stages, in seconds with the time to start each task.
 
-    short_s: the present stage if it is short, else 0.
+    is_short, short_s: whether the present stage is short, and what it takes then, else 0.
     before_s: short stages up to the next one with steps, the present one included.
     has_steps: whether there is one with steps.
-    after_s: the stages after that one.
+    is_followed, after_s: whether stages come after that one, and what they take.
     """
 
+    is_short: bool
     short_s: float
     before_s: float
     has_steps: bool
+    is_followed: bool
     after_s: float
 
 
@@ -42,16 +44,16 @@ def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
     found = []
     for index in range(len(taken)):
         before_s = after_s = 0.0
-        has_steps = False
+        has_steps = is_followed = False
         for is_short, seconds in taken[index:]:
             if not is_short:
                 has_steps = True
             elif has_steps:
-                after_s += seconds
+                is_followed, after_s = True, after_s + seconds
             else:
                 before_s += seconds
         is_short, seconds = taken[index]
-        found.append(Ahead(seconds if is_short else 0.0, before_s, has_steps, after_s))
+        found.append(Ahead(is_short, seconds if is_short else 0.0, before_s, has_steps, is_followed, after_s))
     return tuple(found)
 
 

@@ -28,10 +28,10 @@ class TetriServe:
     """Rounds in which as many requests as possible keep their deadlines.
 
     A round spans some steps of a reference shape and ends when the last of its tasks with steps does. At every event
-    the round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all are idle this is
-    the paper's round, in between it fills what has become free. Tasks with steps end by the end of the round, so that all
-    ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8 ranks for a
-    request that needs them.
+    the round's algorithm runs for the ranks that are idle, with the end of the round as horizon: when all are idle this
+    is the paper's round, in between it fills what has become free. Tasks with steps end by the end of the round, so
+    that all ranks meet there and wide groups can form; that, not any memory between calls, is what reserves 8 ranks for
+    a request that needs them.
 
     Beyond the paper, a round that begins has the longest of `lengths_s` at which the most urgent requests need the
     least GPU time: a round that holds no whole number of steps at the degree that a request needs wastes the rest.

@@ -6,9 +6,9 @@ to, every task takes what the cost model says, and nobody else arrives.
 **Resolution.** An exact forecast costs a decision per task, and under a long queue there are thousands. With a
 resolution r above 0 the future is looked at the more coarsely the further away it is: a task with steps that starts t
 seconds ahead lasts at least r * t, and tasks that end within r * t / 5 of each other are followed by one decision,
-though each of them ends, and its ranks go on, at its own time. A short first stage is part of the first task with steps, and a short last one
-follows the last at once, without a decision. So the number of decisions grows with the logarithm of
-the time that is forecast, and what comes next is nearly exact.
+though each of them ends, and its ranks go on, at its own time. A short first stage is part of the first task with
+steps, and a short last stage follows the last step at once, without a decision. So the number of decisions grows with
+the logarithm of the time that is forecast, and what comes next is nearly exact.
 """
 
 from __future__ import annotations

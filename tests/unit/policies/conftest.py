@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import pytest
 
+from tetriserve.core.cost import task_s
 from tetriserve.core.plan import CostModel, InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -34,24 +35,15 @@ class TableCost:
         object.__setattr__(self, "steps", MappingProxyType(steps))
         object.__setattr__(self, "decode", MappingProxyType(dict(self.decode)))
 
-    def step_times(self, request: Request) -> Mapping[int, float]:
-        return self.steps[request.shape.height]
-
-    def encode_s(self, request: Request) -> float:
-        return self.encode
-
-    def decode_s(self, request: Request) -> float:
-        return self.decode[request.shape.height]
+    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+        height = request.shape.height
+        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode[height]}}.get(stage, self.steps[height])
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
 
     def duration_s(self, task: Task, request: Request) -> float:
-        if task.stage is ENCODE:
-            return self.switch_s + self.encode_s(request)
-        if task.stage is DECODE:
-            return self.switch_s + self.decode_s(request)
-        return self.switch_s + task.num_steps * self.step_times(request)[task.degree]
+        return self.switch_s + task_s(self, task, request)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -79,7 +71,7 @@ class Run:
         return sum(self.finish_s[request.request_id] <= request.deadline_s for request in requests) / len(requests)
 
     def denoise(self, request_id: str) -> list[Task]:
-        return [task for _, _, task in self.tasks if task.request_id == request_id and task.stage is DENOISE]
+        return [task for _, _, task in self.tasks if task.request_id == request_id and task.stage == DENOISE]
 
     def mean_degree(self, request_id: str) -> float:
         tasks = self.denoise(request_id)
@@ -98,8 +90,8 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
         trajectory = waiting[task.request_id]
         assert task.stage is trajectory.stage, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
-        if task.stage is DENOISE:
-            assert task.degree in state.cost.step_times(trajectory.request)
+        if task.stage == DENOISE:
+            assert task.degree in state.cost.times(trajectory.request, task.stage)
             assert 1 <= task.num_steps <= trajectory.remaining_steps
         else:
             assert task.degree == 1
@@ -154,12 +146,12 @@ def drive_policy(
             task = flights.pop(value).task  # type: ignore[arg-type]
             trajectory = replace(trajectories[task.request_id], is_running=False)
             if kind == "end":
-                trajectory = replace(
-                    trajectory, is_encoded=True, steps_done=trajectory.steps_done + task.num_steps, holders=task.ranks
-                )
+                is_over = task.num_steps in (0, trajectory.remaining_steps)
+                trajectory = replace(trajectory.after(task.num_steps, is_stage_over=is_over), holders=task.ranks)
             trajectories[task.request_id] = trajectory
-            if kind == "end" and task.stage is DECODE:
-                assert trajectory.remaining_steps == 0, "no step skipped or repeated"
+            if kind == "end" and task.stage == DECODE:
+                assert trajectory.is_over
+                assert trajectory.steps_done == trajectory.request.num_steps, "no step skipped or repeated"
                 run.finish_s[task.request_id] = now
                 del trajectories[task.request_id]
         elif kind == "death":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,7 +71,7 @@ def workloads(draw: st.DrawFn, request_of, max_size: int = 10):
 
 def test_what_a_policy_is_given_cannot_be_changed(request_of, flux):
     """`drive` therefore compares states without copying them: a hash exists only where every part is immutable."""
-    trajectory = Trajectory(request_of(256), is_encoded=True, holders=(0, 1))
+    trajectory = replace(Trajectory.at(request_of(256), 0), holders=(0, 1))
     state = State((trajectory,), (InFlight(1, Task("r", DENOISE, (0, 1), 2), 0.0, 1.0),), (0, 1), flux)
     assert hash((state.trajectories, state.in_flight, state.ranks, state.idle_ranks, state.waiting))
     for value in (state, trajectory, trajectory.request, state.in_flight[0], state.in_flight[0].task):
@@ -79,7 +79,7 @@ def test_what_a_policy_is_given_cannot_be_changed(request_of, flux):
             with pytest.raises(FrozenInstanceError):
                 setattr(value, field.name, None)
     with pytest.raises(TypeError):
-        flux.step_times(trajectory.request)[1] = 0.0
+        flux.times(trajectory.request, DENOISE)[1] = 0.0
 
 
 @every_policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -182,8 +182,8 @@ def test_a_deliberate_pause_and_a_mix_of_degrees_are_found(table_cost, request_o
 
 def test_a_task_in_flight_holds_its_ranks_and_its_request(table_cost, request_of) -> None:
     cost = table_cost({256: {1: 1.0, 2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
-    running = Trajectory(request_of(256, request_id="a", num_steps=4), is_encoded=True, holders=(0,), is_running=True)
-    waiting = Trajectory(request_of(256, request_id="b", num_steps=2), is_encoded=True, holders=(1,))
+    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=4), 0), holders=(0,), is_running=True)
+    waiting = replace(Trajectory.at(request_of(256, request_id="b", num_steps=2), 0), holders=(1,))
     flight = InFlight(0, Task("a", DENOISE, (0,), 2), 0.0, 2.0)
     state = State((running, waiting), (flight,), (0, 1), cost)
     assert Exhaustive().plan(state, 1.0) == Plan((Task("b", DENOISE, (1,), 1),))
@@ -195,8 +195,8 @@ def test_a_task_in_flight_holds_its_ranks_and_its_request(table_cost, request_of
 
 def test_a_task_that_is_overdue_does_not_free_its_ranks(table_cost, request_of) -> None:
     cost = table_cost({256: {2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
-    running = Trajectory(request_of(256, request_id="a", num_steps=1), is_encoded=True, steps_done=1, is_running=True)
-    waiting = Trajectory(request_of(256, request_id="b", num_steps=1), is_encoded=True)
+    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=1), 1), is_running=True)
+    waiting = Trajectory.at(request_of(256, request_id="b", num_steps=1), 0)
     state = State((running, waiting), (InFlight(0, Task("a", DECODE, (0,)), 0.0, 0.1),), (0, 1), cost)
     assert Exhaustive().plan(state, 5.0) == Plan()
     assert Exhaustive().plan(State((waiting,), (), (0, 1), cost), 5.0).tasks[0].ranks == (0, 1)

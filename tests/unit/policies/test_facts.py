@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from tetriserve.core.plan import State
+from tetriserve.core.stages import DECODE
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.facts import Facts
 
@@ -23,7 +24,7 @@ def facts(derived):
         derived.append(trajectory.request_id)
         return trajectory.request_id, terms
 
-    return Facts(lambda request, state: state.cost.decode_s(request), derive)
+    return Facts(lambda request, state: state.cost.times(request, DECODE)[1], derive)
 
 
 @pytest.fixture

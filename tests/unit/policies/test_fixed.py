@@ -27,8 +27,8 @@ def test_fixed_keeps_a_request_on_its_block_from_encode_to_decode(drive, make, r
     run = drive(make("fixed:4", flux), requests, flux)
     for index, block in enumerate([(0, 1, 2, 3), (4, 5, 6, 7)]):
         tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
-        assert {task.ranks for task in tasks if task.stage is DENOISE} == {block}
-        assert {task.ranks for task in tasks if task.stage is not DENOISE} == {block[:1]}
+        assert {task.ranks for task in tasks if task.stage == DENOISE} == {block}
+        assert {task.ranks for task in tasks if task.stage != DENOISE} == {block[:1]}
     starts = {}
     for start, _, task in run.tasks:
         starts.setdefault(task.request_id, start)
@@ -50,8 +50,8 @@ def test_a_request_that_lost_its_block_takes_the_next_free_one_but_nobody_elses(
     """Rank 0 is dead: moved needs a new block, before new, which arrived earlier; (2, 3) belongs to owner."""
     policy = make("fixed:2", flux, 6)
     new, moved, owner = (Trajectory(request_of(1024, request_id=name)) for name in ("new", "moved", "owner"))
-    moved = replace(moved, is_encoded=True, steps_done=5, holders=(1,))
-    owner = replace(owner, is_encoded=True, steps_done=5, holders=(2, 3))
+    moved = replace(Trajectory.at(moved.request, 5), holders=(1,))
+    owner = replace(Trajectory.at(owner.request, 5), holders=(2, 3))
     plan = policy.plan(State((new, moved, owner), (), (1, 2, 3, 4, 5), flux), 0.1)
     assert {task.request_id: task.ranks for task in plan.tasks} == {"moved": (4, 5), "owner": (2, 3)}
 

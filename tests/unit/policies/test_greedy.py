@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tetriserve.core.plan import InFlight, State, Task
@@ -47,7 +45,7 @@ def test_best_fit_takes_the_smallest_degree_in_time_and_widens_the_most_urgent(m
 def test_srtf_lets_a_shorter_one_overtake_and_sjf_does_not(make, request_of, flux):
     begun = encoded(request_of(2048, request_id="begun"), 4, RANKS)
     new = encoded(request_of(1024, request_id="new"), 0, (0,))
-    state = State((begun, replace(new, is_encoded=False, holders=())), (), (0,), flux)
+    state = State((begun, Trajectory(new.request)), (), (0,), flux)
     assert [task.request_id for task in make("srtf", flux, 1).plan(state, 0.0).tasks] == ["new"]
     assert [task.request_id for task in make("sjf", flux, 1).plan(state, 0.0).tasks] == ["begun"]
     nearly_done = encoded(request_of(2048, request_id="begun"), 27, RANKS)
@@ -76,8 +74,8 @@ def test_rssp_holds_the_block_from_encode_to_decode(drive, make, request_of, flu
     for index in range(4):
         tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
         block = (2 * index, 2 * index + 1)
-        assert {task.ranks for task in tasks if task.stage is DENOISE} == {block}
-        assert {task.ranks for task in tasks if task.stage is not DENOISE} == {block[:1]}
+        assert {task.ranks for task in tasks if task.stage == DENOISE} == {block}
+        assert {task.ranks for task in tasks if task.stage != DENOISE} == {block[:1]}
     first_start = min(start for start, _, task in run.tasks if task.request_id == "r4")
     assert first_start == pytest.approx(run.finish_s["r0"])
 

@@ -17,7 +17,7 @@ def encoded(request, steps_done=0, holders=(), *, is_running=False):
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is DENOISE}
+    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
 
 
 @pytest.fixture

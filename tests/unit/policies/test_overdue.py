@@ -10,7 +10,7 @@ from tetriserve.control.overdue import LateAccount
 from tetriserve.control.tracker import Tracker
 from tetriserve.core.events import FinishRequest, Submitted
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies.overdue import INSTALMENT_S, OVERDUE_S, Need, have_slack, owed
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile.bundled import open_profile
@@ -55,7 +55,7 @@ def test_late_requests_get_what_requests_with_seconds_of_slack_do_not_need(polic
     late = [request(f"late {number}", 5.0 + number, 0.001, 4) for number in range(3)]
     ended = list(loop.run(late))
     waits_s = [o.finish_s - o.request.arrival_s for o in ended if o.request.request_id.startswith("late")]
-    alone_s = COST.encode_s(late[0]) + 4 * COST.step_times(late[0])[1] + COST.decode_s(late[0])
+    alone_s = COST.times(late[0], ENCODE)[1] + 4 * COST.times(late[0], DENOISE)[1] + COST.times(late[0], DECODE)[1]
     assert len(waits_s) == 3
     assert max(waits_s) <= 10 * alone_s
     clients = [o for o in ended if o.request.request_id.startswith("client")]

@@ -20,7 +20,7 @@ def test_every_policy_keeps_to_the_degrees_of_a_request(policy: str) -> None:
     ended = list(simulate(SETTING.policy(policy), SETTING.cost, requests, num_ranks=8))
     assert len(ended) == len(requests)
     for outcome in ended:
-        degrees = {run.task.degree for run in outcome.runs if run.task.stage is DENOISE}
+        degrees = {run.task.degree for run in outcome.runs if run.task.stage == DENOISE}
         allowed = outcome.request.degrees
         if policy.startswith("fixed:") and allowed is not None and min(allowed) > int(policy[6:]):
             assert not degrees  # no block is wide enough

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ def held_by(*holders: int) -> Trajectory:
         arrival_s=0.0,
         deadline_s=1.0,
     )
-    return Trajectory(request, is_encoded=True, holders=holders)
+    return replace(Trajectory.at(request, 0), holders=holders)
 
 
 def test_keeps_its_ranks_when_the_degree_stays():

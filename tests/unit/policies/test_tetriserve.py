@@ -34,7 +34,7 @@ def in_flight(request_of, end_s, rank):
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage is DENOISE}
+    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
 
 
 def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
@@ -183,7 +183,7 @@ def test_a_request_stays_on_its_ranks_while_its_degree_stays(drive, make, poisso
 def test_what_starts_in_mid_round_ends_with_the_round(drive, make, poisson, flux):
     policy = make("tetriserve", flux)
     run = drive(policy, poisson(45, 60, seed=2), flux)
-    denoise = [(start, end) for start, end, task in run.tasks if task.stage is DENOISE]
+    denoise = [(start, end) for start, end, task in run.tasks if task.stage == DENOISE]
     num_mid_round = 0
     for start, end in denoise:
         assert end - start <= policy.clock.round_s + policy.clock.overrun_s + 1e-9

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetriserve.policies.reservation import denoise_pieces, speeds_of
+from tetriserve.policies.reservation import speeds_of, step_pieces
 from tetriserve.policies.timeline import NEVER_S, Piece, Timeline
 
 STEPS = ((1, 0.4), (2, 0.22), (4, 0.12))
@@ -58,12 +58,12 @@ def test_free_is_the_pool_less_every_claim(pieces, at):
 def test_steps_run_on_whatever_is_free_up_to_the_most_allowed(timeline):
     """One at 1 rank takes 0.4 s, so that two fit before 11 s; four at 2 before 12 s; the rest at 4 from then on."""
     speeds = speeds_of(STEPS, 4, 1e-12, 0.25)
-    pieces = denoise_pieces(timeline, speeds, 10, 10.0, 20.0, 4)
+    pieces = step_pieces(timeline, speeds, 10, 10.0, 20.0, 4)
     assert [(piece.degree, piece.num_steps) for piece in pieces] == [(1, 2), (2, 4), (4, 4)]
     assert pieces[-1].end_s == pytest.approx(12.48)
-    narrower = denoise_pieces(timeline, speeds, 10, 10.0, 20.0, 2)
+    narrower = step_pieces(timeline, speeds, 10, 10.0, 20.0, 2)
     assert [(piece.degree, piece.num_steps) for piece in narrower] == [(1, 2), (2, 8)]
-    assert denoise_pieces(timeline, speeds, 10, 10.0, 12.4, 4) is None
+    assert step_pieces(timeline, speeds, 10, 10.0, 12.4, 4) is None
 
 
 def test_speeds_leave_out_degrees_that_only_cost_more():
@@ -91,6 +91,6 @@ def test_rounding_never_claims_a_rank_twice(releases, wanted):
     timeline = Timeline.of(0.0, 4, releases, resolution=0.05)
     speeds = speeds_of(STEPS, 4, 0.001, 0.25)
     for num_steps, max_degree, from_s in wanted:
-        pieces = denoise_pieces(timeline, speeds, num_steps, from_s, 1e6, max_degree)
+        pieces = step_pieces(timeline, speeds, num_steps, from_s, 1e6, max_degree)
         timeline.claim(pieces or [])
         assert min(timeline.free) >= 0

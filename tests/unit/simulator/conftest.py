@@ -10,7 +10,7 @@ import pytest
 
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import DECODE, ENCODE, image_stages
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
 from tetriserve.workload.arrivals import parse_arrivals
@@ -29,14 +29,8 @@ class TableCost:
     switch_s: float = 0.0
     move_s: float = 0.0
 
-    def step_times(self, request: Request) -> Mapping[int, float]:
-        return self.steps[request.shape.height]
-
-    def encode_s(self, request: Request) -> float:
-        return self.encode
-
-    def decode_s(self, request: Request) -> float:
-        return self.decode
+    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode}}.get(stage, self.steps[request.shape.height])
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self

@@ -11,7 +11,7 @@ import pytest
 from tetriserve.control import Controller
 from tetriserve.core.events import Cancelled, Submitted, WorkerJoined
 from tetriserve.core.forecast import Forecast
-from tetriserve.core.stages import DECODE, DENOISE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.policies import make_policy
 from tetriserve.simulator import Simulation
 from tetriserve.simulator.forecast import forecast
@@ -68,7 +68,7 @@ def check_runs(future: Forecast, num_steps: dict[str, int]) -> None:
             assert before.end_s <= after.start_s + 1e-9
     for name, total in num_steps.items():
         assert sum(run.task.num_steps for run in by_request[name]) == total
-        assert by_request[name][-1].task.stage is DECODE
+        assert by_request[name][-1].task.stage == DECODE
         assert by_request[name][-1].end_s == pytest.approx(future.finish_s[name])
 
 
@@ -133,7 +133,7 @@ def test_coarse_encoding_joins_the_first_denoise_task_and_decoding_follows_the_l
     runs = [run for run in future.runs if run.task.request_id == waiting.request_id]
     first, decode = runs[0], runs[-1]
     assert (first.task.stage, decode.task.stage) == (DENOISE, DECODE)
-    work_s = first.task.num_steps * flux.step_times(waiting)[1] + flux.encode_s(waiting)
+    work_s = first.task.num_steps * flux.times(waiting, DENOISE)[1] + flux.times(waiting, ENCODE)[1]
     assert first.end_s - first.start_s == pytest.approx(work_s + flux.switch_s, abs=flux.move_s + 1e-9)
     assert decode.start_s == pytest.approx(runs[-2].end_s)
 

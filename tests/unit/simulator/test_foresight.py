@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tetriserve.control import Controller
 from tetriserve.control.spare import LEAST_SPARE
 from tetriserve.core.events import Submitted, WorkerJoined
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.policies import make_policy
 from tetriserve.simulator.forecast import forecast
 from tetriserve.simulator.foresight import SimulatedForesight
@@ -89,7 +90,12 @@ def test_an_empty_pool_quotes_the_time_alone_and_a_little_to_spare_to_the_tick(p
     pool = pool_of("fixed:1", [])
     request = asked(512, 100.0)
     quote = pool.quote(request)
-    alone_s = flux.encode_s(request) + 10 * flux.step_times(request)[1] + flux.decode_s(request) + 3 * flux.switch_s
+    alone_s = (
+        flux.times(request, ENCODE)[1]
+        + 10 * flux.times(request, DENOISE)[1]
+        + flux.times(request, DECODE)[1]
+        + 3 * flux.switch_s
+    )
     assert quote.is_feasible
     assert quote.finish_s == pytest.approx(alone_s)
     assert quote.earliest_deadline_s == pytest.approx((1 + LEAST_SPARE) * alone_s, abs=1e-3)

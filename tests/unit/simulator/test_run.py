@@ -32,7 +32,7 @@ def test_a_task_on_other_ranks_than_the_last_costs_the_move(table_cost, request_
         def plan(self, state: State, now: float) -> Plan:
             return Plan(
                 tuple(
-                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage is DENOISE))
+                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage == DENOISE))
                     for each in state.waiting
                 )
             )

@@ -9,6 +9,7 @@ import pytest
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DENOISE
 from tetriserve.policies.registry import POLICIES
 from tetriserve.profile import save_profile
 from tetriserve.profile.bundled import bundled_profiles, open_profile
@@ -20,7 +21,7 @@ def test_the_pool_is_as_large_as_the_profiles_largest_degree_unless_said() -> No
     assert prepare(Scenario(profile="qwen-image-4xh20", slo_multiple=1.5)).num_ranks == 4
     small = prepare(Scenario(num_ranks=2))
     request = next(small.requests(0))
-    assert list(small.cost.step_times(request)) == [1, 2]
+    assert list(small.cost.times(request, DENOISE)) == [1, 2]
 
 
 def test_a_profile_is_bundled_or_a_file(tmp_path: Path) -> None:

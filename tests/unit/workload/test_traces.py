@@ -38,9 +38,15 @@ def test_csv_fields_are_read_and_the_missing_ones_filled_in(tmp_path: Path) -> N
         deadline_s=1.0 + 3.0,
     )
     assert second == Request(
-        request_id="r0", prompt="", shape=Shape(512, 1024), stages=image_stages(10), seed=7, arrival_s=3.5, deadline_s=6.0,
+        request_id="r0",
+        prompt="",
+        shape=Shape(512, 1024),
+        stages=image_stages(10),
+        seed=7,
+        arrival_s=3.5,
+        deadline_s=6.0,
         priority=1,
-    )  # fmt: skip
+    )
 
 
 def test_json_lines_are_read_and_empty_lines_skipped(tmp_path: Path) -> None:
