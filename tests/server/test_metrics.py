@@ -168,7 +168,7 @@ class Widening:
             return Plan()
         trajectory = state.waiting[0]
         if trajectory.stage.kind != DENOISE:
-            return Plan((Task(trajectory.request_id, trajectory.stage, (0,)),))
+            return Plan((Task(trajectory.request_id, trajectory.stage.kind, (0,)),))
         ranks = [(0,), (1,), (0, 1)][min(trajectory.steps_done, 2)]
         return Plan((Task(trajectory.request_id, DENOISE, ranks, 1),))
 

@@ -186,7 +186,7 @@ def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> Non
     assert now == 8.0
     assert (state.idle_ranks, state.in_flight) == ((0, 1, 2, 3), ())
     (trajectory,) = state.waiting
-    assert (trajectory.stage, trajectory.remaining_steps, trajectory.holders) == (DENOISE, 2, (1, 3))
+    assert (trajectory.stage.kind, trajectory.remaining_steps, trajectory.holders) == (DENOISE, 2, (1, 3))
 
 
 def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() -> None:
@@ -399,7 +399,8 @@ WRONG_PLANS = {
     "no steps": (Task("a", DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
     "too many steps": (Task("a", DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
     "degree without a profile": (Task("a", DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
-    "wide encode": (Task("new", ENCODE, (0, 1)), "planned encode at degree 2; it runs at 1"),
+    "wide encode": (Task("new", ENCODE, (0, 1)), r"planned encode at degree 2 in 0 steps; .* degrees are \[1\]"),
+    "encode in steps": (Task("new", ENCODE, (0,), 1), "planned encode at degree 1 in 1 steps; it has none"),
 }
 
 
@@ -589,7 +590,7 @@ class Erratic:
                 continue
             num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage.kind == DENOISE else 0
             ranks = tuple(free.pop() for _ in range(degree))
-            tasks.append(Task(trajectory.request_id, trajectory.stage, ranks, num_steps))
+            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
         return Plan(tuple(tasks), wake_at=now + 0.1 if state.waiting else None)
 
 

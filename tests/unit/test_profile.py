@@ -52,7 +52,7 @@ PROFILE = Profile(
 DOCUMENT: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(PROFILE)}))
 
 
-ENCODE, DECODE = Task("r", ENCODE, (0,)), Task("r", DECODE, (0,))
+ENCODING, DECODING = Task("r", ENCODE, (0,)), Task("r", DECODE, (0,))
 
 
 def step(degree: int, num_steps: int = 1) -> Task:
@@ -353,7 +353,7 @@ def test_repeated_observations_converge_and_one_outlier_is_bounded() -> None:
 def test_encode_is_corrected_for_all_requests_and_decode_for_its_shape() -> None:
     small, large = request(256, 256), request(512, 512)
     guided = request(256, 256, negative_prompt="blurry", true_cfg_scale=4.0)
-    cost = ProfileCost(PROFILE).observed(ENCODE, guided, 0.08).observed(DECODE, small, 0.1)
+    cost = ProfileCost(PROFILE).observed(ENCODING, guided, 0.08).observed(DECODING, small, 0.1)
     assert [cost.times(each, ENCODE)[1] for each in (small, guided, large)] == pytest.approx([0.024, 0.048, 0.024])
     assert [cost.times(each, DECODE)[1] for each in (small, large)] == pytest.approx([0.2 * 0.9, 0.8])
     assert cost.times(small, DENOISE) == ProfileCost(PROFILE).times(small, DENOISE)
@@ -362,7 +362,7 @@ def test_encode_is_corrected_for_all_requests_and_decode_for_its_shape() -> None
 def test_a_decode_profiled_eight_times_too_long_is_right_after_twenty_pictures() -> None:
     cost, large = ProfileCost(PROFILE), request(1024, 1024)
     for _ in range(20):
-        cost = cost.observed(DECODE, large, 3.5 / 8)
+        cost = cost.observed(DECODING, large, 3.5 / 8)
     assert cost.times(large, DECODE)[1] == pytest.approx(3.5 / 8, rel=0.1)
 
 
@@ -381,7 +381,7 @@ def test_thousands_of_sizes_leave_a_bounded_memory_and_the_ones_in_use_keep_thei
         cost.times(odd, DENOISE)
         cost.times(odd, DECODE)[1]
         cost = cost.observed(step(2), odd, 0.5)
-        cost = cost.observed(DECODE, odd, 0.5)
+        cost = cost.observed(DECODING, odd, 0.5)
     assert len(cost.corrections.steps) == len(cost.corrections.decode) == len(cost._decode_memo) == MAX_SHAPES
     assert len(cost._memo) <= MAX_SHAPES
     assert cost.times(usual, DENOISE)[1] == pytest.approx(0.8)

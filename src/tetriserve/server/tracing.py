@@ -113,7 +113,7 @@ class Tracing:
     def _trace_runs(self, runs: Sequence[Run], in_image: Context, ns: Callable[[float], int]) -> None:
         for stage, group in groupby(runs, lambda run: run.task.stage):
             stage_runs = list(group)
-            span = self._tracer.start_span(stage.value, in_image, start_time=ns(stage_runs[0].start_s))
+            span = self._tracer.start_span(stage, in_image, start_time=ns(stage_runs[0].start_s))
             in_stage = trace.set_span_in_context(span, Context())
             for run in stage_runs:
                 task = self._tracer.start_span("task", in_stage, start_time=ns(run.start_s))

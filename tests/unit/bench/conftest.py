@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 
 
 def answer(document: object, status: str = "200 OK") -> bytes:
@@ -103,7 +104,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make_request() -> Callable[..., Request]:
     def make(name: str = "r0", arrival_s: float = 0.0, slo_s: float = 10.0, **fields: Any) -> Request:
-        known = {"prompt": "a star", "shape": Shape(512, 512), "num_steps": 4, "seed": 7}
+        known = {"prompt": "a star", "shape": Shape(512, 512), "stages": image_stages(4), "seed": 7}
         return Request(request_id=name, arrival_s=arrival_s, deadline_s=arrival_s + slo_s, **(known | fields))
 
     return make

@@ -14,7 +14,7 @@ from tetriserve.bench.attempt import Attempt
 from tetriserve.bench.client import Client, Wire
 from tetriserve.bench.connections import Connections
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.workload.outcome import Status
 from tetriserve.workload.slo import TableRule
 from tetriserve.workload.traces import load_trace
@@ -69,14 +69,14 @@ async def test_a_deadline_that_has_passed_still_leaves_a_millisecond_to_ask_for(
 
 async def test_fields_that_a_strict_server_refuses_can_be_left_out(stub, client, make_request) -> None:
     extra = {"seed": None, "response_format": "b64_json"}
-    await client(sends_slo=False, extra=extra).draw(make_request(num_steps=0))
+    await client(sends_slo=False, extra=extra).draw(make_request(stages=image_stages(0)))
     assert stub.bodies == [{"prompt": "a star", "n": 1, "size": "512x512", "response_format": "b64_json"}]
 
 
 async def test_a_peers_answer_is_an_outcome_without_what_only_a_server_knows(
     client, make_request, tmp_path: Path
 ) -> None:
-    request = make_request("r3", arrival_s=-0.5, num_steps=0)  # due half a second ago
+    request = make_request("r3", arrival_s=-0.5, stages=image_stages(0))  # due half a second ago
     attempt = await client().draw(request)
     assert attempt.outcome.is_attained
     assert attempt.error is None
@@ -93,7 +93,7 @@ async def test_what_tetriserve_tells_of_its_schedule_is_part_of_the_outcome(
     stub, client, make_request, tmp_path: Path
 ) -> None:
     stub.reply = lambda body: answer({"data": [{"b64_json": "aaaa", "schedule": SCHEDULE}]})
-    attempt = await client().draw(make_request(num_steps=0))
+    attempt = await client().draw(make_request(stages=image_stages(0)))
     outcome = attempt.outcome
     assert outcome.degrees == (2, 2, 2)
     assert outcome.request.num_steps == 3

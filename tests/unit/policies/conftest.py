@@ -88,7 +88,7 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
     assert len(ids) == len(set(ids)), "one task per request"
     for task in plan.tasks:
         trajectory = waiting[task.request_id]
-        assert task.stage is trajectory.stage, "stages in order"
+        assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
         if task.stage == DENOISE:
             assert task.degree in state.cost.times(trajectory.request, task.stage)

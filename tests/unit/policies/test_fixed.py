@@ -40,7 +40,11 @@ def test_a_block_stays_reserved_while_its_request_waits_between_tasks(make, requ
     """Request a is between tasks on ranks 0 and 1, so that c must not take them, nor b's that are busy."""
     policy = make("fixed:2", flux, 4)
     a, b, c = (request_of(1024, request_id=name) for name in "abc")
-    trajectories = (Trajectory(c), Trajectory(a, True, 5, (0, 1)), Trajectory(b, True, 5, (2, 3), is_running=True))
+    trajectories = (
+        Trajectory(c),
+        replace(Trajectory.at(a, 5), holders=(0, 1)),
+        replace(Trajectory.at(b, 5), holders=(2, 3), is_running=True),
+    )
     flight = InFlight(0, Task("b", DENOISE, (2, 3), 5), 0.0, 0.5)
     plan = policy.plan(State(trajectories, (flight,), (0, 1, 2, 3), flux), 0.1)
     assert plan.tasks == (Task("a", DENOISE, (0, 1), 5),)

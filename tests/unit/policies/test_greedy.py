@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tetriserve.core.plan import InFlight, State, Task
@@ -13,7 +15,7 @@ RANKS = tuple(range(8))
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
-    return Trajectory(request, True, steps_done, holders, is_running)
+    return replace(Trajectory.at(request, steps_done), holders=holders, is_running=is_running)
 
 
 def degrees(plan):

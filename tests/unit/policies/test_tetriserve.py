@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -24,7 +25,7 @@ STEPS_2048 = {1: 0.76, 2: 0.4086, 4: 0.2184, 8: 0.1218}
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
-    return Trajectory(request, True, steps_done, holders, is_running)
+    return replace(Trajectory.at(request, steps_done), holders=holders, is_running=is_running)
 
 
 def in_flight(request_of, end_s, rank):
@@ -75,7 +76,7 @@ def test_a_short_request_waits_for_no_boundary(drive, make, request_of, flux):
 
 
 def test_decode_starts_at_once_in_mid_round_on_a_rank_that_holds_the_latents(make, request_of, flux):
-    done = Trajectory(request_of(256, deadline_s=1.5), True, 28, (5,))
+    done = replace(Trajectory.at(request_of(256, deadline_s=1.5), 28), holders=(5,))
     plan = make("tetriserve", flux).plan(State((done,), (), RANKS, flux), 0.4)
     assert plan.tasks == (Task("r", DECODE, (5,)),)
 
@@ -125,7 +126,7 @@ def test_so_close_to_the_end_of_a_round_that_not_even_starting_fits_it_waits(mak
 def test_a_late_decode_does_not_hold_a_rank_beyond_the_end_of_a_round(make, request_of, flux):
     policy = make("tetriserve", flux)
     running, flight = in_flight(request_of, ROUND_S, 0)
-    late = Trajectory(request_of(2048, deadline_s=0.1), True, 28, (5,))
+    late = replace(Trajectory.at(request_of(2048, deadline_s=0.1), 28), holders=(5,))
     state = State((running, late), (flight,), RANKS, flux)
     assert policy.plan(state, 0.3).tasks == (Task("r", DECODE, (5,)),)
     assert policy.plan(state, 0.5) == Plan(wake_at=pytest.approx(ROUND_S))

@@ -9,7 +9,6 @@ from itertools import count, islice
 import pytest
 
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.stages import DENOISE
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.simulator.run import simulate
 from tetriserve.workload.outcome import Status
@@ -32,7 +31,7 @@ def test_a_task_on_other_ranks_than_the_last_costs_the_move(table_cost, request_
         def plan(self, state: State, now: float) -> Plan:
             return Plan(
                 tuple(
-                    Task(each.request_id, each.stage, (each.steps_done % 2,), int(each.stage == DENOISE))
+                    Task(each.request_id, each.stage.kind, (each.steps_done % 2,), int(not each.is_short))
                     for each in state.waiting
                 )
             )
@@ -95,8 +94,8 @@ class EveryTenSeconds:
     def plan(self, state, now: float) -> Plan:
         if now % 10 == 0 and state.waiting and state.idle_ranks:
             first = state.waiting[0]
-            num_steps = first.remaining_steps if first.stage.value == "denoise" else 0
-            return Plan((Task(first.request_id, first.stage, state.idle_ranks[:1], num_steps),), now + 10)
+            num_steps = 0 if first.is_short else first.remaining_steps
+            return Plan((Task(first.request_id, first.stage.kind, state.idle_ranks[:1], num_steps),), now + 10)
         return Plan(wake_at=now - now % 10 + 10 if state.waiting else None)
 
 

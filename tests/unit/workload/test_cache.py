@@ -60,7 +60,7 @@ def test_a_hit_rate_or_shares_can_be_given() -> None:
 def test_only_the_steps_differ_from_the_workload_without_a_cache(scenario) -> None:
     plain = list(prepare(scenario).requests(3))
     cached = list(prepare(replace(scenario, cache="nirvana")).requests(3))
-    assert [replace(request, num_steps=28) for request in cached] == plain
+    assert [replace(request, stages=image_stages(28)) for request in cached] == plain
     assert len({request.num_steps for request in cached}) == 6
     assert cached == list(prepare(replace(scenario, cache="nirvana")).requests(3))
     other = prepare(replace(scenario, cache="nirvana")).requests(4)
