@@ -234,7 +234,7 @@ async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Dr
 
 
 async def test_groups_do_not_pile_up_in_workers(driver: Driver) -> None:
-    request = dataclasses.replace(REQUESTS[2], num_steps=12)
+    request = dataclasses.replace(REQUESTS[2], stages=image_stages(12))
     sets = [*itertools.combinations(range(NUM_RANKS), 2), *itertools.combinations(range(NUM_RANKS), 2)]
 
     def num_files() -> list[int]:

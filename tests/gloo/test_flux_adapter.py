@@ -41,7 +41,7 @@ REQUEST = Request(
 NEGATIVE = dataclasses.replace(REQUEST, negative_prompt="blurry", true_cfg_scale=3.0)
 CASES = {
     "square": REQUEST,
-    "one step": dataclasses.replace(REQUEST, num_steps=1, seed=123456789),
+    "one step": dataclasses.replace(REQUEST, stages=image_stages(1), seed=123456789),
     "no prompt": dataclasses.replace(REQUEST, prompt=""),
     "wide": dataclasses.replace(REQUEST, shape=Shape(height=256, width=320)),
     "negative prompt": NEGATIVE,
@@ -161,7 +161,7 @@ def test_texts_are_counted_with_their_ends_and_what_is_cut_is_told_not_logged(
 
 
 def test_a_loop_resumed_before_any_step_ends_as_the_undisturbed_one(adapter: FluxAdapter) -> None:
-    request = dataclasses.replace(NEGATIVE, num_steps=4)
+    request = dataclasses.replace(NEGATIVE, stages=image_stages(4))
     embeds = adapter.encode(request)
     states = [adapter.initial_latents(request)]
     loop = adapter.denoise_loop(request, embeds, 0)
@@ -176,7 +176,7 @@ def test_a_loop_resumed_before_any_step_ends_as_the_undisturbed_one(adapter: Flu
 
 
 def test_interleaved_loops_do_not_disturb_each_other(adapter: FluxAdapter) -> None:
-    requests = (REQUEST, dataclasses.replace(CASES["wide"], num_steps=5))
+    requests = (REQUEST, dataclasses.replace(CASES["wide"], stages=image_stages(5)))
     latents = [adapter.initial_latents(request) for request in requests]
     loops = [adapter.denoise_loop(request, adapter.encode(request), 0) for request in requests]
     for index in (1, 0, 1, 1, 0, 1, 0, 1):
