@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tetriserve.server.tracing import Tracing  # noqa: E402
 
 URL = "/v1/images/generations"
-BODY = {"prompt": "a lighthouse", "size": "64x64", "num_inference_steps": 3}
+BODY = {"prompt": "a lighthouse", "size": "64x64", "num_inference_steps": 3, "slo_ms": 600_000}
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
