@@ -31,7 +31,7 @@ from tetriserve.executor.local import LocalExecutor
 from tetriserve.models.card import ModelCard, read_card
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.profiler import measure
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.store import TensorStore
 
 NUM_RANKS, MAX_GROUPS = 4, 1
 LATENTS_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 1

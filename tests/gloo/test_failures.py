@@ -23,11 +23,11 @@ from tests.waiting import HANG_S, until
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
 from tetriserve.executor.processes import ProcessStarter, kill_process
-from tetriserve.worker import latents
+from tetriserve.worker import store
 from tetriserve.worker.failures import failure_kind
-from tetriserve.worker.latents import StoreDirectory, StoreError, TensorStore
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.rendezvous import PeerAbsent
+from tetriserve.worker.store import StoreDirectory, StoreError, TensorStore
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
@@ -112,7 +112,7 @@ def test_a_copy_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_copy_that_waits_for_room_in_vain_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latents, "_ROOM_TIMEOUT_S", -1)
+    monkeypatch.setattr(store, "_ROOM_TIMEOUT_S", -1)
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(StoreError, match="the tensor store is full"):
         TensorStore(tmp_path).save("a.embeds", {"embeds": torch.ones(5000)})

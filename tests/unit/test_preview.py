@@ -14,7 +14,7 @@ from tetriserve.core.stages import image_stages
 from tetriserve.executor.previews import PreviewReader
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import PATCH, Latents, fit_basis, project
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.store import TensorStore
 
 SIDE = 4  # pixels to a token, so 2 to a pixel of a preview
 CARD = ModelCard(

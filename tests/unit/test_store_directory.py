@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tetriserve.core.events import TensorRef
-from tetriserve.worker.latents import StoreDirectory, TensorStore
+from tetriserve.worker.store import StoreDirectory, TensorStore
 
 OWNER = """
 import sys
-from tetriserve.worker.latents import StoreDirectory
+from tetriserve.worker.store import StoreDirectory
 directory = StoreDirectory()
 (directory.path / "r.latents.1.safetensors").write_text("state")
 print(directory.path, flush=True)
@@ -85,7 +85,7 @@ def test_the_directory_is_its_owners_alone() -> None:
 FULL_STORE = """
 import resource, signal, sys
 from pathlib import Path
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.store import TensorStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 store = TensorStore(Path(sys.argv[1]))

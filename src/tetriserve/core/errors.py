@@ -25,7 +25,8 @@ class InvalidRequest(TetriServeError, ValueError):
     """A client's mistake in one request.
 
     Attributes:
-        param: the offending field, as the client spelt it; None when the whole body is at fault.
+        param: the offending field, as the interface spells it at which it was found: Python's names in the engine,
+            HTTP's in the server. None when the whole body is at fault.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:

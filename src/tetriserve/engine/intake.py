@@ -68,11 +68,11 @@ class Intake:
         where the client named none: a profile may have been measured under another load.
 
         Raises:
-            InvalidRequest: a value is out of range; `param` is the field's name in the HTTP body.
+            InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
         shape = self._shape(generation.size)
         num_steps = _in_range(
-            "num_inference_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps
+            "num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps
         )
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         degrees = self._degrees(generation.degrees, shape)
@@ -97,8 +97,7 @@ class Intake:
         if slo_s is None:
             slo_s = min(MultipleRule(self.default_slo_scale, cost).slo_s(request), MAX_SLO_S)
         if not 0 < slo_s <= MAX_SLO_S:
-            allowed = f"allowed: above 0, at most {MAX_SLO_S * 1000:g}"
-            raise InvalidRequest(f"slo_ms is {slo_s * 1000:g}; {allowed}", "slo_ms")
+            raise InvalidRequest(f"slo_s is {slo_s:g}; allowed: above 0, at most {MAX_SLO_S:g}", "slo_s")
         return replace(request, deadline_s=now + slo_s)
 
     def _shape(self, size: str | None) -> Shape:

@@ -42,10 +42,10 @@ from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.executor.running import Running
 from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
-from tetriserve.worker.latents import StoreDirectory, TensorStore
 from tetriserve.worker.main import worker_main
 from tetriserve.worker.rendezvous import Rendezvous
 from tetriserve.worker.spec import WorkerSpec
+from tetriserve.worker.store import StoreDirectory, TensorStore
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from tetriserve.core.request import Request
 from tetriserve.executor.protocol import Preview
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import Latents, project
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.store import TensorStore
 
 
 class PreviewReader:

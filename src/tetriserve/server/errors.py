@@ -63,6 +63,8 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 """For `/openapi.json`, where a key can be used."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_NAMES = {"num_steps": "num_inference_steps"}
+"""Of fields that Python names otherwise (`engine.intake.Generation`)."""
 _LOGGED_PARAMS = frozenset((*ImagesRequest.model_fields, "Idempotency-Key", "X-Request-Id", "X-SLO-Ms", "seconds"))
 _FAILURE_CODES = {
     FailureKind.STEP: "generation_failed",
@@ -162,8 +164,11 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             return envelope(400, message, "model_not_found", error.param)
         case KeyReused():
             return envelope(422, message, "idempotency_key_reused", "Idempotency-Key")
-        case InvalidRequest():
-            return envelope(400, message, "invalid_value", error.param)
+        case InvalidRequest(param=param):
+            name = None if param is None else _HTTP_NAMES.get(param, param)
+            if param is not None and name is not None and message.startswith(param):
+                message = name + message[len(param) :]
+            return envelope(400, message, "invalid_value", name)
         case QueueFull():
             return envelope(429, message, "queue_full", retry_after_s=error.retry_after_s)
         case DeadlineInfeasible():

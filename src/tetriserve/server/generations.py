@@ -7,6 +7,7 @@ import uuid
 from tetriserve.core.errors import InvalidRequest, UnknownModel
 from tetriserve.core.request import Shape
 from tetriserve.engine import Generation, LiveEngine
+from tetriserve.engine.intake import MAX_SLO_S
 from tetriserve.server.schemas import ImagesRequest
 
 
@@ -40,6 +41,8 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
     if body.degrees is not None:
         degrees = (body.degrees,) if isinstance(body.degrees, int) else tuple(body.degrees)
     slo_ms = header_slo_ms if body.slo_ms is None else body.slo_ms
+    if slo_ms is not None and not 0 < slo_ms <= MAX_SLO_S * 1000:
+        raise InvalidRequest(f"slo_ms is {slo_ms:g}; allowed: above 0, at most {MAX_SLO_S * 1000:g}", "slo_ms")
     return [
         Generation(
             prompt=body.prompt,

@@ -9,7 +9,7 @@ import torch
 
 from tetriserve.core.events import FailureKind
 from tetriserve.worker.groups import is_collective_error
-from tetriserve.worker.latents import StoreError, error_number
+from tetriserve.worker.store import StoreError, error_number
 
 _MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc")
 _PROBE_BYTES = 2**24

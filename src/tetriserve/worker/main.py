@@ -105,8 +105,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     from tetriserve.models.card import check_unchanged
     from tetriserve.models.registry import load_adapter
     from tetriserve.worker.groups import Groups
-    from tetriserve.worker.latents import TensorStore
     from tetriserve.worker.runner import Runner
+    from tetriserve.worker.store import TensorStore
 
     torch.set_num_threads(spec.num_threads)
     if spec.device.startswith("cuda"):

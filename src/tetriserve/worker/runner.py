@@ -18,7 +18,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import fit_basis
 from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.groups import Groups
-from tetriserve.worker.latents import TensorStore
+from tetriserve.worker.store import TensorStore
 
 logger = logging.getLogger(__name__)
 
