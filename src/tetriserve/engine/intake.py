@@ -71,9 +71,7 @@ class Intake:
             InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
         shape = self._shape(generation.size)
-        num_steps = _in_range(
-            "num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps
-        )
+        num_steps = _in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps)
         negative_prompt, true_cfg_scale = self._guidance_pair(generation)
         degrees = self._degrees(generation.degrees, shape)
         request = Request(

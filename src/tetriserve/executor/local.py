@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, assert_never
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
 from tetriserve.core.errors import ConfigError, RequestFailed
-from tetriserve.core.events import Event, FailureKind, StartTask, TaskFinished, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.events import Event, FailureKind, StartTask, TaskFailed, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
     Forget,
@@ -35,11 +35,11 @@ from tetriserve.core.messages import (
 from tetriserve.core.request import Request
 from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
+from tetriserve.executor.ledger import Ledger, Running
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.previews import PreviewReader
 from tetriserve.executor.processes import NoProcess, ProcessStarter, exit_words, kill_process, wait_for_end
 from tetriserve.executor.protocol import OnEvent, Preview
-from tetriserve.executor.running import Running
 from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.main import worker_main
@@ -67,7 +67,7 @@ class LocalExecutor:
         self._pool = pool
         self._adapter = adapter
         self._workers: dict[int, Worker] = {}
-        self._running: dict[int, Running] = {}
+        self._ledger = Ledger()
         self._groups = GroupTable(pool.max_groups)
         self._num_failed_starts: dict[int, int] = dict.fromkeys(range(pool.num_ranks), 0)
         self._restarts: set[asyncio.Task[None]] = set()
@@ -124,25 +124,22 @@ class LocalExecutor:
 
     def start_task(self, command: StartTask) -> None:
         task = command.task
-        self._running[command.task_id] = running = Running(command, set(task.ranks))
+        running = self._ledger.open(command)
         group = None
         if task.degree > 1:
             try:
                 group = self._name_group(task.ranks)
             except OSError as error:
                 text = f"{task.stage} failed: no group: {error.strerror}"
-                running.errors.append(TaskError(command.task_id, FailureKind.STORE, text, time.monotonic()))
-                running.pending.clear()
+                running.fail(FailureKind.STORE, text, time.monotonic())
                 asyncio.get_running_loop().call_soon(self._settle, running)
                 return
-            in_use = {other.start.task.ranks for other in self._running.values()}
-            for ranks, name in self._groups.surplus(in_use):
+            for ranks, name in self._groups.surplus(self._ledger.groups):
                 self._drop_group(ranks, name)
         for rank in task.ranks:
             worker = self._workers.get(rank)
             if worker is None:  # died between the plan and now
-                running.pending.discard(rank)
-                running.lost_reason = f"rank {rank} is gone"
+                running.lose(rank, f"rank {rank} is gone")
             else:
                 worker.last_step_s = time.monotonic()
                 self._send(rank, RunTask(command, group))
@@ -301,39 +298,30 @@ class LocalExecutor:
                 assert_never(message)
 
     def _answer(self, rank: int, message: TaskDone | TaskError) -> None:
-        running = self._running.get(message.task_id)
+        running = self._ledger.find(message.task_id)
         if running is None:
-            return  # it came too late: the task was settled without this rank
+            return
+        running.answer(rank, message)
         if isinstance(message, TaskError):
-            running.errors.append(message)
             self._hurry(running)
             if message.kind is FailureKind.STORE:
                 self._directory.restore()
             if message.kind is FailureKind.MEMORY:  # for good, maybe: it would fail whatever it is given next
                 self._workers[rank].kill(f"ran out of memory: {message.message}")
-                return  # its end settles the task
-        elif rank == running.start.task.ranks[0]:
-            running.done = message
-        running.pending.discard(rank)
         self._settle(running)
 
     def _settle(self, running: Running) -> None:
         """Once every member has answered or died, the task is over: say how it went."""
-        start = running.start
-        if running.pending or start.task_id not in self._running:
+        end, start = self._ledger.close(running), running.start
+        if end is None:
             return
-        del self._running[start.task_id]
-        if failure := running.failure:
+        if isinstance(end, TaskFailed):
             name = self._groups.discard(start.task.ranks)
             if name is not None:
                 self._drop_group(start.task.ranks, name)
-            self._tell(failure)
-            return
-        done = running.done
-        assert done is not None and done.result is not None, "the leader leaves a result"
-        if start.task.num_steps and start.latents is not None:
+        elif start.task.num_steps and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
-        self._tell(TaskFinished(start.task_id, done.elapsed_s, done.result, done.text, done.cpu_s))
+        self._tell(end)
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""
@@ -349,10 +337,8 @@ class LocalExecutor:
             self._drop_group(ranks, name)
         if worker.is_ready:
             self._tell(WorkerLost(rank, reason))
-        for running in [running for running in self._running.values() if rank in running.pending]:
-            running.pending.discard(rank)
-            if worker.verdict is None or not running.errors:  # else we ended it because others had failed before
-                running.lost_reason = f"rank {rank} was lost: {reason}"
+        for running in self._ledger.waiting_for(rank):
+            running.lose(rank, f"rank {rank} was lost: {reason}", is_victim=worker.verdict is not None)
             self._hurry(running)
             self._settle(running)
         self._warming = {(group, member) for group, member in self._warming if member != rank}
@@ -390,7 +376,7 @@ class LocalExecutor:
         asyncio.get_running_loop().call_later(patience_s, self._kill_pending, running, patience_s)
 
     def _kill_pending(self, running: Running, patience_s: float) -> None:
-        if self._running.get(running.start.task_id) is running:
+        if self._ledger.is_open(running):
             for rank in running.pending & self._workers.keys():
                 self._workers[rank].kill(f"stuck after a peer failed, for {patience_s:g} s")
 
@@ -411,7 +397,7 @@ class LocalExecutor:
                 logger.critical("a look at the workers failed", exc_info=True)
 
     def _look(self, now: float) -> None:
-        busy = {rank for running in self._running.values() for rank in running.pending}
+        busy = self._ledger.busy_ranks
         for rank, worker in list(self._workers.items()):
             if worker.verdict is not None:
                 self._lose(rank, worker.verdict)  # killed a look ago, and its pipe is still open: stuck in a driver

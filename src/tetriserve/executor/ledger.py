@@ -1,0 +1,96 @@
+"""Tasks in flight: who has yet to answer, who is lost, and how each task ends. Whatever carries the messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished
+from tetriserve.core.messages import TaskDone, TaskError
+
+
+@dataclass(eq=False)
+class Running:
+    """One task, as its members tell of it.
+
+    pending: members that have yet to answer.
+    lost_reason: of a member that died, unless it was ended because others had failed before.
+    """
+
+    start: StartTask
+    pending: set[int]
+    done: TaskDone | None = None
+    errors: list[TaskError] = field(default_factory=list)
+    lost_reason: str | None = None
+
+    def answer(self, rank: int, message: TaskDone | TaskError) -> None:
+        """A member that ran out of memory stays pending: its worker is replaced, and until then its rank is not idle."""
+        if isinstance(message, TaskError):
+            self.errors.append(message)
+            if message.kind is FailureKind.MEMORY:
+                return
+        elif rank == self.start.task.ranks[0]:
+            self.done = message
+        self.pending.discard(rank)
+
+    def lose(self, rank: int, reason: str, *, is_victim: bool = False) -> None:
+        """`is_victim`: it was ended for being stuck, maybe by what others' errors did to it."""
+        self.pending.discard(rank)
+        if not (is_victim and self.errors):
+            self.lost_reason = reason
+
+    def fail(self, kind: FailureKind, message: str, now: float) -> None:
+        """It cannot start anywhere."""
+        self.errors.append(TaskError(self.start.task_id, kind, message, now))
+        self.pending.clear()
+
+    @property
+    def end(self) -> TaskFinished | TaskFailed:
+        """How it went, once nobody is pending. A dead worker explains its peers' errors, else the earliest does."""
+        task_id = self.start.task_id
+        if self.lost_reason is not None:
+            return TaskFailed(task_id, FailureKind.LOST, self.lost_reason)
+        if self.errors:
+            first = min(self.errors, key=lambda error: error.failed_at)
+            is_memory = first.kind is FailureKind.MEMORY
+            message = f"a rank ran out of memory: {first.message}" if is_memory else first.message
+            return TaskFailed(task_id, first.kind, message)
+        done = self.done
+        assert done is not None and done.result is not None, "the leader leaves a result"
+        return TaskFinished(task_id, done.elapsed_s, done.result, done.text, done.cpu_s)
+
+
+class Ledger:
+    """The tasks in flight of an executor, by id."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Running] = {}
+
+    def open(self, command: StartTask) -> Running:
+        running = self._running[command.task_id] = Running(command, set(command.task.ranks))
+        return running
+
+    def find(self, task_id: int) -> Running | None:
+        """None when it is over: an answer that comes too late counts for nothing."""
+        return self._running.get(task_id)
+
+    def is_open(self, running: Running) -> bool:
+        return self._running.get(running.start.task_id) is running
+
+    def close(self, running: Running) -> TaskFinished | TaskFailed | None:
+        """The end of a task that every member has answered or left, told once; None before and after."""
+        if running.pending or not self.is_open(running):
+            return None
+        del self._running[running.start.task_id]
+        return running.end
+
+    def waiting_for(self, rank: int) -> list[Running]:
+        return [running for running in self._running.values() if rank in running.pending]
+
+    @property
+    def busy_ranks(self) -> set[int]:
+        return {rank for running in self._running.values() for rank in running.pending}
+
+    @property
+    def groups(self) -> set[tuple[int, ...]]:
+        """The ranks of each task in flight."""
+        return {running.start.task.ranks for running in self._running.values()}

@@ -1,0 +1,90 @@
+"""How a task ends, by what its members say in any order, and by who is lost."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+
+from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.messages import TaskDone, TaskError
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import DENOISE, image_stages
+from tetriserve.executor.ledger import Ledger
+
+REQUEST = Request(
+    request_id="a",
+    prompt="",
+    shape=Shape(256, 256),
+    stages=image_stages(4),
+    seed=0,
+    arrival_s=0.0,
+    deadline_s=9.0,
+)
+START = StartTask(1, Task("a", DENOISE, (2, 0), 4), REQUEST, 0)
+RESULT = TensorRef("a.latents.4", 1)
+LEADS = TaskDone(1, 0.5, RESULT)
+FOLLOWS = TaskDone(1, 0.4, None)
+
+
+def error(kind: FailureKind, failed_at: float, text: str = "denoise failed") -> TaskError:
+    return TaskError(1, kind, text, failed_at)
+
+
+@pytest.mark.parametrize("order", permutations([(2, LEADS), (0, FOLLOWS)]))
+def test_a_task_ends_once_with_what_its_leader_left(order: tuple[tuple[int, TaskDone], ...]) -> None:
+    ledger = Ledger()
+    running = ledger.open(START)
+    assert (ledger.busy_ranks, ledger.groups) == ({0, 2}, {(2, 0)})
+    for rank, answer in order:
+        assert ledger.close(running) is None
+        running.answer(rank, answer)
+    assert ledger.close(running) == TaskFinished(1, 0.5, RESULT)
+    assert ledger.close(running) is None
+    assert (ledger.find(1), ledger.busy_ranks, ledger.groups) == (None, set(), set())
+
+
+def test_of_several_errors_the_earliest_is_the_cause() -> None:
+    running = Ledger().open(START)
+    running.answer(2, error(FailureKind.LOST, 2.0, "peer gone"))
+    running.answer(0, error(FailureKind.STEP, 1.0, "not finite"))
+    assert running.end == TaskFailed(1, FailureKind.STEP, "not finite")
+
+
+def test_a_lost_member_explains_the_errors_of_the_others() -> None:
+    ledger = Ledger()
+    running = ledger.open(START)
+    running.answer(2, error(FailureKind.STEP, 1.0))
+    assert ledger.waiting_for(0) == [running]
+    assert ledger.waiting_for(2) == []
+    running.lose(0, "rank 0 was lost: killed")
+    assert ledger.close(running) == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: killed")
+
+
+def test_one_that_was_ended_for_being_stuck_after_an_error_is_no_cause() -> None:
+    running = Ledger().open(START)
+    running.answer(2, error(FailureKind.STEP, 1.0))
+    running.lose(0, "rank 0 was lost: stuck", is_victim=True)
+    assert running.end == TaskFailed(1, FailureKind.STEP, "denoise failed")
+    alone = Ledger().open(START)
+    alone.lose(0, "rank 0 was lost: stuck", is_victim=True)
+    assert alone.end == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: stuck")
+
+
+def test_a_member_out_of_memory_is_pending_until_its_worker_has_ended() -> None:
+    ledger = Ledger()
+    running = ledger.open(START)
+    running.answer(0, FOLLOWS)
+    running.answer(2, error(FailureKind.MEMORY, 1.0))
+    assert (ledger.close(running), ledger.busy_ranks) == (None, {2})
+    running.lose(2, "rank 2 was lost: ran out of memory", is_victim=True)
+    end = TaskFailed(1, FailureKind.MEMORY, "a rank ran out of memory: denoise failed")
+    assert ledger.close(running) == end
+
+
+def test_a_task_that_can_start_nowhere_ends_at_once() -> None:
+    ledger = Ledger()
+    running = ledger.open(START)
+    running.fail(FailureKind.STORE, "no group", 1.0)
+    assert ledger.close(running) == TaskFailed(1, FailureKind.STORE, "no group")
