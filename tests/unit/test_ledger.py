@@ -32,7 +32,7 @@ def error(kind: FailureKind, failed_at: float, text: str = "denoise failed") -> 
     return TaskError(1, kind, text, failed_at)
 
 
-@pytest.mark.parametrize("order", permutations([(2, LEADS), (0, FOLLOWS)]))
+@pytest.mark.parametrize("order", [*permutations([(2, LEADS), (0, FOLLOWS)])])
 def test_a_task_ends_once_with_what_its_leader_left(order: tuple[tuple[int, TaskDone], ...]) -> None:
     ledger = Ledger()
     running = ledger.open(START)

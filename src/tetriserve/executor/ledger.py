@@ -23,7 +23,7 @@ class Running:
     lost_reason: str | None = None
 
     def answer(self, rank: int, message: TaskDone | TaskError) -> None:
-        """A member that ran out of memory stays pending: its worker is replaced, and until then its rank is not idle."""
+        """A member that ran out of memory stays pending: its rank is not idle before its worker is replaced."""
         if isinstance(message, TaskError):
             self.errors.append(message)
             if message.kind is FailureKind.MEMORY:
