@@ -25,13 +25,13 @@ from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.processes import ProcessStarter
-from tetriserve.launch import Progress, find_model, launch
+from tetriserve.launch import StartProgress, find_model, launch
 from tetriserve.models.card import read_card
 
 NUM_STEPS = 20
 BARS = {Shape(256, 256): 1.05, Shape(512, 512): 1.02}
 SWITCH_BAR_S = 0.005
-QUIET = Progress(step=lambda text: None)
+QUIET = StartProgress(step=lambda text: None)
 
 
 def bare_loop(directory: Path, connection: Connection) -> None:

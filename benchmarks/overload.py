@@ -41,7 +41,7 @@ from timed_server import PROFILE
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.request import Shape
-from tetriserve.launch import Progress, measure_profile
+from tetriserve.launch import StartProgress, measure_profile
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.workload.arrivals import Poisson
 from tetriserve.workload.mixes import Mix, parse_mix
@@ -359,7 +359,7 @@ def main() -> None:
         else:
             path = options.profile or Path(directory) / "profile.json"
             if options.profile is None:
-                quiet, pool = Progress(step=lambda text: None), PoolConfig(num_ranks=options.ranks)
+                quiet, pool = StartProgress(step=lambda text: None), PoolConfig(num_ranks=options.ranks)
                 save_profile(asyncio.run(measure_profile(None, pool, (), quiet))[1], path)
             profile = load_profile(path)
             command = [sys.executable, "-c", "from tetriserve.cli import main; main()", "serve", "--profile", str(path)]

@@ -38,7 +38,7 @@ from tetriserve.bench.summary import Summary, summarise
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
-from tetriserve.launch import Progress, find_model, measure_profile
+from tetriserve.launch import StartProgress, find_model, measure_profile
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, load_profile, save_profile
@@ -48,7 +48,7 @@ from tetriserve.workload.slo import MultipleRule
 OURS = ("tetriserve", "lookahead")
 BAR_POINTS = 0.10
 START_TIMEOUT_S = 300.0
-QUIET = Progress(step=lambda text: None)
+QUIET = StartProgress(step=lambda text: None)
 
 
 def make_load(profile: Profile, options: argparse.Namespace) -> Load:

@@ -25,7 +25,7 @@ from rich.table import Table
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request
 from tetriserve.engine import Generation
-from tetriserve.launch import Progress, find_model, launch, measure_profile
+from tetriserve.launch import StartProgress, find_model, launch, measure_profile
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import load_profile, save_profile
@@ -38,7 +38,7 @@ from tetriserve.workload.synthesis import Synthesis
 
 BAR_SAR = 0.05
 BAR_LATENCY = 0.10
-QUIET = Progress(step=lambda text: None)
+QUIET = StartProgress(step=lambda text: None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
-from tetriserve.launch import Progress, launch
+from tetriserve.launch import StartProgress, launch
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Engine:
         self._thread = threading.Thread(target=_run_loop, args=arguments, name="tetriserve-engine", daemon=True)
         self._thread.start()
         try:
-            self._live = self._call(launch(self._config, Progress()))
+            self._live = self._call(launch(self._config, StartProgress()))
         except BaseException:
             self._end_loop()
             raise

@@ -23,7 +23,7 @@ from tetriserve.stopping import run_until_signal
 
 if TYPE_CHECKING:
     from tetriserve.engine.live import LiveEngine
-    from tetriserve.launch import Progress
+    from tetriserve.launch import StartProgress
     from tetriserve.profile.table import Profile
 
 
@@ -84,7 +84,7 @@ def serve(
     """Serve a model over OpenAI's images API, each request by its deadline."""
     with one_line_errors():
         from tetriserve.config import AccessConfig, EngineConfig, JournalConfig, SchedulingConfig, ServerConfig
-        from tetriserve.launch import Progress, launch
+        from tetriserve.launch import StartProgress, launch
         from tetriserve.server.run import run_server
 
         _set_up_logging(log_level, log_format)
@@ -121,7 +121,7 @@ def serve(
             otlp_traces_endpoint=otlp_traces_endpoint,
         )
         if log_format == "json":  # then stderr is a machine's: progress and the greeting are log lines too
-            exit_code = run_server(server_config, lambda: launch(engine_config, Progress()))
+            exit_code = run_server(server_config, lambda: launch(engine_config, StartProgress()))
         else:
             with _progress() as progress:
                 exit_code = run_server(
@@ -341,12 +341,12 @@ def _set_up_logging(level: str, log_format: str = "text") -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator[StartProgress]:
     """What happens during the start: a line per step, a bar while a profile is measured."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from tetriserve.launch import Progress
+    from tetriserve.launch import StartProgress
 
     bar = Bar(
         TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -362,7 +362,7 @@ def _progress() -> Iterator[Progress]:
             bar.stop()
 
     try:
-        yield Progress(step=lambda text: console.print(f"  {text}"), measured=on_measured)
+        yield StartProgress(step=lambda text: console.print(f"  {text}"), measured=on_measured)
     finally:
         if bar.live.is_started:  # stopping one that never started prints an empty line
             bar.stop()

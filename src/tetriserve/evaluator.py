@@ -15,7 +15,7 @@ from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
 from tetriserve.evaluation.prompts import Prompt, unseen_prompts
 from tetriserve.evaluation.trials import Share, Trial, psnr, shares, try_prompt
-from tetriserve.launch import Progress, launch
+from tetriserve.launch import StartProgress, launch
 from tetriserve.profile.table import Profile
 
 _NUM_FIRST_TRIALS = 12
@@ -68,7 +68,7 @@ async def evaluate_all(
     references: dict[tuple[object, ...], list[Trial]] = {}
     profile: Profile | None = None
     for policy, config in configs.items():
-        engine = await launch(config, Progress(), profile=profile)
+        engine = await launch(config, StartProgress(), profile=profile)
         profile = engine.intake.cost.profile  # measured once for all of them
         try:
             for setting in (setting for setting in settings if setting.policy == policy):

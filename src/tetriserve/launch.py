@@ -43,7 +43,7 @@ _BUSY = "the machine was busy while the profile was measured: its times, and def
 
 
 @dataclass(frozen=True)
-class Progress:
+class StartProgress:
     """Who hears how the start goes: `step` names what happens now, `measured` counts a profile's measurements."""
 
     step: Callable[[str], None] = lambda text: logger.info("%s", text)
@@ -51,7 +51,7 @@ class Progress:
 
 
 async def launch(
-    config: EngineConfig, progress: Progress, *, observer: Observer | None = None, profile: Profile | None = None
+    config: EngineConfig, progress: StartProgress, *, observer: Observer | None = None, profile: Profile | None = None
 ) -> LiveEngine:
     """A started engine. Whatever can be checked before workers start is checked before.
 
@@ -246,7 +246,7 @@ async def measure_profile(
     model: str | None,
     pool: PoolConfig,
     shapes: tuple[Shape, ...],
-    progress: Progress,
+    progress: StartProgress,
     max_sequence_length: int | None = None,
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
@@ -290,7 +290,7 @@ def corrections_path(card: ModelCard, pool: PoolConfig) -> Path:
     return cached_profile_path(card, pool).with_suffix(".corrections.json")
 
 
-async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig, progress: Progress) -> Profile:
+async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig, progress: StartProgress) -> Profile:
     """A profile of the model's own sizes, kept for later starts."""
     progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
     profile = await measure(executor, card, pool, card.sizes, progress.measured)

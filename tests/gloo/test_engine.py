@@ -38,7 +38,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred
 from tetriserve.executor.local import LocalExecutor
-from tetriserve.launch import Progress, launch
+from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
@@ -152,7 +152,7 @@ async def setup(request: pytest.FixtureRequest, bundled_dir: Path, profile_path:
         if isinstance(observation, Occurred):
             events.append((observation.now, observation.event))
 
-    engine = await launch(config, Progress(), observer=observe)
+    engine = await launch(config, StartProgress(), observer=observe)
     yield Setup.of(engine, events)
     await engine.stop()
 
@@ -475,7 +475,7 @@ async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir
         pool=PoolConfig(num_ranks=1),
         scheduling=SchedulingConfig(max_losses=0),
     )
-    one = Setup.of(await launch(config, Progress()), [])
+    one = Setup.of(await launch(config, StartProgress()), [])
     try:
         client = asyncio.create_task(one.engine.generate(Generation(prompt="fragile", size="256x256", num_steps=200)))
         await until(lambda: any(flight.task.stage == DENOISE for flight in one.engine.state.in_flight))
@@ -685,5 +685,5 @@ async def test_a_policy_that_does_not_exist_is_refused_before_any_worker_starts(
     scheduling = SchedulingConfig(policy="guesswork")
     config = EngineConfig(model=str(bundled_dir), profile=profile_path, scheduling=scheduling)
     with pytest.raises(ConfigError, match="unknown policy 'guesswork'; choose one of: tetriserve"):
-        await launch(config, Progress(step=steps.append))
+        await launch(config, StartProgress(step=steps.append))
     assert steps == []

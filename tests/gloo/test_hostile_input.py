@@ -16,7 +16,7 @@ from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.engine import Generation
-from tetriserve.launch import Progress, launch
+from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import read_card
 from tetriserve.models.flux import FluxAdapter
 
@@ -41,7 +41,7 @@ def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
 
 async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: str) -> None:
     config = EngineConfig(profile=profile_path, pool=PoolConfig(num_ranks=2))
-    engine = await launch(config, Progress(step=lambda text: None))
+    engine = await launch(config, StartProgress(step=lambda text: None))
     try:
         pids = engine._executor.pids  # type: ignore[attr-defined]
         for prompt in ("".join(PROMPTS.values())[:8000], PROMPTS["as long as it may be, four bytes each"]):

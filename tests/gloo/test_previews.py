@@ -14,7 +14,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.engine import GeneratedImage, Generation
 from tetriserve.engine import Progress as Told
-from tetriserve.launch import Progress, launch
+from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux import FluxAdapter
 from tetriserve.models.preview import Latents, fit_basis, project
@@ -73,7 +73,7 @@ async def test_a_live_engine_previews_what_its_workers_left_and_they_come_ever_n
     config = EngineConfig(
         profile=profile_path, pool=PoolConfig(num_ranks=2), scheduling=SchedulingConfig(policy="lookahead")
     )
-    engine = await launch(config, Progress())
+    engine = await launch(config, StartProgress())
     told: asyncio.Queue[Told | GeneratedImage] = asyncio.Queue()
     generation = Generation(prompt=REQUEST.prompt, size="512x512", num_steps=20, seed=3, slo_s=60.0)
     making = asyncio.create_task(engine.generate_all([generation], lambda number, update: told.put_nowait(update)))

@@ -17,7 +17,7 @@ from tetriserve.core.request import Shape
 from tetriserve.engine import LiveEngine
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.launch import (
-    Progress,
+    StartProgress,
     cached_profile_path,
     check_profile,
     corrections_path,
@@ -168,7 +168,7 @@ async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_wa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pool = PoolConfig(num_ranks=1)
     busy = MeasuredExecutor(lambda shape, task, go: (9 * quiet_s(task), 0.01 * quiet_s(task)), num_ranks=1)
-    profile = await measure_and_keep(busy, CARD, pool, Progress())
+    profile = await measure_and_keep(busy, CARD, pool, StartProgress())
     assert load_profile(cached_profile_path(CARD, pool)) == profile
     assert profile.doubt
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -179,7 +179,7 @@ async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_wa
     assert find_profile(EngineConfig(pool=pool), CARD) is None
     caplog.clear()
     quiet = MeasuredExecutor(lambda shape, task, go: (quiet_s(task), quiet_s(task)), num_ranks=1)
-    profile = await measure_and_keep(quiet, CARD, pool, Progress())
+    profile = await measure_and_keep(quiet, CARD, pool, StartProgress())
     assert find_profile(EngineConfig(pool=pool), CARD) == profile
     assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
 
@@ -243,4 +243,4 @@ async def test_gpus_that_are_not_there_are_refused_before_anything_else(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi there
     with pytest.raises(ConfigError, match="nvidia-smi finds no GPU on this machine; use --device cpu"):
-        await measure_profile(str(tmp_path / "no"), PoolConfig(device="cuda"), (), Progress())
+        await measure_profile(str(tmp_path / "no"), PoolConfig(device="cuda"), (), StartProgress())

@@ -26,7 +26,7 @@ from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher
 from tetriserve.engine.shared import SharedWork
-from tetriserve.engine.trials import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
+from tetriserve.engine.suspects import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Course, Entry, Failure, Journal, Kept, Key, Picture
 from tetriserve.journal.times import moved_outcome, moved_request, moved_runs
@@ -56,7 +56,7 @@ class DurableWork:
     """All work under keys, of the past `result_ttl_s` seconds and unfinished. Lives on the engine's event loop.
 
     wall_clock: unix time, by which deadlines and results are kept across lives of the server.
-    hold_s: see `engine.trials`.
+    hold_s: see `engine.suspects`.
     num_resumed, num_steps_saved: requests taken up from an earlier life, and their steps that were not done again.
     num_replayed: calls that were answered from the journal.
     """

@@ -66,7 +66,7 @@ def _step_s(pair: tuple[int, float]) -> float:
     return pair[1]
 
 
-class Terms(NamedTuple):
+class JobTerms(NamedTuple):
     """What one kind of request takes on the living ranks: its steps, and its stages one by one."""
 
     speeds: Speeds | None
@@ -138,7 +138,7 @@ def _job(
     return Job(trajectory, stage_index, num_steps, ready_s, is_waiting, speeds, ahead, here, gpu_s, latest_s, order)
 
 
-def job_of(trajectory: Trajectory, terms: Terms) -> Job | None:
+def job_of(trajectory: Trajectory, terms: JobTerms) -> Job | None:
     """The job of a trajectory as it stands, without its task in flight; None when no living rank can serve it."""
     if terms.speeds is None:
         return None
@@ -153,7 +153,7 @@ class JobBook:
 
     def __init__(self, task_s: float) -> None:
         self._task_s = task_s
-        self._facts: Facts[Terms, Job | None] = Facts(self._terms_of, job_of)
+        self._facts: Facts[JobTerms, Job | None] = Facts(self._terms_of, job_of)
 
     def jobs(self, state: State, now: float) -> list[Job]:
         """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
@@ -166,10 +166,10 @@ class JobBook:
                 jobs.append(job)
         return jobs
 
-    def _terms_of(self, request: Request, state: State) -> Terms:
+    def _terms_of(self, request: Request, state: State) -> JobTerms:
         step_times = tuple(times_per_step(state.cost, request).items())
         speeds = speeds_of(step_times, len(state.ranks), state.cost.switch_s, self._task_s)
-        return Terms(speeds, ahead_of(request, state.cost))
+        return JobTerms(speeds, ahead_of(request, state.cost))
 
 
 def expected_end_s(flight: InFlight, now: float) -> float:

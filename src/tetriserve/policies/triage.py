@@ -17,7 +17,7 @@ from tetriserve.policies.rounds import RoundClock, RoundTable, round_table
 from tetriserve.policies.stages import Ahead, ahead_of, urgency_order
 
 
-class Terms(NamedTuple):
+class RoundTerms(NamedTuple):
     """What one kind of request takes on the living ranks, in seconds.
 
     ahead: by stage.
@@ -91,7 +91,7 @@ class Sorter:
 
     def __init__(self, clock: RoundClock) -> None:
         self.clock = clock
-        self._facts: Facts[Terms, ShortStage | Candidate | None] = Facts(self._terms_of, next_stage)
+        self._facts: Facts[RoundTerms, ShortStage | Candidate | None] = Facts(self._terms_of, next_stage)
 
     def triage(self, state: State, now: float) -> Triage:
         sorted_out = Triage()
@@ -119,15 +119,15 @@ class Sorter:
             return num_steps * table.paced[-1][2]
         return sum(segment.num_steps * gpu_s[segment.degree] for segment in mix)
 
-    def _terms_of(self, request: Request, state: State) -> Terms:
-        return Terms(ahead_of(request, state.cost), state.cost.switch_s, self._table_of(request, state))
+    def _terms_of(self, request: Request, state: State) -> RoundTerms:
+        return RoundTerms(ahead_of(request, state.cost), state.cost.switch_s, self._table_of(request, state))
 
     def _table_of(self, request: Request, state: State) -> RoundTable | None:
         cost = state.cost
         return round_table(tuple(times_per_step(cost, request).items()), len(state.ranks), cost.switch_s, self.clock)
 
 
-def next_stage(trajectory: Trajectory, terms: Terms) -> ShortStage | Candidate | None:
+def next_stage(trajectory: Trajectory, terms: RoundTerms) -> ShortStage | Candidate | None:
     """What `trajectory` needs next; None when no degree is narrow enough for its steps."""
     request, here = trajectory.request, terms.ahead[trajectory.stage_index]
     if not here.has_steps:

@@ -10,11 +10,11 @@ from tetriserve.bench.session import Measurement, Session
 from tetriserve.bench.summary import Group, Summary, judged_attempts
 from tetriserve.report.bench_table import bench_notes
 from tetriserve.report.charts import add_legend
-from tetriserve.report.courses import degree_over_time, sar_over_time
 from tetriserve.report.exhibit import Cell, Column, Exhibit, Sheet
 from tetriserve.report.page import render_page
 from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import INK, MUTED, canvas, styled
+from tetriserve.report.windows import degree_over_time, sar_over_time
 from tetriserve.simulator.comparison import Comparison, Tally
 from tetriserve.workload.outcome import Outcome
 

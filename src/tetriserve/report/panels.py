@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from tetriserve.report.board import board_sheet, busiest_window, draw_board
 from tetriserve.report.charts import add_legend, draw_courses, draw_latencies
-from tetriserve.report.courses import Points
 from tetriserve.report.exhibit import Cell, Column, Exhibit, Sheet
 from tetriserve.report.style import canvas
+from tetriserve.report.windows import Points
 from tetriserve.simulator.comparison import Comparison
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.percentiles import percentile

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tetriserve.report.charts import add_legend, add_radar, draw_ranking
-from tetriserve.report.courses import degree_over_time, sar_over_time
 from tetriserve.report.exhibit import Exhibit, comparison_sheet
 from tetriserve.report.page import render_page
 from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import canvas, styled
+from tetriserve.report.windows import degree_over_time, sar_over_time
 from tetriserve.simulator.comparison import Comparison
 from tetriserve.workload.outcome import Outcome
 

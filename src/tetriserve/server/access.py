@@ -21,7 +21,7 @@ PROBES = frozenset({"/health", "/ready", "/openapi.json"})
 
 
 @dataclass(frozen=True)
-class Client:
+class Caller:
     """Whoever uses one API key; all together where there are none. `number` is 1 for the first key of the config."""
 
     number: int
@@ -50,7 +50,7 @@ class AccessMiddleware:
         self._open = PROBES | OPEN_PATHS | (frozenset() if config.guard_metrics else {"/metrics"})
         self._has_keys = bool(config.api_keys)
         self._clients = [
-            Client(number, _digest(key.encode()), Allowance(config.rate_limit, config.max_concurrency))
+            Caller(number, _digest(key.encode()), Allowance(config.rate_limit, config.max_concurrency))
             for number, key in enumerate(config.api_keys or ("",), start=1)
         ]
 
@@ -83,7 +83,7 @@ class AccessMiddleware:
         exchange.note_error(response)
         await response(scope, receive, send)
 
-    def _identify(self, scope: Scope) -> Client | None:
+    def _identify(self, scope: Scope) -> Caller | None:
         """Who shows a key. Takes the same time whichever key fits, or none, and however much of it."""
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         shown = _digest(key.strip().encode("latin-1"))

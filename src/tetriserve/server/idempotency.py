@@ -13,7 +13,7 @@ from fastapi import Header
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.engine import GeneratedImage, Generation, LiveEngine, Watcher
 from tetriserve.journal import Key
-from tetriserve.server.access import Client
+from tetriserve.server.access import Caller
 from tetriserve.server.schemas import ClientId
 
 HEADER = "Idempotency-Key"
@@ -30,7 +30,7 @@ MakeImages = Callable[[Watcher | None], Coroutine[Any, Any, list[GeneratedImage]
 
 
 def begin(
-    engine: LiveEngine, client: Client, generations: Sequence[Generation], key: str | None, pending: ExitStack
+    engine: LiveEngine, client: Caller, generations: Sequence[Generation], key: str | None, pending: ExitStack
 ) -> MakeImages:
     """How to get the images. `pending` counts them as the client's for as long as the call lasts; work under a key is
     counted for as long as it goes on, whoever waits.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 
 from tetriserve.engine import GeneratedImage
-from tetriserve.server.schemas import ImageData, ImagesRequest, Run, Schedule
+from tetriserve.server.schemas import ImageData, ImagesRequest, Schedule, TaskRun
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def schedule(outcome: Outcome) -> Schedule:
         prompt_tokens=None if text is None else text.num_tokens,
         truncated=None if text is None else text.is_truncated,
         runs=[
-            Run(
+            TaskRun(
                 stage=run.task.stage,
                 ranks=list(run.task.ranks),
                 degree=run.task.degree,

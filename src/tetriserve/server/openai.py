@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 
 from tetriserve.engine import GeneratedImage, LiveEngine
-from tetriserve.server.access import Client
+from tetriserve.server.access import Caller
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES, envelope
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -58,7 +58,7 @@ def openai_router(slot: EngineSlot) -> APIRouter:
         exchange.facts |= {"size": size_for_log(body.size), "n": num_images}
         engine = slot.require()
         generations = generations_of(body, engine, x_slo_ms)
-        client: Client = request.state.client
+        client: Caller = request.state.client
         with contextlib.ExitStack() as pending:
             make_images = begin(engine, client, generations, idempotency_key, pending)
             exchange.facts["image_ids"] = ",".join(generation.request_id or "" for generation in generations)

@@ -8,7 +8,7 @@ import time
 from fastapi import APIRouter, Request
 
 from tetriserve.core.forecast import Quote
-from tetriserve.server.access import Client
+from tetriserve.server.access import Caller
 from tetriserve.server.errors import RESPONSES
 from tetriserve.server.exchange import Exchange
 from tetriserve.server.generations import generations_of, size_for_log
@@ -29,7 +29,7 @@ def quote_router(slot: EngineSlot) -> APIRouter:
         exchange.request_id = body.request_id or exchange.request_id
         engine = slot.require()
         generations = generations_of(body, engine, x_slo_ms)
-        client: Client = request.state.client
+        client: Caller = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
         quote = await engine.quote(generations)
         exchange.facts |= {"size": size_for_log(body.size), "n": len(generations), "feasible": quote.is_feasible}

@@ -83,7 +83,7 @@ class ImagesRequest(BaseModel):
     )
 
 
-class Run(BaseModel):
+class TaskRun(BaseModel):
     """One task of the request: a stage, or a run of denoise steps, on a set of ranks."""
 
     stage: str
@@ -109,7 +109,7 @@ class Schedule(BaseModel):
     truncated: bool | None = Field(
         None, description="The prompt is longer than a text encoder reads, and its end had no effect."
     )
-    runs: list[Run]
+    runs: list[TaskRun]
 
 
 class ImageData(BaseModel):

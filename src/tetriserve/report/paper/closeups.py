@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tetriserve.report.courses import Points, RunOutcomes, degree_over_time, sar_over_time
 from tetriserve.report.exhibit import Exhibit
 from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_figure, latency_sheet
 from tetriserve.report.paper.experiment import MIXES, TYPICAL_RATE, TYPICAL_SCALE, Experiment, best_fixed
+from tetriserve.report.windows import Points, RunOutcomes, degree_over_time, sar_over_time
 from tetriserve.simulator.scenario import prepare
 
 _CELL = f"{TYPICAL_RATE:g} per minute, SLO scale {TYPICAL_SCALE:g}"

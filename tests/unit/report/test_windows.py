@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tetriserve.report.courses import degree_over_time, sar_over_time
+from tetriserve.report.windows import degree_over_time, sar_over_time
 from tetriserve.workload.outcome import Outcome
 
 
