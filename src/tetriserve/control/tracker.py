@@ -93,15 +93,12 @@ class Tracker:
     @property
     def first_deadline_s(self) -> float:
         """The earliest deadline of what is unfinished and can run on the living ranks; infinity for none."""
-        num_ranks = len(self.ranks)
-        return min(
-            (
-                record.request.deadline_s
-                for record in self.records.values()
-                if not record.is_cancelled and record.request.can_run_on(num_ranks)
-            ),
-            default=math.inf,
-        )
+        num_ranks, first_s = len(self.ranks), math.inf
+        for record in self.records.values():
+            request = record.trajectory.request
+            if request.deadline_s < first_s and not record.is_cancelled and request.can_run_on(num_ranks):
+                first_s = request.deadline_s
+        return first_s
 
     @property
     def idle_ranks(self) -> set[int]:

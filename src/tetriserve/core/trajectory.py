@@ -59,7 +59,10 @@ class Trajectory:
     @property
     def remaining_steps(self) -> int:
         """Of the present stage if it has steps, else of the next one that has; 0 if there is none."""
-        return steps_from(self.request, self.stage_index) - self.stage_steps_done
+        for stage in self.request.stages[self.stage_index :]:
+            if stage.num_steps:
+                return stage.num_steps - self.stage_steps_done
+        return 0
 
     def after(self, num_steps: int, *, is_stage_over: bool) -> Trajectory:
         """This one when a task has done `num_steps` steps of the present stage, or all of it."""
@@ -74,11 +77,3 @@ class Trajectory:
 
     def is_late(self, now: float) -> bool:
         return now > self.request.deadline_s
-
-
-def steps_from(request: Request, stage_index: int) -> int:
-    """Steps of the first stage with steps, of those from `stage_index` on; 0 if there is none."""
-    for stage in request.stages[stage_index:]:
-        if stage.num_steps:
-            return stage.num_steps
-    return 0

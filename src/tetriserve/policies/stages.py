@@ -36,24 +36,25 @@ class Ahead(NamedTuple):
 
 def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
     """One entry for each of the request's stages; short stages count at their narrowest degrees."""
-    taken = [
-        (stage.num_steps == 0, cost.switch_s + times[min(times)])
-        for stage in request.stages
-        for times in [cost.times(request, stage.kind)]
-    ]
+    taken: list[float | None] = []  # None: it has steps
+    for stage in request.stages:
+        if stage.num_steps:
+            taken.append(None)
+        else:
+            times = cost.times(request, stage.kind)
+            taken.append(cost.switch_s + times[min(times)])
     found = []
-    for index in range(len(taken)):
+    for index, present in enumerate(taken):
         before_s = after_s = 0.0
         has_steps = is_followed = False
-        for is_short, seconds in taken[index:]:
-            if not is_short:
+        for seconds in taken[index:]:
+            if seconds is None:
                 has_steps = True
             elif has_steps:
                 is_followed, after_s = True, after_s + seconds
             else:
                 before_s += seconds
-        is_short, seconds = taken[index]
-        found.append(Ahead(is_short, seconds if is_short else 0.0, before_s, has_steps, is_followed, after_s))
+        found.append(Ahead(present is not None, present or 0.0, before_s, has_steps, is_followed, after_s))
     return tuple(found)
 
 

@@ -13,6 +13,9 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.profile.corrections import Corrections, make_room
 from tetriserve.profile.table import DenoiseRow, Profile
 
+_Question = tuple[str, Shape, int, tuple[int, ...] | None]
+"""Kind of stage, shape, passes, degrees."""
+
 
 @dataclass(frozen=True)
 class ProfileCost:
@@ -27,7 +30,7 @@ class ProfileCost:
     profile: Profile
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Corrections = field(default_factory=Corrections)
-    _memo: dict[tuple[object, ...], Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
+    _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
 
     def times(self, request: Request, stage: str) -> Mapping[int, float]:
@@ -36,27 +39,25 @@ class ProfileCost:
         Raises:
             ProfileError: the shape lies outside the measured range.
         """
+        key = stage, request.shape, request.num_passes, request.degrees
+        times = self._memo.get(key)
+        if times is None:
+            make_room(self._memo)
+            times = self._memo[key] = MappingProxyType(self._times(request, stage))
+        return times
+
+    def _times(self, request: Request, stage: str) -> dict[int, float]:
         match stage:
             case "encode":
                 return {1: self.corrections.encode * self.profile.encode_s * request.num_passes}
             case "decode":
                 return {1: self.corrections.of_decode(request.shape) * self._decode_s(request.shape)}
             case _:
-                return self._step_times(request)
-
-    def _step_times(self, request: Request) -> Mapping[int, float]:
-        key = request.kind
-        times = self._memo.get(key)
-        if times is None:
-            make_room(self._memo)
-            times = self._memo[key] = MappingProxyType(
-                {
+                return {
                     degree: profiled * self.corrections.of_step(request.shape, degree) * request.num_passes
                     for degree, profiled in self.profiled_step_times(request.shape).items()
                     if request.degrees is None or degree in request.degrees
                 }
-            )
-        return times
 
     def profiled_step_times(self, shape: Shape) -> Mapping[int, float]:
         """One forward per degree as the profile has it, without correction.
@@ -80,16 +81,20 @@ class ProfileCost:
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task of `request` took `elapsed_s`; `self` is unchanged."""
-        shape, corrections, memo = request.shape, self.corrections, self._memo
+        shape, corrections = request.shape, self.corrections
         match task.stage:
             case "encode":
                 corrections = corrections.after_encode(elapsed_s / (self.profile.encode_s * request.num_passes))
             case "denoise":
                 profiled_s = task.num_steps * self._step_s(shape, task.degree) * request.num_passes
                 corrections = corrections.after_step(shape, task.degree, elapsed_s / profiled_s)
-                memo = {known: times for known, times in memo.items() if known[0] != shape}
             case "decode":
                 corrections = corrections.after_decode(shape, elapsed_s / self._decode_s(shape))
+        memo = {
+            known: times
+            for known, times in self._memo.items()
+            if known[0] != task.stage or (known[1] != shape and task.stage != "encode")
+        }
         return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._decode_memo)
 
     def _step_s(self, shape: Shape, degree: int) -> float:
