@@ -129,6 +129,8 @@ class Marksman:
     async def _hit_replacement(self, fault: Fault) -> None:
         """Kill one, wait for its replacement, and strike that, or another rank meanwhile."""
         workers = self._workers()
+        if not workers:
+            return  # faults were faster than replacements
         first = self._random.choice(sorted(workers))
         await self._hit(Fault(fault.at_s, Kind.KILL), [first])
         for _ in range(200):
