@@ -455,6 +455,20 @@ async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_req
     await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0})
 
 
+async def test_a_copy_that_cannot_be_dropped_keeps_no_task_from_its_end(
+    pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(ref: TensorRef) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    pool = await started(pools(1))
+    monkeypatch.setattr(pool.executor._store, "drop", fail)
+    task = Task("a", DENOISE, (0,), 1)
+    pool.executor.start_task(StartTask(1, task, REQUEST, 1, TensorRef("a.embeds", 1), TensorRef("a.latents.1", 1)))
+    pool.workers[0].say(TaskDone(1, 0.5, TensorRef("a.latents.2", 1)))
+    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.2", 1)) in pool.events)
+
+
 async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(
     pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

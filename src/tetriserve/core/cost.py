@@ -11,10 +11,7 @@ from tetriserve.core.request import Request, Stage
 
 def times_per_step(cost: CostModel, request: Request) -> Mapping[int, float]:
     """Seconds per step by degree, ascending, of the stage of `request` that has steps."""
-    for stage in request.stages:  # `Request.stepped`, which policies ask for often
-        if stage.num_steps:
-            return cost.times(request, stage.kind)
-    return cost.times(request, request.stages[0].kind)
+    return cost.times(request, request.stepped.kind)
 
 
 def task_s(cost: CostModel, task: Task, request: Request) -> float:

@@ -83,7 +83,10 @@ class Request:
     @property
     def stepped(self) -> Stage:
         """The first stage that has steps; without one, the first stage."""
-        return next((stage for stage in self.stages if stage.num_steps), self.stages[0])
+        for stage in self.stages:  # policies ask often: a generator would cost more
+            if stage.num_steps:
+                return stage
+        return self.stages[0]
 
     @property
     def kind(self) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Tasks in flight: who has yet to answer, who is lost, and how each task ends. Whatever carries the messages."""
+"""Tasks in flight: which members have yet to answer, which are lost, and how each task ends. It knows no transport."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Running:
 
     @property
     def end(self) -> TaskFinished | TaskFailed:
-        """How it went, once nobody is pending. A dead worker explains its peers' errors, else the earliest does."""
+        """The result, once no member is pending. A lost worker is the cause of its peers' errors, else the first is."""
         task_id = self.start.task_id
         if self.lost_reason is not None:
             return TaskFailed(task_id, FailureKind.LOST, self.lost_reason)

@@ -171,7 +171,7 @@ class LocalExecutor:
             self._send(rank, Forget(request_id))
 
     async def stop(self) -> None:
-        """Bounded, whatever state the workers are in. A second call, when the first was cancelled, is in a hurry."""
+        """End all workers in bounded time. A second call, after the first was cancelled, kills them at once."""
         is_hurried, self._is_stopping = self._is_stopping, True
         tasks = [task for task in (self._watch, *self._restarts) if task is not None]
         for task in tasks:
@@ -217,7 +217,7 @@ class LocalExecutor:
         loop.add_reader(lifeline.fileno(), self._read_last, rank)
 
     def _tell(self, event: Event) -> None:
-        """An error of whoever hears of it is no fault of the worker that it is about."""
+        """Report `event`. An error of the subscriber is logged and does not cost the worker that the event is about."""
         try:
             self._on_event(event)
         except Exception as error:
@@ -319,9 +319,9 @@ class LocalExecutor:
             name = self._groups.discard(start.task.ranks)
             if name is not None:
                 self._drop_group(start.task.ranks, name)
-        elif start.task.num_steps and start.latents is not None:
+        self._tell(end)  # before anything that may fail: the ledger has forgotten the task
+        if not isinstance(end, TaskFailed) and start.task.num_steps and start.latents is not None:
             self._store.drop(start.latents)  # the result replaces what the task started from
-        self._tell(end)
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""
@@ -393,7 +393,7 @@ class LocalExecutor:
                     worker.shift(away_s)
             try:
                 self._look(now)
-            except Exception:  # who else would notice a hung worker from now on?
+            except Exception:  # this task must go on: nothing else notices hung workers
                 logger.critical("a look at the workers failed", exc_info=True)
 
     def _look(self, now: float) -> None:

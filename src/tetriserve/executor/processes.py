@@ -100,7 +100,7 @@ class ProcessStarter:
                 multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
     async def _break_off(self, begun: Future[None], start: asyncio.Future[None], process: BaseProcess) -> None:
-        """Nobody waits for this start any more, and only the end of the fork server frees a thread that is stuck."""
+        """Abandon a start. Only the end of the fork server unblocks a thread that waits for its answer."""
         if begun.cancel():
             return
         await asyncio.wait({start}, timeout=_GRACE_S)

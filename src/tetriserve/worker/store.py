@@ -75,7 +75,7 @@ class TensorStore:
                     raise
                 if time.monotonic() > give_up_at:
                     raise StoreError(number, "the tensor store is full") from error
-            time.sleep(_LOOK_S)  # on the task's thread, which has nothing else to do
+            time.sleep(_LOOK_S)  # blocks the task's thread alone: heartbeats have a thread of their own
 
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
         """Raises StoreError where it has been removed."""
