@@ -68,7 +68,7 @@ class TimerExecutor:
     async def start(self, on_progress: Callable[[str], None]) -> None: ...
 
     def start_task(self, command: StartTask) -> None:
-        task, request = command.task, command.request
+        task, request = command.task, command.work[0].request
         elapsed_s = task_s(self._cost, task, request)
         self._shapes[request.request_id] = request.shape
         end = TaskFinished(command.task_id, elapsed_s, TensorRef(request.request_id, 1))

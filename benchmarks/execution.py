@@ -138,7 +138,7 @@ async def switch_times(directory: Path) -> tuple[float, float]:
         embeds, latents = refs.get((name, ENCODE)), refs.get((name, DENOISE))
         started_at = time.perf_counter()
         executor.start_task(
-            StartTask(task_id, Task(name, stage, ranks, num_steps), request, done[name], embeds, latents)
+            StartTask(task_id, Task((name,), stage, ranks, num_steps), request, done[name], embeds, latents)
         )
         refs[name, stage] = (await end).result
         done[name] += num_steps

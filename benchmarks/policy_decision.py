@@ -161,7 +161,7 @@ class Overload:
         )
 
     def _start_s(self, task: Task) -> float:
-        before, self._ranks[task.request_id] = self._ranks.get(task.request_id, task.ranks), task.ranks
+        before, self._ranks[task.members[0]] = self._ranks.get(task.members[0], task.ranks), task.ranks
         return self.cost.switch_s + (self.cost.move_s if set(before) != set(task.ranks) else 0.0)
 
     def _duration_s(self, start: StartTask) -> float:

@@ -54,7 +54,7 @@ class TimedExecutor(FakeExecutor):
         self._dice = random.Random(seed)
 
     async def _run(self, command: StartTask) -> None:
-        task, request = command.task, command.request
+        task, request = command.task, command.work[0].request
         takes_s = task_s(self._cost, task, request)
         takes_s *= max(0.5, self._dice.gauss(1, NOISE))
         await asyncio.sleep(takes_s)

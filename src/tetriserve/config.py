@@ -30,6 +30,8 @@ class PoolConfig:
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
     num_threads: intra-op threads of each worker. One is right on a CPU shared by several ranks.
     max_groups: live process groups at most, the least recently used goes first; 0 means 32, or twice the ranks if more.
+    resident_bytes: of requests' states that each rank keeps beside their copies in the store; what was used least
+        recently goes first, and is loaded again where it is needed.
     heartbeat_timeout_s: a worker silent for this long is taken for hung and replaced.
     step_timeout_s: a busy worker that finishes no step for this long is taken for hung and replaced.
     group_timeout_s: a collective that waits for a peer for this long fails.
@@ -41,6 +43,7 @@ class PoolConfig:
     device: str = "cpu"
     num_threads: int = 1
     max_groups: int = 0
+    resident_bytes: int = 2**30
     heartbeat_timeout_s: float = 10.0
     step_timeout_s: float = 600.0
     group_timeout_s: float = 30.0
@@ -71,6 +74,7 @@ class PoolConfig:
             raise ConfigError(f"log-format is {self.log_format!r}; allowed: {', '.join(LOG_FORMATS)}")
         check_range("threads", self.num_threads, 1, 1024)
         check_range("max_groups", self.max_groups, 1, 1_000_000)
+        check_range("resident_bytes", self.resident_bytes, 0, 2**50)
         for name in ("heartbeat_timeout", "step_timeout", "group_timeout", "start_timeout"):
             check_range(name.replace("_", "-"), getattr(self, f"{name}_s"), 0.001, MAX_TIME_S)
 

@@ -266,7 +266,7 @@ async def test_a_client_who_leaves_frees_its_ranks_within_a_task_and_disturbs_no
     )
     await until(lambda: any(t.request.prompt == "leaves" and t.steps_done > 0 for t in setup.engine.state.trajectories))
     request = setup.request_of("leaves")
-    await until(lambda: any(f.task.request_id == request.request_id for f in setup.engine.state.in_flight))
+    await until(lambda: any(f.task.members[0] == request.request_id for f in setup.engine.state.in_flight))
     leaver.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaver

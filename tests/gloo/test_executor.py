@@ -86,15 +86,15 @@ class Driver:
         assert sum(num_steps for _, num_steps in plan) == request.num_steps
         request = dataclasses.replace(request, request_id=f"request-{next(self._ids)}")
         request_id = request.request_id
-        embeds = (await self.run(request, Task(request_id, ENCODE, (encode_rank,)))).result
+        embeds = (await self.run(request, Task((request_id,), ENCODE, (encode_rank,)))).result
         latents, steps_done = None, 0
         for ranks, num_steps in plan:
-            task = Task(request_id, DENOISE, ranks, num_steps)
+            task = Task((request_id,), DENOISE, ranks, num_steps)
             latents = (await self.run(request, task, steps_done, embeds, latents)).result
             steps_done += num_steps
             assert self.files(request_id) == [f"{embeds.key}.safetensors", f"{latents.key}.safetensors"]
         assert latents is not None
-        decode = Task(request_id, DECODE, (decode_rank,))
+        decode = Task((request_id,), DECODE, (decode_rank,))
         pixels = (await self.run(request, decode, steps_done, embeds, latents)).result
         result = Result(self.store.load(latents, "cpu")["latents"], self.executor.read_pixels(pixels).copy())
         self.executor.forget(request_id)
@@ -254,7 +254,7 @@ async def test_the_store_holds_nothing_of_a_forgotten_request_and_forgetting_aga
     request = dataclasses.replace(REQUESTS[2], request_id="forgotten")
     other = dataclasses.replace(REQUESTS[2], request_id="forgotten-2")
     for asked in (request, other):
-        await driver.run(asked, Task(asked.request_id, ENCODE, (0,)))
+        await driver.run(asked, Task((asked.request_id,), ENCODE, (0,)))
     driver.executor.forget("forgotten")
     driver.executor.forget("forgotten")
     assert driver.files("forgotten") == []
@@ -273,7 +273,7 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
     loop.set_exception_handler(lambda _, context: raised.set_result(context["exception"]))
     try:
         request = dataclasses.replace(REQUESTS[2], request_id="unheard")
-        driver.executor.start_task(StartTask(10**6, Task("unheard", ENCODE, (0,)), request, 0))
+        driver.executor.start_task(StartTask(10**6, Task(("unheard",), ENCODE, (0,)), request, 0))
         assert isinstance(await asyncio.wait_for(raised, HANG_S), FileNotFoundError)
     finally:
         loop.set_exception_handler(None)
@@ -281,13 +281,13 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
         driver.executor.forget("unheard")
     assert driver.executor.pids == pids
     assert driver.executor.ranks == {0, 1, 2, 3}
-    await driver.run(request, Task("unheard", ENCODE, (0,)))
+    await driver.run(request, Task(("unheard",), ENCODE, (0,)))
     driver.executor.forget("unheard")
 
 
 async def test_a_task_tells_how_long_a_processor_ran_its_thread(driver: Driver) -> None:
     request = dataclasses.replace(make_request("a red circle"), request_id="timed")
-    encoded = await driver.run(request, Task(request.request_id, ENCODE, (0,)))
+    encoded = await driver.run(request, Task((request.request_id,), ENCODE, (0,)))
     driver.executor.forget(request.request_id)
     assert encoded.cpu_s is not None
     assert 0 < encoded.cpu_s < encoded.elapsed_s + 0.1

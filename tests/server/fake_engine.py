@@ -91,7 +91,7 @@ def _text_of(command: StartTask) -> TextCount | None:
     """One token a word, and one for the end."""
     if command.task.stage != ENCODE:
         return None
-    num_tokens = len(command.request.prompt.split()) + 1
+    num_tokens = len(command.work[0].request.prompt.split()) + 1
     return TextCount(num_tokens, num_tokens > CARD.num_text_tokens)
 
 
@@ -128,7 +128,7 @@ class FakeExecutor:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, command: StartTask) -> None:
-        task, request = command.task, command.request
+        task, request = command.task, command.work[0].request
         is_denoise = task.stage == DENOISE
         elapsed_s = task.num_steps * step_s(request.shape, task.degree) if is_denoise else ENCODE_S
         await asyncio.sleep(elapsed_s if self.takes_time else 0)
@@ -136,7 +136,7 @@ class FakeExecutor:
         if is_denoise and request.prompt == FAILING and self.failure_kind is not None:
             self._on_event(TaskFailed(command.task_id, self.failure_kind, "latents are not finite"))
             return
-        key = f"{request.request_id}.{task.stage}.{command.steps_done + task.num_steps}"
+        key = f"{request.request_id}.{task.stage}.{command.work[0].steps_done + task.num_steps}"
         if task.stage == DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
         self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1), _text_of(command)))

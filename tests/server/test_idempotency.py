@@ -142,7 +142,7 @@ async def test_a_client_that_goes_away_cancels_nothing_and_finds_its_image_later
     executor.gate.set()
     await until(lambda: not engine.state.trajectories)
     assert items(await ask(seed=7))[0]["seed"] == 7
-    assert [command.request for command in executor.started].count(trajectory.request) == len(executor.started)
+    assert [command.work[0].request for command in executor.started].count(trajectory.request) == len(executor.started)
 
 
 async def test_a_stream_and_a_plain_answer_are_the_same_images(client, ask, executor):
@@ -182,7 +182,7 @@ async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image
     executor.failure_kind = kind
     assert [(await ask(prompt=FAILING)).status_code for _ in range(2)] == [status, status]
     assert await metric(client, "tetriserve_journal_entries", state="open") == 1
-    (failed,) = {command.request.seed for command in executor.started}
+    (failed,) = {command.work[0].request.seed for command in executor.started}
     executor.failure_kind = None
     (image,) = items(await ask(prompt=FAILING))
     assert image["seed"] == failed
@@ -229,7 +229,7 @@ async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_e
     executor.has_room = False
     engine = await make_durable_engine(executor, tmp_path / "j")
     assert "was not taken up: the journal cannot be used: No space left on device" in caplog.text
-    ids = {command.request.request_id for command in first.started}
+    ids = {command.work[0].request.request_id for command in first.started}
     assert set(executor.forgotten) == ids
     assert engine.durable.num_resumed == engine.durable.num_steps_saved == 0
     async with connect(EngineSlot(engine)) as client:
@@ -239,7 +239,7 @@ async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_e
         assert not executor.started
         executor.has_room = True
         assert len(items(await client.post(URL, json=body, headers=headers))) == 2
-    assert {command.request.request_id for command in executor.started} == ids
+    assert {command.work[0].request.request_id for command in executor.started} == ids
     await engine.stop()
 
 
@@ -431,7 +431,7 @@ async def test_a_suspect_with_which_the_server_stands_gets_its_image(tmp_path):
     engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.2)
     waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
     (other,) = await engine.durable.call(Key("t", "other"), LIGHTHOUSE).images()
-    assert {command.request.request_id for command in executor.started} == {other.outcome.request.request_id}
+    assert {command.work[0].request.request_id for command in executor.started} == {other.outcome.request.request_id}
     (image,) = await waiting
     assert image.outcome.status is Status.FINISHED
     await engine.stop()
@@ -477,7 +477,7 @@ async def test_who_only_waits_is_not_suspected(tmp_path):
     executor = FakeExecutor()
     engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
     await until(lambda: not engine.state.trajectories)
-    assert {command.request.prompt for command in executor.started} == {"b"}, "a held both ranks in every life"
+    assert {command.work[0].request.prompt for command in executor.started} == {"b"}, "a held both ranks in every life"
     await engine.stop()
 
 

@@ -168,9 +168,9 @@ class Widening:
             return Plan()
         trajectory = state.waiting[0]
         if trajectory.stage.kind != DENOISE:
-            return Plan((Task(trajectory.request_id, trajectory.stage.kind, (0,)),))
+            return Plan((Task((trajectory.request_id,), trajectory.stage.kind, (0,)),))
         ranks = [(0,), (1,), (0, 1)][min(trajectory.steps_done, 2)]
-        return Plan((Task(trajectory.request_id, DENOISE, ranks, 1),))
+        return Plan((Task((trajectory.request_id,), DENOISE, ranks, 1),))
 
 
 async def test_a_change_of_ranks_between_denoise_tasks_is_a_group_switch(client, draw, engine):
@@ -203,9 +203,9 @@ def test_rank_time_is_what_each_state_lasted():
     request = Request(
         request_id="a", prompt="", shape=Shape(64, 64), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
     )
-    running = replace(Trajectory.at(request, 0), is_running=True)
+    running = replace(Trajectory.at(request, 1, 0), is_running=True)
     waiting = Trajectory(replace(request, request_id="b"))
-    flight = InFlight(1, Task("a", DENOISE, (1, 2), 4), 0.0, 1.0)
+    flight = InFlight(1, Task(("a",), DENOISE, (1, 2), 4), 0.0, 1.0)
     cost = ProfileCost(PROFILE)
     times = RankTime(10.0)
     times.advance(State((), (), (0, 1, 2, 3), cost), 11.0)

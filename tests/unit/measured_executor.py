@@ -46,7 +46,7 @@ class MeasuredExecutor(Executor):
         self._on_event = on_event
 
     def start_task(self, command: StartTask) -> None:
-        task, shape = command.task, command.request.shape
+        task, shape = command.task, command.work[0].request.shape
         elapsed_s, cpu_s = self._took(shape, task, self._go(shape))
         if task.stage == DECODE:
             self._num_decodes[shape] = self._num_decodes.get(shape, 0) + 1

@@ -77,13 +77,13 @@ def test_what_is_due_before_it_is_served_first_by_all_ranks(changes: dict[str, f
 
 
 def test_work_already_done_is_not_counted_again() -> None:
-    halfway = Trajectory.at(other(deadline_s=119.0).request, 7)
+    halfway = Trajectory.at(other(deadline_s=119.0).request, 1, 7)
     finish_s = earliest_finish(state(halfway), REQUEST, 100.0)
     assert finish_s == pytest.approx(100.0 + ALONE_S + (3 * 1.0 + 2.0) / 4)
 
 
 def test_the_backlog_is_all_accepted_work_shared_by_all_ranks() -> None:
-    halfway = Trajectory.at(other().request, 7)
+    halfway = Trajectory.at(other().request, 1, 7)
     assert backlog_s(state()) == 0.0
     assert backlog_s(state(other(), halfway, num_ranks=2)) == pytest.approx((WORK_S + 5.0) / 2)
     assert backlog_s(state(other(deadline_s=0.0), num_ranks=0)) == pytest.approx(WORK_S)

@@ -109,13 +109,13 @@ class Bench:
 
     def encoded(self, elapsed_s: float = 0.02) -> TensorRef:
         """Carry `a` past encode."""
-        start, ref = self.start(Task("a", ENCODE, (0,))), TensorRef("a.embeds", 10)
+        start, ref = self.start(Task(("a",), ENCODE, (0,))), TensorRef("a.embeds", 10)
         assert self.send(TaskFinished(start.task_id, elapsed_s, ref)) == []
         return ref
 
     def denoised(self, num_steps: int, *ranks: int) -> TensorRef:
         """Carry `a` `num_steps` steps further."""
-        start = self.start(Task("a", DENOISE, ranks, num_steps))
+        start = self.start(Task(("a",), DENOISE, ranks, num_steps))
         ref = TensorRef(f"a.latents.{start.steps_done + num_steps}", 20)
         assert self.send(TaskFinished(start.task_id, 0.1, ref)) == []
         return ref
@@ -124,9 +124,9 @@ class Bench:
 def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_that_tasks_left() -> None:
     bench = Bench()
     embeds, latents, pixels = (TensorRef(key, 1) for key in ("e", "l", "p"))
-    encode = Task("a", ENCODE, (2,))
-    first, second = Task("a", DENOISE, (0, 1), 3), Task("a", DENOISE, (3,), 1)
-    decode = Task("a", DECODE, (3,))
+    encode = Task(("a",), ENCODE, (2,))
+    first, second = Task(("a",), DENOISE, (0, 1), 3), Task(("a",), DENOISE, (3,), 1)
+    decode = Task(("a",), DECODE, (3,))
 
     assert bench.send(TimerFired(), 1.0, plan=[encode]) == [StartTask(0, encode, bench.request, 0, None, None)]
     assert bench.send(TaskFinished(0, 0.02, embeds), 2.0, plan=[first]) == [
@@ -152,10 +152,10 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
 def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole() -> None:
     bench = Bench()
     embeds, latents, pixels = (TensorRef(key, 1) for key in ("b.embeds", "b.latents.3", "p"))
-    before = (Run(Task("b", ENCODE, (0,)), -3.0, -2.9), Run(Task("b", DENOISE, (0, 1), 3), -2.9, -2.0))
+    before = (Run(Task(("b",), ENCODE, (0,)), -3.0, -2.9), Run(Task(("b",), DENOISE, (0, 1), 3), -2.9, -2.0))
     request = make_request("b")
     bench.send(Submitted(request, None, Checkpoint(3, embeds, latents, before)), 1.0)
-    last, decode = Task("b", DENOISE, (3,), 1), Task("b", DECODE, (3,))
+    last, decode = Task(("b",), DENOISE, (3,), 1), Task(("b",), DECODE, (3,))
     assert bench.send(TimerFired(), 1.0, plan=[last]) == [StartTask(0, last, request, 3, embeds, latents)]
     after = TensorRef("b.latents.4", 1)
     bench.send(TaskFinished(0, 0.1, after), 1.2, plan=[decode])
@@ -168,13 +168,13 @@ def test_a_checkpoint_after_the_last_step_leaves_the_decoding() -> None:
     bench = Bench()
     embeds, latents = TensorRef("b.embeds", 1), TensorRef("b.latents.4", 1)
     bench.send(Submitted(make_request("b"), None, Checkpoint(4, embeds, latents, ())))
-    assert bench.start(Task("b", DECODE, (1,))).latents == latents
+    assert bench.start(Task(("b",), DECODE, (1,))).latents == latents
 
 
 def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> None:
     bench = Bench()
     bench.encoded()
-    bench.start(Task("a", DENOISE, (1, 3), 2), now=7.0)
+    bench.start(Task(("a",), DENOISE, (1, 3), 2), now=7.0)
     state = bench.controller.state
     (flight,) = state.in_flight
     assert (flight.start_s, flight.end_s) == (7.0, pytest.approx(7.0 + 0.001 + 2 * 0.06))
@@ -202,7 +202,7 @@ def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() 
 def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", DENOISE, (0,), 2))
+    start = bench.start(Task(("a",), DENOISE, (0,), 2))
     bench.send(TaskFinished(start.task_id, 2 * 0.2, TensorRef("l", 1)))
     cost = bench.policy.seen[-1][0].cost
     assert cost.times(bench.request, DENOISE)[1] == pytest.approx(0.1 * 1.2)
@@ -213,9 +213,9 @@ def test_finished_encodes_and_decodes_correct_it_too() -> None:
     bench = Bench()
     bench.encoded(elapsed_s=0.04)
     for _ in range(4):
-        start = bench.start(Task("a", DENOISE, (0,), 1))
+        start = bench.start(Task(("a",), DENOISE, (0,), 1))
         bench.send(TaskFinished(start.task_id, 0.1, TensorRef("l", 1)))
-    start = bench.start(Task("a", DECODE, (0,)))
+    start = bench.start(Task(("a",), DECODE, (0,)))
     bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
     cost = bench.controller.cost
     assert cost.times(bench.request, ENCODE)[1] == pytest.approx(0.02 * 1.2)
@@ -248,7 +248,7 @@ def test_a_request_cancelled_between_tasks_is_forgotten_at_once() -> None:
 def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends(is_lost: bool | None) -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", DENOISE, (0, 1), 2))
+    start = bench.start(Task(("a",), DENOISE, (0, 1), 2))
     assert bench.send(Cancelled("a")) == []
     assert bench.send(Cancelled("a")) == []
     state = bench.controller.state
@@ -264,7 +264,7 @@ def test_a_request_cancelled_during_decode_finishes_nothing() -> None:
     bench = Bench()
     bench.encoded()
     bench.denoised(4, 0)
-    start = bench.start(Task("a", DECODE, (0,)))
+    start = bench.start(Task(("a",), DECODE, (0,)))
     bench.send(Cancelled("a"))
     closed = bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
     assert_closed(closed, [ENCODE, DENOISE, DECODE])
@@ -282,7 +282,7 @@ def test_a_step_that_fails_ends_that_request_alone() -> None:
     bench.encoded()
     other = make_request("b")
     bench.send(Submitted(other))
-    start = bench.start(Task("b", ENCODE, (2,)), Task("a", DENOISE, (0, 1), 2))
+    start = bench.start(Task(("b",), ENCODE, (2,)), Task(("a",), DENOISE, (0, 1), 2))
     fail, forget = bench.send(TaskFailed(start.task_id, FailureKind.STEP, "out of memory"), 3.0)
     assert isinstance(fail, FailRequest)
     assert (fail.request, fail.message) == (bench.request, "out of memory")
@@ -297,12 +297,12 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
     bench = Bench()
     embeds = bench.encoded()
     latents = bench.denoised(2, 0, 1)
-    lost = bench.start(Task("a", DENOISE, (0, 1), 2))
+    lost = bench.start(Task(("a",), DENOISE, (0, 1), 2))
     bench.send(Submitted(make_request("b")))
     assert bench.send(WorkerLost(1, "killed")) == []
-    encode_b = Task("b", ENCODE, (0,))
+    encode_b = Task(("b",), ENCODE, (0,))
     again, other = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[encode_b])
-    assert again == StartTask(lost.task_id + 1, Task("a", DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
+    assert again == StartTask(lost.task_id + 1, Task(("a",), DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
     assert isinstance(other, StartTask)
     assert other.task == encode_b
     seen, _ = bench.policy.seen[-1]
@@ -313,7 +313,7 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
 def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
     bench = Bench()
     bench.encoded()
-    lost = bench.start(Task("a", DENOISE, (0,), 2))
+    lost = bench.start(Task(("a",), DENOISE, (0,), 2))
     (again,) = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 0 hung"))
     assert isinstance(again, StartTask)
     assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef("a.latents.1", 20))) == []
@@ -322,24 +322,24 @@ def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
 def test_lost_tasks_go_first_on_as_many_ranks_as_are_idle() -> None:
     bench = Bench()
     bench.encoded()
-    wide = bench.start(Task("a", DENOISE, (0, 1, 2, 3), 1))
+    wide = bench.start(Task(("a",), DENOISE, (0, 1, 2, 3), 1))
     for rank in range(1, 4):
         bench.send(WorkerLost(rank, "killed"))
     (narrow,) = bench.send(TaskFailed(wide.task_id, FailureKind.LOST, "they died"))
     assert isinstance(narrow, StartTask)
-    assert narrow.task == Task("a", DENOISE, (0,), 1)
+    assert narrow.task == Task(("a",), DENOISE, (0,), 1)
     bench.send(WorkerLost(0, "killed"))
     assert bench.send(TaskFailed(narrow.task_id, FailureKind.LOST, "it died")) == []
     bench.send(Submitted(make_request("b")))
     (first,) = bench.send(WorkerJoined(2))
     assert isinstance(first, StartTask)
-    assert first.task == Task("a", DENOISE, (2,), 1)
+    assert first.task == Task(("a",), DENOISE, (2,), 1)
 
 
 @pytest.mark.parametrize("max_losses", [0, 2])
 def test_a_request_that_loses_its_workers_too_often_fails_and_says_so(max_losses: int) -> None:
     bench = Bench(max_losses=max_losses)
-    start = bench.start(Task("a", ENCODE, (0,)))
+    start = bench.start(Task(("a",), ENCODE, (0,)))
     for _ in range(max_losses):
         (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
         assert isinstance(again, StartTask)
@@ -356,7 +356,7 @@ def test_losses_count_only_in_a_row() -> None:
     bench = Bench(max_losses=1)
     bench.encoded()
     for step in range(3):
-        start = bench.start(Task("a", DENOISE, (0,), 1))
+        start = bench.start(Task(("a",), DENOISE, (0,), 1))
         (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
         assert isinstance(again, StartTask)
         assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef(f"a.latents.{step + 1}", 20))) == []
@@ -378,7 +378,7 @@ def test_a_lost_worker_holds_nothing_and_comes_back_empty() -> None:
 def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None:
     bench = Bench()
     bench.encoded()
-    start = bench.start(Task("a", DENOISE, (0, 1), 2))
+    start = bench.start(Task(("a",), DENOISE, (0, 1), 2))
     bench.send(WorkerLost(1, "killed"))
     assert bench.controller.state.idle_ranks == (2, 3)
     bench.send(Cancelled("a"))
@@ -387,20 +387,20 @@ def test_survivors_of_a_lost_worker_stay_busy_until_their_task_is_over() -> None
 
 
 WRONG_PLANS = {
-    "unknown request": (Task("z", ENCODE, (0,)), "for z, which is not waiting"),
-    "request that runs": (Task("busy", DENOISE, (0,), 1), "for busy, which is not waiting"),
-    "cancelled request": (Task("gone", ENCODE, (0,)), "for gone, which is not waiting"),
-    "no ranks": (Task("a", DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
-    "a rank twice": (Task("a", DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
-    "busy rank": (Task("a", DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
-    "rank that is not there": (Task("a", DENOISE, (9,), 1), r"ranks \(9,\); idle are"),
-    "stage that is over": (Task("a", ENCODE, (0,)), "planned encode for a, which is at denoise"),
-    "stage too early": (Task("a", DECODE, (0,)), "planned decode for a, which is at denoise"),
-    "no steps": (Task("a", DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
-    "too many steps": (Task("a", DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
-    "degree without a profile": (Task("a", DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
-    "wide encode": (Task("new", ENCODE, (0, 1)), r"planned encode at degree 2 in 0 steps; .* degrees are \[1\]"),
-    "encode in steps": (Task("new", ENCODE, (0,), 1), "planned encode at degree 1 in 1 steps; it has none"),
+    "unknown request": (Task(("z",), ENCODE, (0,)), "for z, which is not waiting"),
+    "request that runs": (Task(("busy",), DENOISE, (0,), 1), "for busy, which is not waiting"),
+    "cancelled request": (Task(("gone",), ENCODE, (0,)), "for gone, which is not waiting"),
+    "no ranks": (Task(("a",), DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
+    "a rank twice": (Task(("a",), DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
+    "busy rank": (Task(("a",), DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
+    "rank that is not there": (Task(("a",), DENOISE, (9,), 1), r"ranks \(9,\); idle are"),
+    "stage that is over": (Task(("a",), ENCODE, (0,)), "planned encode for a, which is at denoise"),
+    "stage too early": (Task(("a",), DECODE, (0,)), "planned decode for a, which is at denoise"),
+    "no steps": (Task(("a",), DENOISE, (0,), 0), "planned 0 steps at degree 1 for a; 4 steps remain"),
+    "too many steps": (Task(("a",), DENOISE, (0,), 5), "planned 5 steps at degree 1 for a; 4 steps remain"),
+    "degree without a profile": (Task(("a",), DENOISE, (0, 1, 2), 1), r"at degree 3 .*degrees are \[1, 2, 4\]"),
+    "wide encode": (Task(("new",), ENCODE, (0, 1)), r"planned encode at degree 2 in 0 steps; .* degrees are \[1\]"),
+    "encode in steps": (Task(("new",), ENCODE, (0,), 1), "planned encode at degree 1 in 1 steps; it has none"),
 }
 
 
@@ -411,7 +411,7 @@ def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
     for request_id in ("busy", "gone", "new"):
         bench.send(Submitted(make_request(request_id)))
     bench.send(Cancelled("gone"))
-    bench.start(Task("busy", ENCODE, (3,)))
+    bench.start(Task(("busy",), ENCODE, (3,)))
     task, message = WRONG_PLANS[case]
     with pytest.raises(PolicyError, match=message) as caught:
         bench.send(TimerFired(), plan=[task])
@@ -419,11 +419,11 @@ def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
 
 
 def test_two_tasks_of_one_plan_may_not_share_a_rank_or_a_request() -> None:
-    for second in (Task("b", ENCODE, (0,)), Task("a", ENCODE, (1,))):
+    for second in (Task(("b",), ENCODE, (0,)), Task(("a",), ENCODE, (1,))):
         bench = Bench()
         bench.send(Submitted(make_request("b")))
         with pytest.raises(PolicyError):
-            bench.send(TimerFired(), plan=[Task("a", ENCODE, (0,)), second])
+            bench.send(TimerFired(), plan=[Task(("a",), ENCODE, (0,)), second])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -590,7 +590,7 @@ class Erratic:
                 continue
             num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage.kind == DENOISE else 0
             ranks = tuple(free.pop() for _ in range(degree))
-            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
         return Plan(tuple(tasks), wake_at=now + 0.1 if state.waiting else None)
 
 

@@ -61,7 +61,7 @@ def test_the_default_deadline_is_a_multiple_of_the_time_alone_at_degree_1() -> N
 def test_the_default_deadline_follows_what_was_observed_of_encode_steps_and_decode_at_every_request() -> None:
     asked = take()
     encode, step, decode = (
-        Task("id", stage, (0,), num_steps) for stage, num_steps in ((ENCODE, 0), (DENOISE, 1), (DECODE, 0))
+        Task(("id",), stage, (0,), num_steps) for stage, num_steps in ((ENCODE, 0), (DENOISE, 1), (DECODE, 0))
     )
     cost = INTAKE.cost
     for _ in range(100):  # the profile was measured under load: all is four times as quick

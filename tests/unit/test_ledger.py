@@ -22,7 +22,7 @@ REQUEST = Request(
     arrival_s=0.0,
     deadline_s=9.0,
 )
-START = StartTask(1, Task("a", DENOISE, (2, 0), 4), REQUEST, 0)
+START = StartTask(1, Task(("a",), DENOISE, (2, 0), 4), REQUEST, 0)
 RESULT = TensorRef("a.latents.4", 1)
 LEADS = TaskDone(1, 0.5, RESULT)
 FOLLOWS = TaskDone(1, 0.4, None)

@@ -137,7 +137,7 @@ class Pool:
 
     def start_task(self, task_id: int, ranks: tuple[int, ...]) -> None:
         embeds = TensorRef("a.embeds", 1)
-        self.executor.start_task(StartTask(task_id, Task("a", DENOISE, ranks, 1), REQUEST, 0, embeds))
+        self.executor.start_task(StartTask(task_id, Task(("a",), DENOISE, ranks, 1), REQUEST, 0, embeds))
 
 
 def ready(rank: int, worker: PlayedWorker) -> None:
@@ -463,7 +463,7 @@ async def test_a_copy_that_cannot_be_dropped_keeps_no_task_from_its_end(
 
     pool = await started(pools(1))
     monkeypatch.setattr(pool.executor._store, "drop", fail)
-    task = Task("a", DENOISE, (0,), 1)
+    task = Task(("a",), DENOISE, (0,), 1)
     pool.executor.start_task(StartTask(1, task, REQUEST, 1, TensorRef("a.embeds", 1), TensorRef("a.latents.1", 1)))
     pool.workers[0].say(TaskDone(1, 0.5, TensorRef("a.latents.2", 1)))
     await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.2", 1)) in pool.events)

@@ -52,11 +52,11 @@ PROFILE = Profile(
 DOCUMENT: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(PROFILE)}))
 
 
-ENCODING, DECODING = Task("r", ENCODE, (0,)), Task("r", DECODE, (0,))
+ENCODING, DECODING = Task(("r",), ENCODE, (0,)), Task(("r",), DECODE, (0,))
 
 
 def step(degree: int, num_steps: int = 1) -> Task:
-    return Task("r", DENOISE, tuple(range(degree)), num_steps)
+    return Task(("r",), DENOISE, tuple(range(degree)), num_steps)
 
 
 def request(height: int, width: int, **rest: Any) -> Request:

@@ -64,7 +64,7 @@ def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:
     assert (trajectory.stage.kind, trajectory.is_short, trajectory.remaining_steps) == (DENOISE, False, 3)
     trajectory = trajectory.after(2, is_stage_over=False)
     assert (trajectory.stage.kind, trajectory.remaining_steps) == (DENOISE, 1)
-    assert trajectory == Trajectory.at(REQUEST, 2)
+    assert trajectory == Trajectory.at(REQUEST, 1, 2)
     trajectory = trajectory.after(1, is_stage_over=True)
     assert (trajectory.stage.kind, trajectory.is_short, trajectory.remaining_steps) == (DECODE, True, 0)
     trajectory = trajectory.after(0, is_stage_over=True)
@@ -72,7 +72,7 @@ def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:
 
 
 def test_a_stage_may_be_over_before_all_its_steps_are_done() -> None:
-    early = Trajectory.at(REQUEST, 1).after(1, is_stage_over=True)
+    early = Trajectory.at(REQUEST, 1, 1).after(1, is_stage_over=True)
     assert (early.stage.kind, early.steps_done, early.remaining_steps) == (DECODE, 2, 0)
 
 

@@ -19,8 +19,8 @@ COST = ProfileCost(
 REQUEST = Request(
     request_id="a", prompt="", shape=Shape(256, 256), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
 )
-ENCODING, DECODING = Task("a", ENCODE, (0,)), Task("a", DECODE, (0,))
-DENOISING = Task("a", DENOISE, (0,), 4)
+ENCODING, DECODING = Task(("a",), ENCODE, (0,)), Task(("a",), DECODE, (0,))
+DENOISING = Task(("a",), DENOISE, (0,), 4)
 RESULT = TensorRef("a", 1)
 
 

@@ -140,7 +140,7 @@ def _told(request: Request, sent_s: float, schedule: object) -> tuple[tuple[Run,
     try:
         runs = tuple(
             Run(
-                Task(request.request_id, str(run["stage"]), tuple(run["ranks"]), int(run["num_steps"])),
+                Task((request.request_id,), str(run["stage"]), tuple(run["ranks"]), int(run["num_steps"])),
                 sent_s + float(run["start_s"]),
                 sent_s + float(run["end_s"]),
             )

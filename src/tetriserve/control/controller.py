@@ -22,7 +22,6 @@ from tetriserve.core.events import (
     FailureKind,
     FinishRequest,
     ForgetRequest,
-    Run,
     StartTask,
     Submitted,
     TaskFailed,
@@ -138,13 +137,15 @@ class Controller:
 
     def _start(self, task: Task, now: float) -> StartTask:
         self._check(task)
-        record = self._tracker.records[task.request_id]
-        end_s = now + self.cost.switch_s + task_s(self.cost, task, record.request)
-        if record.trajectory.is_moved_by(task.ranks):
+        records = [self._tracker.records[request_id] for request_id in task.members]
+        end_s = now + self.cost.switch_s + task_s(self.cost, task, records[0].request)
+        if any(record.trajectory.is_moved_by(task.ranks) for record in records):
             end_s += self.cost.move_s
-        self._late.charge((end_s - now) * task.degree, record.request.deadline_s, now, self._first_deadline_s)
+        for record in records:
+            gpu_s = (end_s - now) * task.degree / len(records)
+            self._late.charge(gpu_s, record.request.deadline_s, now, self._first_deadline_s)
         task_id = self._tracker.take_off(task, now, end_s)
-        return StartTask(task_id, task, record.request, record.trajectory.steps_done, record.embeds, record.latents)
+        return StartTask(task_id, task, tuple([record.work for record in records]))
 
     def end_s(self, task_id: int) -> float:
         """When a task in flight was expected to end as it started."""
@@ -159,26 +160,36 @@ class Controller:
         return [] if record.trajectory.is_running else self._close(record)
 
     def _finish_task(self, event: TaskFinished, now: float) -> list[Command]:
-        flight, record = self._tracker.land(event.task_id)
-        task, request = flight.task, record.request
-        record.advance(Run(task, flight.start_s, now, event.text), event.result)
+        flight, records = self._tracker.land(event.task_id)
+        self._learn(flight.task, records[0].request, event)
+        commands: list[Command] = []
+        for record, result in zip(records, event.results, strict=True):
+            record.advance(flight, now, result)
+            if record.is_cancelled:
+                commands += self._close(record)
+            elif record.trajectory.is_over:
+                finish = FinishRequest(record.request, tuple(record.runs), record.predicted_finish_s, result.left)
+                commands += [finish, self._forget(record)]
+        return commands
+
+    def _learn(self, task: Task, request: Request, event: TaskFinished) -> None:
+        """Correct the cost model by a task that went all the way it was planned."""
+        if any(result.num_steps != task.num_steps for result in event.results):
+            return
         # As in every simulation without noise: what went as believed teaches nothing, and corrections cost time.
         if not math.isclose(event.elapsed_s, task_s(self.cost, task, request)):
             self.cost = self.cost.observed(task, request, event.elapsed_s)
-        if record.is_cancelled:
-            return self._close(record)
-        if not record.trajectory.is_over:
-            return []
-        finish = FinishRequest(request, tuple(record.runs), record.predicted_finish_s, event.result)
-        return [finish, self._forget(record)]
 
     def _fail_task(self, event: TaskFailed) -> list[Command]:
-        flight, record = self._tracker.land(event.task_id)
+        flight, records = self._tracker.land(event.task_id)
+        return [command for record in records for command in self._fail_member(event, flight.task, record)]
+
+    def _fail_member(self, event: TaskFailed, task: Task, record: Record) -> list[Command]:
         if record.is_cancelled:
             return self._close(record)
         message = event.message
         if event.kind in (FailureKind.MEMORY, FailureKind.LOST):
-            record.lose(flight.task)
+            record.lose(task)
             if record.num_losses <= self._max_losses:
                 logger.warning(
                     "request %s continues from step %d after a lost task: %s",
@@ -201,16 +212,23 @@ class Controller:
 
     def _check(self, task: Task) -> None:
         """Policies are public and may be a third party's; a wrong plan must not reach the workers."""
-        record = self._tracker.records.get(task.request_id)
         name = type(self.policy).__name__
-        if record is None or record.is_cancelled or record.trajectory.is_running:
-            raise PolicyError(f"{name} planned a task for {task.request_id}, which is not waiting")
+        if not task.members or len(set(task.members)) < len(task.members):
+            raise PolicyError(f"{name} planned a task for {task.members}; it needs requests, each once")
+        for request_id in task.members:
+            self._check_member(task, request_id)
         if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
             raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
+
+    def _check_member(self, task: Task, request_id: str) -> None:
+        record = self._tracker.records.get(request_id)
+        name = type(self.policy).__name__
+        if record is None or record.is_cancelled or record.trajectory.is_running:
+            raise PolicyError(f"{name} planned a task for {request_id}, which is not waiting")
         trajectory = record.trajectory
         stage, degrees = trajectory.stage, self.cost.times(record.request, trajectory.stage.kind)
         if task.stage != stage.kind:
-            raise PolicyError(f"{name} planned {task.stage} for {task.request_id}, which is at {stage.kind}")
+            raise PolicyError(f"{name} planned {task.stage} for {request_id}, which is at {stage.kind}")
         if trajectory.is_short and not (task.num_steps == 0 and task.degree in degrees):
             raise PolicyError(
                 f"{name} planned {task.stage} at degree {task.degree} in {task.num_steps} steps; it has none, and "
@@ -220,6 +238,6 @@ class Controller:
             1 <= task.num_steps <= trajectory.remaining_steps and task.degree in degrees
         ):
             raise PolicyError(
-                f"{name} planned {task.num_steps} steps at degree {task.degree} for {task.request_id}; "
+                f"{name} planned {task.num_steps} steps at degree {task.degree} for {request_id}; "
                 f"{trajectory.remaining_steps} steps remain, degrees are {list(degrees)}"
             )

@@ -21,7 +21,7 @@ def lost_tasks(state: State) -> list[Task]:
             wanted.append((trajectory, degree))
             num_idle -= degree
     return [
-        Task(trajectory.request_id, trajectory.stage.kind, ranks, int(not trajectory.is_short))
+        Task((trajectory.request_id,), trajectory.stage.kind, ranks, int(not trajectory.is_short))
         for (trajectory, _), ranks in zip(wanted, place(wanted, state.idle_ranks), strict=True)
     ]
 

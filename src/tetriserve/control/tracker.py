@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tetriserve.core.events import Checkpoint, Run, TensorRef
+from tetriserve.core.events import Checkpoint, Result, Run, States, Work
 from tetriserve.core.plan import CostModel, InFlight, State, Task
 from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
@@ -15,14 +15,13 @@ from tetriserve.core.trajectory import Trajectory
 class Record:
     """One unfinished request.
 
-    embeds, latents: the last copies of its state in the store.
+    states: its state in the store; never changed in place, as commands carry it.
     num_losses: tasks lost since the last one that finished.
     """
 
     trajectory: Trajectory
     predicted_finish_s: float
-    embeds: TensorRef | None = None
-    latents: TensorRef | None = None
+    states: States = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     num_losses: int = 0
     is_cancelled: bool = False
@@ -31,17 +30,21 @@ class Record:
     def request(self) -> Request:
         return self.trajectory.request
 
-    def advance(self, run: Run, result: TensorRef) -> None:
-        """Take in a finished task."""
-        self.runs.append(run)
+    @property
+    def work(self) -> Work:
+        """Its part of the task that starts now."""
+        trajectory = self.trajectory
+        return Work(trajectory.request, trajectory.stage_index, trajectory.stage_steps_done, self.states)
+
+    def advance(self, flight: InFlight, end_s: float, result: Result) -> None:
+        """Take in a finished task, by what it reports."""
+        task = flight.task
+        if result.num_steps != task.num_steps:
+            task = replace(task, num_steps=result.num_steps)
+        self.runs.append(Run(task, flight.start_s, end_s, result.text))
         self.num_losses = 0
-        task = run.task
-        if task.num_steps:
-            self.latents = result
-        elif self.trajectory.stage_index == 0:
-            self.embeds = result
-        is_stage_over = task.num_steps in (0, self.trajectory.remaining_steps)
-        after = self.trajectory.after(task.num_steps, is_stage_over=is_stage_over)
+        self.states = {**self.states, task.stage: result.left}
+        after = self.trajectory.after(result.num_steps, is_stage_over=result.is_stage_over)
         self.trajectory = replace(after, holders=task.ranks, is_running=False, lost_degree=0)
 
     def lose(self, task: Task) -> None:
@@ -111,8 +114,8 @@ class Tracker:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
         record = Record(Trajectory(request), predicted_finish_s)
         if checkpoint is not None:
-            record.trajectory = Trajectory.at(request, checkpoint.steps_done)
-            record.embeds, record.latents, record.runs = checkpoint.embeds, checkpoint.latents, [*checkpoint.runs]
+            record.trajectory = Trajectory.at(request, checkpoint.stage_index, checkpoint.stage_steps_done)
+            record.states, record.runs = checkpoint.states, [*checkpoint.runs]
         self.records[request.request_id] = record
 
     def take_off(self, task: Task, start_s: float, end_s: float) -> int:
@@ -121,16 +124,18 @@ class Tracker:
         self._next_task_id += 1
         self.in_flight[task_id] = InFlight(task_id, task, start_s, end_s)
         self._busy.update(task.ranks)
-        self.records[task.request_id].set_running(True)
+        for request_id in task.members:
+            self.records[request_id].set_running(True)
         return task_id
 
-    def land(self, task_id: int) -> tuple[InFlight, Record]:
-        """The task is over, one way or another."""
+    def land(self, task_id: int) -> tuple[InFlight, list[Record]]:
+        """The task is over, one way or another; the records are its members', in order."""
         flight = self.in_flight.pop(task_id)
         self._busy.difference_update(flight.task.ranks)
-        record = self.records[flight.task.request_id]
-        record.set_running(False)
-        return flight, record
+        records = [self.records[request_id] for request_id in flight.task.members]
+        for record in records:
+            record.set_running(False)
+        return flight, records
 
     def lose(self, rank: int) -> None:
         """The rank is gone with everything it held; tasks in flight on it end by events of their own."""

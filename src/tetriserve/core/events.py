@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tetriserve.core.plan import Task
-from tetriserve.core.request import Request
+from tetriserve.core.request import Request, Stage
+from tetriserve.core.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class TextCount:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One task as it went: a line in a request's history. `text` comes with encoding."""
+    """One task as it went for a request: a line in its history. `text` comes with the stage that reads it."""
 
     task: Task
     start_s: float
@@ -48,14 +50,59 @@ class Run:
     text: TextCount | None = None
 
 
+States = Mapping[str, TensorRef]
+"""A request's state in the store: what each kind of stage left last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is there of an encoded request: where it stands, its state in the store, and the tasks that led there."""
+    """What is there of a begun request: where it stands, its state in the store, and the tasks that led there.
 
-    steps_done: int
-    embeds: TensorRef
-    latents: TensorRef | None
+    stage_index: of the stage that comes next or goes on, after `stage_steps_done` of its steps.
+    """
+
+    stage_index: int
+    stage_steps_done: int
+    states: States
     runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A member's part of a task, which goes on from step `steps_done` of the stage at `stage_index`.
+
+    states: what earlier tasks left; ranks that do not hold it load it from there.
+    """
+
+    request: Request
+    stage_index: int
+    steps_done: int
+    states: States
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Where the request stands when the task starts."""
+        return Trajectory.at(self.request, self.stage_index, self.steps_done)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a task has done for one member.
+
+    left: names what it left in the store, in place of what this kind of stage left before.
+    num_steps: that it did; a stage may be over before all of its steps are.
+    text: with the stage that reads it.
+    """
+
+    left: TensorRef
+    num_steps: int
+    is_stage_over: bool
+    text: TextCount | None = None
+
+    @classmethod
+    def planned(cls, task: Task, stage: Stage, steps_done: int, left: TensorRef) -> Result:
+        """Of a task that goes as planned, from step `steps_done` of its stage on."""
+        return cls(left, task.num_steps, is_stage_over=steps_done + task.num_steps == stage.num_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +125,23 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class TaskFinished:
-    """All ranks of the task are idle again; `result` names what it left in the store.
+    """All ranks of the task are idle again.
 
-    `elapsed_s` is the time the leader spent computing, transfers included. `text` comes with encoding. `cpu_s` is how
-    much of `elapsed_s` a processor ran the leader's thread; None where that says nothing, because another device
-    computes or there are no real workers.
+    `elapsed_s` is the time the leader spent computing, transfers included. `results` are in the order of its members.
+    `cpu_s` is how much of `elapsed_s` a processor ran the leader's thread; None where that says nothing, because
+    another device computes or there are no real workers.
     """
 
     task_id: int
     elapsed_s: float
-    result: TensorRef
-    text: TextCount | None = None
+    results: tuple[Result, ...]
     cpu_s: float | None = None
+
+    @classmethod
+    def planned(cls, start: StartTask, elapsed_s: float, left: TensorRef) -> TaskFinished:
+        """The end of a task that goes as planned, for want of workers: its members all leave `left`."""
+        parts = [(work.request.stages[work.stage_index], work.steps_done) for work in start.work]
+        return cls(start.task_id, elapsed_s, tuple([Result.planned(start.task, *part, left) for part in parts]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +176,11 @@ Event = Submitted | Cancelled | TaskFinished | TaskFailed | WorkerLost | WorkerJ
 
 @dataclass(frozen=True, slots=True)
 class StartTask:
-    """Run `task` from step `steps_done`; ranks that lack the request's state load it from the references."""
+    """Run `task`; `work` is in the order of its members."""
 
     task_id: int
     task: Task
-    request: Request
-    steps_done: int
-    embeds: TensorRef | None = None
-    latents: TensorRef | None = None
+    work: tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +192,17 @@ class WakeAt:
 
 @dataclass(frozen=True, slots=True)
 class FinishRequest:
-    """The image is in the store under `pixels`. `predicted_finish_s` was predicted at admission."""
+    """What was asked for is in the store under `output`. `predicted_finish_s` was predicted at admission."""
 
     request: Request
     runs: tuple[Run, ...]
     predicted_finish_s: float
-    pixels: TensorRef
+    output: TensorRef
 
 
 @dataclass(frozen=True, slots=True)
 class FailRequest:
-    """The request ended without an image; `message` says why, for its client.
+    """The request ended without an output; `message` says why, for its client.
 
     kind: of the task that failed; None if none did.
     """

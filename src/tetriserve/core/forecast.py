@@ -25,7 +25,7 @@ class Forecast:
     def degrees(self, request_id: str) -> tuple[int, ...]:
         """The degree of every denoise step of a request that is in flight or to come."""
         return tuple(
-            run.task.degree for run in self.runs if run.task.request_id == request_id for _ in range(run.task.num_steps)
+            run.task.degree for run in self.runs if request_id in run.task.members for _ in range(run.task.num_steps)
         )
 
 

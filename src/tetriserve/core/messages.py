@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetriserve.core.events import FailureKind, StartTask, TensorRef, TextCount
+from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,11 @@ class GroupWarm:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """`result` is None on ranks other than the leader. `text` comes with encoding. `cpu_s`: see `TaskFinished`."""
+    """`results` are the leader's, empty on other ranks. `cpu_s`: see `TaskFinished`."""
 
     task_id: int
     elapsed_s: float
-    result: TensorRef | None
-    text: TextCount | None = None
+    results: tuple[Result, ...] = ()
     cpu_s: float | None = None
 
 

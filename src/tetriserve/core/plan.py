@@ -16,14 +16,16 @@ LATE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The unit of dispatch: a short stage of one request, or some steps of a stage that has steps, on a set of ranks.
+    """The unit of dispatch: a short stage, or some steps of a stage that has steps, of one request or of several that
+    share it, on a set of ranks.
 
-    stage: its kind.
-    ranks: the first is the leader: it keeps the copy of the request's state that the task leaves behind.
-    num_steps: 0 for a short stage.
+    members: ids of the requests.
+    stage: its kind, the same for all.
+    ranks: the first is the leader: it keeps the copies of the requests' states that the task leaves behind.
+    num_steps: of each member, at most; 0 for a short stage.
     """
 
-    request_id: str
+    members: tuple[str, ...]
     stage: str
     ranks: tuple[int, ...]
     num_steps: int = 0
@@ -87,6 +89,11 @@ class State:
     def idle_ranks(self) -> tuple[int, ...]:
         busy = {rank for flight in self.in_flight for rank in flight.task.ranks}
         return tuple(rank for rank in self.ranks if rank not in busy)
+
+    @cached_property
+    def flights(self) -> dict[str, InFlight]:
+        """The task in flight that each running request takes part in, by request id."""
+        return {request_id: flight for flight in self.in_flight for request_id in flight.task.members}
 
     @cached_property
     def waiting(self) -> tuple[Trajectory, ...]:

@@ -55,10 +55,10 @@ class Stage:
 class Request:
     """One accepted request: exactly one image (a client's `n` images are n requests).
 
-    `stages` come from the model's family. Times are seconds since the engine started. `priority` orders classes, lower
-    is earlier. Texts are padded to `max_sequence_length` tokens and cut at it; None is the model's own number. Steps
-    run at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are in no `repr`, which logs
-    and tracebacks quote.
+    `stages` come from the model's family, each of another kind. Times are seconds since the engine started. `priority`
+    orders classes, lower is earlier. Texts are padded to `max_sequence_length` tokens and cut at it; None is the
+    model's own number. Steps run at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are
+    in no `repr`, which logs and tracebacks quote.
     """
 
     request_id: str

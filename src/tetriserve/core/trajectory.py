@@ -29,10 +29,11 @@ class Trajectory:
     lost_degree: int = 0
 
     @classmethod
-    def at(cls, request: Request, steps_done: int) -> Trajectory:
-        """One whose first stage, a short one, is over, and `steps_done` steps of the stage after it."""
-        begun = cls(request).after(0, is_stage_over=True)
-        return begun.after(steps_done, is_stage_over=steps_done == begun.remaining_steps)
+    def at(cls, request: Request, stage_index: int, stage_steps_done: int = 0) -> Trajectory:
+        """One that stands at a stage, after some of its steps, or all; those before it went as long as they may."""
+        before = sum(stage.num_steps for stage in request.stages[:stage_index])
+        at = cls(request, stage_index, before)
+        return at.after(stage_steps_done, is_stage_over=0 < stage_steps_done == at.remaining_steps)
 
     @property
     def request_id(self) -> str:

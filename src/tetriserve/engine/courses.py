@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tetriserve.core.events import Checkpoint
+from tetriserve.core.events import Checkpoint, Result, Run, Work
 from tetriserve.core.request import Request
 from tetriserve.engine.observers import Observation
 from tetriserve.engine.tasks import EndedTask
@@ -51,19 +51,23 @@ class Courses:
     def observe(self, observation: Observation) -> None:
         """What a task left in the store is copied from there soon, unless something newer comes first."""
         if isinstance(observation, EndedTask):
-            self._note_task(observation)
+            for work, result in zip(observation.work, observation.results, strict=False):  # without, if it failed
+                self._note_task(work, result, observation.run)
 
-    def _note_task(self, ended: EndedTask) -> None:
-        request_id, result = ended.request.request_id, ended.result
+    def _note_task(self, work: Work, result: Result, run: Run) -> None:
+        request_id = work.request.request_id
         course = self._courses.get(request_id)
-        if course is None or result is None or (course.checkpoint and ended.step_s is None):
-            return  # nobody's, or without a result, or the image itself
-        run = moved_runs([ended.run], -course.arrival_s)
-        if course.checkpoint is None:
-            course.checkpoint = Checkpoint(0, result, None, run)
-        else:
-            runs = (*course.checkpoint.runs, *run)
-            course.checkpoint = replace(course.checkpoint, steps_done=ended.steps_done, latents=result, runs=runs)
+        after = work.trajectory.after(result.num_steps, is_stage_over=result.is_stage_over)
+        if course is None or after.is_over:
+            return  # nobody's, or what it left is the output
+        task = replace(run.task, num_steps=result.num_steps)
+        before = () if course.checkpoint is None else course.checkpoint.runs
+        course.checkpoint = Checkpoint(
+            after.stage_index,
+            after.stage_steps_done,
+            {**work.states, task.stage: result.left},
+            (*before, *moved_runs([replace(run, task=task, text=result.text)], -course.arrival_s)),
+        )
         course.num_starts = 0
         self._note(request_id, course)
 

@@ -24,7 +24,7 @@ from tetriserve.core.request import Request
 from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
-from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher
+from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watcher, first_progress
 from tetriserve.engine.shared import SharedWork
 from tetriserve.engine.suspects import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
 from tetriserve.executor.protocol import Executor
@@ -268,7 +268,7 @@ class DurableWork:
                 self._executor.forget(request.request_id)
             self._courses.leave(request.request_id for request in requests)
             raise
-        self.num_steps_saved += sum(event.checkpoint.steps_done for event in arriving if event.checkpoint is not None)
+        self.num_steps_saved += sum(first_progress(event).steps_done for event in arriving)
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
 

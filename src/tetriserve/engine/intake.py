@@ -183,7 +183,7 @@ class Intake:
 def check_ids(requests: Sequence[Request], state: State) -> None:
     """Raises InvalidRequest: one of `requests`, which are not admitted, has the id of another unfinished one."""
     taken = {trajectory.request_id for trajectory in state.trajectories}
-    taken |= {flight.task.request_id for flight in state.in_flight}  # left by their clients
+    taken |= state.flights.keys()  # left by their clients
     for request in requests:
         if request.request_id in taken:
             raise InvalidRequest(f"request_id {request.request_id!r} is that of an unfinished request", "request_id")

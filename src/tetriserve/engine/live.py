@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.control.admission import check_room
@@ -249,15 +250,17 @@ class LiveEngine:
 
     def _end_task(self, event: TaskFinished | TaskFailed, now: float) -> None:
         ended = self._tasks.end(event, now)
-        self._tell_client(
-            Progress(
-                request=ended.request,
-                stage=ended.run.task.stage,
-                steps_done=ended.steps_done,
-                degree=0,
-                latents=None if ended.step_s is None else ended.result,
+        for work, result in zip_longest(ended.work, ended.results):
+            num_steps = 0 if result is None else result.num_steps
+            self._tell_client(
+                Progress(
+                    request=work.request,
+                    stage=ended.run.task.stage,
+                    steps_done=work.trajectory.steps_done + num_steps,
+                    degree=0,
+                    latents=result.left if num_steps else None,
+                )
             )
-        )
         self._observers.tell(ended)
 
     async def _accept(
@@ -328,11 +331,11 @@ class LiveEngine:
             case StartTask():
                 self._tasks.start(command, now, self.controller.cost)
                 task = command.task
-                self._tell_client(
-                    Progress(
-                        request=command.request, stage=task.stage, steps_done=command.steps_done, degree=task.degree
+                for work in command.work:
+                    steps_done = work.trajectory.steps_done
+                    self._tell_client(
+                        Progress(request=work.request, stage=task.stage, steps_done=steps_done, degree=task.degree)
                     )
-                )
                 self._executor.start_task(command)
             case WakeAt(time_s):
                 self._wake_at(time_s)
@@ -353,7 +356,7 @@ class LiveEngine:
         client = self._clients.get(request.request_id)
         if client is not None and not client.image.done():
             try:
-                pixels = self._executor.read_pixels(command.pixels)
+                pixels = self._executor.read_pixels(command.output)
             except RequestFailed as error:
                 request_id = request.request_id
                 logger.exception("request %s: the image is lost", request_id, extra=fields(image_id=request_id))

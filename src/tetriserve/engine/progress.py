@@ -29,9 +29,9 @@ class Progress:
     """The request was admitted, or a task of it started or ended.
 
     stage: kind of the task's; at admission of the one that comes first.
-    steps_done: denoise steps that are over.
+    steps_done: of all stages that are over.
     degree: ranks that work for the request from now on; 0 for none.
-    latents: what a denoise task left behind as it ended; gone as soon as the next one has ended.
+    latents: what a task with steps left behind as it ended; gone as soon as the next one has ended.
     """
 
     request: Request
@@ -62,7 +62,7 @@ def first_progress(event: Submitted) -> Progress:
     request, checkpoint = event.request, event.checkpoint
     if checkpoint is None:
         return Progress(request=request, stage=request.stages[0].kind, steps_done=0, degree=0)
-    begun = Trajectory.at(request, checkpoint.steps_done)
+    begun = Trajectory.at(request, checkpoint.stage_index, checkpoint.stage_steps_done)
     return Progress(request=request, stage=begun.stage.kind, steps_done=begun.steps_done, degree=0)
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tetriserve.core.events import FailureKind, Run, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import FailureKind, Result, Run, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import CostModel
-from tetriserve.core.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndedTask:
     """A task that is over.
 
-    steps_done: denoise steps of the request that are over by now.
-    failure: why it ended without a result; None if it has one.
-    result: what it left in the store; gone as soon as the request's next task has ended.
-    step_s: seconds per denoise step, as its leader measured them; None without a result, and in other stages.
-    expected_step_s: the same as the cost model had it when the task started; None in other stages.
+    work: as it began, in the order of its members.
+    results: in the same order; none if it failed. What they name is gone as soon as the member's next task has ended.
+    failure: why it ended without results; None if it has some.
+    step_s: seconds per step, as its leader measured them; None without results, and in short stages.
+    expected_step_s: the same as the cost model had it when the task started; None in short stages.
     """
 
-    request: Request
+    work: tuple[Work, ...]
     run: Run
-    steps_done: int
+    results: tuple[Result, ...]
     failure: FailureKind | None
-    result: TensorRef | None
     step_s: float | None
     expected_step_s: float | None
 
@@ -44,21 +42,21 @@ class TaskBook:
 
     def start(self, command: StartTask, now: float, cost: CostModel) -> None:
         task = command.task
-        expected_step_s = cost.times(command.request, task.stage)[task.degree] if task.num_steps else None
+        expected_step_s = cost.times(command.work[0].request, task.stage)[task.degree] if task.num_steps else None
         self._started[command.task_id] = _Started(command, now, expected_step_s)
 
     def end(self, event: TaskFinished | TaskFailed, now: float) -> EndedTask:
         started = self._started.pop(event.task_id)
-        task = started.command.task
-        steps_done, step_s = started.command.steps_done, None
-        if isinstance(event, TaskFinished) and task.num_steps:
-            steps_done, step_s = steps_done + task.num_steps, event.elapsed_s / task.num_steps
+        results, num_steps = (event.results, _num_steps(event)) if isinstance(event, TaskFinished) else ((), 0)
         return EndedTask(
-            request=started.command.request,
-            run=Run(task, started.start_s, now, event.text if isinstance(event, TaskFinished) else None),
-            steps_done=steps_done,
+            work=started.command.work,
+            run=Run(started.command.task, started.start_s, now),
+            results=results,
             failure=None if isinstance(event, TaskFinished) else event.kind,
-            result=event.result if isinstance(event, TaskFinished) else None,
-            step_s=step_s,
+            step_s=event.elapsed_s / num_steps if isinstance(event, TaskFinished) and num_steps else None,
             expected_step_s=started.expected_step_s,
         )
+
+
+def _num_steps(event: TaskFinished) -> int:
+    return max(result.num_steps for result in event.results)

@@ -7,17 +7,17 @@ import os
 import pickle  # noqa: TID251  # between our own processes, over a pipe that they inherit; and see `_Unpickler`
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from tetriserve.core.errors import TetriServeError
-from tetriserve.core.events import FailureKind, TensorRef, TextCount
+from tetriserve.core.events import FailureKind, Result, TensorRef, TextCount
 from tetriserve.core.messages import FromWorker
 
 MAX_MESSAGE_BYTES = 2**20
 _HEADER_BYTES = 4
 _READ_BYTES = 2**16
 _FIELDS: dict[type, dict[str, Any]] = {
-    kind: get_type_hints(kind) for kind in (*get_args(FromWorker), TensorRef, TextCount)
+    kind: get_type_hints(kind) for kind in (*get_args(FromWorker), Result, TensorRef, TextCount)
 }
 _CLASSES = {(kind.__module__, kind.__name__): kind for kind in (*_FIELDS, FailureKind)}
 
@@ -72,7 +72,7 @@ def _message(content: bytes) -> FromWorker:
     """
     try:
         message = _Unpickler(io.BytesIO(content)).load()
-        if isinstance(message, get_args(FromWorker)) and _is_well_typed(message):
+        if _fits(message, FromWorker):
             return cast(FromWorker, message)
     except Exception as error:  # unpickling raises whatever the bytes lead to
         raise Garbled(f"its message cannot be read: {type(error).__name__}: {error}") from None
@@ -89,6 +89,9 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a message") from None
 
 
-def _is_well_typed(value: object) -> bool:
-    fields = ((getattr(value, name), kind) for name, kind in _FIELDS.get(type(value), {}).items())
-    return all(isinstance(field, kind) and _is_well_typed(field) for field, kind in fields)
+def _fits(value: object, kind: Any) -> bool:
+    """Whether `value` is of the type that a field was declared with, and so are its own fields."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(element, get_args(kind)[0]) for element in value)
+    fields = _FIELDS.get(type(value), {}).items()
+    return isinstance(value, kind) and all(_fits(getattr(value, name), declared) for name, declared in fields)

@@ -23,12 +23,18 @@ class Running:
     lost_reason: str | None = None
 
     def answer(self, rank: int, message: TaskDone | TaskError) -> None:
-        """A member that ran out of memory stays pending: its rank is not idle before its worker is replaced."""
+        """A member that ran out of memory stays pending: its rank is not idle before its worker is replaced.
+
+        Raises:
+            ValueError: the leader answers for another number of requests than there are.
+        """
         if isinstance(message, TaskError):
             self.errors.append(message)
             if message.kind is FailureKind.MEMORY:
                 return
         elif rank == self.start.task.ranks[0]:
+            if len(message.results) != len(self.start.work):
+                raise ValueError(f"it has {len(message.results)} results for {len(self.start.work)} requests")
             self.done = message
         self.pending.discard(rank)
 
@@ -55,8 +61,8 @@ class Running:
             message = f"a rank ran out of memory: {first.message}" if is_memory else first.message
             return TaskFailed(task_id, first.kind, message)
         done = self.done
-        assert done is not None and done.result is not None, "the leader leaves a result"
-        return TaskFinished(task_id, done.elapsed_s, done.result, done.text, done.cpu_s)
+        assert done is not None, "the leader has answered"
+        return TaskFinished(task_id, done.elapsed_s, done.results, done.cpu_s)
 
 
 class Ledger:

@@ -235,6 +235,7 @@ class LocalExecutor:
             num_threads=self._pool.num_threads,
             heartbeat_s=self._pool.heartbeat_timeout_s / 5,
             group_timeout_s=self._pool.group_timeout_s,
+            resident_bytes=self._pool.resident_bytes,
             log_format=self._pool.log_format,
             adapter=self._adapter,
         )
@@ -320,8 +321,10 @@ class LocalExecutor:
             if name is not None:
                 self._drop_group(start.task.ranks, name)
         self._tell(end)  # before anything that may fail: the ledger has forgotten the task
-        if not isinstance(end, TaskFailed) and start.task.num_steps and start.latents is not None:
-            self._store.drop(start.latents)  # the result replaces what the task started from
+        if not isinstance(end, TaskFailed):
+            for work in start.work:
+                if (replaced := work.states.get(start.task.stage)) is not None:
+                    self._store.drop(replaced)
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""

@@ -18,7 +18,7 @@ DATABASE = "journal.sqlite3"
 _COMMITS = "commits"
 _MAX_DIGITS = 20
 _FOLDER = "tensors"
-_OURS = re.compile(r"[^/]+\.(embeds|latents\.\d+|pixels)(\.tmp)?")
+_OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels)(\.tmp)?")
 """Names that may be removed: an operator's own files may lie in the same place."""
 
 

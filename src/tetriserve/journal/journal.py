@@ -201,21 +201,16 @@ class Journal:
         """Bring a request's state into a store by `put`; None if there is none, or not all of it."""
 
         def work(batch: Batch) -> Checkpoint | None:
-            if course.embeds is None:
+            if not course.states:
                 return None
-            embeds = self._read(course.embeds.file)
-            latents = None if course.latents is None else self._read(course.latents.file)
-            if embeds is None or (latents is None and course.latents is not None):
+            states = {stage: self._read(kept.file) for stage, kept in course.states.items()}
+            if None in states.values():
                 self._courses[course.request_id] = Course(request_id=course.request_id, num_starts=course.num_starts)
                 batch.put(self._courses[course.request_id])
                 batch.drop_files(course.files)
                 return None
-            return Checkpoint(
-                course.steps_done,
-                put(course.embeds.key, embeds),
-                None if course.latents is None or latents is None else put(course.latents.key, latents),
-                course.runs,
-            )
+            refs = {stage: put(course.states[stage].key, data) for stage, data in states.items() if data is not None}
+            return Checkpoint(course.stage_index, course.stage_steps_done, refs, course.runs)
 
         return self._writer.submit(work)
 
@@ -322,27 +317,31 @@ class Journal:
             return  # it has ended meanwhile
         course = Course(request_id=request_id, num_starts=num_starts)
         if checkpoint is not None:
-            embeds = self._copied(checkpoint.embeds, before.embeds, f"{request_id}.embeds", read)
-            name = f"{request_id}.latents.{checkpoint.steps_done}"
-            latents = self._copied(checkpoint.latents, before.latents, name, read)
-            if embeds is None or (latents is None and checkpoint.latents is not None):
+            states = {
+                stage: kept
+                for stage, ref in checkpoint.states.items()
+                if (kept := self._copied(ref, before.states.get(stage), read)) is not None
+            }
+            if len(states) < len(checkpoint.states):
                 course = replace(before, num_starts=num_starts)
             else:
                 course = replace(
-                    course, steps_done=checkpoint.steps_done, runs=checkpoint.runs, embeds=embeds, latents=latents
+                    course,
+                    stage_index=checkpoint.stage_index,
+                    stage_steps_done=checkpoint.stage_steps_done,
+                    runs=checkpoint.runs,
+                    states=states,
                 )
         batch.put(course)
         batch.drop_files(file for file in before.files if file.name not in {kept.name for kept in course.files})
         self._courses[request_id] = course
 
-    def _copied(
-        self, ref: TensorRef | None, before: KeptTensors | None, name: str, read: ReadState
-    ) -> KeptTensors | None:
-        """The copy that is there already, or a new one; None if there is nothing to copy."""
-        if ref is None or (before is not None and before.key == ref.key):
-            return before if ref is not None else None
+    def _copied(self, ref: TensorRef, before: KeptTensors | None, read: ReadState) -> KeptTensors | None:
+        """The copy that is there already, or a new one; None if there is nothing to copy any more."""
+        if before is not None and before.key == ref.key:
+            return before
         data = read(ref)
-        return None if data is None else KeptTensors(ref.key, self._directory.write(name, data))
+        return None if data is None else KeptTensors(ref.key, self._directory.write(ref.key, data))
 
     def _drop_requests(self, batch: Batch, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -79,15 +79,16 @@ class Course:
 
     num_starts: attempts, one after the other, in which tasks of it were started and none finished: lives of the server,
         and calls that ended with lost workers.
-    embeds, latents: its state after `steps_done` steps; None where there is none yet.
+    stage_index: of the stage that comes next or goes on, after `stage_steps_done` of its steps.
+    states: what each kind of stage left last; empty if none has left anything.
     """
 
     request_id: str
     num_starts: int = 0
-    steps_done: int = 0
+    stage_index: int = 0
+    stage_steps_done: int = 0
     runs: tuple[Run, ...] = ()
-    embeds: KeptTensors | None = None
-    latents: KeptTensors | None = None
+    states: dict[str, KeptTensors] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class Course:
 
     @property
     def files(self) -> tuple[KeptFile, ...]:
-        return tuple(tensors.file for tensors in (self.embeds, self.latents) if tensors is not None)
+        return tuple(tensors.file for tensors in self.states.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,10 @@
-"""What a model family provides: each stage of a request as a call, parallelism applied from outside."""
+"""What a model family provides: its stages, each as one call, with parallelism applied from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request
@@ -13,44 +14,51 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-Embeds = Mapping[str, "torch.Tensor"]
-"""What encode leaves behind, by name; moves between ranks as it is."""
+Tensors = Mapping[str, "torch.Tensor"]
+"""What a stage leaves behind, by name; it moves between ranks as it is."""
 
 
-class DenoiseLoop(Protocol):
-    """One request's denoise loop, standing before step `steps_done`."""
+@dataclass
+class Member:
+    """One request's part of a task, on one rank.
 
-    def step(self, latents: torch.Tensor) -> torch.Tensor:
-        """The latents after one more step; the argument is left as it was. Every rank of the mesh gets the whole."""
-        ...
+    steps_done: of the task's stage.
+    states: what each kind of stage has left so far.
+    memo: what the adapter keeps on this rank between tasks of the request, to save time; it may be gone at any time.
+    """
 
-    @property
-    def noise_level(self) -> float:
-        """The share of noise in the latents as they stand: 1 before the first step, 0 after the last."""
-        ...
+    request: Request
+    steps_done: int
+    states: Mapping[str, Tensors]
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a task leaves of one member. `text` comes with the stage that reads it."""
+
+    tensors: Tensors
+    num_steps: int = 0
+    is_stage_over: bool = True
+    text: TextCount | None = None
 
 
 class Adapter(Protocol):
     """One loaded checkpoint on one rank. Degree 1 is bit-identical to calling the diffusers pipeline."""
 
-    def encode(self, request: Request) -> Embeds: ...
+    def run(self, stage: str, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> Sequence[Left]:
+        """One task: a short stage, or `num_steps` steps of one with steps, for every member, in their order.
 
-    def count_text(self, request: Request) -> TextCount:
-        """How much of the prompt `encode` reads; quick, and nothing of the prompt is logged."""
+        Every rank of the mesh returns the whole. `on_step` is called after each step. The members' states are left as
+        they were: should the task fail, it is run again from them.
+
+        Raises:
+            ValueError: the family has no such stage.
+        """
         ...
-
-    def initial_latents(self, request: Request) -> torch.Tensor:
-        """The request's noise, from its own seed alone: the same on every rank."""
-        ...
-
-    def denoise_loop(self, request: Request, embeds: Embeds, steps_done: int) -> DenoiseLoop: ...
 
     def use_mesh(self, mesh: DeviceMesh | None) -> None:
-        """Split the sequence over `mesh` (one dimension) from the next step on; None is degree 1, the bare model."""
-        ...
-
-    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
-        """Pixels, uint8, (height, width, 3)."""
+        """Split the sequence over `mesh` (one dimension) from the next task on; None is degree 1, the bare model."""
         ...
 
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:

@@ -6,6 +6,7 @@ axes (3), N steps, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
-from tetriserve.models.adapter import Embeds
+from tetriserve.core.stages import DENOISE, ENCODE
+from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.loading import load_pipeline
 from tetriserve.models.parallel import ContextParallel
@@ -49,8 +51,37 @@ class FluxAdapter:
         self._context_parallel = ContextParallel(self._pipeline.transformer)
         self._check_texts()
 
+    def run(self, stage: str, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> list[Left]:
+        """See `Adapter.run`. Latents (B, S, 4C) come with their `noise_level`; decode leaves `pixels` (H, W, 3)."""
+        match stage:
+            case "encode":
+                return [Left(self.encode(one.request), text=self.count_text(one.request)) for one in members]
+            case "denoise":
+                return [self._denoise(one, num_steps, on_step) for one in members]
+            case "decode":
+                return [self._decode(one) for one in members]
+            case unknown:
+                raise ValueError(f"this model has no stage {unknown!r}")
+
+    def _denoise(self, member: Member, num_steps: int, on_step: Callable[[], None]) -> Left:
+        request, steps_done = member.request, member.steps_done
+        loop = member.memo.pop("loop", None)  # a failed task must not leave one behind that stands in its middle
+        if loop is None or loop.steps_done != steps_done:
+            loop = self.denoise_loop(request, member.states[ENCODE], steps_done)
+        latents = member.states[DENOISE]["latents"] if steps_done else self.initial_latents(request)
+        for _ in range(num_steps):
+            latents = loop.step(latents)
+            on_step()
+        member.memo["loop"] = loop
+        tensors = {"latents": latents, "noise_level": torch.tensor(loop.noise_level)}
+        return Left(tensors, num_steps, is_stage_over=steps_done + num_steps == request.num_steps)
+
+    def _decode(self, member: Member) -> Left:
+        pixels = self.decode(member.request, member.states[DENOISE]["latents"])
+        return Left({"pixels": torch.from_numpy(pixels)})
+
     @torch.no_grad()
-    def encode(self, request: Request) -> Embeds:
+    def encode(self, request: Request) -> Tensors:
         """prompt_embeds (B, L, D), pooled_prompt_embeds (B, D), and negative_* of both when there are two passes."""
         length = request.max_sequence_length or self._card.num_text_tokens
         embeds = self._encode_prompt(request.prompt, length)
@@ -70,7 +101,7 @@ class FluxAdapter:
         )
         return latents_BSC  # type: ignore[no-any-return]
 
-    def denoise_loop(self, request: Request, embeds: Embeds, steps_done: int) -> FluxDenoiseLoop:
+    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> FluxDenoiseLoop:
         """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps)."""
         img_ids_SA = self._image_ids(request.shape)
         return FluxDenoiseLoop(self._pipeline, request, embeds, img_ids_SA, steps_done)
@@ -150,7 +181,7 @@ class FluxDenoiseLoop:
     """One request's steps, with a scheduler of its own."""
 
     def __init__(
-        self, pipeline: Any, request: Request, embeds: Embeds, img_ids_SA: torch.Tensor, steps_done: int
+        self, pipeline: Any, request: Request, embeds: Tensors, img_ids_SA: torch.Tensor, steps_done: int
     ) -> None:
         config = pipeline.scheduler.config
         num_steps, device = request.num_steps, img_ids_SA.device
@@ -174,23 +205,23 @@ class FluxDenoiseLoop:
         self._guidance_B = None
         if self._transformer.config.guidance_embeds:
             self._guidance_B = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-        self._step = steps_done
+        self.steps_done = steps_done
 
     @torch.no_grad()
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents (B, S, 4C) after one more step, in the same dtype."""
-        timestep = self._timesteps_N[self._step]
+        timestep = self._timesteps_N[self.steps_done]
         velocity_BSC = self._velocity(latents, timestep)
         if self._true_cfg_scale is not None:
             negative_BSC = self._velocity(latents, timestep, "negative_")
             velocity_BSC = negative_BSC + self._true_cfg_scale * (velocity_BSC - negative_BSC)
-        self._step += 1
+        self.steps_done += 1
         return self._scheduler.step(velocity_BSC, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
 
     @property
     def noise_level(self) -> float:
         """Sigma of the flow matching schedule."""
-        return float(self._scheduler.sigmas[self._step])
+        return float(self._scheduler.sigmas[self.steps_done])
 
     def _velocity(self, latents_BSC: torch.Tensor, timestep: torch.Tensor, prefix: str = "") -> torch.Tensor:
         return self._transformer(  # type: ignore[no-any-return]

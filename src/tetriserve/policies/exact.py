@@ -194,8 +194,9 @@ class _Partial:
 
 def _jobs(state: State, now: float) -> tuple[_Job, ...]:
     """The requests with tasks left that some degree can serve on the living ranks; by deadline, the lost ones last."""
-    flights = {flight.task.request_id: flight for flight in state.in_flight}
-    found = [_job(trajectory, flights.get(trajectory.request_id), state, now) for trajectory in state.trajectories]
+    found = [
+        _job(trajectory, state.flights.get(trajectory.request_id), state, now) for trajectory in state.trajectories
+    ]
     jobs = [job for job in found if job is not None and not job.is_done(job.progress)]
 
     def urgency(job: _Job) -> tuple[bool, float, float, str]:

@@ -41,7 +41,7 @@ class Exhaustive:
         placed = place([(waiting[start.request_id], start.degree) for start in starts], state.idle_ranks)
         return Plan(
             tuple(
-                Task(start.request_id, waiting[start.request_id].stage.kind, ranks, start.num_steps)
+                Task((start.request_id,), waiting[start.request_id].stage.kind, ranks, start.num_steps)
                 for start, ranks in zip(starts, placed, strict=True)
             )
         )

@@ -53,7 +53,7 @@ class BlockPolicy(ABC):
 
     def _owners(self, state: State, blocks: tuple[Block, ...]) -> dict[str, Block]:
         """The block of each started request, by request id; those whose block is gone are left out."""
-        leaders = {flight.task.request_id: flight.task.ranks[0] for flight in state.in_flight}
+        leaders = {request_id: flight.task.ranks[0] for request_id, flight in state.flights.items()}
         leaders |= {
             trajectory.request_id: trajectory.holders[0]
             for trajectory in state.waiting
@@ -72,9 +72,9 @@ class BlockPolicy(ABC):
         if not ranks:
             return None
         if trajectory.is_short:
-            return Task(trajectory.request_id, trajectory.stage.kind, ranks[:1])
+            return Task((trajectory.request_id,), trajectory.stage.kind, ranks[:1])
         num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
-        return Task(trajectory.request_id, trajectory.stage.kind, ranks, min(num_steps, trajectory.remaining_steps))
+        return Task((trajectory.request_id,), trajectory.stage.kind, ranks, min(num_steps, trajectory.remaining_steps))
 
 
 class FixedDegree(BlockPolicy):

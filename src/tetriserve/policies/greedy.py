@@ -69,7 +69,7 @@ class ListScheduler:
         tasks = []
         for (trajectory, times, degree), ranks in zip(chosen, placed, strict=True):
             num_steps = min(trajectory.remaining_steps, max(1, int(TASK_S / times[degree])))
-            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
             free.difference_update(ranks)
         return Plan((*tasks, *place_short_stages(short, free)))
 

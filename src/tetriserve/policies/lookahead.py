@@ -256,7 +256,7 @@ class _Start:
         tasks = []
         placed = place(self._wanted, free)
         for (trajectory, _), num_steps, ranks in zip(self._wanted, self._num_steps, placed, strict=True):
-            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps))
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
             free.difference_update(ranks)
         return (*tasks, *place_short_stages(self.short, free))
 

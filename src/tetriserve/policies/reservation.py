@@ -157,11 +157,10 @@ class JobBook:
 
     def jobs(self, state: State, now: float) -> list[Job]:
         """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
-        flights = {flight.task.request_id: flight for flight in state.in_flight}
         jobs = []
         for job in self._facts.of(state.trajectories, state):
             if job is not None and job.trajectory.is_running:
-                job = job.after(flights[job.trajectory.request_id], now)
+                job = job.after(state.flights[job.trajectory.request_id], now)
             if job is not None:
                 jobs.append(job)
         return jobs

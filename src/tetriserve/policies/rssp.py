@@ -38,7 +38,7 @@ class ResolutionSpecific:
         moving: list[Trajectory] = []
         new: list[Trajectory] = []
         taken = {rank for flight in state.in_flight for rank in flight.task.ranks}
-        leaders = {flight.task.request_id: flight.task.ranks[0] for flight in state.in_flight}
+        leaders = {request_id: flight.task.ranks[0] for request_id, flight in state.flights.items()}
         # In order of arrival; should two claim a rank after a death, the later one moves.
         for trajectory in state.trajectories:
             if not trajectory.has_started:
@@ -86,7 +86,7 @@ def _blocks(state: State, degree: int) -> Iterator[Block]:
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:
     if trajectory.is_short:
-        return Task(trajectory.request_id, trajectory.stage.kind, block[:1])
+        return Task((trajectory.request_id,), trajectory.stage.kind, block[:1])
     step_s = times_per_step(state.cost, trajectory.request)[len(block)]
     num_steps = min(trajectory.remaining_steps, max(1, int(CHUNK_S / step_s)))
-    return Task(trajectory.request_id, trajectory.stage.kind, block, num_steps)
+    return Task((trajectory.request_id,), trajectory.stage.kind, block, num_steps)

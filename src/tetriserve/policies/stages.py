@@ -74,5 +74,5 @@ def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, pr
             break
         ranks = available.take(1, trajectory.holders if preserve else ())
         free.difference_update(ranks)
-        tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks))
+        tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks))
     return tasks

@@ -107,7 +107,7 @@ class TetriServe:
         choices += late_choices
         wanted = [(choice.trajectory, choice.degree) for choice in choices]
         for choice, ranks in zip(choices, place(wanted, free, preserve=self.placement), strict=True):
-            tasks.append(Task(choice.trajectory.request_id, choice.trajectory.stage.kind, ranks, choice.num_steps))
+            tasks.append(Task((choice.trajectory.request_id,), choice.trajectory.stage.kind, ranks, choice.num_steps))
             free.difference_update(ranks)
         tasks += place_short_stages(late_short, free, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=this.end_s)

@@ -28,7 +28,7 @@ class Unsteady:
             if not 0 < degree <= len(idle):
                 break
             ranks = tuple(sorted(_take(idle, trajectory, number) for number in range(degree)))
-            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, ranks, int(not trajectory.is_short)))
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, int(not trajectory.is_short)))
         return Plan(tuple(tasks))
 
 

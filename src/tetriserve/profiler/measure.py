@@ -18,7 +18,7 @@ from pathlib import Path
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.errors import TetriServeError
-from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -242,15 +242,6 @@ async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolCo
 
 
 @dataclass
-class _Progress:
-    """How far one measured request has come, and what its tasks left in the store."""
-
-    steps_done: int = 0
-    embeds: TensorRef | None = None
-    latents: TensorRef | None = None
-
-
-@dataclass
 class _Bench:
     """Runs single tasks on an executor and waits for them."""
 
@@ -258,7 +249,7 @@ class _Bench:
     encode_s: list[float] = field(default_factory=list)
     switch_s: list[float] = field(default_factory=list)
     _waiting: dict[int, asyncio.Future[TaskFinished]] = field(default_factory=dict)
-    _progress: dict[str, _Progress] = field(default_factory=dict)
+    _work: dict[str, Work] = field(default_factory=dict)
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -270,38 +261,39 @@ class _Bench:
             stages=image_stages(num_steps), seed=0, arrival_s=0.0, deadline_s=0.0,
             guidance_scale=card.default_guidance_scale,
         )  # fmt: skip
-        self._progress[request.request_id] = _Progress()
+        self._work[request.request_id] = Work(request, 0, 0, {})
         return request
 
     async def encode(self, request: Request, rank: int) -> None:
-        finished = await self._run(request, Task(request.request_id, ENCODE, (rank,)))
-        self._progress[request.request_id].embeds = finished.result
+        finished = await self._run(request, ENCODE, (rank,))
         self.encode_s.append(finished.elapsed_s)
 
     async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
-        finished = await self._run(request, Task(request.request_id, DENOISE, ranks, num_steps))
-        progress = self._progress[request.request_id]
-        progress.latents = finished.result
-        progress.steps_done += num_steps
-        return finished
+        return await self._run(request, DENOISE, ranks, num_steps)
 
     async def decode(self, request: Request, rank: int) -> TaskFinished:
-        return await self._run(request, Task(request.request_id, DECODE, (rank,)))
+        return await self._run(request, DECODE, (rank,))
 
     def forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.executor.forget(request.request_id)
 
-    async def _run(self, request: Request, task: Task) -> TaskFinished:
-        task_id = next(self._ids)
-        progress = self._progress[request.request_id]
+    async def _run(self, request: Request, stage: str, ranks: tuple[int, ...], num_steps: int = 0) -> TaskFinished:
+        """The next task of a stage, whether those before it went all their way or not."""
+        task_id, work = next(self._ids), self._work[request.request_id]
+        task = Task((request.request_id,), stage, ranks, num_steps)
+        stage_index = [one.kind for one in request.stages].index(stage)
+        if stage_index != work.stage_index:
+            work = Work(request, stage_index, 0, work.states)
         future: asyncio.Future[TaskFinished] = asyncio.get_running_loop().create_future()
         self._waiting[task_id] = future
         started_at = time.monotonic()
-        self.executor.start_task(
-            StartTask(task_id, task, request, progress.steps_done, progress.embeds, progress.latents)
-        )
+        self.executor.start_task(StartTask(task_id, task, (work,)))
         finished = await future
+        [result] = finished.results
+        after = work.trajectory.after(num_steps, is_stage_over=result.is_stage_over)
+        states = {**work.states, task.stage: result.left}
+        self._work[request.request_id] = Work(request, after.stage_index, after.stage_steps_done, states)
         self.switch_s.append(time.monotonic() - started_at - finished.elapsed_s)
         return finished
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from tetriserve.core.events import Run
+from tetriserve.core.events import Run, Work
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine import EndedTask, LiveEngine, Observation
@@ -79,7 +79,7 @@ class RecentRuns:
                 self._keep_outcome(observation)
 
     def _keep_task(self, ended: EndedTask) -> None:
-        self._tasks.append(replace(ended, request=self._without_prompts(ended.request), result=None))
+        self._tasks.append(replace(ended, work=self._silent_work(ended.work), results=()))
         while self._tasks[0].run.end_s < ended.run.end_s - KEEP_S:
             self._tasks.popleft()
 
@@ -89,6 +89,9 @@ class RecentRuns:
         self._outcomes.append(replace(outcome, request=request, runs=()))
         while self._outcomes[0].finish_s < outcome.finish_s - KEEP_S:
             self._outcomes.popleft()
+
+    def _silent_work(self, work: tuple[Work, ...]) -> tuple[Work, ...]:
+        return tuple([replace(one, request=self._without_prompts(one.request), states={}) for one in work])
 
     def _without_prompts(self, request: Request) -> Request:
         """One copy for all tasks of the request: what is kept for minutes lengthens every garbage collection."""
@@ -102,13 +105,13 @@ def _ended_blocks(ended: EndedTask) -> Iterator[TraceEvent]:
     arguments: dict[str, object] = {"end": "finished" if ended.failure is None else ended.failure.value}
     if ended.step_s is not None and ended.expected_step_s is not None:
         arguments |= {"step_ms": ended.step_s * 1000, "expected_step_ms": ended.expected_step_s * 1000}
-    return task_blocks(ended.run, ended.request.shape, **arguments)
+    return task_blocks(ended.run, ended.work[0].request.shape, **arguments)
 
 
 def _running_blocks(state: State, now: float) -> Iterator[TraceEvent]:
     shapes = {trajectory.request_id: trajectory.request.shape for trajectory in state.trajectories}
     for flight in state.in_flight:
-        shape = shapes.get(flight.task.request_id)
+        shape = shapes.get(flight.task.members[0])
         if shape is not None:  # else it was cancelled, and its last task runs on
             yield from task_blocks(
                 Run(flight.task, flight.start_s, now), shape, end="running", expected_end_s=flight.end_s

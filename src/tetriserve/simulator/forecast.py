@@ -24,6 +24,7 @@ from tetriserve.core.events import (
     Event,
     FailureKind,
     FinishRequest,
+    Result,
     Run,
     StartTask,
     Submitted,
@@ -110,22 +111,25 @@ class _WhatIf:
 
     def _take_over_tasks(self) -> None:
         state = self.controller.state
-        requests = {trajectory.request_id: trajectory.request for trajectory in state.trajectories}
+        trajectories = {trajectory.request_id: trajectory for trajectory in state.trajectories}
         for flight in state.in_flight:
-            request = requests.get(flight.task.request_id)
+            task = flight.task
+            members = [trajectories[request_id] for request_id in task.members if request_id in trajectories]
             end: Event = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
-            if request is not None:
-                end = self._end_of(flight.task_id, flight.task, request)
+            if len(members) == len(task.members):
+                end = self._end_of(flight.task_id, task, members)
             self._expect(Run(flight.task, flight.start_s, expected_end_s(flight, self.now)), flight.task_id, end)
 
     def _handle(self, events: Sequence[Event]) -> None:
         for command in self.controller.handle_all(events, self.now):
             match command:
-                case StartTask(task_id, task, request):
+                case StartTask(task_id, task, work):
                     # Within a moment a rank or a request may be in use for a little longer.
-                    start_s = max(self.now, self.ready_s.get(task.request_id, 0.0), *map(self._free_s, task.ranks))
-                    takes_s = self.controller.end_s(task_id) - self.now + self.first_s.pop(task.request_id, 0.0)
-                    self._expect(Run(task, start_s, start_s + takes_s), task_id, self._end_of(task_id, task, request))
+                    start_s = max(self.now, *map(self._ready_s, task.members), *map(self._free_s, task.ranks))
+                    takes_s = self.controller.end_s(task_id) - self.now
+                    takes_s += sum([self.first_s.pop(request_id, 0.0) for request_id in task.members])
+                    end = self._end_of(task_id, task, [part.trajectory for part in work])
+                    self._expect(Run(task, start_s, start_s + takes_s), task_id, end)
                 case WakeAt(time_s):
                     self.timer_s = max(time_s, self.now)
                 case FinishRequest(request):
@@ -133,14 +137,18 @@ class _WhatIf:
                 case _:
                     pass  # nobody waits for an answer, and there is no state to drop
 
-    def _end_of(self, task_id: int, task: Task, request: Request) -> Event:
-        return TaskFinished(task_id, task_s(self.controller.cost, task, request), _NOTHING)
+    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> Event:
+        results = [Result.planned(task, one.stage, one.stage_steps_done, _NOTHING) for one in members]
+        return TaskFinished(task_id, task_s(self.controller.cost, task, members[0].request), tuple(results))
 
     def _expect(self, run: Run, task_id: int, end: Event) -> None:
         self.runs.append(run)
-        self.ready_s[run.task.request_id] = run.end_s
+        self.ready_s.update(dict.fromkeys(run.task.members, run.end_s))
         self.free_s.update(dict.fromkeys(run.task.ranks, run.end_s))
         heapq.heappush(self.ends, (run.end_s, task_id, end))
+
+    def _ready_s(self, request_id: str) -> float:
+        return self.ready_s.get(request_id, 0.0)
 
     def _free_s(self, rank: int) -> float:
         return self.free_s.get(rank, 0.0)
@@ -177,7 +185,7 @@ class _Coarse:
         if not plan.tasks or not least_s:
             return plan
         waiting = {trajectory.request_id: trajectory for trajectory in state.waiting}
-        tasks = tuple(_lengthened(task, waiting.get(task.request_id), state, least_s) for task in plan.tasks)
+        tasks = tuple(_lengthened(task, waiting, state, least_s) for task in plan.tasks)
         return Plan(tasks, plan.wake_at)
 
 
@@ -190,12 +198,14 @@ def _closing(state: State) -> tuple[Task, ...]:
         is_last = trajectory.stage_index == len(trajectory.request.stages) - 1
         if is_last and trajectory.is_short and leader in idle:
             idle.discard(leader)
-            tasks.append(Task(trajectory.request_id, trajectory.stage.kind, (leader,)))
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, (leader,)))
     return tuple(tasks)
 
 
-def _lengthened(task: Task, trajectory: Trajectory | None, state: State, least_s: float) -> Task:
-    if not task.num_steps or trajectory is None:
+def _lengthened(task: Task, waiting: Mapping[str, Trajectory], state: State, least_s: float) -> Task:
+    if not (task.num_steps and task.members and waiting.keys() >= set(task.members)):
         return task
-    step_s = times_per_step(state.cost, trajectory.request).get(task.degree, math.inf)
-    return replace(task, num_steps=min(max(task.num_steps, math.ceil(least_s / step_s)), trajectory.remaining_steps))
+    members = [waiting[request_id] for request_id in task.members]
+    step_s = times_per_step(state.cost, members[0].request).get(task.degree, math.inf)
+    most = min([trajectory.remaining_steps for trajectory in members])
+    return replace(task, num_steps=min(max(task.num_steps, math.ceil(least_s / step_s)), most))

@@ -197,9 +197,7 @@ def _bounds(controller: Controller, course: Forecast, now: float, spare: float) 
 def _position(course: Forecast, newcomers: Set[str], waiting: Set[str]) -> int:
     ahead: set[str] = set()
     for run in course.runs:
-        name = run.task.request_id
-        if name in newcomers:
+        if not newcomers.isdisjoint(run.task.members):
             break
-        if name in waiting:
-            ahead.add(name)
+        ahead.update(waiting & set(run.task.members))
     return len(ahead)

@@ -132,7 +132,7 @@ class Simulation:
             case StartTask():
                 elapsed_s = self._duration_s(command)
                 end_s = self.now + self._start_s(command.task) + elapsed_s
-                self._schedule(end_s, TaskFinished(command.task_id, elapsed_s, _NOTHING))
+                self._schedule(end_s, TaskFinished.planned(command, elapsed_s, _NOTHING))
             case WakeAt(time_s):
                 if self._timer is None or self._timer.time_s != time_s:
                     self._timer = self._schedule(max(time_s, self.now), TimerFired())
@@ -149,11 +149,12 @@ class Simulation:
         return None
 
     def _start_s(self, task: Task) -> float:
-        before, self._ranks[task.request_id] = self._ranks.get(task.request_id, task.ranks), task.ranks
-        return self._cost.switch_s + (self._cost.move_s if set(before) != set(task.ranks) else 0.0)
+        is_moved = any(set(self._ranks.get(name, task.ranks)) != set(task.ranks) for name in task.members)
+        self._ranks.update(dict.fromkeys(task.members, task.ranks))
+        return self._cost.switch_s + (self._cost.move_s if is_moved else 0.0)
 
     def _duration_s(self, command: StartTask) -> float:
-        seconds = task_s(self._cost, command.task, command.request)
+        seconds = task_s(self._cost, command.task, command.work[0].request)
         return seconds * max(0.1, self._random.gauss(1.0, self._noise)) if self._noise else seconds
 
     def _schedule(self, time_s: float, event: Event) -> _Scheduled:

@@ -117,7 +117,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     groups = Groups(spec.rank, spec.backend, spec.device, spec.store, spec.group_timeout_s)
     check_unchanged(spec.card)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
-    runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device)
+    runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device, spec.resident_bytes)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
     pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))

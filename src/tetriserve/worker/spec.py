@@ -18,6 +18,7 @@ class WorkerSpec:
     heartbeat_s: seconds between signs of life.
     group_timeout_s: a collective that waits longer for a peer fails.
     log_format: text or json.
+    resident_bytes: of requests' states that the rank keeps beside their copies in the store.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class WorkerSpec:
     num_threads: int
     heartbeat_s: float
     group_timeout_s: float
+    resident_bytes: int
     log_format: str = "text"
     adapter: str | None = None
     """`module:Class` to load in place of the card's own adapter (tests inject faults with it)."""

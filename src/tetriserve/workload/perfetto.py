@@ -36,7 +36,7 @@ def task_blocks(run: Run, shape: Shape, **arguments: object) -> Iterator[TraceEv
     for rank in task.ranks:
         yield {
             "ph": "X",
-            "name": f"{task.request_id} x{task.degree}",
+            "name": f"{' + '.join(task.members)} x{task.degree}",
             "cat": task.stage,
             "pid": _PROCESS,
             "tid": rank,

@@ -43,13 +43,13 @@ def make_entry(*requests: Request, name: str = "k", arrived_at: float = 1000.0) 
 
 
 def make_outcome(request: Request) -> Outcome:
-    runs = (Run(Task(request.request_id, DENOISE, (0, 1), 8), 0.1, 0.3),)
+    runs = (Run(Task((request.request_id,), DENOISE, (0, 1), 8), 0.1, 0.3),)
     return Outcome(request=request, status=Status.FINISHED, runs=runs, predicted_finish_s=0.2, finish_s=0.4)
 
 
 def checkpoint(steps_done: int) -> Checkpoint:
     latents = TensorRef(f"a.latents.{steps_done}", 20) if steps_done else None
-    return Checkpoint(steps_done, EMBEDS, latents, (Run(Task("a", ENCODE, (1,)), 0.0, 0.1),))
+    return Checkpoint(steps_done, EMBEDS, latents, (Run(Task(("a",), ENCODE, (1,)), 0.0, 0.1),))
 
 
 def read_state(ref: TensorRef) -> bytes | None:

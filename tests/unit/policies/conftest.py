@@ -71,7 +71,7 @@ class Run:
         return sum(self.finish_s[request.request_id] <= request.deadline_s for request in requests) / len(requests)
 
     def denoise(self, request_id: str) -> list[Task]:
-        return [task for _, _, task in self.tasks if task.request_id == request_id and task.stage == DENOISE]
+        return [task for _, _, task in self.tasks if task.members[0] == request_id and task.stage == DENOISE]
 
     def mean_degree(self, request_id: str) -> float:
         tasks = self.denoise(request_id)
@@ -84,10 +84,10 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
     used = [rank for task in plan.tasks for rank in task.ranks]
     assert len(used) == len(set(used)), "a rank runs one task"
     assert set(used) <= set(state.idle_ranks), "only idle living ranks"
-    ids = [task.request_id for task in plan.tasks]
+    ids = [task.members[0] for task in plan.tasks]
     assert len(ids) == len(set(ids)), "one task per request"
     for task in plan.tasks:
-        trajectory = waiting[task.request_id]
+        trajectory = waiting[task.members[0]]
         assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
         if task.stage == DENOISE:
@@ -144,16 +144,16 @@ def drive_policy(
             if value not in flights:
                 continue
             task = flights.pop(value).task  # type: ignore[arg-type]
-            trajectory = replace(trajectories[task.request_id], is_running=False)
+            trajectory = replace(trajectories[task.members[0]], is_running=False)
             if kind == "end":
                 is_over = task.num_steps in (0, trajectory.remaining_steps)
                 trajectory = replace(trajectory.after(task.num_steps, is_stage_over=is_over), holders=task.ranks)
-            trajectories[task.request_id] = trajectory
+            trajectories[task.members[0]] = trajectory
             if kind == "end" and task.stage == DECODE:
                 assert trajectory.is_over
                 assert trajectory.steps_done == trajectory.request.num_steps, "no step skipped or repeated"
-                run.finish_s[task.request_id] = now
-                del trajectories[task.request_id]
+                run.finish_s[task.members[0]] = now
+                del trajectories[task.members[0]]
         elif kind == "death":
             ranks.discard(value)  # type: ignore[arg-type]
             for request_id, trajectory in trajectories.items():
@@ -181,11 +181,11 @@ def drive_policy(
             assert policy.plan(snapshot(), now) == plan, "equal arguments, equal plans"
         check_plan(plan, state, now)
         for task in plan.tasks:
-            request = trajectories[task.request_id].request
+            request = trajectories[task.members[0]].request
             duration_s = cost.duration_s(task, request)
             task_id = next(order)
             flights[task_id] = InFlight(task_id, task, now, now + duration_s)
-            trajectories[task.request_id] = replace(trajectories[task.request_id], is_running=True)
+            trajectories[task.members[0]] = replace(trajectories[task.members[0]], is_running=True)
             run.tasks.append((now, now + duration_s, task))
             push(now + duration_s * (1 + jitter * rng.uniform(-1, 1)), "end", task_id)
         wake_at = plan.wake_at

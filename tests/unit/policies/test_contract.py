@@ -71,8 +71,8 @@ def workloads(draw: st.DrawFn, request_of, max_size: int = 10):
 
 def test_what_a_policy_is_given_cannot_be_changed(request_of, flux):
     """`drive` therefore compares states without copying them: a hash exists only where every part is immutable."""
-    trajectory = replace(Trajectory.at(request_of(256), 0), holders=(0, 1))
-    state = State((trajectory,), (InFlight(1, Task("r", DENOISE, (0, 1), 2), 0.0, 1.0),), (0, 1), flux)
+    trajectory = replace(Trajectory.at(request_of(256), 1, 0), holders=(0, 1))
+    state = State((trajectory,), (InFlight(1, Task(("r",), DENOISE, (0, 1), 2), 0.0, 1.0),), (0, 1), flux)
     assert hash((state.trajectories, state.in_flight, state.ranks, state.idle_ranks, state.waiting))
     for value in (state, trajectory, trajectory.request, state.in_flight[0], state.in_flight[0].task):
         for field in fields(value):

@@ -182,11 +182,11 @@ def test_a_deliberate_pause_and_a_mix_of_degrees_are_found(table_cost, request_o
 
 def test_a_task_in_flight_holds_its_ranks_and_its_request(table_cost, request_of) -> None:
     cost = table_cost({256: {1: 1.0, 2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
-    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=4), 0), holders=(0,), is_running=True)
-    waiting = replace(Trajectory.at(request_of(256, request_id="b", num_steps=2), 0), holders=(1,))
-    flight = InFlight(0, Task("a", DENOISE, (0,), 2), 0.0, 2.0)
+    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=4), 1, 0), holders=(0,), is_running=True)
+    waiting = replace(Trajectory.at(request_of(256, request_id="b", num_steps=2), 1, 0), holders=(1,))
+    flight = InFlight(0, Task(("a",), DENOISE, (0,), 2), 0.0, 2.0)
     state = State((running, waiting), (flight,), (0, 1), cost)
-    assert Exhaustive().plan(state, 1.0) == Plan((Task("b", DENOISE, (1,), 1),))
+    assert Exhaustive().plan(state, 1.0) == Plan((Task(("b",), DENOISE, (1,), 1),))
     found = Exhaustive().search(state, 1.0)
     # "b": a step alone until 2.0, one on both ranks, decode until 2.6. "a": from 2.5 on both ranks, or on what is left.
     assert found.is_exact
@@ -195,9 +195,9 @@ def test_a_task_in_flight_holds_its_ranks_and_its_request(table_cost, request_of
 
 def test_a_task_that_is_overdue_does_not_free_its_ranks(table_cost, request_of) -> None:
     cost = table_cost({256: {2: 0.5}}, {256: 0.1}, encode=0.1, switch_s=0.0)
-    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=1), 1), is_running=True)
-    waiting = Trajectory.at(request_of(256, request_id="b", num_steps=1), 0)
-    state = State((running, waiting), (InFlight(0, Task("a", DECODE, (0,)), 0.0, 0.1),), (0, 1), cost)
+    running = replace(Trajectory.at(request_of(256, request_id="a", num_steps=1), 1, 1), is_running=True)
+    waiting = Trajectory.at(request_of(256, request_id="b", num_steps=1), 1, 0)
+    state = State((running, waiting), (InFlight(0, Task(("a",), DECODE, (0,)), 0.0, 0.1),), (0, 1), cost)
     assert Exhaustive().plan(state, 5.0) == Plan()
     assert Exhaustive().plan(State((waiting,), (), (0, 1), cost), 5.0).tasks[0].ranks == (0, 1)
 

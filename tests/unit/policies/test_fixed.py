@@ -26,12 +26,12 @@ def test_fixed_keeps_a_request_on_its_block_from_encode_to_decode(drive, make, r
     requests = [request_of(1024, request_id=f"r{i}", arrival_s=0.01 * i) for i in range(4)]
     run = drive(make("fixed:4", flux), requests, flux)
     for index, block in enumerate([(0, 1, 2, 3), (4, 5, 6, 7)]):
-        tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
+        tasks = [task for _, _, task in run.tasks if task.members[0] == f"r{index}"]
         assert {task.ranks for task in tasks if task.stage == DENOISE} == {block}
         assert {task.ranks for task in tasks if task.stage != DENOISE} == {block[:1]}
     starts = {}
     for start, _, task in run.tasks:
-        starts.setdefault(task.request_id, start)
+        starts.setdefault(task.members[0], start)
     assert starts["r2"] == run.finish_s["r0"]
     assert starts["r3"] == run.finish_s["r1"]
 
@@ -42,22 +42,22 @@ def test_a_block_stays_reserved_while_its_request_waits_between_tasks(make, requ
     a, b, c = (request_of(1024, request_id=name) for name in "abc")
     trajectories = (
         Trajectory(c),
-        replace(Trajectory.at(a, 5), holders=(0, 1)),
-        replace(Trajectory.at(b, 5), holders=(2, 3), is_running=True),
+        replace(Trajectory.at(a, 1, 5), holders=(0, 1)),
+        replace(Trajectory.at(b, 1, 5), holders=(2, 3), is_running=True),
     )
-    flight = InFlight(0, Task("b", DENOISE, (2, 3), 5), 0.0, 0.5)
+    flight = InFlight(0, Task(("b",), DENOISE, (2, 3), 5), 0.0, 0.5)
     plan = policy.plan(State(trajectories, (flight,), (0, 1, 2, 3), flux), 0.1)
-    assert plan.tasks == (Task("a", DENOISE, (0, 1), 5),)
+    assert plan.tasks == (Task(("a",), DENOISE, (0, 1), 5),)
 
 
 def test_a_request_that_lost_its_block_takes_the_next_free_one_but_nobody_elses(make, request_of, flux):
     """Rank 0 is dead: moved needs a new block, before new, which arrived earlier; (2, 3) belongs to owner."""
     policy = make("fixed:2", flux, 6)
     new, moved, owner = (Trajectory(request_of(1024, request_id=name)) for name in ("new", "moved", "owner"))
-    moved = replace(Trajectory.at(moved.request, 5), holders=(1,))
-    owner = replace(Trajectory.at(owner.request, 5), holders=(2, 3))
+    moved = replace(Trajectory.at(moved.request, 1, 5), holders=(1,))
+    owner = replace(Trajectory.at(owner.request, 1, 5), holders=(2, 3))
     plan = policy.plan(State((new, moved, owner), (), (1, 2, 3, 4, 5), flux), 0.1)
-    assert {task.request_id: task.ranks for task in plan.tasks} == {"moved": (4, 5), "owner": (2, 3)}
+    assert {task.members[0]: task.ranks for task in plan.tasks} == {"moved": (4, 5), "owner": (2, 3)}
 
 
 def test_a_denoise_task_lasts_about_half_a_second(drive, make, request_of, flux):

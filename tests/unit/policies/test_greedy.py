@@ -15,11 +15,11 @@ RANKS = tuple(range(8))
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
-    return replace(Trajectory.at(request, steps_done), holders=holders, is_running=is_running)
+    return replace(Trajectory.at(request, 1, steps_done), holders=holders, is_running=is_running)
 
 
 def degrees(plan):
-    return {task.request_id: task.degree for task in plan.tasks}
+    return {task.members[0]: task.degree for task in plan.tasks}
 
 
 def test_edf_gives_the_most_urgent_its_fastest_degree_and_the_next_what_is_left(make, request_of, flux):
@@ -48,11 +48,11 @@ def test_srtf_lets_a_shorter_one_overtake_and_sjf_does_not(make, request_of, flu
     begun = encoded(request_of(2048, request_id="begun"), 4, RANKS)
     new = encoded(request_of(1024, request_id="new"), 0, (0,))
     state = State((begun, Trajectory(new.request)), (), (0,), flux)
-    assert [task.request_id for task in make("srtf", flux, 1).plan(state, 0.0).tasks] == ["new"]
-    assert [task.request_id for task in make("sjf", flux, 1).plan(state, 0.0).tasks] == ["begun"]
+    assert [task.members[0] for task in make("srtf", flux, 1).plan(state, 0.0).tasks] == ["new"]
+    assert [task.members[0] for task in make("sjf", flux, 1).plan(state, 0.0).tasks] == ["begun"]
     nearly_done = encoded(request_of(2048, request_id="begun"), 27, RANKS)
     state = State((new, nearly_done), (), (0,), flux)
-    assert [task.request_id for task in make("srtf", flux, 1).plan(state, 0.0).tasks] == ["begun"]
+    assert [task.members[0] for task in make("srtf", flux, 1).plan(state, 0.0).tasks] == ["begun"]
 
 
 def test_rssp_chooses_the_degrees_that_the_paper_chose(flux):
@@ -62,23 +62,23 @@ def test_rssp_chooses_the_degrees_that_the_paper_chose(flux):
 
 def test_rssp_makes_everyone_wait_behind_the_head_unless_it_backfills(make, request_of, flux):
     running = encoded(request_of(1024, request_id="running"), 5, (0, 1), is_running=True)
-    flight = InFlight(0, Task("running", DENOISE, (0, 1), 5), 0.0, 0.5)
+    flight = InFlight(0, Task(("running",), DENOISE, (0, 1), 5), 0.0, 0.5)
     head = Trajectory(request_of(2048, request_id="head"))
     small = Trajectory(request_of(256, request_id="small"))
     state = State((running, head, small), (flight,), RANKS, flux)
     assert make("rssp", flux).plan(state, 0.1).tasks == ()
-    assert make("rssp:backfill=on", flux).plan(state, 0.1).tasks == (Task("small", ENCODE, (2,)),)
+    assert make("rssp:backfill=on", flux).plan(state, 0.1).tasks == (Task(("small",), ENCODE, (2,)),)
 
 
 def test_rssp_holds_the_block_from_encode_to_decode(drive, make, request_of, flux):
     requests = [request_of(1024, request_id=f"r{i}") for i in range(5)]
     run = drive(make("rssp", flux), requests, flux)
     for index in range(4):
-        tasks = [task for _, _, task in run.tasks if task.request_id == f"r{index}"]
+        tasks = [task for _, _, task in run.tasks if task.members[0] == f"r{index}"]
         block = (2 * index, 2 * index + 1)
         assert {task.ranks for task in tasks if task.stage == DENOISE} == {block}
         assert {task.ranks for task in tasks if task.stage != DENOISE} == {block[:1]}
-    first_start = min(start for start, _, task in run.tasks if task.request_id == "r4")
+    first_start = min(start for start, _, task in run.tasks if task.members[0] == "r4")
     assert first_start == pytest.approx(run.finish_s["r0"])
 
 
@@ -89,7 +89,7 @@ def test_rssp_narrows_when_no_whole_block_lives(drive, make, request_of, flux, d
 
 def test_rssp_holds_the_whole_block_while_its_first_rank_encodes(make, request_of, flux):
     encoding = Trajectory(request_of(2048, request_id="encoding"), is_running=True)
-    flight = InFlight(0, Task("encoding", ENCODE, (0,)), 0.0, 0.021)
+    flight = InFlight(0, Task(("encoding",), ENCODE, (0,)), 0.0, 0.021)
     state = State((encoding, Trajectory(request_of(256))), (flight,), RANKS, flux)
     for spec in ("rssp", "rssp:backfill=on"):
         assert make(spec, flux).plan(state, 0.01).tasks == ()
@@ -99,4 +99,4 @@ def test_rssp_passes_over_a_shape_that_no_living_rank_can_serve(make, request_of
     cost = table_cost({256: {1: 0.02}, 512: {2: 0.1}}, {256: 0.01, 512: 0.01})
     wide, small = Trajectory(request_of(512, request_id="wide")), Trajectory(request_of(256, request_id="small"))
     plan = make("rssp", cost, 2).plan(State((wide, small), (), (1,), cost), 0.0)
-    assert plan.tasks == (Task("small", ENCODE, (1,)),)
+    assert plan.tasks == (Task(("small",), ENCODE, (1,)),)

@@ -15,11 +15,11 @@ RANKS = tuple(range(8))
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
-    return replace(Trajectory.at(request, steps_done), holders=holders, is_running=is_running)
+    return replace(Trajectory.at(request, 1, steps_done), holders=holders, is_running=is_running)
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
+    return {task.members[0]: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def beside_a_short_task(request_of):
 
     def build(*trajectories, cost):
         running = encoded(request_of(512, request_id="running"), 24, (0,), is_running=True)
-        flight = InFlight(0, Task("running", DENOISE, (0,), 4), 0.0, 0.2)
+        flight = InFlight(0, Task(("running",), DENOISE, (0,), 4), 0.0, 0.2)
         return State((running, *trajectories), (flight,), RANKS, cost)
 
     return build
@@ -108,7 +108,7 @@ def test_what_could_still_be_in_time_fills_before_what_cannot(policy, request_of
     late = encoded(request_of(1024, request_id="late", deadline_s=-1.0))
     state = State((late, *rivals), (), RANKS, flux)
     assert denoise_tasks(policy.plan(state, 0.0)) == {"a": (8, 2)}
-    flight = InFlight(0, Task("a", DECODE, (0,)), 0.0, 0.25)
+    flight = InFlight(0, Task(("a",), DECODE, (0,)), 0.0, 0.25)
     running = encoded(rivals[0].request, 28, (0,), is_running=True)
     state = State((late, running, encoded(rivals[1].request)), (flight,), RANKS, flux)
     assert list(denoise_tasks(policy.plan(state, 0.0))) == ["b", "late"]
@@ -136,7 +136,7 @@ def test_encode_and_decode_are_part_of_the_reservation(policy, request_of, flux)
     for deadline_s, runs in ((3.75, False), (3.6, True)):
         new = Trajectory(request_of(2048, request_id="new", deadline_s=deadline_s))
         plan = policy.plan(State((new, other), (), RANKS, flux), 0.0)
-        assert ("new" in {task.request_id for task in plan.tasks}) is not runs
+        assert ("new" in {task.members[0] for task in plan.tasks}) is not runs
 
 
 def test_more_requests_than_reservations_all_get_their_turn(policy, drive, request_of, flux):
@@ -154,7 +154,7 @@ def test_a_larger_pool_reserves_for_more_requests(make, request_of, flux):
 
 def test_nothing_starts_on_a_full_pool(policy, request_of, flux):
     running = encoded(request_of(2048, request_id="running"), 3, RANKS, is_running=True)
-    flight = InFlight(0, Task("running", DENOISE, RANKS, 2), 0.0, 0.25)
+    flight = InFlight(0, Task(("running",), DENOISE, RANKS, 2), 0.0, 0.25)
     assert policy.plan(State((running, encoded(request_of(256))), (flight,), RANKS, flux), 0.1) == Plan()
 
 

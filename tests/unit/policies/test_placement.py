@@ -23,7 +23,7 @@ def held_by(*holders: int) -> Trajectory:
         arrival_s=0.0,
         deadline_s=1.0,
     )
-    return replace(Trajectory.at(request, 0), holders=holders)
+    return replace(Trajectory.at(request, 1, 0), holders=holders)
 
 
 def test_keeps_its_ranks_when_the_degree_stays():

@@ -25,7 +25,7 @@ def choice(times, degree, num_steps, remaining):
         arrival_s=0.0,
         deadline_s=9.0,
     )
-    return Choice(Trajectory.at(request, 0), times, degree, num_steps)
+    return Choice(Trajectory.at(request, 1, 0), times, degree, num_steps)
 
 
 def fit(available_s):

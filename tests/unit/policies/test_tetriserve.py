@@ -25,17 +25,17 @@ STEPS_2048 = {1: 0.76, 2: 0.4086, 4: 0.2184, 8: 0.1218}
 
 
 def encoded(request, steps_done=0, holders=(), *, is_running=False):
-    return replace(Trajectory.at(request, steps_done), holders=holders, is_running=is_running)
+    return replace(Trajectory.at(request, 1, steps_done), holders=holders, is_running=is_running)
 
 
 def in_flight(request_of, end_s, rank):
     """A narrow request whose task on `rank` ends at `end_s`, and with it the round."""
     running = encoded(request_of(512, request_id="running"), 5, (rank,), is_running=True)
-    return running, InFlight(0, Task("running", DENOISE, (rank,), 14), 0.0, end_s)
+    return running, InFlight(0, Task(("running",), DENOISE, (rank,), 14), 0.0, end_s)
 
 
 def denoise_tasks(plan):
-    return {task.request_id: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
+    return {task.members[0]: (task.degree, task.num_steps) for task in plan.tasks if task.stage == DENOISE}
 
 
 def test_late_requests_come_last_and_on_one_rank(make, request_of, flux):
@@ -76,9 +76,9 @@ def test_a_short_request_waits_for_no_boundary(drive, make, request_of, flux):
 
 
 def test_decode_starts_at_once_in_mid_round_on_a_rank_that_holds_the_latents(make, request_of, flux):
-    done = replace(Trajectory.at(request_of(256, deadline_s=1.5), 28), holders=(5,))
+    done = replace(Trajectory.at(request_of(256, deadline_s=1.5), 1, 28), holders=(5,))
     plan = make("tetriserve", flux).plan(State((done,), (), RANKS, flux), 0.4)
-    assert plan.tasks == (Task("r", DECODE, (5,)),)
+    assert plan.tasks == (Task(("r",), DECODE, (5,)),)
 
 
 def test_a_step_longer_than_a_round_starts_at_any_event(drive, make, request_of, flux):
@@ -86,7 +86,7 @@ def test_a_step_longer_than_a_round_starts_at_any_event(drive, make, request_of,
     policy = make("tetriserve", flux)
     state = State((encoded(request_of(2048, deadline_s=60.0)),), (), (3,), flux)
     for now in (0.0, 0.25, 0.6):
-        assert policy.plan(state, now).tasks == (Task("r", DENOISE, (3,), 1),)
+        assert policy.plan(state, now).tasks == (Task(("r",), DENOISE, (3,), 1),)
     run = drive(policy, [request_of(2048)], flux, num_ranks=1)
     assert run.finish_s["r"] == pytest.approx(0.021 + 28 * 0.761 + 0.251)
 
@@ -126,9 +126,9 @@ def test_so_close_to_the_end_of_a_round_that_not_even_starting_fits_it_waits(mak
 def test_a_late_decode_does_not_hold_a_rank_beyond_the_end_of_a_round(make, request_of, flux):
     policy = make("tetriserve", flux)
     running, flight = in_flight(request_of, ROUND_S, 0)
-    late = replace(Trajectory.at(request_of(2048, deadline_s=0.1), 28), holders=(5,))
+    late = replace(Trajectory.at(request_of(2048, deadline_s=0.1), 1, 28), holders=(5,))
     state = State((running, late), (flight,), RANKS, flux)
-    assert policy.plan(state, 0.3).tasks == (Task("r", DECODE, (5,)),)
+    assert policy.plan(state, 0.3).tasks == (Task(("r",), DECODE, (5,)),)
     assert policy.plan(state, 0.5) == Plan(wake_at=pytest.approx(ROUND_S))
 
 
@@ -159,7 +159,7 @@ def test_a_lower_priority_class_goes_first_although_the_other_is_more_urgent(mak
 def test_priority_orders_encode_too(make, request_of, flux):
     requests = [request_of(256, request_id=f"p{p}", deadline_s=9.0 - p, priority=p) for p in (2, 0, 1)]
     plan = make("tetriserve", flux, 2).plan(State(tuple(map(Trajectory, requests)), (), (0, 1), flux), 0.0)
-    assert [task.request_id for task in plan.tasks] == ["p0", "p1"]
+    assert [task.members[0] for task in plan.tasks] == ["p0", "p1"]
 
 
 def test_a_request_stays_on_its_ranks_while_its_degree_stays(drive, make, poisson, flux):

@@ -41,7 +41,7 @@ def outcome_of() -> Callable[..., Outcome]:
             request_id=name, prompt="", shape=Shape(1024, 1024), stages=image_stages(4), seed=0,
             arrival_s=arrival_s, deadline_s=arrival_s + slo_s,
         )  # fmt: skip
-        tasks = tuple(Run(Task(name, DENOISE, ranks, 1), start, end) for start, end, ranks in runs)
+        tasks = tuple(Run(Task((name,), DENOISE, ranks, 1), start, end) for start, end, ranks in runs)
         return Outcome(request=request, status=status, runs=tasks, predicted_finish_s=0.0, finish_s=finish_s)
 
     return build

@@ -59,7 +59,7 @@ def check_runs(future: Forecast, num_steps: dict[str, int]) -> None:
     """No rank runs two tasks at a time, no request has two, and every step is there once."""
     by_rank, by_request = {}, {}
     for run in future.runs:
-        by_request.setdefault(run.task.request_id, []).append(run)
+        by_request.setdefault(run.task.members[0], []).append(run)
         for rank in run.task.ranks:
             by_rank.setdefault(rank, []).append(run)
     for runs in itertools.chain(by_rank.values(), by_request.values()):
@@ -130,7 +130,7 @@ def test_coarse_encoding_joins_the_first_denoise_task_and_decoding_follows_the_l
     controller = controller_of("fixed:1", requests, num_ranks=1)
     future = forecast(controller, 0.0, new_policy("fixed:1"), resolution=0.5)
     waiting = requests[-1]
-    runs = [run for run in future.runs if run.task.request_id == waiting.request_id]
+    runs = [run for run in future.runs if run.task.members[0] == waiting.request_id]
     first, decode = runs[0], runs[-1]
     assert (first.task.stage, decode.task.stage) == (DENOISE, DECODE)
     work_s = first.task.num_steps * flux.times(waiting, DENOISE)[1] + flux.times(waiting, ENCODE)[1]
@@ -144,8 +144,8 @@ def test_the_task_of_a_cancelled_request_keeps_its_ranks_to_its_end(controller_o
     controller.handle(Cancelled(leaving.request_id), 0.0)
     future = forecast(controller, 0.0, new_policy("fcfs"))
     assert list(future.finish_s) == [staying.request_id]
-    (ended,) = [run.end_s for run in future.runs if run.task.request_id == leaving.request_id]
-    assert min(run.start_s for run in future.runs if run.task.request_id == staying.request_id) == ended > 0
+    (ended,) = [run.end_s for run in future.runs if run.task.members[0] == leaving.request_id]
+    assert min(run.start_s for run in future.runs if run.task.members[0] == staying.request_id) == ended > 0
 
 
 @every_policy

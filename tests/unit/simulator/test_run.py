@@ -31,7 +31,7 @@ def test_a_task_on_other_ranks_than_the_last_costs_the_move(table_cost, request_
         def plan(self, state: State, now: float) -> Plan:
             return Plan(
                 tuple(
-                    Task(each.request_id, each.stage.kind, (each.steps_done % 2,), int(not each.is_short))
+                    Task((each.request_id,), each.stage.kind, (each.steps_done % 2,), int(not each.is_short))
                     for each in state.waiting
                 )
             )
@@ -95,7 +95,7 @@ class EveryTenSeconds:
         if now % 10 == 0 and state.waiting and state.idle_ranks:
             first = state.waiting[0]
             num_steps = 0 if first.is_short else first.remaining_steps
-            return Plan((Task(first.request_id, first.stage.kind, state.idle_ranks[:1], num_steps),), now + 10)
+            return Plan((Task((first.request_id,), first.stage.kind, state.idle_ranks[:1], num_steps),), now + 10)
         return Plan(wake_at=now - now % 10 + 10 if state.waiting else None)
 
 

@@ -46,31 +46,28 @@ def ended_row(outcome: Outcome) -> Row:
 
 def running_row(flight: InFlight) -> Row:
     """A task that runs; its end is the expected one."""
-    task = flight.task
-    return run_row(task.request_id, task.stage, task.ranks, task.num_steps, flight.start_s, flight.end_s)
+    return run_row(Run(flight.task, flight.start_s, flight.end_s))
 
 
 def ran_row(ended: EndedTask) -> Row:
     """A task that is over. `failure` is there only if it has no result."""
-    run, task = ended.run, ended.run.task
-    row = run_row(task.request_id, task.stage, task.ranks, task.num_steps, run.start_s, run.end_s)
+    row = run_row(ended.run)
     return row if ended.failure is None else {**row, "failure": ended.failure.value}
 
 
 def plan_row(forecast: Forecast) -> Row:
     """Tasks to come, the first `MAX_PLANNED`, those of a request that follow each other on the same ranks as one."""
     rows: list[Row] = []
-    last: dict[str, tuple[Run, Row]] = {}
+    last: dict[tuple[str, ...], tuple[Run, Row]] = {}
     for run in islice((run for run in forecast.runs if run.start_s >= forecast.now), MAX_PLANNED):
-        task = run.task
-        before = last.get(task.request_id)
+        before = last.get(run.task.members)
         if before is not None and _continues(run, before[0]):
             row = before[1]
             row["end_s"] = seconds(run.end_s)
         else:
-            row = run_row(task.request_id, task.stage, task.ranks, task.num_steps, run.start_s, run.end_s)
+            row = run_row(run)
             rows.append(row)
-        last[task.request_id] = run, row
+        last[run.task.members] = run, row
     finishes = {name: seconds(finish_s) for name, finish_s in forecast.finish_s.items() if isfinite(finish_s)}
     return {"runs": rows, "finishes": finishes}
 
@@ -80,14 +77,16 @@ def _continues(run: Run, before: Run) -> bool:
     return is_same and run.start_s - before.end_s < _PAUSE_S
 
 
-def run_row(request_id: str, stage: str, ranks: tuple[int, ...], num_steps: int, start_s: float, end_s: float) -> Row:
+def run_row(run: Run) -> Row:
+    """`id` is that of the first member."""
+    task = run.task
     return {
-        "id": request_id,
-        "stage": stage,
-        "ranks": ranks,
-        "num_steps": num_steps,
-        "start_s": seconds(start_s),
-        "end_s": seconds(end_s),
+        "id": task.members[0],
+        "stage": task.stage,
+        "ranks": task.ranks,
+        "num_steps": task.num_steps,
+        "start_s": seconds(run.start_s),
+        "end_s": seconds(run.end_s),
     }
 
 
