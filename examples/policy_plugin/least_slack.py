@@ -37,7 +37,7 @@ class LeastSlack:
         placed = place([(trajectory, degree) for trajectory, degree, _ in chosen], state.idle_ranks)
         return Plan(
             tuple(
-                Task(trajectory.request_id, trajectory.stage.kind, ranks, num_steps)
+                Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps)
                 for (trajectory, _, num_steps), ranks in zip(chosen, placed, strict=True)
             )
         )

@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,13 @@ class FakeExecutor:
         if is_denoise and request.prompt == FAILING and self.failure_kind is not None:
             self._on_event(TaskFailed(command.task_id, self.failure_kind, "latents are not finite"))
             return
-        key = f"{request.request_id}.{task.stage}.{command.work[0].steps_done + task.num_steps}"
+        steps_done = command.work[0].steps_done + task.num_steps
+        key = f"{request.request_id}.{task.stage}.{steps_done}.{command.task_id}"
         if task.stage == DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
-        self._on_event(TaskFinished(command.task_id, elapsed_s, TensorRef(key, num_bytes=1), _text_of(command)))
+        end = TaskFinished.planned(command, elapsed_s, TensorRef(key, num_bytes=1))
+        results = tuple(replace(result, text=_text_of(command)) for result in end.results)
+        self._on_event(replace(end, results=results))
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:
         return self.pixels.pop(ref.key)

@@ -79,8 +79,12 @@ async def test_the_tasks_of_an_image_keep_one_request_between_them(engine):
     await engine.generate(Generation(prompt="a lighthouse", size="64x64", num_steps=4))
     excerpt = kept.last(30)
     assert len(excerpt.tasks) >= 3
-    assert {id(ended.request) for ended in excerpt.tasks} == {id(outcome.request) for outcome in excerpt.outcomes}
-    assert {(ended.request.prompt, ended.result) for ended in excerpt.tasks} == {("", None)}
+    works = [work for ended in excerpt.tasks for work in ended.work]
+    assert len(works) == len(excerpt.tasks)
+    assert {id(work.request) for work in works} == {id(outcome.request) for outcome in excerpt.outcomes}
+    assert {work.request.prompt for work in works} == {""}
+    assert [ended.results for ended in excerpt.tasks] == [()] * len(excerpt.tasks)
+    assert [work.states for work in works] == [{}] * len(works)
 
 
 @pytest.mark.parametrize(("seconds", "hint"), [("0", "greater than 0"), ("301", "300"), ("x", "number")])

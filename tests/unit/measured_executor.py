@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.plan import Task
@@ -50,7 +51,7 @@ class MeasuredExecutor(Executor):
         elapsed_s, cpu_s = self._took(shape, task, self._go(shape))
         if task.stage == DECODE:
             self._num_decodes[shape] = self._num_decodes.get(shape, 0) + 1
-        ended = TaskFinished(command.task_id, elapsed_s, TensorRef(f"{command.task_id}", 1), cpu_s=cpu_s)
+        ended = replace(TaskFinished.planned(command, elapsed_s, TensorRef(f"{command.task_id}", 1)), cpu_s=cpu_s)
         asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))
 
     def forget(self, request_id: str) -> None: ...

@@ -26,14 +26,17 @@ from tetriserve.core.events import (
     FailureKind,
     FinishRequest,
     ForgetRequest,
+    Result,
     Run,
     StartTask,
     Submitted,
     TaskFailed,
     TaskFinished,
     TensorRef,
+    TextCount,
     TimerFired,
     WakeAt,
+    Work,
     WorkerJoined,
     WorkerLost,
 )
@@ -109,15 +112,15 @@ class Bench:
 
     def encoded(self, elapsed_s: float = 0.02) -> TensorRef:
         """Carry `a` past encode."""
-        start, ref = self.start(Task(("a",), ENCODE, (0,))), TensorRef("a.embeds", 10)
-        assert self.send(TaskFinished(start.task_id, elapsed_s, ref)) == []
+        start, ref = self.start(Task(("a",), ENCODE, (0,))), TensorRef("a.encode", 10)
+        assert self.send(TaskFinished.planned(start, elapsed_s, ref)) == []
         return ref
 
     def denoised(self, num_steps: int, *ranks: int) -> TensorRef:
         """Carry `a` `num_steps` steps further."""
         start = self.start(Task(("a",), DENOISE, ranks, num_steps))
-        ref = TensorRef(f"a.latents.{start.steps_done + num_steps}", 20)
-        assert self.send(TaskFinished(start.task_id, 0.1, ref)) == []
+        ref = TensorRef(f"a.denoise.{start.work[0].steps_done + num_steps}", 20)
+        assert self.send(TaskFinished.planned(start, 0.1, ref)) == []
         return ref
 
 
@@ -128,20 +131,21 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
     first, second = Task(("a",), DENOISE, (0, 1), 3), Task(("a",), DENOISE, (3,), 1)
     decode = Task(("a",), DECODE, (3,))
 
-    assert bench.send(TimerFired(), 1.0, plan=[encode]) == [StartTask(0, encode, bench.request, 0, None, None)]
-    assert bench.send(TaskFinished(0, 0.02, embeds), 2.0, plan=[first]) == [
-        StartTask(1, first, bench.request, 0, embeds, None)
-    ]
-    assert bench.send(TaskFinished(1, 0.2, latents), 3.0, plan=[second]) == [
-        StartTask(2, second, bench.request, 3, embeds, latents)
-    ]
+    def work(stage_index: int, steps_done: int, **states: TensorRef) -> tuple[Work, ...]:
+        return (Work(bench.request, stage_index, steps_done, states),)
+
+    text = TextCount(5, is_truncated=False)
+    assert bench.send(TimerFired(), 1.0, plan=[encode]) == [StartTask(0, encode, work(0, 0))]
+    encoded = TaskFinished(0, 0.02, (Result(embeds, 0, is_stage_over=True, text=text),))
+    assert bench.send(encoded, 2.0, plan=[first]) == [StartTask(1, first, work(1, 0, encode=embeds))]
+    begun = TaskFinished(1, 0.2, (Result(latents, 3, is_stage_over=False),))
+    assert bench.send(begun, 3.0, plan=[second]) == [StartTask(2, second, work(1, 3, encode=embeds, denoise=latents))]
     final = TensorRef("l2", 1)
-    assert bench.send(TaskFinished(2, 0.1, final), 4.0, plan=[decode]) == [
-        StartTask(3, decode, bench.request, 4, embeds, final)
-    ]
-    runs = (Run(encode, 1.0, 2.0), Run(first, 2.0, 3.0), Run(second, 3.0, 4.0), Run(decode, 4.0, 5.0))
+    denoised = TaskFinished(2, 0.1, (Result(final, 1, is_stage_over=True),))
+    assert bench.send(denoised, 4.0, plan=[decode]) == [StartTask(3, decode, work(2, 0, encode=embeds, denoise=final))]
+    runs = (Run(encode, 1.0, 2.0, text), Run(first, 2.0, 3.0), Run(second, 3.0, 4.0), Run(decode, 4.0, 5.0))
     predicted_finish_s = 0.02 + 4 * 0.04 + 0.2
-    finish, forget = bench.send(TaskFinished(3, 0.2, pixels), 5.0)
+    finish, forget = bench.send(TaskFinished(3, 0.2, (Result(pixels, 0, is_stage_over=True),)), 5.0)
     assert isinstance(finish, FinishRequest)
     assert finish.predicted_finish_s == pytest.approx(predicted_finish_s)
     assert dataclasses.replace(finish, predicted_finish_s=0.0) == FinishRequest(bench.request, runs, 0.0, pixels)
@@ -151,37 +155,42 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
 
 def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole() -> None:
     bench = Bench()
-    embeds, latents, pixels = (TensorRef(key, 1) for key in ("b.embeds", "b.latents.3", "p"))
+    embeds, latents, pixels = (TensorRef(key, 1) for key in ("b.encode", "b.denoise.3", "p"))
     before = (Run(Task(("b",), ENCODE, (0,)), -3.0, -2.9), Run(Task(("b",), DENOISE, (0, 1), 3), -2.9, -2.0))
     request = make_request("b")
-    bench.send(Submitted(request, None, Checkpoint(3, embeds, latents, before)), 1.0)
+    states = {ENCODE: embeds, DENOISE: latents}
+    bench.send(Submitted(request, None, Checkpoint(1, 3, states, before)), 1.0)
     last, decode = Task(("b",), DENOISE, (3,), 1), Task(("b",), DECODE, (3,))
-    assert bench.send(TimerFired(), 1.0, plan=[last]) == [StartTask(0, last, request, 3, embeds, latents)]
-    after = TensorRef("b.latents.4", 1)
-    bench.send(TaskFinished(0, 0.1, after), 1.2, plan=[decode])
-    finish, _ = bench.send(TaskFinished(1, 0.1, pixels), 1.4)
+    assert bench.send(TimerFired(), 1.0, plan=[last]) == [StartTask(0, last, (Work(request, 1, 3, states),))]
+    after = TensorRef("b.denoise.4", 1)
+    (start,) = bench.send(TaskFinished(0, 0.1, (Result(after, 1, is_stage_over=True),)), 1.2, plan=[decode])
+    assert start == StartTask(1, decode, (Work(request, 2, 0, {**states, DENOISE: after}),))
+    finish, _ = bench.send(TaskFinished.planned(start, 0.1, pixels), 1.4)
     assert isinstance(finish, FinishRequest)
+    assert finish.output == pixels
     assert finish.runs == (*before, Run(last, 1.0, 1.2), Run(decode, 1.2, 1.4))
 
 
 def test_a_checkpoint_after_the_last_step_leaves_the_decoding() -> None:
     bench = Bench()
-    embeds, latents = TensorRef("b.embeds", 1), TensorRef("b.latents.4", 1)
-    bench.send(Submitted(make_request("b"), None, Checkpoint(4, embeds, latents, ())))
-    assert bench.start(Task(("b",), DECODE, (1,))).latents == latents
+    states = {ENCODE: TensorRef("b.encode", 1), DENOISE: TensorRef("b.denoise.4", 1)}
+    request = make_request("b")
+    bench.send(Submitted(request, None, Checkpoint(2, 0, states, ())))
+    assert bench.start(Task(("b",), DECODE, (1,))).work == (Work(request, 2, 0, states),)
 
 
 def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> None:
     bench = Bench()
     bench.encoded()
-    bench.start(Task(("a",), DENOISE, (1, 3), 2), now=7.0)
+    start = bench.start(Task(("a",), DENOISE, (1, 3), 2), now=7.0)
     state = bench.controller.state
     (flight,) = state.in_flight
     assert (flight.start_s, flight.end_s) == (7.0, pytest.approx(7.0 + 0.001 + 2 * 0.06))
     assert (state.idle_ranks, state.waiting) == ((0, 2), ())
     assert state.trajectories[0].is_running
     assert state.trajectories[0].holders == (0,)
-    bench.send(TaskFinished(flight.task_id, 0.12, TensorRef("l", 1)), 8.0)
+    assert (state.flights, flight.task_id) == ({"a": flight}, start.task_id)
+    bench.send(TaskFinished.planned(start, 0.12, TensorRef("l", 1)), 8.0)
     state, now = bench.policy.seen[-1]
     assert now == 8.0
     assert (state.idle_ranks, state.in_flight) == ((0, 1, 2, 3), ())
@@ -203,7 +212,7 @@ def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     bench = Bench()
     bench.encoded()
     start = bench.start(Task(("a",), DENOISE, (0,), 2))
-    bench.send(TaskFinished(start.task_id, 2 * 0.2, TensorRef("l", 1)))
+    bench.send(TaskFinished.planned(start, 2 * 0.2, TensorRef("l", 1)))
     cost = bench.policy.seen[-1][0].cost
     assert cost.times(bench.request, DENOISE)[1] == pytest.approx(0.1 * 1.2)
     assert COST.times(bench.request, DENOISE)[1] == 0.1
@@ -214,9 +223,9 @@ def test_finished_encodes_and_decodes_correct_it_too() -> None:
     bench.encoded(elapsed_s=0.04)
     for _ in range(4):
         start = bench.start(Task(("a",), DENOISE, (0,), 1))
-        bench.send(TaskFinished(start.task_id, 0.1, TensorRef("l", 1)))
+        bench.send(TaskFinished.planned(start, 0.1, TensorRef("l", 1)))
     start = bench.start(Task(("a",), DECODE, (0,)))
-    bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
+    bench.send(TaskFinished.planned(start, 0.1, TensorRef("p", 1)))
     cost = bench.controller.cost
     assert cost.times(bench.request, ENCODE)[1] == pytest.approx(0.02 * 1.2)
     assert cost.times(bench.request, DECODE)[1] == pytest.approx(0.2 * 0.9)
@@ -253,7 +262,7 @@ def test_a_running_request_that_is_cancelled_keeps_its_ranks_until_its_task_ends
     assert bench.send(Cancelled("a")) == []
     state = bench.controller.state
     assert (state.trajectories, state.idle_ranks) == ((), (2, 3))
-    end: Event = TaskFinished(start.task_id, 0.1, TensorRef("l", 1))
+    end: Event = TaskFinished.planned(start, 0.1, TensorRef("l", 1))
     if is_lost is not None:
         end = TaskFailed(start.task_id, FailureKind.LOST if is_lost else FailureKind.STEP, "broken")
     assert_closed(bench.send(end), [ENCODE] if is_lost is not None else [ENCODE, DENOISE])
@@ -266,7 +275,7 @@ def test_a_request_cancelled_during_decode_finishes_nothing() -> None:
     bench.denoised(4, 0)
     start = bench.start(Task(("a",), DECODE, (0,)))
     bench.send(Cancelled("a"))
-    closed = bench.send(TaskFinished(start.task_id, 0.1, TensorRef("p", 1)))
+    closed = bench.send(TaskFinished.planned(start, 0.1, TensorRef("p", 1)))
     assert_closed(closed, [ENCODE, DENOISE, DECODE])
 
 
@@ -302,7 +311,11 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
     assert bench.send(WorkerLost(1, "killed")) == []
     encode_b = Task(("b",), ENCODE, (0,))
     again, other = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[encode_b])
-    assert again == StartTask(lost.task_id + 1, Task(("a",), DENOISE, (2, 3), 1), bench.request, 2, embeds, latents)
+    assert again == StartTask(
+        lost.task_id + 1,
+        Task(("a",), DENOISE, (2, 3), 1),
+        (Work(bench.request, 1, 2, {ENCODE: embeds, DENOISE: latents}),),
+    )
     assert isinstance(other, StartTask)
     assert other.task == encode_b
     seen, _ = bench.policy.seen[-1]
@@ -316,7 +329,7 @@ def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:
     lost = bench.start(Task(("a",), DENOISE, (0,), 2))
     (again,) = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 0 hung"))
     assert isinstance(again, StartTask)
-    assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef("a.latents.1", 20))) == []
+    assert bench.send(TaskFinished.planned(again, 0.1, TensorRef("a.denoise.1", 20))) == []
 
 
 def test_lost_tasks_go_first_on_as_many_ranks_as_are_idle() -> None:
@@ -359,7 +372,7 @@ def test_losses_count_only_in_a_row() -> None:
         start = bench.start(Task(("a",), DENOISE, (0,), 1))
         (again,) = bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
         assert isinstance(again, StartTask)
-        assert bench.send(TaskFinished(again.task_id, 0.1, TensorRef(f"a.latents.{step + 1}", 20))) == []
+        assert bench.send(TaskFinished.planned(again, 0.1, TensorRef(f"a.denoise.{step + 1}", 20))) == []
 
 
 def test_a_lost_worker_holds_nothing_and_comes_back_empty() -> None:
@@ -390,6 +403,14 @@ WRONG_PLANS = {
     "unknown request": (Task(("z",), ENCODE, (0,)), "for z, which is not waiting"),
     "request that runs": (Task(("busy",), DENOISE, (0,), 1), "for busy, which is not waiting"),
     "cancelled request": (Task(("gone",), ENCODE, (0,)), "for gone, which is not waiting"),
+    "no request": (Task((), DENOISE, (0,), 1), r"for \(\); it needs requests, each once"),
+    "a request twice": (Task(("a", "a"), DENOISE, (0,), 1), r"for \('a', 'a'\); it needs requests, each once"),
+    "two requests, one unknown": (Task(("a", "z"), DENOISE, (0,), 1), "for z, which is not waiting"),
+    "two requests, one elsewhere": (Task(("a", "new"), DENOISE, (0,), 1), "denoise for new, which is at encode"),
+    "two requests, too many steps for one": (
+        Task(("a", "short"), DENOISE, (0,), 3),
+        "planned 3 steps at degree 1 for short; 2 steps remain",
+    ),
     "no ranks": (Task(("a",), DENOISE, (), 1), r"ranks \(\); idle are \(0, 1, 2\)"),
     "a rank twice": (Task(("a",), DENOISE, (0, 0), 1), r"ranks \(0, 0\); idle are"),
     "busy rank": (Task(("a",), DENOISE, (2, 3), 1), r"ranks \(2, 3\); idle are \(0, 1, 2\)"),
@@ -411,6 +432,7 @@ def test_a_plan_that_cannot_be_is_the_policys_error(case: str) -> None:
     for request_id in ("busy", "gone", "new"):
         bench.send(Submitted(make_request(request_id)))
     bench.send(Cancelled("gone"))
+    bench.send(Submitted(make_request("short"), None, Checkpoint(1, 2, {}, ())))
     bench.start(Task(("busy",), ENCODE, (3,)))
     task, message = WRONG_PLANS[case]
     with pytest.raises(PolicyError, match=message) as caught:
@@ -426,6 +448,156 @@ def test_two_tasks_of_one_plan_may_not_share_a_rank_or_a_request() -> None:
             bench.send(TimerFired(), plan=[Task(("a",), ENCODE, (0,)), second])
 
 
+class Pair:
+    """A bench whose request `a` shares its tasks with a request `b`; both are encoded."""
+
+    def __init__(self) -> None:
+        self.bench = Bench()
+        self.other = make_request("b")
+        self.bench.send(Submitted(self.other))
+        self.embeds = {name: TensorRef(f"{name}.encode", 1) for name in ("a", "b")}
+        self.encoding = self.bench.start(self.task(ENCODE, (0,)))
+        results = [Result(self.embeds[name], 0, is_stage_over=True) for name in ("a", "b")]
+        assert self.bench.send(TaskFinished(self.encoding.task_id, 0.02, tuple(results))) == []
+
+    @staticmethod
+    def task(stage: str, ranks: tuple[int, ...], num_steps: int = 0) -> Task:
+        return Task(("a", "b"), stage, ranks, num_steps)
+
+    def end(self, start: StartTask, *results: Result, plan: Iterable[Task] = ()) -> list[Command]:
+        return self.bench.send(TaskFinished(start.task_id, 0.1, results), 2.0, plan=plan)
+
+
+def latents(name: str, num_steps: int, *, is_stage_over: bool = False) -> Result:
+    return Result(TensorRef(f"{name}.denoise.{num_steps}", 1), num_steps, is_stage_over)
+
+
+def test_two_requests_start_together_in_one_task_and_each_advances_by_its_own_result() -> None:
+    pair = Pair()
+    bench, request, other = pair.bench, pair.bench.request, pair.other
+    assert pair.encoding.work == (Work(request, 0, 0, {}), Work(other, 0, 0, {}))
+    task = pair.task(DENOISE, (0, 1), 2)
+    start = bench.start(task, now=1.0)
+    assert start.work == tuple(Work(one, 1, 0, {ENCODE: pair.embeds[one.request_id]}) for one in (request, other))
+    state = bench.controller.state
+    assert (state.waiting, state.idle_ranks) == ((), (2, 3))
+    assert state.flights == dict.fromkeys(("a", "b"), state.in_flight[0])
+
+    assert pair.end(start, latents("a", 2), latents("b", 2)) == []
+    first, second = bench.controller.state.waiting
+    for trajectory in (first, second):
+        assert (trajectory.stage.kind, trajectory.steps_done, trajectory.holders) == (DENOISE, 2, (0, 1))
+    alone = bench.start(Task(("b",), DENOISE, (3,), 2))
+    states = {ENCODE: pair.embeds["b"], DENOISE: TensorRef("b.denoise.2", 1)}
+    assert alone.work == (Work(other, 1, 2, states),)
+    close, _ = bench.send(Cancelled("a"))
+    assert isinstance(close, CloseCancelled)
+    assert close.runs == (Run(pair.encoding.task, 0.0, 0.0), Run(task, 1.0, 2.0))
+
+
+def test_two_requests_finish_together_each_with_its_own_output() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0,), 4))
+    over = [latents(name, 4, is_stage_over=True) for name in ("a", "b")]
+    (decoding,) = pair.end(start, *over, plan=[pair.task(DECODE, (0,))])
+    assert isinstance(decoding, StartTask)
+    outputs = [Result(TensorRef(f"{name}.decode", 1), 0, is_stage_over=True) for name in ("a", "b")]
+    finish_a, forget_a, finish_b, forget_b = pair.end(decoding, *outputs)
+    assert isinstance(finish_a, FinishRequest)
+    assert isinstance(finish_b, FinishRequest)
+    assert (finish_a.request, finish_b.request) == (pair.bench.request, pair.other)
+    assert (finish_a.output, finish_b.output) == (TensorRef("a.decode", 1), TensorRef("b.decode", 1))
+    assert finish_a.runs == finish_b.runs
+    assert [run.task.members for run in finish_a.runs] == [("a", "b")] * 3
+    assert (forget_a, forget_b) == (ForgetRequest("a"), ForgetRequest("b"))
+    assert pair.bench.controller.num_unfinished == 0
+
+
+def test_of_two_requests_in_a_task_one_that_is_cancelled_is_closed_when_it_ends_and_the_other_goes_on() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0, 1), 2))
+    assert pair.bench.send(Cancelled("a")) == []
+    assert pair.bench.controller.state.idle_ranks == (2, 3)
+    assert_closed(pair.end(start, latents("a", 2), latents("b", 2)), [ENCODE, DENOISE])
+    (trajectory,) = pair.bench.controller.state.waiting
+    assert (trajectory.request_id, trajectory.steps_done) == ("b", 2)
+
+
+def test_a_lost_task_of_two_requests_costs_each_of_them_a_task_and_each_is_done_again() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0,), 2))
+    again = pair.bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
+    assert {command.task.members: command.task.num_steps for command in again if isinstance(command, StartTask)} == {
+        ("a",): 1, ("b",): 1
+    }  # fmt: skip
+    assert len(again) == 2
+    for losses in (2, 3):
+        for name in ("a", "b"):
+            (flight,) = [each for each in pair.bench.controller.state.in_flight if each.task.members == (name,)]
+            (retry,) = pair.bench.send(TaskFailed(flight.task_id, FailureKind.LOST, f"loss {losses}"))
+            assert isinstance(retry, StartTask)
+    for name in ("a", "b"):
+        (flight,) = [each for each in pair.bench.controller.state.in_flight if each.task.members == (name,)]
+        fail, forget = pair.bench.send(TaskFailed(flight.task_id, FailureKind.LOST, "the last"))
+        assert isinstance(fail, FailRequest)
+        assert "lost 4 times in a row, last: the last" in fail.message
+        assert forget == ForgetRequest(name)
+
+
+def test_of_two_requests_in_a_lost_task_one_that_was_cancelled_is_closed_and_the_other_is_done_again() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0,), 2))
+    pair.bench.send(Cancelled("a"))
+    *closed, again = pair.bench.send(TaskFailed(start.task_id, FailureKind.LOST, "rank 0 died"))
+    assert_closed(closed, [ENCODE])
+    assert isinstance(again, StartTask)
+    assert again.task.members == ("b",)
+
+
+def test_a_step_that_fails_ends_all_requests_of_its_task() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0,), 2))
+    commands = pair.bench.send(TaskFailed(start.task_id, FailureKind.STEP, "not finite"))
+    assert [(type(command), getattr(command, "message", "")) for command in commands] == [
+        (FailRequest, "not finite"), (ForgetRequest, "")
+    ] * 2  # fmt: skip
+    assert [command.request_id for command in commands if isinstance(command, ForgetRequest)] == ["a", "b"]
+
+
+def test_fewer_steps_than_planned_advance_a_request_only_by_these_and_teach_nothing_about_the_cost() -> None:
+    pair = Pair()
+    cost = pair.bench.controller.cost
+    start = pair.bench.start(pair.task(DENOISE, (0,), 3), now=1.0)
+    pair.end(start, latents("a", 1), latents("b", 3))
+    first, second = pair.bench.controller.state.waiting
+    assert (first.steps_done, first.stage_steps_done, first.remaining_steps) == (1, 1, 3)
+    assert (second.steps_done, second.stage_steps_done, second.remaining_steps) == (3, 3, 1)
+    assert pair.bench.controller.cost is cost
+    rest = pair.bench.start(Task(("a",), DENOISE, (0,), 3))
+    assert (rest.work[0].steps_done, rest.work[0].states[DENOISE]) == (1, TensorRef("a.denoise.1", 1))
+    close, _ = pair.bench.send(Cancelled("b"))
+    fail, _ = pair.bench.send(TaskFailed(rest.task_id, FailureKind.STEP, "enough"))
+    assert isinstance(close, CloseCancelled)
+    assert isinstance(fail, FailRequest)
+    assert close.runs[-1] == Run(pair.task(DENOISE, (0,), 3), 1.0, 2.0)
+    assert fail.runs[-1] == Run(pair.task(DENOISE, (0,), 1), 1.0, 2.0)
+
+
+def test_a_stage_that_is_over_early_is_followed_by_the_next() -> None:
+    pair = Pair()
+    start = pair.bench.start(pair.task(DENOISE, (0,), 3), now=1.0)
+    decode = Task(("a",), DECODE, (0,))
+    early = latents("a", 2, is_stage_over=True)
+    (decoding,) = pair.end(start, early, latents("b", 3), plan=[decode])
+    states = {ENCODE: pair.embeds["a"], DENOISE: early.left}
+    assert decoding == StartTask(start.task_id + 1, decode, (Work(pair.bench.request, 2, 0, states),))
+    (second,) = pair.bench.controller.state.waiting
+    assert (second.request_id, second.stage.kind, second.remaining_steps) == ("b", DENOISE, 1)
+    finish, _ = pair.bench.send(TaskFinished.planned(decoding, 0.1, TensorRef("a.decode", 1)), 3.0)
+    assert isinstance(finish, FinishRequest)
+    assert finish.runs[1:] == (Run(pair.task(DENOISE, (0,), 2), 1.0, 2.0), Run(decode, 2.0, 3.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weather:
     """What may happen to a random run."""
@@ -434,6 +606,8 @@ class Weather:
     death_rate: float = 0.0
     cancel_rate: float = 0.0
     failure_rate: float = 0.0
+    short_rate: float = 0.0
+    """How often a request does fewer steps in a task than it was to do."""
 
 
 @dataclass
@@ -499,7 +673,7 @@ class Pool:
                 assert request.request_id in self.cancelled
                 self.closed[request.request_id] += 1
             case ForgetRequest(request_id):
-                assert request_id not in {start.request.request_id for start in self._busy.values()}
+                assert request_id not in self._running_requests
                 self.forgotten[request_id] += 1
 
     def _end(self, request_id: str) -> None:
@@ -507,27 +681,38 @@ class Pool:
         assert not self.forgotten[request_id]
         self.ends[request_id] += 1
 
+    @property
+    def _running_requests(self) -> set[str]:
+        return {request_id for start in self._busy.values() for request_id in start.task.members}
+
     def _start(self, start: StartTask) -> None:
-        task, request_id = start.task, start.request.request_id
+        task = start.task
+        assert tuple(work.request.request_id for work in start.work) == task.members
         assert self._living.issuperset(task.ranks)
         assert self._busy.keys().isdisjoint(task.ranks), "a rank is in one task at a time"
-        assert request_id not in {other.request.request_id for other in self._busy.values()}
-        assert start.steps_done == self.steps_done[request_id]
-        assert (start.embeds is None) == (task.stage == ENCODE)
-        assert (start.latents is None) == (start.steps_done == 0)
-        if start.latents is not None:
-            assert start.latents.key == f"{request_id}.latents.{start.steps_done}"
+        assert self._running_requests.isdisjoint(task.members)
+        for work in start.work:
+            self._check_work(task, work)
         self._busy |= dict.fromkeys(task.ranks, start)
         self._running.add(start.task_id)
         seconds = {
             ENCODE: 0.02,
-            DENOISE: task.num_steps * STEP_S[start.request.shape.height][task.degree],
-            DECODE: DECODE_S[start.request.shape.height],
+            DENOISE: task.num_steps * STEP_S[start.work[0].request.shape.height][task.degree],
+            DECODE: DECODE_S[start.work[0].request.shape.height],
         }[task.stage] * self.rng.uniform(0.8, 1.5)
         if self.rng.random() < self.weather.death_rate:
             rank = self.rng.choice(task.ranks)
             self._later(self.now + self.rng.uniform(0.0, seconds), lambda: self._die(rank))
         self._later(self.now + seconds, lambda: self._land(start, seconds))
+
+    def _check_work(self, task: Task, work: Work) -> None:
+        request_id, steps_done = work.request.request_id, self.steps_done[work.request.request_id]
+        assert work.trajectory.stage.kind == task.stage
+        assert work.trajectory.steps_done == steps_done
+        assert (ENCODE in work.states) == (task.stage != ENCODE)
+        assert (DENOISE in work.states) == (steps_done > 0)
+        if steps_done:
+            assert work.states[DENOISE].key == f"{request_id}.{DENOISE}.{steps_done}"
 
     def _land(self, start: StartTask, seconds: float) -> None:
         if start.task_id not in self._running:
@@ -536,14 +721,18 @@ class Pool:
         if self.rng.random() < self.weather.failure_rate:
             self._send(TaskFailed(start.task_id, FailureKind.STEP, "it failed"))
             return
-        request_id = start.request.request_id
-        self.steps_done[request_id] += start.task.num_steps
-        left = {
-            ENCODE: "embeds",
-            DENOISE: f"latents.{self.steps_done[request_id]}",
-            DECODE: "pixels",
-        }[start.task.stage]
-        self._send(TaskFinished(start.task_id, seconds, TensorRef(f"{request_id}.{left}", 1)))
+        results = tuple(self._result(start.task, work) for work in start.work)
+        self._send(TaskFinished(start.task_id, seconds, results))
+
+    def _result(self, task: Task, work: Work) -> Result:
+        request_id, stage = work.request.request_id, work.trajectory.stage
+        num_steps = task.num_steps
+        if num_steps > 1 and self.rng.random() < self.weather.short_rate:
+            num_steps = self.rng.randrange(1, num_steps)
+        self.steps_done[request_id] += num_steps
+        steps_done = work.steps_done + num_steps
+        left = TensorRef(f"{request_id}.{task.stage}.{steps_done}", 1)
+        return Result(left, num_steps, is_stage_over=steps_done == stage.num_steps)
 
     def _die(self, rank: int) -> None:
         if rank not in self._living:
@@ -577,25 +766,39 @@ class Pool:
 
 
 class Erratic:
-    """A policy whose plans are legal and otherwise arbitrary, yet a function of state and time alone."""
+    """A policy whose plans are legal and otherwise arbitrary, yet a function of state and time alone.
+
+    most: members of a task.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
 
     def plan(self, state: State, now: float) -> Plan:
         rng = random.Random(f"{now}{state.idle_ranks}{len(state.trajectories)}")
         free = list(state.idle_ranks)
         rng.shuffle(free)
         tasks = []
-        for trajectory in state.waiting:
-            degree = rng.choice([1, 2, 4]) if trajectory.stage.kind == DENOISE else 1
+        waiting = list(state.waiting)
+        while waiting:
+            stage, shape = waiting[0].stage.kind, waiting[0].request.shape
+            alike = [each for each in waiting if (each.stage.kind, each.request.shape) == (stage, shape)]
+            members = alike[: rng.randint(1, self._most)]
+            waiting = [trajectory for trajectory in waiting if trajectory not in members]
+            degree = rng.choice([1, 2, 4]) if stage == DENOISE else 1
             if len(free) < degree or rng.random() < 0.2:
                 continue
-            num_steps = rng.randint(1, trajectory.remaining_steps) if trajectory.stage.kind == DENOISE else 0
+            remaining = min(trajectory.remaining_steps for trajectory in members)
+            num_steps = rng.randint(1, remaining) if stage == DENOISE else 0
             ranks = tuple(free.pop() for _ in range(degree))
-            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
+            tasks.append(Task(tuple(each.request_id for each in members), stage, ranks, num_steps))
         return Plan(tuple(tasks), wake_at=now + 0.1 if state.waiting else None)
 
 
 def new_policy(name: str) -> Policy:
-    return Erratic() if name == "erratic" else make_policy(name, COST, num_ranks=4, shapes=COST.profile.shapes)
+    if name in ("erratic", "sociable"):
+        return Erratic(most={"erratic": 1, "sociable": 3}[name])
+    return make_policy(name, COST, num_ranks=4, shapes=COST.profile.shapes)
 
 
 weathers = st.builds(
@@ -604,10 +807,11 @@ weathers = st.builds(
     death_rate=st.sampled_from([0.0, 0.05, 0.3]),
     cancel_rate=st.sampled_from([0.0, 0.3]),
     failure_rate=st.sampled_from([0.0, 0.05]),
+    short_rate=st.sampled_from([0.0, 0.3]),
 )
 
 
-@pytest.mark.parametrize("policy", ["erratic", "fcfs", "fixed:2", "tetriserve"])
+@pytest.mark.parametrize("policy", ["erratic", "sociable", "fcfs", "fixed:2", "tetriserve"])
 @given(weather=weathers, seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_in_any_weather_every_request_ends_exactly_once_and_a_replay_gives_the_same_commands(

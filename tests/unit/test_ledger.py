@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import FailureKind, Result, StartTask, TaskFailed, TaskFinished, TensorRef, Work
 from tetriserve.core.messages import TaskDone, TaskError
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
@@ -22,10 +22,10 @@ REQUEST = Request(
     arrival_s=0.0,
     deadline_s=9.0,
 )
-START = StartTask(1, Task(("a",), DENOISE, (2, 0), 4), REQUEST, 0)
-RESULT = TensorRef("a.latents.4", 1)
-LEADS = TaskDone(1, 0.5, RESULT)
-FOLLOWS = TaskDone(1, 0.4, None)
+START = StartTask(1, Task(("a",), DENOISE, (2, 0), 4), (Work(REQUEST, 1, 0, {}),))
+RESULT = Result(TensorRef("a.denoise.4.1", 1), 4, is_stage_over=True)
+LEADS = TaskDone(1, 0.5, (RESULT,), 0.45)
+FOLLOWS = TaskDone(1, 0.4)
 
 
 def error(kind: FailureKind, failed_at: float, text: str = "denoise failed") -> TaskError:
@@ -40,9 +40,19 @@ def test_a_task_ends_once_with_what_its_leader_left(order: tuple[tuple[int, Task
     for rank, answer in order:
         assert ledger.close(running) is None
         running.answer(rank, answer)
-    assert ledger.close(running) == TaskFinished(1, 0.5, RESULT)
+    assert ledger.close(running) == TaskFinished(1, 0.5, (RESULT,), 0.45)
     assert ledger.close(running) is None
     assert (ledger.find(1), ledger.busy_ranks, ledger.groups) == (None, set(), set())
+
+
+@pytest.mark.parametrize("results", [(), (RESULT, RESULT)])
+def test_a_leader_with_another_number_of_results_than_requests_has_not_answered(results: tuple[Result, ...]) -> None:
+    ledger = Ledger()
+    running = ledger.open(START)
+    running.answer(0, FOLLOWS)
+    with pytest.raises(ValueError, match=f"{len(results)} results for 1 requests"):
+        running.answer(2, TaskDone(1, 0.5, results))
+    assert (ledger.close(running), ledger.busy_ranks) == (None, {2})
 
 
 def test_of_several_errors_the_earliest_is_the_cause() -> None:

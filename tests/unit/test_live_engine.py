@@ -59,8 +59,9 @@ class ObedientExecutor:
     async def start(self, on_progress: Callable[[str], None]) -> None: ...
 
     def start_task(self, command: StartTask) -> None:
-        self._prompts[command.work[0].request.request_id] = command.work[0].request.prompt
-        ended = TaskFinished(command.task_id, 0.01, TensorRef(command.work[0].request.request_id, 1))
+        request = command.work[0].request
+        self._prompts[request.request_id] = request.prompt
+        ended = TaskFinished.planned(command, 0.01, TensorRef(request.request_id, 1))
         asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:

@@ -11,6 +11,7 @@ import pickle
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
@@ -25,10 +26,13 @@ from tetriserve.core.errors import RequestFailed
 from tetriserve.core.events import (
     Event,
     FailureKind,
+    Result,
     StartTask,
     TaskFailed,
     TaskFinished,
     TensorRef,
+    TextCount,
+    Work,
     WorkerJoined,
     WorkerLost,
 )
@@ -46,7 +50,7 @@ from tetriserve.core.messages import (
 )
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DENOISE, image_stages
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
@@ -60,6 +64,7 @@ CARD = ModelCard(
 REQUEST = Request(
     request_id="a", prompt="a", shape=Shape(256, 256), stages=image_stages(9), seed=0, arrival_s=0.0, deadline_s=9.0
 )
+RESULT = Result(TensorRef("a.denoise.1.1", 1), 1, is_stage_over=False)
 
 
 class PlayedWorker:
@@ -136,8 +141,8 @@ class Pool:
                 await asyncio.sleep(0.001)
 
     def start_task(self, task_id: int, ranks: tuple[int, ...]) -> None:
-        embeds = TensorRef("a.embeds", 1)
-        self.executor.start_task(StartTask(task_id, Task(("a",), DENOISE, ranks, 1), REQUEST, 0, embeds))
+        work = Work(REQUEST, 1, 0, {ENCODE: TensorRef("a.encode.0.0", 1)})
+        self.executor.start_task(StartTask(task_id, Task(("a",), DENOISE, ranks, 1), (work,)))
 
 
 def ready(rank: int, worker: PlayedWorker) -> None:
@@ -203,8 +208,8 @@ async def test_what_waited_for_a_dead_worker_does_not_reach_its_replacement(pool
     pool.start_task(1, (0,))
     await asyncio.sleep(0.05)
     assert [type(message) for message in pool.workers[0].heard()] == [RunTask]
-    pool.workers[0].say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
-    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events)
+    pool.workers[0].say(TaskDone(1, 0.5, (RESULT,)))
+    await pool.until(lambda: TaskFinished(1, 0.5, (RESULT,)) in pool.events)
 
 
 async def test_a_worker_that_dies_right_after_it_was_ready_does_not_hang_the_start(pools: Callable[..., Pool]) -> None:
@@ -239,8 +244,8 @@ async def test_a_group_that_one_member_could_not_form_is_dropped_by_all_and_name
         (run,) = worker.heard()
         assert run.group is not None
         assert run.group != dropped
-        worker.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
-    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events)
+        worker.say(TaskDone(1, 0.5, (RESULT,)))
+    await pool.until(lambda: TaskFinished(1, 0.5, (RESULT,)) in pool.events)
 
 
 @pytest.mark.parametrize("timeouts", [{"group_timeout_s": 0.05}, {"heartbeat_timeout_s": 1.0}])
@@ -299,14 +304,14 @@ async def test_what_a_killed_worker_had_written_counts_once_and_nothing_after_it
     pool = await started(pools(2))
     first = pool.workers[0]
     pool.start_task(1, (0,))
-    first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+    first.say(TaskDone(1, 0.5, (RESULT,)))
     first.lifeline.close()  # its pipe is still open: the kernel takes its time
     await pool.until(lambda: any(isinstance(event, WorkerLost) for event in pool.events))
     finished, lost = pool.events[-2:]
-    assert finished == TaskFinished(1, 0.5, TensorRef("a.latents.1", 1))
+    assert finished == TaskFinished(1, 0.5, (RESULT,))
     assert lost == WorkerLost(0, "its process ended")
     with pytest.raises(BrokenPipeError):
-        first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+        first.say(TaskDone(1, 0.5, (RESULT,)))
     first.kill()
     await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0, 1})
     assert sum(isinstance(event, TaskFinished | TaskFailed) for event in pool.events) == 1
@@ -322,7 +327,7 @@ async def test_the_answer_of_a_hung_worker_that_wakes_up_after_it_was_given_up_c
     pool.executor._lose(0, "no sign of life for 2 s")
     hung.exitcode = -9
     with pytest.raises(BrokenPipeError):
-        hung.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+        hung.say(TaskDone(1, 0.5, (RESULT,)))
     await pool.until(lambda: pool.workers[0] is not hung and pool.executor.ranks == {0, 1})
     ends = [event for event in pool.events if isinstance(event, TaskFinished | TaskFailed)]
     assert ends == [TaskFailed(1, FailureKind.LOST, "rank 0 was lost: no sign of life for 2 s")]
@@ -362,13 +367,24 @@ GARBAGE = {
     "a length that nothing follows": b"\x7f\xff\xff\xff",
     "a negative length": b"\xff\xff\xff\xff\x00",
     "no pickle": framed(b"hello"),
-    "a truncated pickle": framed(pickle.dumps(TaskDone(1, 0.5, None))[:-4]),
+    "a truncated pickle": framed(pickle.dumps(TaskDone(1, 0.5, (RESULT,)))[:-4]),
     "a call": framed(b"cos\nsystem\n(S'exit 3'\ntR."),
     "a call by way of a message's module": framed(pickle.dumps(pickle.dumps)),
     "no message": framed(pickle.dumps(7)),
     "a message of the other direction": framed(pickle.dumps(Forget("a"))),
-    "a field of another type": framed(pickle.dumps(TaskDone("1", 0.5, None))),  # type: ignore[arg-type]
-    "a field of a field of another type": framed(pickle.dumps(TaskDone(1, 0.5, TensorRef(7, 1)))),  # type: ignore[arg-type]
+    "a field of another type": framed(pickle.dumps(TaskDone("1", 0.5, (RESULT,)))),  # type: ignore[arg-type]
+    "a field of a field of another type": framed(
+        pickle.dumps(TaskDone(1, 0.5, (replace(RESULT, left=TensorRef(7, 1)),)))  # type: ignore[arg-type]
+    ),
+    "a list of results": framed(pickle.dumps(TaskDone(1, 0.5, [RESULT]))),  # type: ignore[arg-type]
+    "no tuple at all": framed(pickle.dumps(TaskDone(1, 0.5, RESULT))),  # type: ignore[arg-type]
+    "a result that is none": framed(pickle.dumps(TaskDone(1, 0.5, (RESULT, TensorRef("a", 1))))),  # type: ignore[arg-type]
+    "a field of a result of another type": framed(
+        pickle.dumps(TaskDone(1, 0.5, (replace(RESULT, num_steps="1"),)))  # type: ignore[arg-type]
+    ),
+    "a text count of another type": framed(
+        pickle.dumps(TaskDone(1, 0.5, (replace(RESULT, text=TextCount("5", False)),)))  # type: ignore[arg-type]
+    ),
     "a list for a number": framed(pickle.dumps(Heartbeat([]))),  # type: ignore[arg-type]
     "nothing in it": framed(b""),
 }
@@ -382,38 +398,39 @@ async def test_a_worker_that_writes_garbage_is_replaced_and_its_task_ends_as_los
     first, other = pool.workers[0], pool.workers[1]
     pool.start_task(1, (0,))
     os.write(first.connection.fileno(), garbage)
-    first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))  # whatever it says after that
+    first.say(TaskDone(1, 0.5, (RESULT,)))  # whatever it says after that
     await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0, 1})
     (failed,) = [event for event in pool.events if isinstance(event, TaskFailed | TaskFinished)]
     assert isinstance(failed, TaskFailed)
     assert failed.message.startswith("rank 0 was lost: its message ")
     assert pool.workers[1] is other
     pool.start_task(2, (0,))
-    pool.workers[0].say(TaskDone(2, 0.5, TensorRef("a.latents.1", 1)))
-    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, TensorRef("a.latents.1", 1)))
+    pool.workers[0].say(TaskDone(2, 0.5, (RESULT,)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, (RESULT,)))
 
 
 async def test_what_a_worker_wrote_before_the_garbage_counts(pools: Callable[..., Pool]) -> None:
     pool = await started(pools(1))
     pool.start_task(1, (0,))
-    done = framed(pickle.dumps(TaskDone(1, 0.5, TensorRef("a.latents.1", 1))))
+    done = framed(pickle.dumps(TaskDone(1, 0.5, (RESULT,))))
     os.write(pool.workers[0].connection.fileno(), done + GARBAGE["noise"])
     await pool.until(lambda: pool.events[-1] == WorkerJoined(0) and pool.executor.num_restarts == 1)
-    assert TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)) in pool.events
+    assert TaskFinished(1, 0.5, (RESULT,)) in pool.events
 
 
 async def test_half_a_message_stops_nobody_and_is_read_once_it_is_whole(pools: Callable[..., Pool]) -> None:
     pool = await started(pools(2))
     pool.start_task(1, (0,))
     pool.start_task(2, (1,))
-    message = framed(pickle.dumps(TaskDone(1, 0.5, TensorRef("a.latents.1", 1))))
+    other = replace(RESULT, left=TensorRef("a.denoise.1.2", 1))
+    message = framed(pickle.dumps(TaskDone(1, 0.5, (RESULT,))))
     for at in range(0, len(message) - 1, 7):
         os.write(pool.workers[0].connection.fileno(), message[at : min(at + 7, len(message) - 1)])
         await asyncio.sleep(0.001)
-    pool.workers[1].say(TaskDone(2, 0.5, TensorRef("a.latents.2", 1)))
-    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, TensorRef("a.latents.2", 1)))
+    pool.workers[1].say(TaskDone(2, 0.5, (other,)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, (other,)))
     os.write(pool.workers[0].connection.fileno(), message[-1:])
-    await pool.until(lambda: pool.events[-1] == TaskFinished(1, 0.5, TensorRef("a.latents.1", 1)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(1, 0.5, (RESULT,)))
     assert pool.executor.num_restarts == 0
 
 
@@ -448,11 +465,51 @@ async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_req
             raise MemoryError
 
         patch.setattr(pool.executor, "_answer", starve)
-        first.say(TaskDone(1, 0.5, TensorRef("a.latents.1", 1)))
+        first.say(TaskDone(1, 0.5, (RESULT,)))
         await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
     (failed,) = [event for event in pool.events if isinstance(event, TaskFailed)]
     assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its message could not be handled: MemoryError")
     await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0})
+
+
+@pytest.mark.parametrize("results", [(), (RESULT, RESULT)])
+async def test_a_leader_with_another_number_of_results_than_requests_is_replaced_and_its_task_ends_as_lost(
+    pools: Callable[..., Pool], results: tuple[Result, ...]
+) -> None:
+    pool = await started(pools(2))
+    first, other = pool.workers[0], pool.workers[1]
+    pool.start_task(1, (0, 1))
+    other.say(TaskDone(1, 0.5))
+    first.say(TaskDone(1, 0.5, results))
+    await pool.until(lambda: pool.workers[0] is not first and pool.executor.ranks == {0, 1})
+    (failed,) = [event for event in pool.events if isinstance(event, TaskFailed | TaskFinished)]
+    assert failed == TaskFailed(1, FailureKind.LOST, "rank 0 was lost: its message could not be handled: ValueError")
+    assert pool.workers[1] is other
+    pool.start_task(2, (0,))
+    pool.workers[0].say(TaskDone(2, 0.5, (RESULT,)))
+    await pool.until(lambda: pool.events[-1] == TaskFinished(2, 0.5, (RESULT,)))
+
+
+async def test_of_each_request_of_a_task_the_copy_that_it_replaces_is_dropped_and_no_other(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(1))
+    directory = pool.executor._directory.path
+    works, results = [], []
+    for name in ("a", "b"):
+        states = {
+            stage: pool.executor.put_state(f"{name}.{stage}.{steps}.0", b"x")
+            for stage, steps in ((ENCODE, 0), (DENOISE, 1))
+        }
+        works.append(Work(replace(REQUEST, request_id=name), 1, 1, states))
+        after = pool.executor.put_state(f"{name}.denoise.2.1", b"x")
+        results.append(Result(after, 1, is_stage_over=False))
+    pool.executor.start_task(StartTask(1, Task(("a", "b"), DENOISE, (0,), 1), tuple(works)))
+    pool.workers[0].say(TaskDone(1, 0.5, tuple(results)))
+    await pool.until(lambda: TaskFinished(1, 0.5, tuple(results)) in pool.events)
+    assert sorted(path.name for path in directory.glob("*.safetensors")) == [
+        f"{name}.{key}.safetensors" for name in ("a", "b") for key in ("denoise.2.1", "encode.0.0")
+    ]
 
 
 async def test_a_copy_that_cannot_be_dropped_keeps_no_task_from_its_end(
@@ -464,9 +521,10 @@ async def test_a_copy_that_cannot_be_dropped_keeps_no_task_from_its_end(
     pool = await started(pools(1))
     monkeypatch.setattr(pool.executor._store, "drop", fail)
     task = Task(("a",), DENOISE, (0,), 1)
-    pool.executor.start_task(StartTask(1, task, REQUEST, 1, TensorRef("a.embeds", 1), TensorRef("a.latents.1", 1)))
-    pool.workers[0].say(TaskDone(1, 0.5, TensorRef("a.latents.2", 1)))
-    await pool.until(lambda: TaskFinished(1, 0.5, TensorRef("a.latents.2", 1)) in pool.events)
+    work = Work(REQUEST, 1, 1, {ENCODE: TensorRef("a.encode.0.0", 1), DENOISE: TensorRef("a.denoise.1.0", 1)})
+    pool.executor.start_task(StartTask(1, task, (work,)))
+    pool.workers[0].say(TaskDone(1, 0.5, (RESULT,)))
+    await pool.until(lambda: TaskFinished(1, 0.5, (RESULT,)) in pool.events)
 
 
 async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(

@@ -9,7 +9,7 @@ import pytest
 
 from tetriserve.control import Controller
 from tetriserve.core.errors import DeadlineInfeasible, QueueFull
-from tetriserve.core.events import Cancelled, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
+from tetriserve.core.events import Cancelled, Result, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
@@ -99,7 +99,9 @@ async def test_a_quote_is_compared_with_a_forecast_since_the_last_coming_and_goi
     assert foresight.quotes == [(0.5, (REQUEST,), 0.5)]
 
 
-@pytest.mark.parametrize("event", [TaskFinished(1, 0.1, TensorRef("r", 1)), TimerFired()])
+@pytest.mark.parametrize(
+    "event", [TaskFinished(1, 0.1, (Result(TensorRef("r", 1), 1, is_stage_over=False),)), TimerFired()]
+)
 async def test_what_was_foreseen_makes_no_forecast_stale(outlook, foresight, clock, event):
     await outlook.forecast()
     clock.now = 0.5

@@ -215,10 +215,10 @@ class Controller:
         name = type(self.policy).__name__
         if not task.members or len(set(task.members)) < len(task.members):
             raise PolicyError(f"{name} planned a task for {task.members}; it needs requests, each once")
-        for request_id in task.members:
-            self._check_member(task, request_id)
         if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
             raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
+        for request_id in task.members:
+            self._check_member(task, request_id)
 
     def _check_member(self, task: Task, request_id: str) -> None:
         record = self._tracker.records.get(request_id)

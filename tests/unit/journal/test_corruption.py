@@ -72,8 +72,8 @@ def check(path: Path, expected: dict[str, Kept]) -> Journal:
 
                 restored = wait(journal.restore(course, put))
                 if restored is not None:
-                    assert restored.steps_done == 5
-                    assert found == {"a.embeds": b"embeddings", "a.latents.5": b"after five"}
+                    assert (restored.stage_index, restored.stage_steps_done) == (1, 5)
+                    assert found == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
         wait(journal.accept(make_entry(make_request("new"), name="new")))
         assert wait(journal.read("new")).entry.name == "new"
     finally:
@@ -131,14 +131,14 @@ def test_a_log_of_garbage(written: tuple[Path, dict[str, Kept]], tmp_path: Path,
 
 
 @searching
-@given(name=st.sampled_from(["a.embeds", "a.latents.5", "b.pixels"]), data=st.binary(max_size=32))
+@given(name=st.sampled_from(["a.encode.0.0", "a.denoise.5.2", "b.pixels"]), data=st.binary(max_size=32))
 def test_other_bytes_in_a_file(written: tuple[Path, dict[str, Kept]], tmp_path: Path, name: str, data: bytes) -> None:
     path = copied(written[0], tmp_path)
     (path / "tensors" / name).write_bytes(data)
     check(path, written[1])
 
 
-@pytest.mark.parametrize("name", ["a.embeds", "a.latents.5", "b.pixels"])
+@pytest.mark.parametrize("name", ["a.encode.0.0", "a.denoise.5.2", "b.pixels"])
 def test_a_missing_file(written: tuple[Path, dict[str, Kept]], tmp_path: Path, name: str) -> None:
     path = copied(written[0], tmp_path)
     (path / "tensors" / name).unlink()

@@ -23,8 +23,10 @@ from tetriserve.journal.database import Database
 from tetriserve.workload.outcome import Outcome, Status
 
 MODEL = Model("tiny", "0123")
-STATE = {"a.embeds": b"embeddings", "a.latents.2": b"after two steps", "a.latents.5": b"after five"}
-EMBEDS = TensorRef("a.embeds", 10)
+STATE = {"a.encode.0.0": b"embeddings", "a.denoise.2.1": b"after two steps", "a.denoise.5.2": b"after five"}
+EMBEDS = TensorRef("a.encode.0.0", 10)
+TASKS = {2: 1, 3: 2, 5: 2}
+"""Which task left the latents, by steps done."""
 PIXELS = bytes(range(12))
 
 
@@ -48,8 +50,10 @@ def make_outcome(request: Request) -> Outcome:
 
 
 def checkpoint(steps_done: int) -> Checkpoint:
-    latents = TensorRef(f"a.latents.{steps_done}", 20) if steps_done else None
-    return Checkpoint(steps_done, EMBEDS, latents, (Run(Task(("a",), ENCODE, (1,)), 0.0, 0.1),))
+    states = {ENCODE: EMBEDS}
+    if steps_done:
+        states[DENOISE] = TensorRef(f"a.denoise.{steps_done}.{TASKS[steps_done]}", 20)
+    return Checkpoint(1, steps_done, states, (Run(Task(("a",), ENCODE, (1,)), 0.0, 0.1),))
 
 
 def read_state(ref: TensorRef) -> bytes | None:
@@ -102,7 +106,7 @@ def test_the_newest_checkpoint_comes_back_and_the_one_before_is_gone(
     for steps_done in (0, 2, 5):
         journal.advance("a", 0, checkpoint(steps_done), read_state)
         settle(journal)
-    assert files(tmp_path) == ["a.embeds", "a.latents.5"]
+    assert files(tmp_path) == ["a.denoise.5.2", "a.encode.0.0"]
 
     journal = reopen()
     (kept,) = journal.take_loaded()
@@ -113,8 +117,9 @@ def test_the_newest_checkpoint_comes_back_and_the_one_before_is_gone(
         return TensorRef(key, len(state))
 
     restored = wait(journal.restore(kept.courses["a"], put_state))
-    assert restored == Checkpoint(5, TensorRef("a.embeds", 10), TensorRef("a.latents.5", 10), checkpoint(5).runs)
-    assert put == {"a.embeds": b"embeddings", "a.latents.5": b"after five"}
+    states = {ENCODE: TensorRef("a.encode.0.0", 10), DENOISE: TensorRef("a.denoise.5.2", 10)}
+    assert restored == Checkpoint(1, 5, states, checkpoint(5).runs)
+    assert put == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
 
 
 def test_of_notes_that_wait_only_the_newest_is_written(reopen: Callable[[], Journal], tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def test_of_notes_that_wait_only_the_newest_is_written(reopen: Callable[[], Jour
         journal.advance("a", 0, checkpoint(5), read_state)
         assert len(journal._writer._late) == 1
     settle(journal)
-    assert files(tmp_path) == ["a.embeds", "a.latents.5"]
+    assert files(tmp_path) == ["a.denoise.5.2", "a.encode.0.0"]
 
 
 def test_a_checkpoint_that_vanished_before_it_was_copied_leaves_the_one_before(reopen: Callable[[], Journal]) -> None:
@@ -136,7 +141,9 @@ def test_a_checkpoint_that_vanished_before_it_was_copied_leaves_the_one_before(r
     journal.advance("a", 1, checkpoint(3), read_state)
     settle(journal)
     (kept,) = reopen().take_loaded()
-    assert (kept.courses["a"].steps_done, kept.courses["a"].num_starts) == (2, 1)
+    course = kept.courses["a"]
+    assert (course.stage_index, course.stage_steps_done, course.num_starts) == (1, 2, 1)
+    assert {stage: kept.key for stage, kept in course.states.items()} == {ENCODE: EMBEDS.key, DENOISE: "a.denoise.2.1"}
 
 
 def test_nothing_is_noted_of_a_request_that_has_ended(reopen: Callable[[], Journal], tmp_path: Path) -> None:
@@ -264,11 +271,11 @@ def test_what_a_killed_server_left_is_removed_and_an_operators_files_are_not(
     journal.advance("a", 0, checkpoint(2), read_state)
     settle(journal)
     journal.close()
-    for name in ("b.pixels", "a.latents.3", "a.latents.4.tmp", "notes.txt"):
+    for name in ("b.pixels", "a.denoise.3.4", "a.denoise.4.5.tmp", "notes.txt", "notes.3.txt"):
         (tmp_path / "j" / "tensors" / name).write_text("left")
     (tmp_path / "j" / "README").write_text("mine")
     reopen()
-    assert files(tmp_path) == ["a.embeds", "a.latents.2", "notes.txt"]
+    assert files(tmp_path) == ["a.denoise.2.1", "a.encode.0.0", "notes.3.txt", "notes.txt"]
     assert (tmp_path / "j" / "README").exists()
 
 

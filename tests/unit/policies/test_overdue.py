@@ -37,7 +37,7 @@ class ClosedLoop(Simulation):
 
     def _carry_out(self, command: object) -> Outcome | None:
         outcome = super()._carry_out(command)  # type: ignore[arg-type]
-        if isinstance(command, FinishRequest) and command.work[0].request.request_id.startswith("client"):
+        if isinstance(command, FinishRequest) and command.request.request_id.startswith("client"):
             self.ask()
         return outcome
 
