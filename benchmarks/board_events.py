@@ -71,7 +71,7 @@ class TimerExecutor:
         task, request = command.task, command.work[0].request
         elapsed_s = task_s(self._cost, task, request)
         self._shapes[request.request_id] = request.shape
-        end = TaskFinished(command.task_id, elapsed_s, TensorRef(request.request_id, 1))
+        end = TaskFinished.planned(command, elapsed_s, TensorRef(request.request_id, 1))
         asyncio.get_running_loop().call_later(elapsed_s, lambda: self._on_event(end))
 
     def read_pixels(self, ref: TensorRef) -> np.ndarray:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
-from tetriserve.core.events import Event, StartTask, TaskFinished, TensorRef
+from tetriserve.core.events import Event, StartTask, TaskFinished, Work
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DENOISE, ENCODE, image_stages
@@ -125,24 +125,25 @@ async def switch_times(directory: Path) -> tuple[float, float]:
 
     executor.subscribe(on_event)
     ids = itertools.count()
-    done = {"a": 0, "b": 0}
-    refs: dict[tuple[str, str], TensorRef] = {}
+    works: dict[str, Work] = {}
+    for name in ("a", "b"):
+        request = Request(
+            request_id=name, prompt=name, shape=Shape(256, 256), stages=image_stages(500), seed=0, arrival_s=0.0,
+            deadline_s=0.0,
+        )  # fmt: skip
+        works[name] = Work(request, 0, 0, {})
 
     async def run(name: str, stage: str, ranks: tuple[int, ...]) -> float:
-        shape = Shape(256, 256)
-        request = Request(
-            request_id=name, prompt=name, shape=shape, stages=image_stages(500), seed=0, arrival_s=0.0, deadline_s=0.0
-        )
-        task_id, num_steps = next(ids), int(stage is DENOISE)
+        task_id, work, num_steps = next(ids), works[name], int(stage is DENOISE)
         end = ends[task_id] = asyncio.get_running_loop().create_future()
-        embeds, latents = refs.get((name, ENCODE)), refs.get((name, DENOISE))
         started_at = time.perf_counter()
-        executor.start_task(
-            StartTask(task_id, Task((name,), stage, ranks, num_steps), request, done[name], embeds, latents)
-        )
-        refs[name, stage] = (await end).result
-        done[name] += num_steps
-        return time.perf_counter() - started_at
+        executor.start_task(StartTask(task_id, Task((name,), stage, ranks, num_steps), (work,)))
+        (result,) = (await end).results
+        elapsed_s = time.perf_counter() - started_at
+        after = work.trajectory.after(result.num_steps, is_stage_over=result.is_stage_over)
+        states = {**work.states, stage: result.left}
+        works[name] = Work(work.request, after.stage_index, after.stage_steps_done, states)
+        return elapsed_s
 
     stays: list[float] = []
     switches: list[float] = []

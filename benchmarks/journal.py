@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tetriserve.core.events import Checkpoint, TensorRef
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.journal import Entry, Journal, Key, Model
 from tetriserve.workload.outcome import Outcome, Status
 
@@ -43,7 +43,7 @@ def ms(seconds: list[float]) -> str:
 def measure(directory: Path, side: int, num_embeds: int, num_latents: int, repeats: int, num_clients: int) -> None:
     journal = Journal(directory, Model("m", "f"))
     pixels = bytes(side * side * 3)
-    state = {"embeds": bytes(num_embeds), "latents": bytes(num_latents)}
+    state = {ENCODE: bytes(num_embeds), DENOISE: bytes(num_latents)}
     times: dict[str, list[float]] = {"accept": [], "checkpoint": [], "image": []}
 
     def timed(name: str, start: float) -> None:
@@ -58,8 +58,9 @@ def measure(directory: Path, side: int, num_embeds: int, num_latents: int, repea
         journal.accept(entry).result()
         timed("accept", start)
         start = time.perf_counter()
-        refs = TensorRef("embeds", num_embeds), TensorRef("latents", num_latents)
-        journal.advance(request.request_id, 0, Checkpoint(1, *refs, ()), lambda ref: state[ref.key])
+        states = {stage: TensorRef(f"{request.request_id}.{stage}.1.1", len(data)) for stage, data in state.items()}
+        checkpoint = Checkpoint(1, 1, states, ())
+        journal.advance(request.request_id, 0, checkpoint, lambda ref: state[ref.key.split(".")[1]])
         while journal.num_waiting:
             time.sleep(0.0002)
         timed("checkpoint", start)

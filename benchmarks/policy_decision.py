@@ -134,10 +134,10 @@ class Overload:
             self.handle_s.append(elapsed_s)
         for command in commands:
             match command:
-                case StartTask(task_id, task):
+                case StartTask():
                     elapsed_s = self._duration_s(command)
-                    end_s = now + self._start_s(task) + elapsed_s
-                    self._schedule(end_s, TaskFinished(task_id, elapsed_s, _RESULT))
+                    end_s = now + self._start_s(command.task) + elapsed_s
+                    self._schedule(end_s, TaskFinished.planned(command, elapsed_s, _RESULT))
                 case WakeAt(time_s):
                     self._timer = TimerFired()
                     self._schedule(time_s, self._timer)
@@ -161,11 +161,12 @@ class Overload:
         )
 
     def _start_s(self, task: Task) -> float:
-        before, self._ranks[task.members[0]] = self._ranks.get(task.members[0], task.ranks), task.ranks
-        return self.cost.switch_s + (self.cost.move_s if set(before) != set(task.ranks) else 0.0)
+        is_moved = any(set(self._ranks.get(name, task.ranks)) != set(task.ranks) for name in task.members)
+        self._ranks.update(dict.fromkeys(task.members, task.ranks))
+        return self.cost.switch_s + (self.cost.move_s if is_moved else 0.0)
 
     def _duration_s(self, start: StartTask) -> float:
-        return task_s(self.cost, start.task, start.request) * self._random.gauss(1.0, NOISE)
+        return task_s(self.cost, start.task, start.work[0].request) * self._random.gauss(1.0, NOISE)
 
 
 _RESULT = TensorRef("benchmark", 0)

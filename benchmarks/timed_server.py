@@ -61,7 +61,7 @@ class TimedExecutor(FakeExecutor):
         key = f"{request.request_id}/{task.stage}"
         if task.stage == DECODE:
             self.pixels[key] = picture(request.prompt, request.seed, request.shape)
-        self._on_event(TaskFinished(command.task_id, takes_s, TensorRef(key, num_bytes=1)))
+        self._on_event(TaskFinished.planned(command, takes_s, TensorRef(key, num_bytes=1)))
 
 
 def main() -> int:

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tests.waiting import HANG_S
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
-from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, TensorRef
+from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
+from tetriserve.core.events import Result as Left
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -62,6 +63,16 @@ class Result:
     pixels: np.ndarray
 
 
+def begun(request: Request) -> Work:
+    return Work(request, 0, 0, {})
+
+
+def after(work: Work, stage: str, left: Left) -> Work:
+    trajectory = work.trajectory.after(left.num_steps, is_stage_over=left.is_stage_over)
+    states = {**work.states, stage: left.left}
+    return Work(work.request, trajectory.stage_index, trajectory.stage_steps_done, states)
+
+
 class Driver:
     """Carries requests through an executor by plans of its own; tasks that want a busy rank wait for it."""
 
@@ -86,35 +97,33 @@ class Driver:
         assert sum(num_steps for _, num_steps in plan) == request.num_steps
         request = dataclasses.replace(request, request_id=f"request-{next(self._ids)}")
         request_id = request.request_id
-        embeds = (await self.run(request, Task((request_id,), ENCODE, (encode_rank,)))).result
-        latents, steps_done = None, 0
+        (work,) = await self.advance(Task((request_id,), ENCODE, (encode_rank,)), begun(request))
         for ranks, num_steps in plan:
-            task = Task((request_id,), DENOISE, ranks, num_steps)
-            latents = (await self.run(request, task, steps_done, embeds, latents)).result
-            steps_done += num_steps
-            assert self.files(request_id) == [f"{embeds.key}.safetensors", f"{latents.key}.safetensors"]
-        assert latents is not None
-        decode = Task((request_id,), DECODE, (decode_rank,))
-        pixels = (await self.run(request, decode, steps_done, embeds, latents)).result
-        result = Result(self.store.load(latents, "cpu")["latents"], self.executor.read_pixels(pixels).copy())
-        self.executor.forget(request_id)
-        assert self.files(request_id) == []
+            (work,) = await self.advance(Task((request_id,), DENOISE, ranks, num_steps), work)
+            assert self.files(request_id) == [f"{work.states[stage].key}.safetensors" for stage in (DENOISE, ENCODE)]
+        (work,) = await self.advance(Task((request_id,), DECODE, (decode_rank,)), work)
+        return self.take(work)
+
+    def take(self, work: Work) -> Result:
+        """What a finished request left, which is forgotten."""
+        latents = self.store.load(work.states[DENOISE], "cpu")["latents"]
+        result = Result(latents, self.executor.read_pixels(work.states[DECODE]).copy())
+        self.executor.forget(work.request.request_id)
+        assert self.files(work.request.request_id) == []
         return result
 
-    async def run(
-        self,
-        request: Request,
-        task: Task,
-        steps_done: int = 0,
-        embeds: TensorRef | None = None,
-        latents: TensorRef | None = None,
-    ) -> TaskFinished:
+    async def advance(self, task: Task, *works: Work) -> list[Work]:
+        """Where the task's members stand after it."""
+        finished = await self.run(task, *works)
+        return [after(work, task.stage, left) for work, left in zip(works, finished.results, strict=True)]
+
+    async def run(self, task: Task, *works: Work) -> TaskFinished:
         async with contextlib.AsyncExitStack() as stack:
             for rank in sorted(task.ranks):
                 await stack.enter_async_context(self._rank_locks[rank])
             task_id = next(self._ids)
             self._ended[task_id] = asyncio.get_running_loop().create_future()
-            self.executor.start_task(StartTask(task_id, task, request, steps_done, embeds, latents))
+            self.executor.start_task(StartTask(task_id, task, works))
             return await asyncio.wait_for(self._ended[task_id], HANG_S)
 
     def _on_event(self, event: Event) -> None:
@@ -225,6 +234,29 @@ async def test_random_plans_of_interleaved_requests_give_the_images_of_degree_1(
         assert_same(result, alone[index])
 
 
+@pytest.mark.parametrize("ranks", [(2,), (1, 3)], ids=str)
+async def test_requests_that_share_their_tasks_get_the_images_that_each_gets_alone(
+    driver: Driver, alone: list[Result], ranks: Ranks
+) -> None:
+    chosen = (0, 2, 3)
+    requests = [dataclasses.replace(REQUESTS[index], request_id=f"shared-{ranks[0]}-{index}") for index in chosen]
+    names = tuple(request.request_id for request in requests)
+    works = await driver.advance(Task(names, ENCODE, (0,)), *map(begun, requests))
+    works = await driver.advance(Task(names, DENOISE, ranks, 3), *works)
+    first, second, done = works
+    assert [work.stage_index for work in works] == [1, 1, 2]
+    first, second = await driver.advance(Task(names[:2], DENOISE, ranks, 1), first, second)
+    (first,) = await driver.advance(Task(names[:1], DENOISE, ranks, 1), first)
+    ended = await driver.advance(Task(names, DECODE, (1,)), first, second, done)
+    for work, index in zip(ended, chosen, strict=True):
+        assert len(driver.files(work.request.request_id)) == 3
+        result = driver.take(work)
+        assert_same(result, alone[index])
+        if len(ranks) == 1:
+            assert torch.equal(result.latents, alone[index].latents)
+            assert np.array_equal(result.pixels, alone[index].pixels)
+
+
 async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Driver, alone: list[Result]) -> None:
     pairs = [(ranks, tuple(sorted({0, 1, 2, 3} - set(ranks)))) for ranks in ((0, 1), (0, 2), (0, 3))]
     for pair in (*pairs, *pairs):
@@ -254,11 +286,11 @@ async def test_the_store_holds_nothing_of_a_forgotten_request_and_forgetting_aga
     request = dataclasses.replace(REQUESTS[2], request_id="forgotten")
     other = dataclasses.replace(REQUESTS[2], request_id="forgotten-2")
     for asked in (request, other):
-        await driver.run(asked, Task((asked.request_id,), ENCODE, (0,)))
+        (work,) = await driver.advance(Task((asked.request_id,), ENCODE, (0,)), begun(asked))
     driver.executor.forget("forgotten")
     driver.executor.forget("forgotten")
     assert driver.files("forgotten") == []
-    assert driver.files("forgotten-2") == ["forgotten-2.embeds.safetensors"]
+    assert driver.files("forgotten-2") == [f"{work.states[ENCODE].key}.safetensors"]
     driver.executor.forget("forgotten-2")
 
 
@@ -273,7 +305,7 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
     loop.set_exception_handler(lambda _, context: raised.set_result(context["exception"]))
     try:
         request = dataclasses.replace(REQUESTS[2], request_id="unheard")
-        driver.executor.start_task(StartTask(10**6, Task(("unheard",), ENCODE, (0,)), request, 0))
+        driver.executor.start_task(StartTask(10**6, Task(("unheard",), ENCODE, (0,)), (begun(request),)))
         assert isinstance(await asyncio.wait_for(raised, HANG_S), FileNotFoundError)
     finally:
         loop.set_exception_handler(None)
@@ -281,13 +313,13 @@ async def test_an_error_of_whoever_hears_of_a_task_is_not_taken_for_the_death_of
         driver.executor.forget("unheard")
     assert driver.executor.pids == pids
     assert driver.executor.ranks == {0, 1, 2, 3}
-    await driver.run(request, Task(("unheard",), ENCODE, (0,)))
+    await driver.run(Task(("unheard",), ENCODE, (0,)), begun(request))
     driver.executor.forget("unheard")
 
 
 async def test_a_task_tells_how_long_a_processor_ran_its_thread(driver: Driver) -> None:
     request = dataclasses.replace(make_request("a red circle"), request_id="timed")
-    encoded = await driver.run(request, Task((request.request_id,), ENCODE, (0,)))
+    encoded = await driver.run(Task((request.request_id,), ENCODE, (0,)), begun(request))
     driver.executor.forget(request.request_id)
     assert encoded.cpu_s is not None
     assert 0 < encoded.cpu_s < encoded.elapsed_s + 0.1

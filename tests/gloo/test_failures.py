@@ -75,7 +75,7 @@ def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(Exception, match=r"File too large|os error 27"):
-            TensorStore(tmp_path).save("a.latents.1", {"latents": torch.zeros(5000)})
+            TensorStore(tmp_path).save("a.denoise.1.1", {"latents": torch.zeros(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -106,7 +106,7 @@ def test_a_copy_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         safetensors.torch, "save_file", lambda *given: full_disk() if len(looks) < 3 else save_file(*given)
     )
     monkeypatch.setattr(time, "sleep", looks.append)
-    ref = TensorStore(tmp_path).save("a.embeds", {"embeds": torch.ones(5000)})
+    ref = TensorStore(tmp_path).save("a.encode.0.0", {"embeds": torch.ones(5000)})
     assert len(looks) == 3
     assert TensorStore(tmp_path).load_numpy(ref)["embeds"].sum() == 5000
 
@@ -115,21 +115,21 @@ def test_a_copy_that_waits_for_room_in_vain_is_a_store_error(tmp_path: Path, mon
     monkeypatch.setattr(store, "_ROOM_TIMEOUT_S", -1)
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(StoreError, match="the tensor store is full"):
-        TensorStore(tmp_path).save("a.embeds", {"embeds": torch.ones(5000)})
+        TensorStore(tmp_path).save("a.encode.0.0", {"embeds": torch.ones(5000)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_was_removed_says_so_and_can_be_restored() -> None:
     directory = StoreDirectory()
     store = TensorStore(directory.path)
-    ref = store.save("a.embeds", {"embeds": torch.ones(5)})
+    ref = store.save("a.encode.0.0", {"embeds": torch.ones(5)})
     shutil.rmtree(directory.path)
     with pytest.raises(StoreError, match="a copy was removed"):
         store.load(ref, "cpu")
     with pytest.raises(StoreError, match="the tensor store was removed"):
-        store.save("a.embeds", {"embeds": torch.ones(5)})
+        store.save("a.encode.0.0", {"embeds": torch.ones(5)})
     directory.restore()
-    store.save("a.embeds", {"embeds": torch.ones(5)})
+    store.save("a.encode.0.0", {"embeds": torch.ones(5)})
     other = StoreDirectory()
     assert directory.path.exists(), "it is locked again, so that no other server takes it for left behind"
     other.remove()
@@ -144,7 +144,7 @@ def test_a_panic_of_the_library_is_an_exception(tmp_path: Path, monkeypatch: pyt
     def panic(*arguments: object) -> None:
         raise PanicException("memory allocation of 12 bytes failed")
 
-    ref = TensorStore(tmp_path).save("a.pixels", {"pixels": torch.ones(5)})
+    ref = TensorStore(tmp_path).save("a.decode.0.2", {"pixels": torch.ones(5)})
     monkeypatch.setattr(safetensors, "deserialize", panic)
     with pytest.raises(MemoryError, match="PanicException: memory allocation"):
         TensorStore(tmp_path).load_numpy(ref)

@@ -100,7 +100,7 @@ async def test_the_openai_package_repeats_no_request_that_would_fail_again(live,
         with pytest.raises(openai.InternalServerError) as failed:
             await client.images.generate(prompt=FAILING, size="64x64")
     assert failed.value.code == "generation_failed"
-    assert len({start.request.request_id for start in executor.started}) == 1
+    assert len({start.task.members for start in executor.started}) == 1
 
 
 async def test_the_openai_package_draws(ai):

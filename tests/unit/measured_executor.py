@@ -27,7 +27,7 @@ def quiet_s(task: Task) -> float:
 
 
 class MeasuredExecutor(Executor):
-    """Runs every task at once. `goes` counts, per shape, how often it was measured: a go ends with six decodes."""
+    """Runs every task at once, if all stages before its own have left something. `goes` counts, per shape, how often it was measured: a go ends with six decodes."""
 
     def __init__(self, took: Took, num_ranks: int = 2) -> None:
         self._took = took
@@ -47,7 +47,10 @@ class MeasuredExecutor(Executor):
         self._on_event = on_event
 
     def start_task(self, command: StartTask) -> None:
-        task, shape = command.task, command.work[0].request.shape
+        (work,) = command.work
+        task, request = command.task, work.request
+        shape = request.shape
+        assert work.states.keys() >= {stage.kind for stage in request.stages[: work.stage_index]}
         elapsed_s, cpu_s = self._took(shape, task, self._go(shape))
         if task.stage == DECODE:
             self._num_decodes[shape] = self._num_decodes.get(shape, 0) + 1

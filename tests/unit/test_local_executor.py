@@ -450,7 +450,7 @@ def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
     pool = pools(1)
     with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(FileNotFoundError\)"):
-        pool.executor.read_pixels(TensorRef("a.pixels", 1))
+        pool.executor.read_pixels(TensorRef("a.decode.0.2", 1))
 
 
 async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_request(

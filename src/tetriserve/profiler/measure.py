@@ -208,6 +208,8 @@ async def _time_decode(
     bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int
 ) -> tuple[DecodeRow, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in range(num_ranks)]
+    await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
+    await asyncio.gather(*(bench.denoise(request, (rank,), 1) for rank, request in enumerate(requests)))
 
     async def run() -> list[TaskFinished]:
         return await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))

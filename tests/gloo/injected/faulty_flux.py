@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from tetriserve.core.request import Request
-from tetriserve.models.adapter import DenoiseLoop, Embeds
+from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.flux import FluxAdapter, FluxDenoiseLoop
 
 FAIL_MEMORY, FAIL_RUNTIME, NAN, KILL, SLOW = "[memory]", "[runtime]", "[nan]", "[kill]", "[slow]"
 SLOW_STAGE_S, SLOW_STEP_S = 0.4, 0.05
@@ -32,12 +33,12 @@ class FaultyFlux(FluxAdapter):
         self.is_last_member = mesh is None or mesh.get_local_rank() == mesh.size() - 1
         super().use_mesh(mesh)
 
-    def encode(self, request: Request) -> Embeds:
+    def encode(self, request: Request) -> Tensors:
         if SLOW in request.prompt:
             time.sleep(SLOW_STAGE_S)
         return super().encode(request)
 
-    def denoise_loop(self, request: Request, embeds: Embeds, steps_done: int) -> DenoiseLoop:
+    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> Any:
         return FaultyLoop(self, request, super().denoise_loop(request, embeds, steps_done))
 
     def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
@@ -47,10 +48,14 @@ class FaultyFlux(FluxAdapter):
 
 
 class FaultyLoop:
-    def __init__(self, adapter: FaultyFlux, request: Request, loop: DenoiseLoop) -> None:
+    def __init__(self, adapter: FaultyFlux, request: Request, loop: FluxDenoiseLoop) -> None:
         self._adapter = adapter
         self._prompt = request.prompt
         self._loop = loop
+
+    @property
+    def steps_done(self) -> int:
+        return self._loop.steps_done
 
     @property
     def noise_level(self) -> float:
