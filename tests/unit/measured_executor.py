@@ -27,7 +27,10 @@ def quiet_s(task: Task) -> float:
 
 
 class MeasuredExecutor(Executor):
-    """Runs every task at once, if all stages before its own have left something. `goes` counts, per shape, how often it was measured: a go ends with six decodes."""
+    """Runs every task at once, if the stages before its own have left something.
+
+    `goes` counts, per shape, how often it was measured: a go ends with six decodes.
+    """
 
     def __init__(self, took: Took, num_ranks: int = 2) -> None:
         self._took = took
