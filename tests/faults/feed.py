@@ -98,7 +98,7 @@ class Feed:
 
     def is_handed_over(self, task: Task) -> bool:
         """Whether the request's task before this one ran on other ranks."""
-        return set(self.last_ranks.get(task.members[0], task.ranks)) != set(task.ranks)
+        return set(self.last_ranks.get(task.request_id, task.ranks)) != set(task.ranks)
 
     def _take(self, name: str, data: Mapping[str, Any]) -> None:
         is_snapshot = name == "snapshot"
@@ -111,7 +111,7 @@ class Feed:
             known = {task.key for task in self.ran[-5000:]}
             ran = [task for task in ran if task.key not in known]
         self.ran += ran
-        self.last_ranks |= {task.members[0]: task.ranks for task in ran}
+        self.last_ranks |= {task.request_id: task.ranks for task in ran}
         self.running = [Task.of(row) for row in data["running"]]
         self.expected_s |= {task.key: task.end_s - task.start_s for task in self.running}
         self.arrived |= {row["id"] for row in data.get("arrived", data.get("requests", ()))}

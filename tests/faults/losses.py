@@ -154,7 +154,7 @@ def _task_at(failed: Sequence[Task], feed: Feed, loss: Loss, strike: Strike) -> 
 def _find_hits(damage: Damage, feed: Feed, holds: Sequence[Hold]) -> None:
     by_request: defaultdict[str, list[Task]] = defaultdict(list)
     for task in feed.ran:
-        by_request[task.members[0]].append(task)
+        by_request[task.request_id].append(task)
     pairs: list[tuple[Task, Task]] = []
     for tasks in by_request.values():
         tasks.sort(key=lambda task: task.start_s)
@@ -229,7 +229,7 @@ def _find_returns(damage: Damage, feed: Feed, fork_server_deaths_s: Sequence[flo
 def _find_overlaps(damage: Damage, feed: Feed) -> None:
     spans: defaultdict[object, list[Task]] = defaultdict(list)
     for task in feed.ran:
-        for who in (task.members[0], *task.ranks):
+        for who in (task.request_id, *task.ranks):
             spans[who].append(task)
     for tasks in spans.values():
         tasks.sort(key=lambda task: (task.start_s, task.end_s))
@@ -242,6 +242,6 @@ def _losses_in_a_row(feed: Feed) -> Counter[int]:
     most: Counter[str] = Counter()
     now: Counter[str] = Counter()
     for task in feed.ran:
-        now[task.members[0]] = 0 if task.failure is None else now[task.members[0]] + 1
-        most[task.members[0]] = max(most[task.members[0]], now[task.members[0]])
+        now[task.request_id] = 0 if task.failure is None else now[task.request_id] + 1
+        most[task.request_id] = max(most[task.request_id], now[task.request_id])
     return Counter(most.values())
