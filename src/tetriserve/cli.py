@@ -391,11 +391,14 @@ def _print_profile(measured: Profile) -> None:
     from rich.table import Table
 
     table = Table(title=f"{measured.model} on {measured.hardware}: seconds per step by degree")
-    for heading in ("size", "tokens", *(f"degree {degree}" for degree in measured.degrees), "decode"):
+    others = [row for row in measured.rows if row.tokens is None and row.shape is not None]
+    other_stages = tuple(dict.fromkeys(row.stage for row in others))
+    for heading in ("size", "tokens", *(f"degree {degree}" for degree in measured.degrees), *other_stages):
         table.add_column(heading, justify="right")
-    decode = {row.shape: row.decode_s for row in measured.decode}
     for shape in measured.shapes:
-        rows = {row.degree: row for row in measured.denoise if row.shape == shape}
-        steps = [f"{rows[degree].step_s:.4f}" if degree in rows else "-" for degree in measured.degrees]
-        table.add_row(str(shape), str(next(iter(rows.values())).tokens), *steps, f"{decode[shape]:.3f}")
+        rows = {row.degree: row for row in measured.rows if row.shape == shape and row.tokens and row.batch == 1}
+        steps = [f"{rows[degree].seconds:.4f}" if degree in rows else "-" for degree in measured.degrees]
+        short = {row.stage: f"{row.seconds:.3f}" for row in others if row.shape == shape}
+        short_s = [short.get(stage, "-") for stage in other_stages]
+        table.add_row(str(shape), str(next(iter(rows.values())).tokens), *steps, *short_s)
     console.print(table)

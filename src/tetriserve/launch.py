@@ -202,7 +202,7 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
             f"not for {card.name!r} ({card.fingerprint}); measure one with: tetriserve profile {card.path}"
         )
     for shape in profile.shapes:
-        measured = {row.degree for row in profile.denoise if row.shape == shape}
+        measured = {row.degree for row in profile.rows if row.shape == shape and row.tokens}
         missing = [degree for degree in card.valid_degrees(shape, pool.degrees) if degree not in measured]
         if missing:
             raise ProfileError(

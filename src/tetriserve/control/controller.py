@@ -226,7 +226,7 @@ class Controller:
         if record is None or record.is_cancelled or record.trajectory.is_running:
             raise PolicyError(f"{name} planned a task for {request_id}, which is not waiting")
         trajectory = record.trajectory
-        stage, degrees = trajectory.stage, self.cost.times(record.request, trajectory.stage.kind)
+        stage, degrees = trajectory.stage, self.cost.times(record.request, trajectory.stage)
         if task.stage != stage.kind:
             raise PolicyError(f"{name} planned {task.stage} for {request_id}, which is at {stage.kind}")
         if trajectory.is_short and not (task.num_steps == 0 and task.degree in degrees):

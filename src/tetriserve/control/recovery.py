@@ -29,5 +29,5 @@ def lost_tasks(state: State) -> list[Task]:
 def _degree(trajectory: Trajectory, state: State, num_idle: int) -> int:
     """0 if it fits on no ranks that are idle."""
     most = min(trajectory.lost_degree, num_idle)
-    degrees = state.cost.times(trajectory.request, trajectory.stage.kind)
+    degrees = state.cost.times(trajectory.request, trajectory.stage)
     return max((degree for degree in degrees if degree <= most), default=0)

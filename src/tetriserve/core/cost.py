@@ -9,31 +9,32 @@ from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Stage
 
 
-def times_per_step(cost: CostModel, request: Request) -> Mapping[int, float]:
+def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping[int, float]:
     """Seconds per step by degree, ascending, of the stage of `request` that has steps."""
-    return cost.times(request, request.stepped.kind)
+    return cost.times(request, request.stepped, batch)
 
 
 def task_s(cost: CostModel, task: Task, request: Request) -> float:
-    """Seconds that the ranks of `task` compute; starting it comes on top."""
-    return max(1, task.num_steps) * cost.times(request, task.stage)[task.degree]
+    """Seconds that the ranks of `task` compute, of which `request` is a member; starting it comes on top."""
+    stage = next(stage for stage in request.stages if stage.kind == task.stage)
+    return max(1, task.num_steps) * cost.times(request, stage, len(task.members))[task.degree]
 
 
 def stage_s(cost: CostModel, request: Request, stage: Stage, degree: int) -> float:
     """Seconds of a whole stage at one degree, in one task, without its start."""
-    return max(1, stage.num_steps) * cost.times(request, stage.kind)[degree]
+    return max(1, stage.num_steps) * cost.times(request, stage)[degree]
 
 
 def narrowest_s(cost: CostModel, request: Request) -> float:
     """Seconds of `request` alone, each stage at its narrowest degree, without starts."""
-    return sum(stage_s(cost, request, stage, min(cost.times(request, stage.kind))) for stage in request.stages)
+    return sum(stage_s(cost, request, stage, min(cost.times(request, stage))) for stage in request.stages)
 
 
 def fastest_s(cost: CostModel, request: Request, num_ranks: float = math.inf) -> float:
     """Seconds of `request` alone, each stage at its fastest degree on `num_ranks`, or at its narrowest on fewer."""
     total_s = 0.0
     for stage in request.stages:
-        times = cost.times(request, stage.kind)
+        times = cost.times(request, stage)
         widest = max(num_ranks, min(times))
         total_s += max(1, stage.num_steps) * min(step_s for degree, step_s in times.items() if degree <= widest)
     return total_s
@@ -43,7 +44,7 @@ def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage], num
     """Rank-seconds of `stages` of a request, each at its cheapest degree on `num_ranks`, or its narrowest on fewer."""
     total_s = 0.0
     for stage in stages:
-        times = cost.times(request, stage.kind)
+        times = cost.times(request, stage)
         widest = max(num_ranks, min(times))
         gpu_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
         total_s += max(1, stage.num_steps) * gpu_s

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from tetriserve.core.request import Request
+from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
 LATE_SHARE = 0.05
@@ -49,9 +49,9 @@ class InFlight:
 class CostModel(Protocol):
     """What a stage of a request is expected to take, in seconds. Nothing is ever free."""
 
-    def times(self, request: Request, stage: str) -> Mapping[int, float]:
-        """Seconds by degree, ascending, for the degrees that the request can run this kind of stage at: of one step
-        where the stage has steps, of all of it where it has none."""
+    def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
+        """Seconds by degree, ascending, for the degrees that the request can run this stage at: of one step where the
+        stage has steps, of all of it where it has none; for `batch` requests of one kind together."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class CostModel(Protocol):
         ...
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
-        """The same model corrected by what one task of `request` took; `self` is unchanged."""
+        """The same model corrected by what a task took that `request` is a member of; `self` is unchanged."""
         ...
 
 

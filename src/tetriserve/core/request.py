@@ -45,10 +45,12 @@ class Stage:
 
     kind: its family's name for it, which profiles and reports use too.
     num_steps: of a stage with steps, which tasks divide. 0: a short stage, which is one task.
+    num_passes: forwards of the model that each step makes, or the whole of a short stage.
     """
 
     kind: str
     num_steps: int = 0
+    num_passes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +93,8 @@ class Request:
     @property
     def kind(self) -> tuple[object, ...]:
         """Requests of one kind have the same stages, but for the number of steps, and take the same time for each."""
-        return self.shape, self.num_passes, self.degrees, tuple(stage.kind for stage in self.stages)
+        return self.shape, self.degrees, *[(stage.kind, stage.num_passes) for stage in self.stages]
 
     def can_run_on(self, num_ranks: int) -> bool:
         """Whether its steps may run at a degree that so many ranks allow."""
         return self.degrees is None or min(self.degrees) <= num_ranks
-
-    @property
-    def num_passes(self) -> int:
-        """Transformer forwards per denoise step: classifier-free guidance with a negative prompt needs two."""
-        return 2 if self.negative_prompt is not None and self.true_cfg_scale > 1 else 1

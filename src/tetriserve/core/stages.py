@@ -7,6 +7,9 @@ from tetriserve.core.request import Stage
 ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
 
 
-def image_stages(num_steps: int) -> tuple[Stage, ...]:
-    """An image or a video from text: its prompt is encoded, latents are denoised in `num_steps` steps and decoded."""
-    return Stage(ENCODE), Stage(DENOISE, num_steps), Stage(DECODE)
+def image_stages(num_steps: int, num_passes: int = 1) -> tuple[Stage, ...]:
+    """An image or a video from text: its prompt is encoded, latents are denoised in `num_steps` steps and decoded.
+
+    num_passes: 2 where a second prompt takes part in guidance: both are encoded, and each step is made for both.
+    """
+    return Stage(ENCODE, 0, num_passes), Stage(DENOISE, num_steps, num_passes), Stage(DECODE)

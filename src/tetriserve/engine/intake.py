@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.slo import MultipleRule
@@ -78,7 +77,7 @@ class Intake:
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._short_enough("prompt", generation.prompt),
             shape=shape,
-            stages=image_stages(int(num_steps)),
+            stages=self.card.stages(int(num_steps), negative_prompt, true_cfg_scale),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
             arrival_s=now,
             deadline_s=math.inf,

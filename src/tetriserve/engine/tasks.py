@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tetriserve.core.cost import task_s
 from tetriserve.core.events import FailureKind, Result, Run, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import CostModel
 
@@ -42,7 +43,7 @@ class TaskBook:
 
     def start(self, command: StartTask, now: float, cost: CostModel) -> None:
         task = command.task
-        expected_step_s = cost.times(command.work[0].request, task.stage)[task.degree] if task.num_steps else None
+        expected_step_s = task_s(cost, task, command.work[0].request) / task.num_steps if task.num_steps else None
         self._started[command.task_id] = _Started(command, now, expected_step_s)
 
     def end(self, event: TaskFinished | TaskFailed, now: float) -> EndedTask:

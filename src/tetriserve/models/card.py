@@ -14,7 +14,8 @@ from typing import Any
 from tetriserve.config import MODEL_NAMES, is_model_name
 from tetriserve.core.bounds import MAX_STEPS, shown
 from tetriserve.core.errors import CheckpointError
-from tetriserve.core.request import Shape
+from tetriserve.core.request import Shape, Stage
+from tetriserve.core.stages import image_stages
 from tetriserve.models.files import (
     check_component,
     find_root,
@@ -110,6 +111,10 @@ class ModelCard:
     def is_called(self, name: str) -> bool:
         """Whether clients may write `name`: a served name, the directory's path, or `default`."""
         return name in (self.name, *self.aliases, "default", str(self.path), str(self.path.resolve()))
+
+    def stages(self, num_steps: int, negative_prompt: str | None, true_cfg_scale: float) -> tuple[Stage, ...]:
+        """What a request goes through. Guidance by a negative prompt takes a second pass at each step."""
+        return image_stages(num_steps, 2 if negative_prompt is not None and true_cfg_scale > 1 else 1)
 
     def num_tokens(self, shape: Shape) -> int:
         """Image tokens of one denoise step."""

@@ -85,7 +85,7 @@ class FluxAdapter:
         """prompt_embeds (B, L, D), pooled_prompt_embeds (B, D), and negative_* of both when there are two passes."""
         length = request.max_sequence_length or self._card.num_text_tokens
         embeds = self._encode_prompt(request.prompt, length)
-        if request.num_passes == 2:
+        if request.stepped.num_passes == 2:
             assert request.negative_prompt is not None
             negative = self._encode_prompt(request.negative_prompt, length)
             embeds |= {f"negative_{name}": tensor for name, tensor in negative.items()}
@@ -198,7 +198,7 @@ class FluxDenoiseLoop:
         self._scheduler.set_begin_index(steps_done)
         self._transformer = pipeline.transformer
         self._embeds = embeds
-        self._true_cfg_scale = request.true_cfg_scale if request.num_passes == 2 else None
+        self._true_cfg_scale = request.true_cfg_scale if request.stepped.num_passes == 2 else None
         self._img_ids_SA = img_ids_SA
         num_text_tokens = embeds["prompt_embeds"].shape[1]
         self._txt_ids_LA = torch.zeros(num_text_tokens, 3, device=device, dtype=img_ids_SA.dtype)

@@ -41,7 +41,7 @@ def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
         if stage.num_steps:
             taken.append(None)
         else:
-            times = cost.times(request, stage.kind)
+            times = cost.times(request, stage)
             taken.append(cost.switch_s + times[min(times)])
     found = []
     for index, present in enumerate(taken):

@@ -9,67 +9,60 @@ from types import MappingProxyType
 
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.plan import Task
-from tetriserve.core.request import Request, Shape
-from tetriserve.profile.corrections import Corrections, make_room
-from tetriserve.profile.table import DenoiseRow, Profile
+from tetriserve.core.request import Request, Shape, Stage
+from tetriserve.profile.corrections import Case, Corrections, make_room
+from tetriserve.profile.table import Profile, Row
 
-_Question = tuple[str, Shape, int, tuple[int, ...] | None]
-"""Kind of stage, shape, passes, degrees."""
+_Question = tuple[str, Shape, int, tuple[int, ...] | None, int]
+"""Kind of stage, shape, passes, degrees, batch."""
 
 
 @dataclass(frozen=True)
 class ProfileCost:
     """The `CostModel` of a profile, corrected online.
 
-    `corrections` are what observed times of encode, denoise and decode tasks taught. `switch_s` and `move_s` stay as
-    profiled: on a loaded machine they grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
+    `corrections` are what observed times of tasks taught. `switch_s` and `move_s` stay as profiled: on a loaded machine
+    they grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
-    `degrees_of` says at which degrees a shape may run; by default at every degree of the profile.
+    `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
+
+    **Batches.** Between two measured batch sizes times are interpolated; beyond the largest, and where none was
+    measured, requests cost as much each as in the largest that was: without measured batches, a batch costs the sum.
     """
 
     profile: Profile
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Corrections = field(default_factory=Corrections)
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
-    _decode_memo: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
+    _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
 
-    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+    def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         """See `CostModel.times`; of the degrees that the request allows.
 
         Raises:
-            ProfileError: the shape lies outside the measured range.
+            ProfileError: the profile has no such stage, or the shape lies outside the measured range.
         """
-        key = stage, request.shape, request.num_passes, request.degrees
+        key = stage.kind, request.shape, stage.num_passes, request.degrees, batch
         times = self._memo.get(key)
         if times is None:
             make_room(self._memo)
-            times = self._memo[key] = MappingProxyType(self._times(request, stage))
+            times = self._memo[key] = MappingProxyType(self._times(request, stage, batch))
         return times
 
-    def _times(self, request: Request, stage: str) -> dict[int, float]:
-        match stage:
-            case "encode":
-                return {1: self.corrections.encode * self.profile.encode_s * request.num_passes}
-            case "decode":
-                return {1: self.corrections.of_decode(request.shape) * self._decode_s(request.shape)}
-            case _:
-                return {
-                    degree: profiled * self.corrections.of_step(request.shape, degree) * request.num_passes
-                    for degree, profiled in self.profiled_step_times(request.shape).items()
-                    if request.degrees is None or degree in request.degrees
-                }
+    def _times(self, request: Request, stage: Stage, batch: int) -> dict[int, float]:
+        cases = self._cases(stage.kind, request.shape, batch)
+        if stage.num_steps and request.degrees is not None:
+            cases = [case for case in cases if case.degree in request.degrees]
+        return {case.degree: self._profiled_s(case) * self.corrections.of(case) * stage.num_passes for case in cases}
 
     def profiled_step_times(self, shape: Shape) -> Mapping[int, float]:
-        """One forward per degree as the profile has it, without correction.
+        """One pass of a step by degree as the profile has it, without correction.
 
         A degree measured only for other sizes, all of them larger or all smaller, is left out. If that leaves none, it
         is an error that names the range of the narrowest.
         """
-        allowed = self.profile.degrees if self.degrees_of is None else self.degrees_of(shape)
-        if not allowed:
-            raise ProfileError(f"{shape} can run at none of the degrees {list(self.profile.degrees)}")
-        covered = [degree for degree in allowed if self._covers(shape, degree)]
-        return {degree: self._step_s(shape, degree) for degree in covered or allowed[:1]}
+        stage = next(row.stage for row in self.profile.rows if row.tokens is not None)
+        return {case.degree: self._profiled_s(case) for case in self._cases(stage, shape)}
 
     @property
     def switch_s(self) -> float:
@@ -80,58 +73,101 @@ class ProfileCost:
         return self.profile.move_s
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
-        """The same model after one task of `request` took `elapsed_s`; `self` is unchanged."""
-        shape, corrections = request.shape, self.corrections
-        match task.stage:
-            case "encode":
-                corrections = corrections.after_encode(elapsed_s / (self.profile.encode_s * request.num_passes))
-            case "denoise":
-                profiled_s = task.num_steps * self._step_s(shape, task.degree) * request.num_passes
-                corrections = corrections.after_step(shape, task.degree, elapsed_s / profiled_s)
-            case "decode":
-                corrections = corrections.after_decode(shape, elapsed_s / self._decode_s(shape))
+        """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
+        stage = next(stage for stage in request.stages if stage.kind == task.stage)
+        case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, len(task.members))
+        profiled_s = max(1, task.num_steps) * self._profiled_s(case) * stage.num_passes
+        corrections = self.corrections.after(case, elapsed_s / profiled_s)
         memo = {
             known: times
             for known, times in self._memo.items()
-            if known[0] != task.stage or (known[1] != shape and task.stage != "encode")
+            if known[0] != case.stage or (case.shape is not None and known[1] != case.shape)
         }
-        return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._decode_memo)
+        return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._profiled)
 
-    def _step_s(self, shape: Shape, degree: int) -> float:
-        rows = self._rows(degree)
-        for row in rows:
-            if row.shape == shape:
-                return row.step_s
-        points = sorted({row.tokens: row.step_s for row in rows}.items())
-        return _interpolate(points, _num_tokens(shape, rows[0]), f"a step of {shape} at degree {degree}", "tokens")
+    def _cases(self, kind: str, shape: Shape, batch: int = 1) -> list[Case]:
+        """One for each degree that a stage of `shape` may have, ascending; see `profiled_step_times`."""
+        rows = self.profile.rows_of(kind)
+        if not rows:
+            raise ProfileError(f"profile has no stage {kind!r}; it has {', '.join(self.profile.stages)}")
+        measured: Sequence[int] = sorted({row.degree for row in rows})
+        allowed = measured
+        if rows[0].tokens is not None and self.degrees_of is not None:
+            allowed = self.degrees_of(shape)
+            if not allowed:
+                raise ProfileError(f"{shape} can run at none of the degrees {measured}")
+        covered = [degree for degree in allowed if self._covers(kind, shape, degree)]
+        sized = self._sized(kind, shape)
+        return [Case(kind, sized, degree, batch) for degree in covered or allowed[:1]]
 
-    def _decode_s(self, shape: Shape) -> float:
-        """As the profile has it, without correction."""
-        decode_s = self._decode_memo.get(shape)
-        if decode_s is None:
-            points = sorted((row.shape.num_pixels, row.decode_s) for row in self.profile.decode)
-            decode_s = _interpolate(points, shape.num_pixels, f"decode of {shape}", "pixels")
-            make_room(self._decode_memo)
-            self._decode_memo[shape] = decode_s
-        return decode_s
+    def _sized(self, kind: str, shape: Shape) -> Shape | None:
+        """What tells the times of `shape` from those of others; None where nothing does."""
+        return None if self._rows(kind)[0].shape is None else shape
 
-    def _covers(self, shape: Shape, degree: int) -> bool:
-        rows = self._rows(degree)
-        measured = [row.tokens for row in rows]
-        return any(row.shape == shape for row in rows) or (
-            min(measured) <= _num_tokens(shape, rows[0]) <= max(measured)
+    def _profiled_s(self, case: Case) -> float:
+        """As the profile has it, without correction, for one pass."""
+        seconds = self._profiled.get(case)
+        if seconds is None:
+            make_room(self._profiled)
+            seconds = self._profiled[case] = self._batch_s(case)
+        return seconds
+
+    def _batch_s(self, case: Case) -> float:
+        rows = self._rows(case.stage, case.degree)
+        batches = sorted(
+            {row.batch for row in rows if row.batch == 1 or _covers(_of_batch(rows, row.batch), case.shape)}
         )
+        points = [(float(batch), _size_s(_of_batch(rows, batch), case)) for batch in batches]
+        largest, largest_s = points[-1]
+        if case.batch >= largest:
+            return largest_s * case.batch / largest
+        return _interpolate(points, case.batch, "", "requests")
 
-    def _rows(self, degree: int) -> list[DenoiseRow]:
-        rows = [row for row in self.profile.denoise if row.degree == degree and row.batch == 1]
+    def _covers(self, kind: str, shape: Shape, degree: int) -> bool:
+        return _covers(_of_batch(self._rows(kind, degree), 1), shape)
+
+    def _rows(self, kind: str, degree: int | None = None) -> list[Row]:
+        rows = [row for row in self.profile.rows_of(kind) if degree is None or row.degree == degree]
         if not rows:
             raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
         return rows
 
 
-def _num_tokens(shape: Shape, row: DenoiseRow) -> float:
-    """Tokens of `shape`, as many per pixel as `row` has."""
-    return shape.num_pixels * row.tokens / row.shape.num_pixels
+def _of_batch(rows: Sequence[Row], batch: int) -> list[Row]:
+    return [row for row in rows if row.batch == batch]
+
+
+def _covers(rows: Sequence[Row], shape: Shape | None) -> bool:
+    if shape is None or any(row.shape in (None, shape) for row in rows):
+        return True
+    measured = [_size(row) for row in rows]
+    return min(measured) <= _size_like(shape, rows[0]) <= max(measured)
+
+
+def _size_s(rows: Sequence[Row], case: Case) -> float:
+    """Seconds of the case's shape, between `rows`, which are of one stage, degree and batch."""
+    shape = case.shape
+    for row in rows:
+        if row.shape == shape:
+            return row.seconds
+    assert shape is not None, "a stage has a row for every size, or none"
+    points = sorted({_size(row): row.seconds for row in rows}.items())
+    if rows[0].tokens is None:
+        return _interpolate(points, _size_like(shape, rows[0]), f"{case.stage} of {shape}", "pixels")
+    what = f"a step of {shape} at degree {case.degree}"
+    return _interpolate(points, _size_like(shape, rows[0]), what, "tokens")
+
+
+def _size(row: Row) -> float:
+    """What the times of a stage go by: tokens, or else pixels."""
+    assert row.shape is not None
+    return float(row.shape.num_pixels if row.tokens is None else row.tokens)
+
+
+def _size_like(shape: Shape, row: Row) -> float:
+    """The size of `shape`; with as many tokens per pixel as `row` has."""
+    assert row.shape is not None
+    return float(shape.num_pixels) if row.tokens is None else shape.num_pixels * row.tokens / row.shape.num_pixels
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float, what: str, unit: str) -> float:

@@ -1,10 +1,8 @@
 """The corrections file: what an engine learnt about a profile, for the next engine on the same hardware.
 
 ```
-{"format": "tetriserve-corrections/1", "profile": <SHA-256 of the profile they correct>, "hardware": ...,
- "encode": 1.1,
- "steps": [{"height", "width", "frames", "degree", "factor"}, ...],
- "decode": [{"height", "width", "frames", "factor"}, ...]}
+{"format": "tetriserve-corrections/2", "profile": <SHA-256 of the profile they correct>, "hardware": ...,
+ "factors": [{"stage", "height", "width", "frames", "degree", "batch", "factor"}, ...]}
 ```
 
 The profile holds the model's fingerprint and dtype, so that its digest stands for both.
@@ -19,10 +17,10 @@ from pathlib import Path
 
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.request import Shape
-from tetriserve.profile.corrections import MAX_SHAPES, RANGE, Corrections
+from tetriserve.profile.corrections import MAX_ENTRIES, RANGE, Case, Corrections
 from tetriserve.profile.table import Profile, write_whole
 
-FORMAT = "tetriserve-corrections/1"
+FORMAT = "tetriserve-corrections/2"
 _MAX_BYTES = 1 << 20
 _MAX_SIDE = 1 << 20
 
@@ -34,12 +32,16 @@ def save_corrections(corrections: Corrections, path: Path, profile: Profile, har
     """
     document = {
         **_identity(profile, hardware),
-        "encode": corrections.encode,
-        "steps": [
-            {**asdict(shape), "degree": degree, "factor": factor}
-            for (shape, degree), factor in corrections.steps.items()
+        "factors": [
+            {
+                "stage": case.stage,
+                **({} if case.shape is None else asdict(case.shape)),
+                "degree": case.degree,
+                "batch": case.batch,
+                "factor": factor,
+            }
+            for case, factor in corrections.factors.items()
         ],
-        "decode": [{**asdict(shape), "factor": factor} for shape, factor in corrections.decode.items()],
     }
     try:
         write_whole(path, json.dumps(document, indent=1) + "\n")
@@ -64,11 +66,7 @@ def load_corrections(path: Path, profile: Profile, hardware: str) -> Corrections
         identity = _identity(profile, hardware)
         if {key: document[key] for key in identity} != identity:
             return Corrections()
-        return Corrections(
-            encode=_factor(document["encode"]),
-            steps={(_shape(row), _count(row["degree"])): _factor(row["factor"]) for row in _rows(document["steps"])},
-            decode={_shape(row): _factor(row["factor"]) for row in _rows(document["decode"])},
-        )
+        return Corrections({_case(row): _factor(row["factor"]) for row in _rows(document["factors"])})
     except OSError as error:
         raise ProfileError(f"corrections {path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -82,12 +80,21 @@ def _identity(profile: Profile, hardware: str) -> dict[str, str]:
 
 
 def _rows(value: object) -> list[dict[str, object]]:
-    if not isinstance(value, list) or len(value) > MAX_SHAPES:
-        raise ValueError(f"a table must be a list of at most {MAX_SHAPES} rows")
+    if not isinstance(value, list) or len(value) > MAX_ENTRIES:
+        raise ValueError(f"a table must be a list of at most {MAX_ENTRIES} rows")
     return value
 
 
-def _shape(row: dict[str, object]) -> Shape:
+def _case(row: dict[str, object]) -> Case:
+    stage = row["stage"]
+    if not isinstance(stage, str):
+        raise ValueError("a stage must be a string")
+    return Case(stage, _shape(row), _count(row["degree"]), _count(row["batch"]))
+
+
+def _shape(row: dict[str, object]) -> Shape | None:
+    if "height" not in row:
+        return None
     return Shape(_count(row["height"]), _count(row["width"]), _count(row["frames"]))
 
 

@@ -1,12 +1,12 @@
 """The profile file: versioned JSON with units in its names, validated in full before anything uses it.
 
 ```
-{"format": "tetriserve-profile/1", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
- "source": ..., "created": "2026-11-20", "doubt": "",
- "encode_s": 0.02, "switch_s": 0.001, "move_s": 0.001,
- "denoise": [{"height", "width", "frames", "tokens", "degree", "batch", "step_s", "cv"}, ...],
- "decode": [{"height", "width", "frames", "decode_s"}, ...]}
+{"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
+ "source": ..., "created": "2026-11-20", "doubt": "", "switch_s": 0.001, "move_s": 0.001,
+ "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
+
+Files of the first format, which knew encode, denoise and decode and no batches, are read as well.
 """
 
 from __future__ import annotations
@@ -14,55 +14,55 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tetriserve.core.bounds import shown
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.files import read_text
 
-FORMAT = "tetriserve-profile/1"
+FORMAT = "tetriserve-profile/2"
+_FIRST_FORMAT = "tetriserve-profile/1"
 MIN_TIME_S, MAX_TIME_S = 1e-6, 1e4
 """Of a stage, or a step: what is outside is a slip of the pen, and a simulation of it does not end."""
 MAX_VARIATION = 1000.0
 _MAX_BYTES = 2**24
 _MAX_COUNT = 2**31
 
-_Row = TypeVar("_Row", "DenoiseRow", "DecodeRow")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiseRow:
-    """Seconds of one denoise step. `cv` is the coefficient of variation of the measurement, None where unknown."""
+class Row:
+    """Seconds of one stage for `batch` requests together: of one step, or of all of a short stage.
 
-    height: int
-    width: int
-    tokens: int
-    degree: int
-    step_s: float
+    height, width: None for a stage that takes the same for every size.
+    tokens: of the sequence that the ranks share; None for a stage without one. Times of other sizes are interpolated
+        over tokens, or else over pixels.
+    cv: coefficient of variation of the measurement; None where unknown.
+    """
+
+    stage: str
+    seconds: float
+    height: int | None = None
+    width: int | None = None
     frames: int = 1
+    tokens: int | None = None
+    degree: int = 1
     batch: int = 1
     cv: float | None = None
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.height, self.width, self.frames)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRow:
-    """Seconds to turn one request's latents into pixels on one rank."""
-
-    height: int
-    width: int
-    decode_s: float
-    frames: int = 1
+    def shape(self) -> Shape | None:
+        return None if self.height is None or self.width is None else Shape(self.height, self.width, self.frames)
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.height, self.width, self.frames)
+    def group(self) -> tuple[str, Shape | None, int]:
+        """Rows of one group differ in their batches only."""
+        return self.stage, self.shape, self.degree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,51 +80,68 @@ class Profile:
     dtype: str
     source: str
     created: str
-    encode_s: float
     switch_s: float
-    denoise: tuple[DenoiseRow, ...]
-    decode: tuple[DecodeRow, ...]
+    rows: tuple[Row, ...]
     fingerprint: str = ""
     move_s: float = 0.0
     doubt: str = ""
 
     def __post_init__(self) -> None:
-        if not self.denoise or not self.decode:
-            raise ProfileError("profile has no denoise rows" if not self.denoise else "profile has no decode rows")
-        for name, seconds in (("encode_s", self.encode_s), ("switch_s", self.switch_s)):
-            _check_seconds(seconds, name)
+        _check_seconds(self.switch_s, "switch_s")
         if self.move_s != 0:
             _check_seconds(self.move_s, "move_s")
-        for number, row in enumerate(self.denoise):
-            _check_seconds(row.step_s, f"denoise[{number}].step_s")
-            _check_positive(f"denoise[{number}]", row, ("height", "width", "frames", "tokens", "degree", "batch"))
-            _check_variation(row.cv, f"denoise[{number}].cv")
-        for number, decode_row in enumerate(self.decode):
-            _check_seconds(decode_row.decode_s, f"decode[{number}].decode_s")
-            _check_positive(f"decode[{number}]", decode_row, ("height", "width", "frames"))
-        keys = [(row.shape, row.degree, row.batch) for row in self.denoise]
-        if len(set(keys)) < len(keys):
-            shape, degree, batch = next(key for key in keys if keys.count(key) > 1)
-            raise ProfileError(f"profile has two denoise rows for {shape} at degree {degree}, batch {batch}")
-        decoded = [decode_row.shape for decode_row in self.decode]
-        if len(set(decoded)) < len(decoded):
-            twice = next(shape for shape in decoded if decoded.count(shape) > 1)
-            raise ProfileError(f"profile has two decode rows for {twice}")
-        smallest, largest = min(decoded, key=_pixels), max(decoded, key=_pixels)
-        for shape in self.shapes:
-            if not smallest.num_pixels <= shape.num_pixels <= largest.num_pixels:
-                raise ProfileError(
-                    f"profile has no decode row that covers {shape}; they go from {smallest} to {largest}"
-                )
+        for number, row in enumerate(self.rows):
+            _check_row(f"rows[{number}]", row)
+        if not self.shapes:
+            raise ProfileError("profile has no row with tokens; a stage whose sequence is shared needs them")
+        self._check_groups()
+        self._check_covered()
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        return tuple(sorted({row.degree for row in self.denoise}))
+        """Of sequence parallelism."""
+        return tuple(sorted({row.degree for row in self.rows if row.tokens is not None}))
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """Measured shapes, smallest first."""
-        return tuple(sorted({row.shape for row in self.denoise}, key=_pixels))
+        found = {row.shape for row in self.rows if row.tokens is not None and row.shape is not None}
+        return tuple(sorted(found, key=_pixels))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Kinds of stages, in the order of the rows."""
+        return tuple(dict.fromkeys(row.stage for row in self.rows))
+
+    def rows_of(self, stage: str) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.stage == stage)
+
+    def _check_groups(self) -> None:
+        """One row for each batch, one for a batch of 1 among them, and times that do not shrink as batches grow."""
+        by_group = sorted(self.rows, key=lambda row: (str(row.group), row.batch))
+        for (stage, shape, degree), rows in groupby(by_group, key=lambda row: row.group):
+            where = f"{stage}{'' if shape is None else f' of {shape}'} at degree {degree}"
+            batches = [*rows]
+            if batches[0].batch != 1:
+                raise ProfileError(f"profile has a row for {where}, batch {batches[0].batch}, but none for batch 1")
+            for smaller, larger in pairwise(batches):
+                if smaller.batch == larger.batch:
+                    raise ProfileError(f"profile has two rows for {where}, batch {smaller.batch}")
+                if larger.seconds < smaller.seconds:
+                    raise ProfileError(
+                        f"profile: {where} takes {smaller.seconds:g} s for a batch of {smaller.batch}, but "
+                        f"{larger.seconds:g} s for {larger.batch}; a larger batch takes no less"
+                    )
+
+    def _check_covered(self) -> None:
+        """Stages without tokens have rows that every shape lies between, or rows for all sizes."""
+        for stage in self.stages:
+            sizes = sorted({row.shape for row in self.rows_of(stage) if row.shape and row.tokens is None}, key=_pixels)
+            for shape in self.shapes if sizes else ():
+                if not sizes[0].num_pixels <= shape.num_pixels <= sizes[-1].num_pixels:
+                    raise ProfileError(
+                        f"profile has no {stage} row that covers {shape}; they go from {sizes[0]} to {sizes[-1]}"
+                    )
 
 
 def load_profile(path: Path) -> Profile:
@@ -168,15 +185,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _from_document(document: object) -> Profile:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") not in (FORMAT, _FIRST_FORMAT):
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise ProfileError(f"format is {found!r}; this version reads {FORMAT!r}")
+        raise ProfileError(f"format is {found!r}; this version reads {FORMAT!r} and {_FIRST_FORMAT!r}")
     rest = {key: value for key, value in document.items() if key != "format"}
-    for name in ("denoise", "decode"):
-        if not isinstance(rest.get(name), list):
-            raise ProfileError(f"{name} must be a list of rows")
-    rest["denoise"] = tuple(_row(DenoiseRow, row, f"denoise[{i}]") for i, row in enumerate(rest["denoise"]))
-    rest["decode"] = tuple(_row(DecodeRow, row, f"decode[{i}]") for i, row in enumerate(rest["decode"]))
+    if document["format"] == _FIRST_FORMAT:
+        rest["rows"] = _first_rows(rest)
+    else:
+        rest["rows"] = tuple(_rows(rest, "rows", {field.name: field.name for field in fields(Row)}))
     _check_names(Profile, rest, "profile")
     for name in ("model", "hardware", "dtype", "source", "created", "fingerprint", "doubt"):
         if not isinstance(rest.get(name, ""), str):
@@ -184,24 +200,75 @@ def _from_document(document: object) -> Profile:
     return Profile(**rest)
 
 
-def _row(kind: type[_Row], row: object, where: str) -> _Row:
-    if not isinstance(row, dict):
-        raise ProfileError(f"{where} must be an object")
-    _check_names(kind, row, where)
-    return kind(**row)
+def _first_rows(rest: dict[str, Any]) -> tuple[Row, ...]:
+    """The tables of the first format, taken out of `rest`."""
+    if "encode_s" not in rest:
+        raise ProfileError("profile lacks the field 'encode_s'")
+    encode_s = rest.pop("encode_s")
+    _check_seconds(encode_s, "encode_s")
+    names = {name: name for name in ("height", "width", "frames")}
+    steps = {**names, "tokens": "tokens", "degree": "degree", "batch": "batch", "step_s": "seconds", "cv": "cv"}
+    denoise = _rows(rest, "denoise", steps, required=("height", "width", "tokens", "degree", "step_s"), stage=DENOISE)
+    required = ("height", "width", "decode_s")
+    decode = _rows(rest, "decode", {**names, "decode_s": "seconds"}, required=required, stage=DECODE)
+    for name, rows in (("denoise", denoise), ("decode", decode)):
+        if not rows:
+            raise ProfileError(f"profile has no {name} rows")
+    del rest["denoise"], rest["decode"]
+    return Row(stage=ENCODE, seconds=encode_s), *denoise, *decode
+
+
+def _rows(
+    document: dict[str, Any],
+    table: str,
+    names: dict[str, str],
+    *,
+    required: tuple[str, ...] = ("stage", "seconds"),
+    **constants: Any,
+) -> list[Row]:
+    """The rows of one table. `names` maps those in the file to those of `Row`."""
+    values = document.get(table)
+    if not isinstance(values, list):
+        raise ProfileError(f"{table} must be a list of rows")
+    rows = []
+    for number, value in enumerate(values):
+        where = f"{table}[{number}]"
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where} must be an object")
+        _check_known(value, set(names), required, where)
+        row = Row(**{names[name]: each for name, each in value.items()}, **constants)
+        _check_row(where, row, next(name for name, ours in names.items() if ours == "seconds"))
+        rows.append(row)
+    return rows
 
 
 def _check_names(kind: type[Any], values: dict[str, Any], where: str) -> None:
     known = {field.name for field in fields(kind)}
-    required = {field.name for field in fields(kind) if field.default is MISSING}
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    _check_known(values, known, required, where)
+
+
+def _check_known(values: dict[str, Any], known: set[str], required: Iterable[str], where: str) -> None:
     if unknown := sorted(values.keys() - known):
         raise ProfileError(f"{where} has the unknown field {unknown[0]!r}")
-    if missing := sorted(required - values.keys()):
+    if missing := sorted(set(required) - values.keys()):
         raise ProfileError(f"{where} lacks the field {missing[0]!r}")
 
 
 def _pixels(shape: Shape) -> int:
     return shape.num_pixels
+
+
+def _check_row(where: str, row: Row, seconds: str = "seconds") -> None:
+    if not isinstance(row.stage, str) or not row.stage:
+        raise ProfileError(f"{where}.stage is {shown(row.stage)}; it must be the name of a stage")
+    _check_seconds(row.seconds, f"{where}.{seconds}")
+    if (row.height is None) != (row.width is None) or (row.height is None and row.tokens is not None):
+        raise ProfileError(f"{where} has a part of a size; it needs height and width, or neither they nor tokens")
+    for name in ("height", "width", "frames", "tokens", "degree", "batch"):
+        if getattr(row, name) is not None or name in ("frames", "degree", "batch"):
+            _check_positive(f"{where}.{name}", getattr(row, name))
+    _check_variation(row.cv, f"{where}.cv")
 
 
 def _check_seconds(value: object, name: str) -> None:
@@ -218,10 +285,8 @@ def _check_variation(value: object, name: str) -> None:
         raise ProfileError(f"{name} is {shown(value)}; it must be null or a number from 0 to {MAX_VARIATION:g}")
 
 
-def _check_positive(where: str, row: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(row, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ProfileError(f"{where}.{name} is {shown(value)}; it must be a whole number of at least 1")
-        if value > _MAX_COUNT:
-            raise ProfileError(f"{where}.{name} is {shown(value)}; it must be at most {_MAX_COUNT}")
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ProfileError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+    if value > _MAX_COUNT:
+        raise ProfileError(f"{name} is {shown(value)}; it must be at most {_MAX_COUNT}")

@@ -24,7 +24,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
-from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.profile.table import Profile, Row
 from tetriserve.profiler.disturbance import disturbance, fair_share
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ async def measure(
         dtype=card.dtype,
         source="measured by tetriserve, all ranks at work",
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        encode_s=max(statistics.median(seconds for times in best.values() for seconds in times.encode_s), 1e-6),
         switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), 1e-6),
         move_s=move_s,
-        denoise=tuple(row for shape in shapes for row in best[shape].denoise),
-        decode=tuple(best[shape].decode for shape in shapes),
+        rows=(
+            Row(stage=ENCODE, seconds=statistics.median(s for times in best.values() for s in times.encode_s)),
+            *(row for shape in shapes for row in best[shape].denoise),
+            *(best[shape].decode for shape in shapes),
+        ),
         doubt=doubt,
     )
 
@@ -88,8 +90,8 @@ async def measure(
 class _ShapeTimes:
     """What one go at measuring a shape gave. doubt: what disturbed it; empty if nothing did."""
 
-    denoise: list[DenoiseRow]
-    decode: DecodeRow
+    denoise: list[Row]
+    decode: Row
     encode_s: list[float]
     switch_s: list[float]
     doubt: str
@@ -97,7 +99,7 @@ class _ShapeTimes:
     @property
     def total_s(self) -> float:
         """Other work only ever adds to it."""
-        return sum(row.step_s for row in self.denoise) + self.decode.decode_s
+        return sum(row.seconds for row in self.denoise) + self.decode.seconds
 
 
 @dataclass
@@ -153,7 +155,7 @@ async def _time_shape(
 ) -> _ShapeTimes:
     """All that is measured of a shape, together: what disturbs one degree may disturb the others unseen."""
     bench.encode_s, bench.switch_s = [], []
-    denoise: list[DenoiseRow] = []
+    denoise: list[Row] = []
     doubts: list[str] = []
 
     def judge(what: str, samples: Sequence[TaskFinished], degree: int) -> None:
@@ -177,7 +179,7 @@ async def _time_shape(
 
 async def _time_steps(
     bench: _Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]]
-) -> tuple[DenoiseRow, list[TaskFinished]]:
+) -> tuple[Row, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in groups]
     await asyncio.gather(*(bench.encode(request, group[0]) for request, group in zip(requests, groups, strict=True)))
 
@@ -192,21 +194,20 @@ async def _time_steps(
     bench.forget(requests)
     step_s = [sample.elapsed_s / num_steps for sample in samples]
     middle = statistics.median(step_s)
-    row = DenoiseRow(
+    row = Row(
+        stage=DENOISE,
         height=shape.height,
         width=shape.width,
         frames=shape.frames,
         tokens=card.num_tokens(shape),
         degree=degree,
-        step_s=middle,
+        seconds=middle,
         cv=statistics.stdev(step_s) / middle,
     )
     return row, samples
 
 
-async def _time_decode(
-    bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int
-) -> tuple[DecodeRow, list[TaskFinished]]:
+async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int) -> tuple[Row, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in range(num_ranks)]
     await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
     await asyncio.gather(*(bench.denoise(request, (rank,), 1) for rank, request in enumerate(requests)))
@@ -219,7 +220,8 @@ async def _time_decode(
     samples = first if is_slow else [each for _ in range(_NUM_SAMPLES) for each in await run()]
     bench.forget(requests)
     decode_s = statistics.median(sample.elapsed_s for sample in samples)
-    return DecodeRow(height=shape.height, width=shape.width, frames=shape.frames, decode_s=decode_s), samples
+    row = Row(stage=DECODE, height=shape.height, width=shape.width, frames=shape.frames, seconds=decode_s)
+    return row, samples
 
 
 async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
