@@ -27,11 +27,12 @@ from tetriserve.core.cost import task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Generation, Intake, LiveEngine
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
 from tetriserve.policies import make_policy
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.server import run_server
 from tetriserve.simulator.foresight import SimulatedForesight
 
@@ -103,16 +104,15 @@ class Load:
         degrees = tuple(degree for degree in (1, 2, 4, 8) if degree <= self.num_ranks)
         profile = Profile(
             model=card.name, hardware="timers", dtype="float32", source="made up", created="2026-01-01",
-            encode_s=0.003 * self.slow, switch_s=0.001,
-            denoise=tuple(
-                DenoiseRow(
-                    height=shape.height, width=shape.width, tokens=card.num_tokens(shape), degree=degree,
-                    step_s=self.slow * (0.002 + shape.num_pixels * 3e-8 / degree**0.85),
+            switch_s=0.001,
+            rows=(Row(stage=ENCODE, seconds=0.003 * self.slow), *tuple(
+                Row(
+stage=DENOISE,                    height=shape.height, width=shape.width, tokens=card.num_tokens(shape), degree=degree,
+                    seconds=self.slow * (0.002 + shape.num_pixels * 3e-8 / degree**0.85),
                 )
                 for shape in shapes
                 for degree in degrees
-            ),
-            decode=tuple(DecodeRow(height=s.height, width=s.width, decode_s=0.003 * self.slow) for s in shapes),
+            ), *tuple(Row(stage=DECODE, height=s.height, width=s.width, seconds=0.003 * self.slow) for s in shapes)),
         )  # fmt: skip
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, degrees))
         new_policy = partial(make_policy, self.policy, cost, num_ranks=self.num_ranks, shapes=shapes)

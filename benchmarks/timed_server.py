@@ -22,11 +22,11 @@ from tetriserve.control import Controller
 from tetriserve.core.cost import task_s
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Intake, LiveEngine
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
-from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.profile.table import Profile, Row
 from tetriserve.server import run_server
 from tetriserve.simulator.foresight import SimulatedForesight
 
@@ -35,15 +35,19 @@ SPEEDUPS = {1: 1.0, 2: 1.6}
 STEP_S = {128: 0.04, 256: 0.16}
 PROFILE = Profile(
     model=CARD.name, hardware="timers", dtype="float32", source="made up", created="2026-01-01",
-    encode_s=0.04, switch_s=0.001,
-    denoise=tuple(
-        DenoiseRow(
-            height=side, width=side, tokens=CARD.num_tokens(Shape(side, side)), degree=degree, step_s=step_s / speedup
-        )
-        for side, step_s in STEP_S.items()
-        for degree, speedup in SPEEDUPS.items()
+    switch_s=0.001,
+    rows=(
+        Row(stage=ENCODE, seconds=0.04),
+        *(
+            Row(
+                stage=DENOISE, height=side, width=side, tokens=CARD.num_tokens(Shape(side, side)), degree=degree,
+                seconds=step_s / speedup,
+            )
+            for side, step_s in STEP_S.items()
+            for degree, speedup in SPEEDUPS.items()
+        ),
+        *(Row(stage=DECODE, height=side, width=side, seconds=0.2) for side in STEP_S),
     ),
-    decode=tuple(DecodeRow(height=side, width=side, decode_s=0.2) for side in STEP_S),
 )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tetriserve.core.request import Request
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.launch import BUNDLED_MODEL
 from tetriserve.models.card import ModelCard, read_card
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, save_profile
+from tetriserve.profile import Profile, Row, save_profile
 
 if TYPE_CHECKING:
     from tetriserve.models.flux import FluxAdapter
@@ -41,15 +42,23 @@ def bundled_card(bundled_dir: Path) -> ModelCard:
 @pytest.fixture(scope="session")
 def profile(bundled_card: ModelCard) -> Profile:
     return Profile(
-        model=bundled_card.name, fingerprint=bundled_card.fingerprint, hardware="written by hand", dtype="float32",
-        source="tests", created="2026-01-01", encode_s=0.01, switch_s=0.002,
-        denoise=tuple(
-            DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
-            for side, times in STEP_S.items()
-            for degree, step_s in times.items()
+        model=bundled_card.name,
+        fingerprint=bundled_card.fingerprint,
+        hardware="written by hand",
+        dtype="float32",
+        source="tests",
+        created="2026-01-01",
+        switch_s=0.002,
+        rows=(
+            Row(stage=ENCODE, seconds=0.01),
+            *(
+                Row(stage=DENOISE, height=side, width=side, tokens=side * side // 1024, degree=degree, seconds=step_s)
+                for side, times in STEP_S.items()
+                for degree, step_s in times.items()
+            ),
+            *(Row(stage=DECODE, height=side, width=side, seconds=seconds) for side, seconds in DECODE_S.items()),
         ),
-        decode=tuple(DecodeRow(height=side, width=side, decode_s=seconds) for side, seconds in DECODE_S.items()),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

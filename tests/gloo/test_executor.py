@@ -339,12 +339,12 @@ async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bun
         )
     finally:
         driver.executor.subscribe(driver._on_event)
-    assert [(row.degree, row.tokens, row.shape) for row in profile.denoise] == [
+    assert [(row.degree, row.tokens, row.shape) for row in profile.rows_of(DENOISE)] == [
         (1, 64, Shape(256, 256)),
         (2, 64, Shape(256, 256)),
     ]
-    assert all(row.step_s > 0 and row.cv is not None and row.cv >= 0 for row in profile.denoise)
-    assert [(row.shape, row.decode_s > 0) for row in profile.decode] == [(Shape(256, 256), True)]
+    assert all(row.seconds > 0 and row.cv is not None and row.cv >= 0 for row in profile.rows_of(DENOISE))
+    assert [(row.shape, row.seconds > 0) for row in profile.rows_of(DECODE)] == [(Shape(256, 256), True)]
     assert (profile.model, profile.fingerprint) == (bundled_card.name, bundled_card.fingerprint)
     assert profile.encode_s > 0
     assert profile.switch_s > 0

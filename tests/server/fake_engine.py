@@ -32,7 +32,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import Latents
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
-from tetriserve.profile.table import DecodeRow, DenoiseRow, Profile
+from tetriserve.profile.table import Profile, Row
 from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome
 
@@ -71,20 +71,23 @@ PROFILE = Profile(
     dtype="float32",
     source="made up",
     created="2026-01-01",
-    encode_s=ENCODE_S,
     switch_s=0.001,
-    denoise=tuple(
-        DenoiseRow(
-            height=side,
-            width=side,
-            tokens=CARD.num_tokens(Shape(side, side)),
-            degree=degree,
-            step_s=step_s(Shape(side, side), degree),
-        )
-        for side in SIDES
-        for degree in (1, 2)
+    rows=(
+        Row(stage=ENCODE, seconds=ENCODE_S),
+        *(
+            Row(
+                stage=DENOISE,
+                height=side,
+                width=side,
+                tokens=CARD.num_tokens(Shape(side, side)),
+                degree=degree,
+                seconds=step_s(Shape(side, side), degree),
+            )
+            for side in SIDES
+            for degree in (1, 2)
+        ),
+        *(Row(stage=DECODE, height=side, width=side, seconds=DECODE_S) for side in SIDES),
     ),
-    decode=tuple(DecodeRow(height=side, width=side, decode_s=DECODE_S) for side in SIDES),
 )
 
 

@@ -120,7 +120,7 @@ async def test_fields_reach_the_engine(draw, engine):
     assert response.status_code == 200
     request = outcomes[0].request
     assert (request.num_steps, request.guidance_scale, request.seed, request.priority) == (3, 2.5, 9, -2)
-    assert (request.negative_prompt, request.true_cfg_scale, request.num_passes) == ("fog", 6, 2)
+    assert (request.negative_prompt, request.true_cfg_scale, request.stepped.num_passes) == ("fog", 6, 2)
     assert request.deadline_s - request.arrival_s == pytest.approx(1.2345)
 
 

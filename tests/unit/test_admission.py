@@ -9,20 +9,28 @@ import pytest
 from tetriserve.control.admission import backlog_s, earliest_finish
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 
 COST = ProfileCost(
     Profile(
-        model="m", hardware="h", dtype="float32", source="s", created="c", encode_s=0.5, switch_s=0.001,
-        denoise=tuple(
-            DenoiseRow(height=256, width=256, tokens=64, degree=degree, step_s=step_s)
-            for degree, step_s in ((1, 1.0), (2, 0.6), (4, 0.4))
+        model="m",
+        hardware="h",
+        dtype="float32",
+        source="s",
+        created="c",
+        switch_s=0.001,
+        rows=(
+            Row(stage=ENCODE, seconds=0.5),
+            *(
+                Row(stage=DENOISE, height=256, width=256, tokens=64, degree=degree, seconds=step_s)
+                for degree, step_s in ((1, 1.0), (2, 0.6), (4, 0.4))
+            ),
+            Row(stage=DECODE, height=256, width=256, seconds=2.0),
         ),
-        decode=(DecodeRow(height=256, width=256, decode_s=2.0),),
     )
-)  # fmt: skip
+)
 REQUEST = Request(
     request_id="new",
     prompt="p",

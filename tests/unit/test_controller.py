@@ -45,21 +45,29 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 
 STEP_S = {256: {1: 0.1, 2: 0.06, 4: 0.04}, 512: {1: 0.4, 2: 0.22, 4: 0.13}}
 DECODE_S = {256: 0.2, 512: 0.8}
 COST = ProfileCost(
     Profile(
-        model="m", hardware="h", dtype="float32", source="s", created="c", encode_s=0.02, switch_s=0.001,
-        denoise=tuple(
-            DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
-            for side, times in STEP_S.items()
-            for degree, step_s in times.items()
+        model="m",
+        hardware="h",
+        dtype="float32",
+        source="s",
+        created="c",
+        switch_s=0.001,
+        rows=(
+            Row(stage=ENCODE, seconds=0.02),
+            *(
+                Row(stage=DENOISE, height=side, width=side, tokens=side * side // 1024, degree=degree, seconds=step_s)
+                for side, times in STEP_S.items()
+                for degree, step_s in times.items()
+            ),
+            *(Row(stage=DECODE, height=side, width=side, seconds=seconds) for side, seconds in DECODE_S.items()),
         ),
-        decode=tuple(DecodeRow(height=side, width=side, decode_s=seconds) for side, seconds in DECODE_S.items()),
     )
-)  # fmt: skip
+)
 
 
 def make_request(request_id: str = "a", side: int = 256, num_steps: int = 4, deadline_s: float = 10.0) -> Request:
@@ -214,8 +222,8 @@ def test_finished_steps_correct_the_cost_that_policies_plan_with() -> None:
     start = bench.start(Task(("a",), DENOISE, (0,), 2))
     bench.send(TaskFinished.planned(start, 2 * 0.2, TensorRef("l", 1)))
     cost = bench.policy.seen[-1][0].cost
-    assert cost.times(bench.request, DENOISE)[1] == pytest.approx(0.1 * 1.2)
-    assert COST.times(bench.request, DENOISE)[1] == 0.1
+    assert cost.times(bench.request, bench.request.stage_of(DENOISE))[1] == pytest.approx(0.1 * 1.2)
+    assert COST.times(bench.request, bench.request.stage_of(DENOISE))[1] == 0.1
 
 
 def test_finished_encodes_and_decodes_correct_it_too() -> None:
@@ -227,9 +235,9 @@ def test_finished_encodes_and_decodes_correct_it_too() -> None:
     start = bench.start(Task(("a",), DECODE, (0,)))
     bench.send(TaskFinished.planned(start, 0.1, TensorRef("p", 1)))
     cost = bench.controller.cost
-    assert cost.times(bench.request, ENCODE)[1] == pytest.approx(0.02 * 1.2)
-    assert cost.times(bench.request, DECODE)[1] == pytest.approx(0.2 * 0.9)
-    assert cost.times(bench.request, DENOISE)[1] == 0.1
+    assert cost.times(bench.request, bench.request.stage_of(ENCODE))[1] == pytest.approx(0.02 * 1.2)
+    assert cost.times(bench.request, bench.request.stage_of(DECODE))[1] == pytest.approx(0.2 * 0.9)
+    assert cost.times(bench.request, bench.request.stage_of(DENOISE))[1] == 0.1
 
 
 def assert_closed(commands: list[Command], stages: list[str]) -> None:

@@ -15,14 +15,20 @@ from hypothesis import strategies as st
 from tests.unit.test_profile import PROFILE, json_values, paths_into, replaced
 from tetriserve.core.errors import ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.profile import load_profile, save_profile
-from tetriserve.profile.corrections import MAX_SHAPES, RANGE, Corrections
+from tetriserve.profile.corrections import MAX_ENTRIES, RANGE, Case, Corrections
 from tetriserve.profile.learnt import load_corrections, save_corrections
 
 LEARNT = Corrections(
-    encode=1.25,
-    steps={(Shape(512, 512), 2): 0.5, (Shape(256, 256), 1): 2.0, (Shape(256, 512), 1): 1.0},
-    decode={Shape(512, 512): 0.125, Shape(256, 256, 17): 10.0},
+    {
+        Case(DENOISE, Shape(512, 512), 2): 0.5,
+        Case(ENCODE, None): 1.25,
+        Case(DENOISE, Shape(256, 256), 1): 2.0,
+        Case(DENOISE, Shape(256, 512), 1, batch=4): 1.0,
+        Case(DECODE, Shape(512, 512)): 0.125,
+        Case(DECODE, Shape(256, 256, 17)): 10.0,
+    }
 )
 
 
@@ -36,7 +42,7 @@ def test_what_was_saved_is_loaded_in_its_order_for_the_profile_as_read_from_its_
     save_profile(PROFILE, tmp_path / "p.json")
     loaded = load_corrections(tmp_path / "new/c.json", load_profile(tmp_path / "p.json"), "here")
     assert loaded == LEARNT
-    assert list(loaded.steps) == list(LEARNT.steps)  # the longest unobserved is forgotten first
+    assert list(loaded.factors) == list(LEARNT.factors)  # the longest unobserved is forgotten first
 
 
 def test_without_a_file_there_is_nothing_to_correct(tmp_path: Path) -> None:
@@ -47,7 +53,7 @@ def test_corrections_of_another_profile_or_other_hardware_are_not_taken(tmp_path
     path = tmp_path / "c.json"
     save_corrections(LEARNT, path, PROFILE, "here")
     for other in (
-        dataclasses.replace(PROFILE, encode_s=0.021),  # measured anew
+        dataclasses.replace(PROFILE, switch_s=0.002),  # measured anew
         dataclasses.replace(PROFILE, fingerprint="xyz"),
         dataclasses.replace(PROFILE, dtype="bfloat16"),
     ):
@@ -73,9 +79,9 @@ def test_a_damaged_file_is_one_line_with_its_name(tmp_path: Path, content: bytes
 def test_a_table_of_any_length_and_a_pipe_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     damaged = document(path)
-    damaged["decode"] = [damaged["decode"][0]] * (MAX_SHAPES + 1)
+    damaged["factors"] = [damaged["factors"][0]] * (MAX_ENTRIES + 1)
     path.write_text(json.dumps(damaged))
-    with pytest.raises(ProfileError, match="at most 256 rows"):
+    with pytest.raises(ProfileError, match="at most 1024 rows"):
         load_corrections(path, PROFILE, "here")
     os.mkfifo(tmp_path / "pipe")
     assert load_corrections(tmp_path / "pipe", PROFILE, "here") == Corrections()
@@ -99,5 +105,4 @@ def test_any_json_in_any_place_gives_bounded_corrections_or_a_profile_error(
     except ProfileError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        factors = [loaded.encode, *loaded.steps.values(), *loaded.decode.values()]
-        assert all(RANGE[0] <= factor <= RANGE[1] for factor in factors)
+        assert all(RANGE[0] <= factor <= RANGE[1] for factor in loaded.factors.values())

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tetriserve.cli import app
+from tetriserve.core.stages import DENOISE
 from tetriserve.files import read_bounded
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.table import load_profile, save_profile
@@ -175,10 +176,10 @@ def test_seconds_of_a_profile_are_bounded(tmp_path: Path, seconds: float) -> Non
     path = tmp_path / "p.json"
     save_profile(open_profile("flux.1-dev-8xh100"), path)
     document = json.loads(path.read_text())
-    document["denoise"][0]["step_s"] = seconds
+    document["rows"][1]["seconds"] = seconds
     path.write_text(json.dumps(document))
     line = only_line(run("simulate", "--profile", path))
-    assert "denoise[0].step_s is " in line
+    assert "rows[1].seconds is " in line
     assert line.endswith("it must be a number of seconds from 1e-06 to 10000")
 
 
@@ -187,10 +188,11 @@ def test_the_bounds_of_a_profile_can_be_simulated(tmp_path: Path, seconds: float
     path = tmp_path / "p.json"
     save_profile(open_profile("flux.1-dev-8xh100"), path)
     document = json.loads(path.read_text())
-    for row in document["denoise"]:
-        row["step_s"] = seconds
+    for row in document["rows"]:
+        if row["stage"] == DENOISE:
+            row["seconds"] = seconds
     path.write_text(json.dumps(document))
-    assert load_profile(path).denoise[0].step_s == seconds
+    assert load_profile(path).rows_of(DENOISE)[0].seconds == seconds
     result = run("simulate", "--profile", path, "--requests", "5", "--seeds", "1", "--policies", "all")
     assert result.exit_code == 0, result.output
 

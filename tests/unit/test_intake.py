@@ -15,7 +15,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.models.card import ModelCard
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 
 CARD = ModelCard(
     name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
@@ -23,13 +23,22 @@ CARD = ModelCard(
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(512, 512), Shape(256, 256)), fingerprint="abc",
 )  # fmt: skip
 PROFILE = Profile(
-    model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.5, switch_s=0.001,
-    denoise=tuple(
-        DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=step_s)
-        for side, degree, step_s in ((256, 1, 0.1), (256, 2, 0.06), (512, 1, 0.4), (512, 2, 0.22))
+    model="tiny",
+    hardware="h",
+    dtype="float32",
+    source="s",
+    created="c",
+    switch_s=0.001,
+    rows=(
+        Row(stage=ENCODE, seconds=0.5),
+        *(
+            Row(stage=DENOISE, height=side, width=side, tokens=side * side // 1024, degree=degree, seconds=step_s)
+            for side, degree, step_s in ((256, 1, 0.1), (256, 2, 0.06), (512, 1, 0.4), (512, 2, 0.22))
+        ),
+        Row(stage=DECODE, height=256, width=256, seconds=0.2),
+        Row(stage=DECODE, height=512, width=512, seconds=0.8),
     ),
-    decode=(DecodeRow(height=256, width=256, decode_s=0.2), DecodeRow(height=512, width=512, decode_s=0.8)),
-)  # fmt: skip
+)
 INTAKE = Intake(card=CARD, cost=ProfileCost(PROFILE), default_slo_scale=3.0, max_steps=100, max_prompt_chars=50)
 
 
@@ -82,7 +91,7 @@ def test_everything_a_client_says_is_taken() -> None:
     )  # fmt: skip
     assert (request.shape, request.seed, request.num_steps) == (Shape(height=256, width=512), 2**63 - 1, 100)
     assert (request.guidance_scale, request.negative_prompt, request.true_cfg_scale) == (0.0, "", 2.5)
-    assert (request.deadline_s, request.priority, request.num_passes) == (1000.25, -3, 2)
+    assert (request.deadline_s, request.priority, request.stepped.num_passes) == (1000.25, -3, 2)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n\t", "\u3000"])
@@ -95,7 +104,7 @@ def test_an_empty_prompt_is_drawn_as_in_the_pipeline(prompt: str) -> None:
 def test_a_true_cfg_scale_of_at_most_1_turns_it_off_as_in_the_pipeline(
     negative_prompt: str | None, scale: float
 ) -> None:
-    assert take(negative_prompt=negative_prompt, true_cfg_scale=scale).num_passes == 1
+    assert take(negative_prompt=negative_prompt, true_cfg_scale=scale).stepped.num_passes == 1
 
 
 def test_a_request_may_ask_for_fewer_text_tokens_that_all_its_degrees_divide() -> None:
@@ -111,7 +120,7 @@ def test_auto_is_the_models_first_size() -> None:
 
 def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
     request = take(negative_prompt="blurry")
-    assert (request.true_cfg_scale, request.num_passes) == (4.0, 2)
+    assert (request.true_cfg_scale, request.stepped.num_passes) == (4.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +190,7 @@ def test_any_aspect_within_the_measured_range_is_served() -> None:
 
 
 def test_a_size_that_a_wider_degree_was_not_measured_for_is_still_served() -> None:
-    narrow = dataclasses.replace(PROFILE, denoise=tuple(row for row in PROFILE.denoise if row.step_s != 0.06))
+    narrow = dataclasses.replace(PROFILE, rows=tuple(row for row in PROFILE.rows if row.seconds != 0.06))
     request = take(dataclasses.replace(INTAKE, cost=ProfileCost(narrow)), size="256x512", num_steps=1)
     assert request.deadline_s == pytest.approx(1000.0 + 3.0 * (0.5 + 0.2 + 0.4))
 
@@ -191,8 +200,9 @@ def test_a_request_may_pin_its_degrees() -> None:
     pinned = take(degrees=(2, 1))
     assert pinned.degrees == (1, 2)
     assert take(degrees=(1,), max_sequence_length=63).max_sequence_length == 63  # what degree 2 would not divide
-    assert list(INTAKE.cost.times(take(degrees=(2,)), DENOISE)) == [2]
-    assert list(INTAKE.cost.times(pinned, DENOISE)) == [1, 2]
+    narrow = take(degrees=(2,))
+    assert list(INTAKE.cost.times(narrow, narrow.stepped)) == [2]
+    assert list(INTAKE.cost.times(pinned, pinned.stage_of(DENOISE))) == [1, 2]
 
 
 @pytest.mark.parametrize("degrees", [(3,), (1, 4), (), (0,), (-1,)])

@@ -14,6 +14,7 @@ from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import LiveEngine
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.launch import (
@@ -31,7 +32,7 @@ from tetriserve.launch import (
 )
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.registry import make_policy
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost, load_profile, save_profile
+from tetriserve.profile import Profile, ProfileCost, Row, load_profile, save_profile
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profiler import hardware_name
 from tetriserve.simulator.foresight import SimulatedForesight
@@ -42,15 +43,24 @@ CARD = ModelCard(
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256), Shape(512, 512)), fingerprint="abc",
 )  # fmt: skip
 PROFILE = Profile(
-    model="tiny", fingerprint="abc", hardware="h", dtype="float32", source="s", created="c", encode_s=0.5,
+    model="tiny",
+    fingerprint="abc",
+    hardware="h",
+    dtype="float32",
+    source="s",
+    created="c",
     switch_s=0.001,
-    denoise=tuple(
-        DenoiseRow(height=side, width=side, tokens=side * side // 1024, degree=degree, step_s=0.1)
-        for side in (256, 512)
-        for degree in (1, 2)
+    rows=(
+        Row(stage=ENCODE, seconds=0.5),
+        *(
+            Row(stage=DENOISE, height=side, width=side, tokens=side * side // 1024, degree=degree, seconds=0.1)
+            for side in (256, 512)
+            for degree in (1, 2)
+        ),
+        Row(stage=DECODE, height=256, width=256, seconds=0.2),
+        Row(stage=DECODE, height=512, width=512, seconds=0.8),
     ),
-    decode=(DecodeRow(height=256, width=256, decode_s=0.2), DecodeRow(height=512, width=512, decode_s=0.8)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -157,7 +167,7 @@ def test_a_profile_can_be_measured_anew_and_then_goes_before_a_bundled_one(
     save_profile(bundled, tmp_path / "bundled/p.json")
     assert find_profile(config, CARD) == bundled
     assert find_profile(dataclasses.replace(config, remeasure=True), CARD) is None
-    measured = dataclasses.replace(bundled, encode_s=0.7)
+    measured = dataclasses.replace(bundled, switch_s=0.7)
     save_profile(measured, cached_profile_path(CARD, config.pool))
     assert find_profile(config, CARD) == measured
 
@@ -212,7 +222,7 @@ async def test_what_an_engine_learnt_is_kept_at_its_stop_and_taken_up_by_the_nex
     assert isinstance(learnt, ProfileCost)
     assert learnt.corrections != Corrections()
     assert find_corrections(PROFILE, CARD, pool) == learnt.corrections
-    assert find_corrections(dataclasses.replace(PROFILE, encode_s=0.6), CARD, pool) == Corrections()  # measured anew
+    assert find_corrections(dataclasses.replace(PROFILE, switch_s=0.6), CARD, pool) == Corrections()  # measured anew
     assert find_corrections(PROFILE, CARD, PoolConfig(num_ranks=2)) == Corrections()
     corrections_path(CARD, pool).write_text("{")
     caplog.clear()

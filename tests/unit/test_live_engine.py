@@ -16,11 +16,12 @@ from tetriserve.core.errors import InvalidRequest, RequestFailed
 from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
 from tetriserve.core.plan import Plan, State
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import EndedTask, GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred, Stopped
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
 from tetriserve.workload.slo import MultipleRule
@@ -35,11 +36,19 @@ CARD = ModelCard(
 )  # fmt: skip
 COST = ProfileCost(
     Profile(
-        model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.01, switch_s=0.001,
-        denoise=(DenoiseRow(height=256, width=256, tokens=64, degree=1, step_s=0.01),),
-        decode=(DecodeRow(height=256, width=256, decode_s=0.01),),
+        model="tiny",
+        hardware="h",
+        dtype="float32",
+        source="s",
+        created="c",
+        switch_s=0.001,
+        rows=(
+            Row(stage=ENCODE, seconds=0.01),
+            Row(stage=DENOISE, height=256, width=256, tokens=64, degree=1, seconds=0.01),
+            Row(stage=DECODE, height=256, width=256, seconds=0.01),
+        ),
     )
-)  # fmt: skip
+)
 
 
 class ObedientExecutor:

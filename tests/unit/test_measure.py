@@ -46,10 +46,10 @@ async def test_on_a_quiet_machine_every_shape_is_measured_once() -> None:
     profile, executor = await measured(quiet)
     assert profile.doubt == ""
     assert executor.goes == {SMALL: 1, LARGE: 1}
-    assert {(row.shape, row.degree): row.step_s for row in profile.denoise} == pytest.approx(
+    assert {(row.shape, row.degree): row.seconds for row in profile.rows_of(DENOISE)} == pytest.approx(
         {(shape, degree): step_s for shape in CARD.sizes for degree, step_s in STEP_S.items()}
     )
-    assert [row.decode_s for row in profile.decode] == [DECODE_S, DECODE_S]
+    assert [row.seconds for row in profile.rows_of(DECODE)] == [DECODE_S, DECODE_S]
     assert profile.encode_s == ENCODE_S
 
 
@@ -61,15 +61,15 @@ async def test_a_shape_that_was_disturbed_is_measured_again_and_the_disturbed_ti
     assert executor.goes == {SMALL: 1, LARGE: 2}
     assert profile.doubt == ""
     assert profile.encode_s == ENCODE_S
-    assert [row.step_s for row in profile.denoise] == pytest.approx([0.4, 0.25, 0.4, 0.25])
-    assert [row.decode_s for row in profile.decode] == [DECODE_S, DECODE_S]
+    assert [row.seconds for row in profile.rows_of(DENOISE)] == pytest.approx([0.4, 0.25, 0.4, 0.25])
+    assert [row.seconds for row in profile.rows_of(DECODE)] == [DECODE_S, DECODE_S]
 
 
 async def test_on_a_machine_that_stays_busy_the_smallest_shape_is_tried_thrice_and_the_best_is_kept_in_doubt() -> None:
     factors = {0: 3.0, 1: 1.5, 2: 5.0}
     profile, executor = await measured(lambda shape, task, go: slowed(factors.get(go, 1.0), task))
     assert executor.goes == {SMALL: 3, LARGE: 1}
-    assert [row.step_s for row in profile.denoise] == pytest.approx([0.6, 0.375, 1.2, 0.75])
+    assert [row.seconds for row in profile.rows_of(DENOISE)] == pytest.approx([0.6, 0.375, 1.2, 0.75])
     assert profile.doubt == "256x256 at degree 1: workers had a processor for 67% of the time, and 1 more sizes"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from tetriserve.core.cluster import aligned_groups, warm_groups
@@ -44,17 +42,6 @@ def test_a_shape_is_written_as_it_is_read_and_counts_its_pixels() -> None:
     assert str(Shape(256, 512, frames=9)) == "512x256x9"
     assert Shape(256, 512).num_pixels == 131072
     assert Shape(256, 512, frames=9).num_pixels == 9 * 131072
-
-
-@pytest.mark.parametrize(
-    ("negative_prompt", "true_cfg_scale", "num_passes"),
-    [(None, 1.0, 1), (None, 4.0, 1), ("blurry", 1.0, 1), ("blurry", 1.5, 2), ("", 4.0, 2)],
-)
-def test_a_step_takes_two_forwards_only_with_a_negative_prompt_and_a_scale_above_1(
-    negative_prompt: str | None, true_cfg_scale: float, num_passes: int
-) -> None:
-    request = dataclasses.replace(REQUEST, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale)
-    assert request.num_passes == num_passes
 
 
 def test_a_trajectory_goes_from_encode_over_its_steps_to_decode() -> None:

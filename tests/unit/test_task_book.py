@@ -19,15 +19,23 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.engine.tasks import EndedTask, TaskBook
-from tetriserve.profile import DecodeRow, DenoiseRow, Profile, ProfileCost
+from tetriserve.profile import Profile, ProfileCost, Row
 
 COST = ProfileCost(
     Profile(
-        model="tiny", hardware="h", dtype="float32", source="s", created="c", encode_s=0.01, switch_s=0.001,
-        denoise=(DenoiseRow(height=256, width=256, tokens=64, degree=1, step_s=0.25),),
-        decode=(DecodeRow(height=256, width=256, decode_s=0.01),),
+        model="tiny",
+        hardware="h",
+        dtype="float32",
+        source="s",
+        created="c",
+        switch_s=0.001,
+        rows=(
+            Row(stage=ENCODE, seconds=0.01),
+            Row(stage=DENOISE, height=256, width=256, tokens=64, degree=1, seconds=0.25),
+            Row(stage=DECODE, height=256, width=256, seconds=0.01),
+        ),
     )
-)  # fmt: skip
+)
 REQUEST = Request(
     request_id="a", prompt="", shape=Shape(256, 256), stages=image_stages(4), seed=0, arrival_s=0.0, deadline_s=9.0
 )

@@ -16,8 +16,8 @@ def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping
 
 def task_s(cost: CostModel, task: Task, request: Request) -> float:
     """Seconds that the ranks of `task` compute, of which `request` is a member; starting it comes on top."""
-    stage = next(stage for stage in request.stages if stage.kind == task.stage)
-    return max(1, task.num_steps) * cost.times(request, stage, len(task.members))[task.degree]
+    times = cost.times(request, request.stage_of(task.stage), len(task.members))
+    return max(1, task.num_steps) * times[task.degree]
 
 
 def stage_s(cost: CostModel, request: Request, stage: Stage, degree: int) -> float:

@@ -82,6 +82,10 @@ class Request:
         """Of all stages together."""
         return sum(stage.num_steps for stage in self.stages)
 
+    def stage_of(self, kind: str) -> Stage:
+        """Its stage of this kind, which it must have."""
+        return next(stage for stage in self.stages if stage.kind == kind)
+
     @property
     def stepped(self) -> Stage:
         """The first stage that has steps; without one, the first stage."""

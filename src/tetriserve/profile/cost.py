@@ -74,7 +74,7 @@ class ProfileCost:
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
-        stage = next(stage for stage in request.stages if stage.kind == task.stage)
+        stage = request.stage_of(task.stage)
         case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, len(task.members))
         profiled_s = max(1, task.num_steps) * self._profiled_s(case) * stage.num_passes
         corrections = self.corrections.after(case, elapsed_s / profiled_s)

@@ -14,7 +14,7 @@ import pytest
 
 from tetriserve.core.cost import task_s
 from tetriserve.core.plan import CostModel, InFlight, Plan, State, Task
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Request, Shape, Stage
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies import Policy, make_policy
@@ -35,9 +35,9 @@ class TableCost:
         object.__setattr__(self, "steps", MappingProxyType(steps))
         object.__setattr__(self, "decode", MappingProxyType(dict(self.decode)))
 
-    def times(self, request: Request, stage: str) -> Mapping[int, float]:
+    def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         height = request.shape.height
-        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode[height]}}.get(stage, self.steps[height])
+        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode[height]}}.get(stage.kind, self.steps[height])
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
@@ -91,7 +91,7 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
         assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
         if task.stage == DENOISE:
-            assert task.degree in state.cost.times(trajectory.request, task.stage)
+            assert task.degree in state.cost.times(trajectory.request, trajectory.stage)
             assert 1 <= task.num_steps <= trajectory.remaining_steps
         else:
             assert task.degree == 1

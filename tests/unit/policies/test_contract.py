@@ -79,7 +79,7 @@ def test_what_a_policy_is_given_cannot_be_changed(request_of, flux):
             with pytest.raises(FrozenInstanceError):
                 setattr(value, field.name, None)
     with pytest.raises(TypeError):
-        flux.times(trajectory.request, DENOISE)[1] = 0.0
+        flux.times(trajectory.request, trajectory.request.stage_of(DENOISE))[1] = 0.0
 
 
 @every_policy

@@ -24,7 +24,7 @@ def facts(derived):
         derived.append(trajectory.request_id)
         return trajectory.request_id, terms
 
-    return Facts(lambda request, state: state.cost.times(request, DECODE)[1], derive)
+    return Facts(lambda request, state: state.cost.times(request, request.stage_of(DECODE))[1], derive)
 
 
 @pytest.fixture

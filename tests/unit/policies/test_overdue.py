@@ -55,7 +55,11 @@ def test_late_requests_get_what_requests_with_seconds_of_slack_do_not_need(polic
     late = [request(f"late {number}", 5.0 + number, 0.001, 4) for number in range(3)]
     ended = list(loop.run(late))
     waits_s = [o.finish_s - o.request.arrival_s for o in ended if o.request.request_id.startswith("late")]
-    alone_s = COST.times(late[0], ENCODE)[1] + 4 * COST.times(late[0], DENOISE)[1] + COST.times(late[0], DECODE)[1]
+    alone_s = (
+        COST.times(late[0], late[0].stage_of(ENCODE))[1]
+        + 4 * COST.times(late[0], late[0].stage_of(DENOISE))[1]
+        + COST.times(late[0], late[0].stage_of(DECODE))[1]
+    )
     assert len(waits_s) == 3
     assert max(waits_s) <= 10 * alone_s
     clients = [o for o in ended if o.request.request_id.startswith("client")]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tetriserve.core.plan import CostModel, Task
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Request, Shape, Stage
 from tetriserve.core.stages import DECODE, ENCODE, image_stages
 from tetriserve.profile import ProfileCost
 from tetriserve.profile.bundled import open_profile
@@ -29,8 +29,8 @@ class TableCost:
     switch_s: float = 0.0
     move_s: float = 0.0
 
-    def times(self, request: Request, stage: str) -> Mapping[int, float]:
-        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode}}.get(stage, self.steps[request.shape.height])
+    def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
+        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode}}.get(stage.kind, self.steps[request.shape.height])
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self

@@ -133,7 +133,10 @@ def test_coarse_encoding_joins_the_first_denoise_task_and_decoding_follows_the_l
     runs = [run for run in future.runs if run.task.members[0] == waiting.request_id]
     first, decode = runs[0], runs[-1]
     assert (first.task.stage, decode.task.stage) == (DENOISE, DECODE)
-    work_s = first.task.num_steps * flux.times(waiting, DENOISE)[1] + flux.times(waiting, ENCODE)[1]
+    work_s = (
+        first.task.num_steps * flux.times(waiting, waiting.stage_of(DENOISE))[1]
+        + flux.times(waiting, waiting.stage_of(ENCODE))[1]
+    )
     assert first.end_s - first.start_s == pytest.approx(work_s + flux.switch_s, abs=flux.move_s + 1e-9)
     assert decode.start_s == pytest.approx(runs[-2].end_s)
 

@@ -91,9 +91,9 @@ def test_an_empty_pool_quotes_the_time_alone_and_a_little_to_spare_to_the_tick(p
     request = asked(512, 100.0)
     quote = pool.quote(request)
     alone_s = (
-        flux.times(request, ENCODE)[1]
-        + 10 * flux.times(request, DENOISE)[1]
-        + flux.times(request, DECODE)[1]
+        flux.times(request, request.stage_of(ENCODE))[1]
+        + 10 * flux.times(request, request.stage_of(DENOISE))[1]
+        + flux.times(request, request.stage_of(DECODE))[1]
         + 3 * flux.switch_s
     )
     assert quote.is_feasible

@@ -62,7 +62,7 @@ def test_no_degree_fits(table_cost, request_of) -> None:
 def test_a_whole_request_costs_what_its_allocation_costs_up_to_a_fraction_of_a_step(side, flux, request_of) -> None:
     request = request_of(0.0, 1.0, num_steps=28, height=side)
     chain = chain_of(request, flux, 8)
-    times = flux.times(request, DENOISE)
+    times = flux.times(request, request.stage_of(DENOISE))
     for window_s in np.linspace(chain.fastest_s + 1e-6, 3 * chain.fastest_s, 50):
         segments = deadline_aware_allocation(28, window_s - chain.head_s - chain.tail_s, times)
         exact = sum(part.num_steps * part.degree * times[part.degree] for part in segments)

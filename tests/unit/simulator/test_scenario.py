@@ -21,7 +21,7 @@ def test_the_pool_is_as_large_as_the_profiles_largest_degree_unless_said() -> No
     assert prepare(Scenario(profile="qwen-image-4xh20", slo_multiple=1.5)).num_ranks == 4
     small = prepare(Scenario(num_ranks=2))
     request = next(small.requests(0))
-    assert list(small.cost.times(request, DENOISE)) == [1, 2]
+    assert list(small.cost.times(request, request.stage_of(DENOISE))) == [1, 2]
 
 
 def test_a_profile_is_bundled_or_a_file(tmp_path: Path) -> None:
@@ -99,7 +99,9 @@ def test_a_traces_shape_that_the_profile_lacks_is_named(tmp_path: Path) -> None:
 
 def test_a_pool_smaller_than_every_degree_is_named(tmp_path: Path) -> None:
     profile = open_profile("flux.1-dev-8xh100")
-    wide = dataclasses.replace(profile, denoise=tuple(row for row in profile.denoise if row.degree >= 4))
+    wide = dataclasses.replace(
+        profile, rows=tuple(row for row in profile.rows if row.tokens is None or row.degree >= 4)
+    )
     path = tmp_path / "wide.json"
     save_profile(wide, path)
     with pytest.raises(ConfigError, match="ranks is 2; profile .*wide.json starts at degree 4"):
