@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 _MAX_RESTART_DELAY_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 _KILL_TIMEOUT_S = 1.0
+_FIRST_PATIENCE = 5.0
+"""A fork server may take so many times as long for the first workers as for later ones: nobody waits for an image, and
+a start that fails is for good."""
 
 
 class LocalExecutor:
@@ -101,7 +104,7 @@ class LocalExecutor:
             async with asyncio.timeout(self._pool.start_timeout_s):
                 on_progress(f"starting {self._pool.num_ranks} workers")
                 for rank in range(self._pool.num_ranks):
-                    await self._spawn(rank)
+                    await self._spawn(rank, patience=_FIRST_PATIENCE)
                 on_progress("loading the model")
                 await self._started
                 self._watch = asyncio.create_task(self._watch_heartbeats())
@@ -196,14 +199,14 @@ class LocalExecutor:
         while self._workers and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
-    async def _spawn(self, rank: int) -> None:
+    async def _spawn(self, rank: int, *, patience: float = 1.0) -> None:
         ours, theirs = self._starter.context.Pipe()
         lifeline, held = self._starter.context.Pipe(duplex=False)
         process = self._starter.context.Process(  # type: ignore[attr-defined]
             target=worker_main, args=(self._spec(rank), theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
         )
         try:
-            await self._starter.start(process)
+            await self._starter.start(process, patience=patience)
         except BaseException:
             ours.close()
             lifeline.close()

@@ -47,12 +47,12 @@ class ProcessStarter:
         self._turn = asyncio.Lock()
         self._processes: list[BaseProcess] = []
 
-    async def start(self, process: BaseProcess) -> None:
+    async def start(self, process: BaseProcess, *, patience: float = 1.0) -> None:
         """Start it with the environment that workers need.
 
         A fork server that does not answer is ended, and the next start has another: one that has yet to load its
-        libraries is waited for as long as workers are, one that has forked before for a worker's silence. A start that
-        is cancelled leaves nothing either.
+        libraries is waited for as long as workers are, one that has forked before for `patience` times a worker's
+        silence. A start that is cancelled leaves nothing either.
 
         Raises:
             NoProcess: no process, no memory, or no fork server at the moment.
@@ -60,7 +60,7 @@ class ProcessStarter:
         async with self._turn:
             begun = _starting_thread().submit(partial(_start, process, self._pool))
             start = asyncio.wrap_future(begun)
-            patience_s = self._pool.heartbeat_timeout_s if _has_forked() else self._pool.start_timeout_s
+            patience_s = patience * self._pool.heartbeat_timeout_s if _has_forked() else self._pool.start_timeout_s
             try:
                 await asyncio.wait({start}, timeout=patience_s)
             except asyncio.CancelledError:
