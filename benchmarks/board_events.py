@@ -26,11 +26,13 @@ from tetriserve.control import Controller
 from tetriserve.core.cost import task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Generation, Intake, LiveEngine
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
+from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.server import run_server
@@ -97,24 +99,26 @@ class Load:
     def engine(self) -> LiveEngine:
         shapes = tuple(Shape(side, side) for side in SIDES)
         card = ModelCard(
-            name="timers", path=Path("timers"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=16,
+            name="timers", path=Path("timers"), family="flux", pipeline_class="FluxPipeline",
+            execution=Execution("float32"), size_multiple=16,
             pixels_per_token=16, num_heads=16, num_text_tokens=64, default_num_steps=NUM_STEPS,
             default_guidance_scale=3.5, has_guidance=True, has_negative_prompt=True, sizes=shapes, fingerprint="timers",
         )  # fmt: skip
         degrees = tuple(degree for degree in (1, 2, 4, 8) if degree <= self.num_ranks)
         profile = Profile(
-            model=card.name, hardware="timers", dtype="float32", source="made up", created="2026-01-01",
+            model=card.name, hardware="timers", execution=Execution("float32"), source="made up", created="2026-01-01",
             switch_s=0.001,
             rows=(Row(stage=ENCODE, seconds=0.003 * self.slow), *tuple(
                 Row(
-stage=DENOISE,                    height=shape.height, width=shape.width, tokens=card.num_tokens(shape), degree=degree,
+                    stage=DENOISE, height=shape.height, width=shape.width, degree=degree,
+                    tokens=FLUX.num_tokens(card, shape),
                     seconds=self.slow * (0.002 + shape.num_pixels * 3e-8 / degree**0.85),
                 )
                 for shape in shapes
                 for degree in degrees
             ), *tuple(Row(stage=DECODE, height=s.height, width=s.width, seconds=0.003 * self.slow) for s in shapes)),
         )  # fmt: skip
-        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, degrees))
+        cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(card, shape, degrees))
         new_policy = partial(make_policy, self.policy, cost, num_ranks=self.num_ranks, shapes=shapes)
         engine = LiveEngine(
             Controller(new_policy(), cost), TimerExecutor(self.num_ranks, cost), Intake(card=card, cost=cost),

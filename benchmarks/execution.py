@@ -26,7 +26,7 @@ from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.processes import ProcessStarter
 from tetriserve.launch import StartProgress, find_model, launch
-from tetriserve.models.card import read_card
+from tetriserve.models.checkpoint import read_card
 
 NUM_STEPS = 20
 BARS = {Shape(256, 256): 1.05, Shape(512, 512): 1.02}

@@ -21,9 +21,11 @@ from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
 from tetriserve.core.cost import task_s
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Intake, LiveEngine
+from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
@@ -34,13 +36,13 @@ NOISE = 0.1
 SPEEDUPS = {1: 1.0, 2: 1.6}
 STEP_S = {128: 0.04, 256: 0.16}
 PROFILE = Profile(
-    model=CARD.name, hardware="timers", dtype="float32", source="made up", created="2026-01-01",
+    model=CARD.name, hardware="timers", execution=Execution("float32"), source="made up", created="2026-01-01",
     switch_s=0.001,
     rows=(
         Row(stage=ENCODE, seconds=0.04),
         *(
             Row(
-                stage=DENOISE, height=side, width=side, tokens=CARD.num_tokens(Shape(side, side)), degree=degree,
+                stage=DENOISE, height=side, width=side, tokens=FLUX.num_tokens(CARD, Shape(side, side)), degree=degree,
                 seconds=step_s / speedup,
             )
             for side, step_s in STEP_S.items()
@@ -74,7 +76,7 @@ def main() -> int:
     parser.add_argument("--policy", required=True)
     parser.add_argument("--max-queue", type=int, required=True)
     options = parser.parse_args()
-    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, tuple(SPEEDUPS)))
+    cost = ProfileCost(PROFILE, lambda shape: FLUX.valid_degrees(CARD, shape, tuple(SPEEDUPS)))
     new_policy = partial(make_policy, options.policy, cost, num_ranks=2, shapes=PROFILE.shapes)
 
     async def launch() -> LiveEngine:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_REQUESTS, MAX_TIME_S, SLO_SCALES, check_range
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import LATE_SHARE
 
 DEVICES = ("cpu", "cuda")
@@ -193,6 +194,7 @@ class EngineConfig:
     remeasure: measure a profile even if one is found.
     served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
+    execution: how the model is run; None is as its directory says.
     journal: None keeps nothing.
     """
 
@@ -201,6 +203,7 @@ class EngineConfig:
     remeasure: bool = False
     served_model_names: tuple[str, ...] = ()
     max_sequence_length: int | None = None
+    execution: Execution | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None

@@ -15,6 +15,7 @@ import platformdirs
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Intake
@@ -23,7 +24,9 @@ from tetriserve.engine.observers import Observation, Observer, Stopped
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal, Model
-from tetriserve.models.card import MAX_TEXT_TOKENS, ModelCard, read_card
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.registry import family_of
 from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy, warn_of_long_rounds
@@ -65,7 +68,7 @@ async def launch(
     find_policy(spec)
     _check_interpreter()
     _check_device(pool)
-    card = find_model(config.model, config.max_sequence_length)
+    card = find_model(config.model, config.max_sequence_length, config.execution)
     if config.served_model_names:
         name, *aliases = config.served_model_names
         card = replace(card, name=name, aliases=tuple(aliases))
@@ -73,7 +76,7 @@ async def launch(
     profile = profile or find_profile(replace(config, pool=pool), card)
 
     def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
-        cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees), corrections)
+        cost = ProfileCost(profile, lambda shape: _valid_degrees(card, shape, pool), corrections)
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
         new_policy = partial(
@@ -137,20 +140,26 @@ def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
     return Journal(Path(config.journal.directory), Model(card.name, card.fingerprint))
 
 
-def find_model(model: str | None, max_sequence_length: int | None = None) -> ModelCard:
+def find_model(
+    model: str | None, max_sequence_length: int | None = None, execution: Execution | None = None
+) -> ModelCard:
     """The card of a checkpoint directory; None is the bundled model.
 
     max_sequence_length: replaces the model's own; step times change with it, so that a profile belongs to one.
+    execution: replaces what its directory says.
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
         ConfigError: `max_sequence_length` is out of range.
     """
     card = read_card(BUNDLED_MODEL if model is None else Path(model))
+    if execution is not None:
+        card = replace(card, execution=execution)
     if max_sequence_length in (None, card.num_text_tokens):
         return card
-    if not 1 <= max_sequence_length <= MAX_TEXT_TOKENS:
-        raise ConfigError(f"max-sequence-length is {max_sequence_length}; allowed: 1 to {MAX_TEXT_TOKENS}")
+    longest = family_of(card).max_text_tokens
+    if not 1 <= max_sequence_length <= longest:
+        raise ConfigError(f"max-sequence-length is {max_sequence_length}; allowed: 1 to {longest}")
     fingerprint = f"{card.fingerprint}-text{max_sequence_length}"
     return replace(card, num_text_tokens=max_sequence_length, fingerprint=fingerprint)
 
@@ -167,6 +176,10 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         profile = check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
         if profile.doubt:
             logger.warning("the times of profile %s may be too long: %s", config.profile, profile.doubt)
+        if profile.execution != card.execution:
+            logger.warning(
+                "profile %s is of %s, but %s runs in %s", config.profile, profile.execution, card.name, card.execution
+            )
         return profile
     if config.remeasure:
         return None
@@ -178,8 +191,8 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         except ProfileError as error:
             logger.debug("not using a profile: %s", error)
             continue
-        known = (profile.hardware, profile.fingerprint, profile.dtype)
-        if known == (hardware_name(config.pool), card.fingerprint, card.dtype) and set(profile.shapes) >= set(
+        known = (profile.hardware, profile.fingerprint, profile.execution)
+        if known == (hardware_name(config.pool), card.fingerprint, card.execution) and set(profile.shapes) >= set(
             card.sizes
         ):  # sizes may have been added since
             if profile.doubt:
@@ -203,7 +216,7 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
         )
     for shape in profile.shapes:
         measured = {row.degree for row in profile.rows if row.shape == shape and row.tokens}
-        missing = [degree for degree in card.valid_degrees(shape, pool.degrees) if degree not in measured]
+        missing = [degree for degree in _valid_degrees(card, shape, pool) if degree not in measured]
         if missing:
             raise ProfileError(
                 f"profile {name} has no row for {shape} at degree {missing[0]}; measure one with --degrees "
@@ -279,8 +292,8 @@ def cache_directory() -> Path:
 
 
 def cached_profile_path(card: ModelCard, pool: PoolConfig) -> Path:
-    """One file per model, hardware and degrees."""
-    parts = (card.fingerprint, card.dtype, hardware_name(pool), "-".join(map(str, pool.degrees)))
+    """One file per model, execution, hardware and degrees."""
+    parts = (card.fingerprint, str(card.execution), hardware_name(pool), "-".join(map(str, pool.degrees)))
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts))
     return cache_directory() / "profiles" / f"{name}.json"
 
@@ -308,15 +321,21 @@ async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig
 
 def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
     """`pool` without the degrees at which none of the model's sizes can run; a warning names them."""
-    usable = {degree for shape in card.sizes for degree in card.valid_degrees(shape, pool.degrees)}
+    usable = {degree for shape in card.sizes for degree in _valid_degrees(card, shape, pool)}
     dropped = [degree for degree in pool.degrees if degree not in usable]
     if not dropped:
         return pool
+    counts = family_of(card).shared(card, card.sizes[0])
     logger.warning(
-        "degrees %s are not used: no size of %s can run at them (a degree must divide %d heads, %d text tokens and the "
-        "image tokens)", ",".join(map(str, dropped)), card.name, card.num_heads, card.num_text_tokens,
+        "degrees %s are not used: no size of %s can run at them (a degree must divide %s of %s)",
+        ",".join(map(str, dropped)), card.name, ", ".join(f"{count} {what}" for what, count in counts.items()),
+        card.sizes[0],
     )  # fmt: skip
     return replace(pool, degrees=tuple(sorted(usable)))
+
+
+def _valid_degrees(card: ModelCard, shape: Shape, pool: PoolConfig) -> tuple[int, ...]:
+    return family_of(card).valid_degrees(card, shape, pool.degrees)
 
 
 def _check_interpreter() -> None:

@@ -60,7 +60,7 @@ class Gallery:
     def paint(cls, pictures: Sequence[Picture]) -> Gallery:
         import torch
 
-        from tetriserve.models.flux import FluxAdapter
+        from tetriserve.models.flux.adapter import FluxAdapter
 
         torch.set_num_threads(1)
         adapter = FluxAdapter(find_model(None), "cpu")

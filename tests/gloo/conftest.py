@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.launch import BUNDLED_MODEL
-from tetriserve.models.card import ModelCard, read_card
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
 from tetriserve.profile import Profile, Row, save_profile
 
 if TYPE_CHECKING:
-    from tetriserve.models.flux import FluxAdapter
+    from tetriserve.models.flux.adapter import FluxAdapter
 
 # Worker processes begin with a copy of this path: it is how they find the adapters that tests inject.
 sys.path.append(str(Path(__file__).parent / "injected"))
@@ -45,7 +47,7 @@ def profile(bundled_card: ModelCard) -> Profile:
         model=bundled_card.name,
         fingerprint=bundled_card.fingerprint,
         hardware="written by hand",
-        dtype="float32",
+        execution=Execution("float32"),
         source="tests",
         created="2026-01-01",
         switch_s=0.002,
@@ -73,7 +75,7 @@ def reference(bundled_card: ModelCard) -> FluxAdapter:
     """The adapter in this process, at degree 1."""
     import torch
 
-    from tetriserve.models.flux import FluxAdapter
+    from tetriserve.models.flux.adapter import FluxAdapter
 
     torch.set_num_threads(1)
     return FluxAdapter(bundled_card, "cpu")

@@ -12,7 +12,8 @@ import torch
 from tetriserve.core.request import Shape
 from tetriserve.evaluation.reading import read_image
 from tetriserve.launch import find_model
-from tetriserve.models.card import read_card
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.flux.facts import FLUX
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,10 @@ def test_what_is_shipped_is_small_and_is_the_model_served_when_none_is_named(bun
 
 def test_the_card_of_the_bundled_model(bundled_dir: Path) -> None:
     card = read_card(bundled_dir)
-    assert (card.name, card.dtype, card.default_num_steps) == ("tetriserve-tiny", "float32", 20)
-    assert [card.num_tokens(Shape(side, side)) for side in (256, 512, 1024)] == [64, 256, 1024]
+    assert (card.name, card.execution.dtype, card.default_num_steps) == ("tetriserve-tiny", "float32", 20)
+    assert [FLUX.num_tokens(card, Shape(side, side)) for side in (256, 512, 1024)] == [64, 256, 1024]
     assert (card.num_heads, card.num_text_tokens) == (8, 40)
-    assert card.valid_degrees(Shape(256, 256), (1, 2, 4, 8)) == (1, 2, 4, 8)
+    assert FLUX.valid_degrees(card, Shape(256, 256), (1, 2, 4, 8)) == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tetriserve.core.errors import CheckpointError
-from tetriserve.models.card import read_card
+from tetriserve.models.checkpoint import read_card
 from tetriserve.models.registry import load_adapter
 
 Tensors = dict[str, torch.Tensor]

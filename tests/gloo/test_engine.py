@@ -40,6 +40,7 @@ from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Ob
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import ModelCard
+from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
 from tetriserve.simulator.foresight import SimulatedForesight
@@ -121,7 +122,7 @@ async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, polic
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
     executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
-    cost = ProfileCost(profile, lambda shape: card.valid_degrees(shape, pool.degrees))
+    cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(card, shape, pool.degrees))
     new_policy = partial(make_policy, policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),
@@ -310,7 +311,7 @@ async def test_the_event_log_replayed_through_a_new_controller_gives_the_same_co
     joined = len(setup.events) - len(log)
     assert joined == len(setup.all_ranks)
     degrees = PoolConfig(num_ranks=len(setup.all_ranks)).degrees
-    cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(shape, degrees))
+    cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(bundled_card, shape, degrees))
     policy = make_policy("lookahead", cost, num_ranks=len(setup.all_ranks), shapes=profile.shapes)
     again = Controller(policy, cost)
     commands = [again.handle(event, now) for now, event in setup.events]

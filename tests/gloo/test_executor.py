@@ -29,8 +29,9 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.executor.local import LocalExecutor
-from tetriserve.models.card import ModelCard, read_card
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.profiler import measure
 from tetriserve.worker.store import TensorStore
 

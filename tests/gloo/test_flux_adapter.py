@@ -20,10 +20,12 @@ import torch
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
-from tetriserve.models.card import ModelCard, read_card
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.models.registry import load_adapter
 
 HANG_S = 600.0
@@ -113,7 +115,7 @@ def test_latents_and_pixels_are_those_of_the_pipeline(adapter: FluxAdapter, pipe
 
 
 def test_half_precision_is_that_of_the_pipeline(card: ModelCard) -> None:
-    adapter = FluxAdapter(dataclasses.replace(card, dtype="bfloat16"), "cpu")
+    adapter = FluxAdapter(dataclasses.replace(card, execution=Execution("bfloat16")), "cpu")
     latents = denoise(adapter, NEGATIVE)
     pipeline = plain_pipeline(card.path, torch.bfloat16)
     assert latents.dtype == torch.bfloat16

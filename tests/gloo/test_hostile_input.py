@@ -17,8 +17,8 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.engine import Generation
 from tetriserve.launch import StartProgress, launch
-from tetriserve.models.card import read_card
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.flux.adapter import FluxAdapter
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)

@@ -16,7 +16,7 @@ from tetriserve.engine import GeneratedImage, Generation
 from tetriserve.engine import Progress as Told
 from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.models.preview import Latents, fit_basis, project
 
 REQUEST = Request(

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from tetriserve.core.execution import DTYPES, Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
-from tetriserve.models.card import DTYPES, TOLERANCES, ModelCard, read_card
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.card import TOLERANCES, ModelCard
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.flux.adapter import FluxAdapter
 
 HANG_S = 600.0
 """Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
@@ -56,7 +58,7 @@ def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
     mesh = forming.Groups(rank, "gloo", "cpu", directory, timeout_s=HANG_S).get("group", (0, 1)).mesh
     results: Results = {}
     for dtype in DTYPES:
-        adapter = FluxAdapter(dataclasses.replace(read_card(model_dir), dtype=dtype), "cpu")
+        adapter = FluxAdapter(dataclasses.replace(read_card(model_dir), execution=Execution(dtype)), "cpu")
         for prompt, side, (name, degrees) in product(PROMPTS, SIDES, SCHEDULES.items()):
             meshes = [mesh if degree == 2 else None for degree in degrees]
             results[dtype, prompt, side, name] = draw(adapter, prompt, side, meshes)
@@ -84,7 +86,7 @@ def test_any_schedule_stays_within_the_stated_tolerance_and_the_same_degrees_giv
     """One test: the results take half a minute, and each process that runs tests would make them anew."""
     results = split_results(bundled_card.path, tmp_path)
     for dtype in DTYPES:
-        adapter = FluxAdapter(dataclasses.replace(bundled_card, dtype=dtype), "cpu")
+        adapter = FluxAdapter(dataclasses.replace(bundled_card, execution=Execution(dtype)), "cpu")
         tolerance = TOLERANCES[dtype]
         for prompt, side in product(PROMPTS, SIDES):
             alone = draw(adapter, prompt, side, [None]).astype(int)

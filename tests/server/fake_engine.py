@@ -23,12 +23,14 @@ import numpy as np
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.control import Controller
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import DurableWork, Intake, LiveEngine, Observation
 from tetriserve.executor.protocol import OnEvent, Preview
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
+from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.preview import Latents
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -45,8 +47,9 @@ FAILING = "make it fail"
 CARD = ModelCard(
     name="tiny/flux",
     path=Path("tiny"),
+    family="flux",
     pipeline_class="FluxPipeline",
-    dtype="float32",
+    execution=Execution("float32"),
     size_multiple=16,
     pixels_per_token=16,
     num_heads=4,
@@ -62,13 +65,13 @@ CARD = ModelCard(
 
 def step_s(shape: Shape, degree: int) -> float:
     """Linear in tokens, with 80 % efficiency per doubling of the degree."""
-    return STEP_S * CARD.num_tokens(shape) / 64 / {1: 1.0, 2: 1.6}[degree]
+    return STEP_S * FLUX.num_tokens(CARD, shape) / 64 / {1: 1.0, 2: 1.6}[degree]
 
 
 PROFILE = Profile(
     model=CARD.name,
     hardware="timers",
-    dtype="float32",
+    execution=Execution("float32"),
     source="made up",
     created="2026-01-01",
     switch_s=0.001,
@@ -79,7 +82,7 @@ PROFILE = Profile(
                 stage=DENOISE,
                 height=side,
                 width=side,
-                tokens=CARD.num_tokens(Shape(side, side)),
+                tokens=FLUX.num_tokens(CARD, Shape(side, side)),
                 degree=degree,
                 seconds=step_s(Shape(side, side), degree),
             )
@@ -202,7 +205,7 @@ MODEL = Model(CARD.name, CARD.fingerprint)
 
 def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
     """A started engine; call it on the loop that it will run on."""
-    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(shape, (1, 2)))
+    cost = ProfileCost(PROFILE, lambda shape: FLUX.valid_degrees(CARD, shape, (1, 2)))
     new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=PROFILE.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from tetriserve.control.admission import backlog_s, earliest_finish
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -17,7 +18,7 @@ COST = ProfileCost(
     Profile(
         model="m",
         hardware="h",
-        dtype="float32",
+        execution=Execution("float32"),
         source="s",
         created="c",
         switch_s=0.001,

@@ -40,6 +40,7 @@ from tetriserve.core.events import (
     WorkerJoined,
     WorkerLost,
 )
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -53,7 +54,7 @@ COST = ProfileCost(
     Profile(
         model="m",
         hardware="h",
-        dtype="float32",
+        execution=Execution("float32"),
         source="s",
         created="c",
         switch_s=0.001,

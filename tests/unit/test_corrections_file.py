@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_profile import PROFILE, json_values, paths_into, replaced
 from tetriserve.core.errors import ProfileError
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.profile import load_profile, save_profile
@@ -55,7 +56,7 @@ def test_corrections_of_another_profile_or_other_hardware_are_not_taken(tmp_path
     for other in (
         dataclasses.replace(PROFILE, switch_s=0.002),  # measured anew
         dataclasses.replace(PROFILE, fingerprint="xyz"),
-        dataclasses.replace(PROFILE, dtype="bfloat16"),
+        dataclasses.replace(PROFILE, execution=Execution("bfloat16")),
     ):
         assert load_corrections(path, other, "here") == Corrections()
     assert load_corrections(path, PROFILE, "there") == Corrections()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tetriserve.core.errors import InvalidRequest
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -18,14 +19,15 @@ from tetriserve.models.card import ModelCard
 from tetriserve.profile import Profile, ProfileCost, Row
 
 CARD = ModelCard(
-    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=32,
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(512, 512), Shape(256, 256)), fingerprint="abc",
 )  # fmt: skip
 PROFILE = Profile(
     model="tiny",
     hardware="h",
-    dtype="float32",
+    execution=Execution("float32"),
     source="s",
     created="c",
     switch_s=0.001,

@@ -13,6 +13,7 @@ from tests.unit.measured_executor import MeasuredExecutor, quiet_s
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import LiveEngine
@@ -38,7 +39,8 @@ from tetriserve.profiler import hardware_name
 from tetriserve.simulator.foresight import SimulatedForesight
 
 CARD = ModelCard(
-    name="tiny", path=Path("/models/tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    name="tiny", path=Path("/models/tiny"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=32,
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256), Shape(512, 512)), fingerprint="abc",
 )  # fmt: skip
@@ -46,7 +48,7 @@ PROFILE = Profile(
     model="tiny",
     fingerprint="abc",
     hardware="h",
-    dtype="float32",
+    execution=Execution("float32"),
     source="s",
     created="c",
     switch_s=0.001,

@@ -14,6 +14,7 @@ from tests.waiting import HANG_S
 from tetriserve.control import Controller
 from tetriserve.core.errors import InvalidRequest, RequestFailed
 from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from tetriserve.executor import OnEvent
 
 CARD = ModelCard(
-    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=32,
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=2, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256),), fingerprint="abc",
 )  # fmt: skip
@@ -38,7 +40,7 @@ COST = ProfileCost(
     Profile(
         model="tiny",
         hardware="h",
-        dtype="float32",
+        execution=Execution("float32"),
         source="s",
         created="c",
         switch_s=0.001,

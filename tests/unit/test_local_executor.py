@@ -36,6 +36,7 @@ from tetriserve.core.events import (
     WorkerJoined,
     WorkerLost,
 )
+from tetriserve.core.execution import Execution
 from tetriserve.core.messages import (
     DropGroup,
     Forget,
@@ -57,7 +58,8 @@ from tetriserve.models.card import ModelCard
 from tetriserve.worker.rendezvous import Rendezvous
 
 CARD = ModelCard(
-    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=32,
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256),), fingerprint="abc",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, quiet_s
 from tetriserve.config import PoolConfig
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
@@ -19,7 +20,8 @@ from tetriserve.profiler.disturbance import fair_share, num_cores
 
 SMALL, LARGE = Shape(256, 256), Shape(512, 512)
 CARD = ModelCard(
-    name="tiny", path=Path("tiny"), pipeline_class="FluxPipeline", dtype="float32", size_multiple=32,
+    name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=32,
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(SMALL, LARGE), fingerprint="abc",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 from safetensors import TensorSpec, serialize_file
 
 from tetriserve.core.events import TensorRef
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.executor.previews import PreviewReader
@@ -18,7 +19,8 @@ from tetriserve.worker.store import TensorStore
 
 SIDE = 4  # pixels to a token, so 2 to a pixel of a preview
 CARD = ModelCard(
-    name="linear", path=Path(), pipeline_class="FluxPipeline", dtype="float32", size_multiple=SIDE,
+    name="linear", path=Path(), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("float32"), size_multiple=SIDE,
     pixels_per_token=SIDE, num_heads=1, num_text_tokens=1, default_num_steps=4, default_guidance_scale=1.0,
     has_guidance=False, has_negative_prompt=False, sizes=(Shape(16, 8),), fingerprint="0",
 )  # fmt: skip

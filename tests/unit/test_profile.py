@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetriserve.core.errors import ProfileError
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -32,7 +33,7 @@ PROFILE = Profile(
     model="tiny",
     fingerprint="abc",
     hardware="4 cores",
-    dtype="float32",
+    execution=Execution("float32"),
     source="by hand",
     created="2026-01-01",
     switch_s=0.001,

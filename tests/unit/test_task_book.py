@@ -15,6 +15,7 @@ from tetriserve.core.events import (
     TextCount,
     Work,
 )
+from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
@@ -25,7 +26,7 @@ COST = ProfileCost(
     Profile(
         model="tiny",
         hardware="h",
-        dtype="float32",
+        execution=Execution("float32"),
         source="s",
         created="c",
         switch_s=0.001,

@@ -11,6 +11,8 @@ from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.card import ModelCard
+from tetriserve.models.family import Guidance
+from tetriserve.models.registry import family_of
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.slo import MultipleRule
 
@@ -71,21 +73,19 @@ class Intake:
         """
         shape = self._shape(generation.size)
         num_steps = _in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps)
-        negative_prompt, true_cfg_scale = self._guidance_pair(generation)
+        guidance = self._guidance(generation)
         degrees = self._degrees(generation.degrees, shape)
         request = Request(
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._short_enough("prompt", generation.prompt),
             shape=shape,
-            stages=self.card.stages(int(num_steps), negative_prompt, true_cfg_scale),
+            stages=family_of(self.card).stages(self.card, int(num_steps), guidance),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
             arrival_s=now,
             deadline_s=math.inf,
-            guidance_scale=_in_range(
-                "guidance_scale", generation.guidance_scale, self.card.default_guidance_scale, 0.0, 100.0
-            ),
-            negative_prompt=negative_prompt,
-            true_cfg_scale=true_cfg_scale,
+            guidance_scale=guidance.scale,
+            negative_prompt=guidance.negative_prompt,
+            true_cfg_scale=guidance.true_cfg_scale,
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
             max_sequence_length=self._text_length(generation.max_sequence_length, shape, degrees),
             degrees=generation.degrees and degrees,
@@ -107,8 +107,9 @@ class Intake:
         multiple = self.card.size_multiple
         if shape.height % multiple or shape.width % multiple:
             raise InvalidRequest(f"size {size!r}: width and height must be multiples of {multiple}", "size")
-        tokens = self.card.num_tokens(shape)
-        low, high = (self.card.num_tokens(measured) for measured in (self.shapes[0], self.shapes[-1]))
+        tokens, low, high = (
+            family_of(self.card).num_tokens(self.card, each) for each in (shape, self.shapes[0], self.shapes[-1])
+        )
         if not low <= tokens <= high:
             raise InvalidRequest(
                 f"size {size!r} has {shape.num_pixels} pixels; allowed: {self.shapes[0].num_pixels} "
@@ -144,11 +145,10 @@ class Intake:
         return tuple(degree for degree in served if degree in wanted)
 
     def _text_length(self, length: int | None, shape: Shape, degrees: Sequence[int]) -> int | None:
-        """Every degree that the request may run at must divide it: which of them a step gets is known only then."""
         if length is None:
             return None
         longest = self.card.num_text_tokens
-        multiple = math.lcm(*degrees)
+        multiple = family_of(self.card).text_multiple(degrees)
         if not 1 <= length <= longest or length % multiple:
             allowed = f"allowed: {multiple} to {longest}"
             if multiple > 1:
@@ -165,18 +165,19 @@ class Intake:
             raise InvalidRequest(f"{param} holds half of a surrogate pair at character {error.start}", param) from None
         return text
 
-    def _guidance_pair(self, generation: Generation) -> tuple[str | None, float]:
-        """Classifier-free guidance takes a negative prompt and a scale above 1. A scale up to 1 turns it off."""
+    def _guidance(self, generation: Generation) -> Guidance:
+        """Guidance by a negative prompt takes one, and a scale above 1. A scale up to 1 turns it off."""
+        strength = _in_range("guidance_scale", generation.guidance_scale, self.card.default_guidance_scale, 0.0, 100.0)
         negative, scale = generation.negative_prompt, generation.true_cfg_scale
         if negative is None and (scale is None or 0 <= scale <= 1):
-            return None, 1.0
+            return Guidance(strength)
         if not self.card.has_negative_prompt:
             param = "true_cfg_scale" if negative is None else "negative_prompt"
             raise InvalidRequest(f"{self.card.name} has no negative prompt", param)
         if negative is None:
             raise InvalidRequest("true_cfg_scale above 1 needs a negative_prompt", "true_cfg_scale")
         negative = self._short_enough("negative_prompt", negative)
-        return negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0)
+        return Guidance(strength, negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0))
 
 
 def check_ids(requests: Sequence[Request], state: State) -> None:

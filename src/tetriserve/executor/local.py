@@ -81,7 +81,7 @@ class LocalExecutor:
         self._on_event: OnEvent = lambda event: None
         self._is_stopping = False
         self.num_restarts = 0
-        self._starter = ProcessStarter(pool)
+        self._starter = ProcessStarter(card, pool)
         self._directory = StoreDirectory()
         self._store = TensorStore(self._directory.path)
         self._previews = PreviewReader(self._store, card)

@@ -23,6 +23,8 @@ from multiprocessing.context import BaseContext, ForkServerContext
 from multiprocessing.process import BaseProcess
 
 from tetriserve.config import PoolConfig
+from tetriserve.models.card import ModelCard
+from tetriserve.models.registry import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,9 @@ class NoProcess(Exception):
 class ProcessStarter:
     """Starts the processes of one executor, one at a time, and sees to the fork server where there is one."""
 
-    def __init__(self, pool: PoolConfig) -> None:
+    def __init__(self, card: ModelCard, pool: PoolConfig) -> None:
         self._pool = pool
-        self.context = _start_context(pool)
+        self.context = _start_context(card, pool)
         self._turn = asyncio.Lock()
         self._processes: list[BaseProcess] = []
 
@@ -112,13 +114,15 @@ class ProcessStarter:
             await self._reap([process])
 
 
-def _start_context(pool: PoolConfig) -> BaseContext:
+def _start_context(card: ModelCard, pool: PoolConfig) -> BaseContext:
     """Fork from a server that has the libraries loaded (seconds and hundreds of MB cheaper); CUDA demands a spawn."""
     if pool.device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    preloaded = ("worker.fork_server", "models.preload", "models.flux", "worker.runner")
-    context.set_forkserver_preload([f"tetriserve.{name}" for name in preloaded])
+    adapter_module = family_of(card).adapter.partition(":")[0]
+    context.set_forkserver_preload(
+        ["tetriserve.worker.fork_server", "tetriserve.models.preload", adapter_module, "tetriserve.worker.runner"]
+    )
     return context
 
 

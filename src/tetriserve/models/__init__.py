@@ -1,1 +1,1 @@
-"""Model families: facts about a checkpoint come from `card`, without torch; adapters load inside workers only."""
+"""Model families: a folder each. Facts are read without torch (`checkpoint`); adapters load inside workers only."""

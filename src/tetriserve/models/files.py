@@ -5,9 +5,10 @@ Each fault that a directory shows ends a start at once, in one line that names t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ class Weights:
     def tensor_names(self) -> Iterator[str]:
         for file in self.files:
             yield from read_header(file)
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Where the layers of a component are: the key and default of their number, and how their tensors' names begin."""
+
+    component: str
+    key: str
+    default: int
+    prefix: str
 
 
 def find_root(path: Path) -> Path:
@@ -112,6 +123,34 @@ def find_weights(folder: Path, library: str) -> Weights:
         if (single := folder / f"{stem}{infix}.safetensors").is_file():
             return Weights((single,), variant)
     raise CheckpointError(_why_no_weights(folder, stem))
+
+
+def check_layers(path: Path, index: Mapping[str, Any], layers: Sequence[LayerNames]) -> None:
+    """That each layer has tensors, and each tensor of a layer its place. Loading compares all tensors."""
+    for each in layers:
+        file, key, prefix = path / each.component / "config.json", each.key, each.prefix
+        num_layers = get({key: each.default} | read_json(file), key, int, file)
+        pattern = re.compile(rf"(?:text_model\.)?{re.escape(prefix)}\.(\d{{1,6}})\.")
+        names = sorted(find_weights(path / each.component, index[each.component][0]).tensor_names())
+        found = {int(match[1]) for name in names if (match := pattern.match(name))}
+        missing = next((layer for layer in range(num_layers) if layer not in found), None)
+        if missing is None and len(found) <= num_layers:
+            continue
+        problem = f"have {prefix}.{max(found)}" if missing is None else f"lack {prefix}.{missing}"
+        first = f"; the first tensor there is {names[0][:100]!r}" if names and not found else ""
+        raise CheckpointError(
+            f"{file}: {key} is {num_layers}, but the weights {problem}{first}; download the checkpoint again"
+        )
+
+
+def fingerprint(*configs: Mapping[str, Any]) -> str:
+    """Twelve hex digits over the configs, less what says nothing of the architecture (versions, paths, dtypes)."""
+    ignored = ("transformers_version", "torch_dtype", "dtype")
+    facts = [
+        {key: value for key, value in config.items() if not key.startswith("_") and key not in ignored}
+        for config in configs
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
 def read_header(file: Path) -> dict[str, Mapping[str, Any]]:

@@ -1,9 +1,12 @@
-"""What the fork server loads once, so that each worker starts with it: seconds and memory saved per worker."""
+"""What the fork server loads once, so that each worker starts with it: seconds and memory saved per worker.
+
+It loads the adapter of the served family as well (`executor/processes.py`).
+"""
 
 import diffusers.hooks.context_parallel  # noqa: F401
 import torch.distributed.device_mesh
 import torch.testing._internal.distributed.fake_pg
-from diffusers import FluxPipeline  # noqa: F401
+import transformers  # noqa: F401
 
 from tetriserve.logs import adopt_loggers
 

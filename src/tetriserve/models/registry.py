@@ -6,39 +6,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.models.card import ModelCard
+from tetriserve.models.family import Family
+from tetriserve.models.flux.facts import FLUX
 
 if TYPE_CHECKING:
     import torch
 
     from tetriserve.models.adapter import Adapter
-    from tetriserve.models.card import ModelCard
 
-ADAPTERS = {
-    "FluxPipeline": "tetriserve.models.flux:FluxAdapter",
-}
-"""The diffusers pipeline class, as `model_index.json` names it, to `module:Class` of its adapter."""
+FAMILIES = (FLUX,)
 
 
-def adapter_target(pipeline_class: str) -> str:
-    """`module:Class` of the adapter that serves `pipeline_class`; nothing is imported.
+def find_family(pipeline_class: str) -> Family:
+    """The family that serves `pipeline_class`.
 
     Raises:
-        CheckpointError: no adapter serves it; the message lists the classes that are served.
+        CheckpointError: none does; the message lists the classes that are served.
     """
-    try:
-        return ADAPTERS[pipeline_class]
-    except KeyError:
-        supported = ", ".join(sorted(ADAPTERS))
-        raise CheckpointError(f"no adapter serves pipeline class {pipeline_class!r}; supported: {supported}") from None
+    for family in FAMILIES:
+        if pipeline_class in family.pipeline_classes:
+            return family
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.pipeline_classes))
+    raise CheckpointError(f"no adapter serves pipeline class {pipeline_class!r}; supported: {supported}")
+
+
+def family_of(card: ModelCard) -> Family:
+    return next(family for family in FAMILIES if family.name == card.family)
 
 
 def load_adapter(card: ModelCard, device: torch.device | str, target: str | None = None) -> Adapter:
     """Load the checkpoint onto `device`. Imports torch and diffusers, so only a worker calls it.
 
-    `target` (`module:Class`) overrides the adapter of the checkpoint's pipeline class.
+    `target` (`module:Class`) overrides the adapter of the checkpoint's family.
 
     Raises:
-        CheckpointError: the pipeline class is not served, or its files cannot be loaded.
+        CheckpointError: the files of the checkpoint cannot be loaded.
     """
-    module, _, name = (target or adapter_target(card.pipeline_class)).partition(":")
+    module, _, name = (target or family_of(card).adapter).partition(":")
     return cast("Adapter", getattr(import_module(module), name)(card, device))

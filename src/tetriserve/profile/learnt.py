@@ -5,7 +5,7 @@
  "factors": [{"stage", "height", "width", "frames", "degree", "batch", "factor"}, ...]}
 ```
 
-The profile holds the model's fingerprint and dtype, so that its digest stands for both.
+The profile holds the model's fingerprint and execution, so that its digest stands for both.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The profile file: versioned JSON with units in its names, validated in full before anything uses it.
 
 ```
-{"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ..., "dtype": ...,
- "source": ..., "created": "2026-11-20", "doubt": "", "switch_s": 0.001, "move_s": 0.001,
+{"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ...,
+ "execution": {"dtype": "bfloat16", "attention": "default", ...}, "source": ..., "created": "2026-11-20", "doubt": "",
+ "switch_s": 0.001, "move_s": 0.001,
  "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
 
-Files of the first format, which knew encode, denoise and decode and no batches, are read as well.
+Files of the first format are read as well: they knew encode, denoise and decode, and of an execution its dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from tetriserve.core.bounds import shown
 from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.files import read_text
@@ -67,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One model on one kind of hardware.
+    """One model, run in one way on one kind of hardware.
 
     switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
         0 where nobody measured it, or where there is only one rank.
@@ -77,7 +79,7 @@ class Profile:
 
     model: str
     hardware: str
-    dtype: str
+    execution: Execution
     source: str
     created: str
     switch_s: float
@@ -191,13 +193,25 @@ def _from_document(document: object) -> Profile:
     rest = {key: value for key, value in document.items() if key != "format"}
     if document["format"] == _FIRST_FORMAT:
         rest["rows"] = _first_rows(rest)
+        if "dtype" in rest:
+            rest["execution"] = {"dtype": rest.pop("dtype")}
     else:
         rest["rows"] = tuple(_rows(rest, "rows", {field.name: field.name for field in fields(Row)}))
     _check_names(Profile, rest, "profile")
-    for name in ("model", "hardware", "dtype", "source", "created", "fingerprint", "doubt"):
+    for name in ("model", "hardware", "source", "created", "fingerprint", "doubt"):
         if not isinstance(rest.get(name, ""), str):
             raise ProfileError(f"{name} must be a string")
-    return Profile(**rest)
+    return Profile(**rest | {"execution": _execution(rest["execution"])})
+
+
+def _execution(value: object) -> Execution:
+    if not isinstance(value, dict):
+        raise ProfileError("execution must be an object")
+    _check_names(Execution, value, "execution")
+    try:
+        return Execution(**value)
+    except ConfigError as error:
+        raise ProfileError(f"execution: {error}") from None
 
 
 def _first_rows(rest: dict[str, Any]) -> tuple[Row, ...]:

@@ -21,9 +21,11 @@ from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
+from tetriserve.models.family import Guidance
+from tetriserve.models.registry import family_of
 from tetriserve.profile.table import Profile, Row
 from tetriserve.profiler.disturbance import disturbance, fair_share
 
@@ -72,7 +74,7 @@ async def measure(
         model=card.name,
         fingerprint=card.fingerprint,
         hardware=hardware_name(pool),
-        dtype=card.dtype,
+        execution=card.execution,
         source="measured by tetriserve, all ranks at work",
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), 1e-6),
@@ -136,7 +138,7 @@ async def _time_shapes(
     best: dict[Shape, _ShapeTimes] = {}
     waiting = list(shapes)
     for number in range(1 + _MAX_REPEATS):
-        count.expect(sum(len(card.valid_degrees(shape, pool.degrees)) + 1 for shape in waiting))
+        count.expect(sum(len(family_of(card).valid_degrees(card, shape, pool.degrees)) + 1 for shape in waiting))
         for shape in waiting:
             times = await _time_shape(bench, card, shape, pool, share, count)
             best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
@@ -162,7 +164,7 @@ async def _time_shape(
         if doubt := disturbance(samples, is_local=degree == 1, fair_share=share):
             doubts.append(f"{what}: {doubt}")
 
-    for degree in card.valid_degrees(shape, pool.degrees):
+    for degree in family_of(card).valid_degrees(card, shape, pool.degrees):
         what = f"{shape} at degree {degree}"
         count.next(what)
         row, samples = await _time_steps(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree))
@@ -199,7 +201,7 @@ async def _time_steps(
         height=shape.height,
         width=shape.width,
         frames=shape.frames,
-        tokens=card.num_tokens(shape),
+        tokens=family_of(card).num_tokens(card, shape),
         degree=degree,
         seconds=middle,
         cv=statistics.stdev(step_s) / middle,
@@ -226,7 +228,7 @@ async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: 
 
 async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
     """How much longer one step takes right after a move than in place, at the narrowest degree with another group."""
-    for degree in card.valid_degrees(shape, pool.degrees):
+    for degree in family_of(card).valid_degrees(card, shape, pool.degrees):
         groups = aligned_groups(pool.num_ranks, degree)
         if len(groups) < 2:
             continue
@@ -260,10 +262,11 @@ class _Bench:
         self.executor.subscribe(self._on_event)
 
     def request(self, card: ModelCard, shape: Shape, num_steps: int = _NUM_STEPS) -> Request:
+        guidance = Guidance(card.default_guidance_scale)
         request = Request(
             request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
-            stages=image_stages(num_steps), seed=0, arrival_s=0.0, deadline_s=0.0,
-            guidance_scale=card.default_guidance_scale,
+            stages=family_of(card).stages(card, num_steps, guidance), seed=0, arrival_s=0.0, deadline_s=0.0,
+            guidance_scale=guidance.scale,
         )  # fmt: skip
         self._work[request.request_id] = Work(request, 0, 0, {})
         return request

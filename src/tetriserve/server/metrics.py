@@ -110,7 +110,7 @@ class Metrics:
     def _attach(self, engine: LiveEngine) -> None:
         card = engine.intake.card
         self._sizes = frozenset((*card.sizes, *engine.intake.shapes))
-        self._model.info({"model": card.name, "dtype": card.dtype, "fingerprint": card.fingerprint})
+        self._model.info({"model": card.name, "dtype": card.execution.dtype, "fingerprint": card.fingerprint})
         for request in engine.open_requests:  # of an earlier life, taken up before anyone listened
             self._admitted.labels(self._size(request)).inc()
         engine.subscribe(self._observe)

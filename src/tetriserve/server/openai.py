@@ -124,7 +124,7 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         max_sequence_length=card.num_text_tokens,
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
-        dtype=card.dtype,
+        dtype=card.execution.dtype,
         reproducibility=Reproducibility(
             same_degrees="identical", max_levels=card.tolerance.max_levels, mean_levels=card.tolerance.mean_levels
         ),

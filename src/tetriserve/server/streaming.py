@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from tetriserve.core.errors import TetriServeError
 from tetriserve.engine import GeneratedImage, LiveEngine, Progress
+from tetriserve.models.registry import family_of
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import response_to
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -149,7 +150,7 @@ class ImageEvents:
         card, shape = self._engine.intake.card, image.outcome.request.shape
         data = image_data(image, self._format, self._quality)
         num_text = image.outcome.request.max_sequence_length or card.num_text_tokens
-        num_image = card.num_tokens(shape)
+        num_image = family_of(card).num_tokens(card, shape)
         return CompletedEvent(
             b64_json=data.b64_json,
             seed=data.seed,

@@ -28,8 +28,9 @@ from tetriserve.core.messages import (
     WarmGroup,
 )
 from tetriserve.core.request import Request
-from tetriserve.core.stages import image_stages
 from tetriserve.logs import set_up_logging
+from tetriserve.models.family import Guidance
+from tetriserve.models.registry import family_of
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
@@ -102,7 +103,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import torch
 
     import tetriserve.models.preload  # noqa: F401  a worker that was not forked has to load it
-    from tetriserve.models.card import check_unchanged
+    from tetriserve.models.checkpoint import check_unchanged
     from tetriserve.models.registry import load_adapter
     from tetriserve.worker.groups import Groups
     from tetriserve.worker.runner import Runner
@@ -162,8 +163,10 @@ def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
 
 
 def _warm_up_request(spec: WorkerSpec) -> Request:
-    smallest = min(spec.card.sizes, key=lambda shape: shape.num_pixels)
+    card = spec.card
+    smallest = min(card.sizes, key=lambda shape: shape.num_pixels)
+    guidance = Guidance(card.default_guidance_scale)
     return Request(
-        request_id="warm-up", prompt="warm-up", shape=smallest, stages=image_stages(1), seed=0,
-        arrival_s=0.0, deadline_s=0.0, guidance_scale=spec.card.default_guidance_scale,
+        request_id="warm-up", prompt="warm-up", shape=smallest, seed=0, arrival_s=0.0, deadline_s=0.0,
+        stages=family_of(card).stages(card, 1, guidance), guidance_scale=guidance.scale,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tetriserve.core.request import Request
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux import FluxAdapter, FluxDenoiseLoop
+from tetriserve.models.flux.adapter import FluxAdapter, FluxDenoiseLoop
 
 FAIL_MEMORY, FAIL_RUNTIME, NAN, KILL, SLOW = "[memory]", "[runtime]", "[nan]", "[kill]", "[slow]"
 SLOW_STAGE_S, SLOW_STEP_S = 0.4, 0.05

@@ -9,12 +9,14 @@ import pytest
 
 from tetriserve import launch
 from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.bundled import open_profile
 
 CARD = ModelCard(
-    name="FLUX.1-dev", path=Path("/models/flux"), pipeline_class="FluxPipeline", dtype="bfloat16", size_multiple=16,
+    name="FLUX.1-dev", path=Path("/models/flux"), family="flux", pipeline_class="FluxPipeline",
+    execution=Execution("bfloat16"), size_multiple=16,
     pixels_per_token=16, num_heads=24, num_text_tokens=512, default_num_steps=28, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256), Shape(1024, 1024)), fingerprint="abc",
 )  # fmt: skip

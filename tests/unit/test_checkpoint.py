@@ -18,10 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
-from tetriserve.models.card import ModelCard, check_unchanged, read_card
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import check_unchanged, read_card
 from tetriserve.models.files import find_weights
-from tetriserve.models.registry import ADAPTERS, adapter_target
+from tetriserve.models.flux.facts import FLUX
 
 MODEL_INDEX = {
     "_class_name": "FluxPipeline",
@@ -102,8 +104,9 @@ def test_a_guidance_distilled_flux_reads_as_flux_dev(checkpoint: Path) -> None:
     assert card == ModelCard(
         name="flux-dev",
         path=checkpoint,
+        family="flux",
         pipeline_class="FluxPipeline",
-        dtype="bfloat16",
+        execution=Execution("bfloat16"),
         size_multiple=16,
         pixels_per_token=16,
         num_heads=24,
@@ -117,8 +120,8 @@ def test_a_guidance_distilled_flux_reads_as_flux_dev(checkpoint: Path) -> None:
         stamp=card.stamp,
     )
     assert len(card.fingerprint) == 12
-    assert card.num_tokens(Shape(1024, 512)) == 64 * 32
-    assert card.valid_degrees(Shape(256, 256), (1, 2, 3, 4, 8, 16)) == (1, 2, 4, 8)
+    assert FLUX.num_tokens(card, Shape(1024, 512)) == 64 * 32
+    assert FLUX.valid_degrees(card, Shape(256, 256), (1, 2, 3, 4, 8, 16)) == (1, 2, 4, 8)
 
 
 def test_a_flux_without_guidance_embeds_reads_as_flux_schnell(checkpoint: Path) -> None:
@@ -203,7 +206,8 @@ def test_tetriserve_json_overrides_the_defaults(checkpoint: Path) -> None:
     overrides = {"name": "dev", "num_steps": 20, "guidance_scale": 2, "sizes": ["512x256"], "dtype": "float32"}
     write_json(checkpoint / "tetriserve.json", overrides)
     card = read_card(checkpoint)
-    assert (card.name, card.default_num_steps, card.default_guidance_scale, card.dtype) == ("dev", 20, 2.0, "float32")
+    assert (card.name, card.default_num_steps, card.default_guidance_scale) == ("dev", 20, 2.0)
+    assert card.execution == Execution("float32")
     assert card.sizes == (Shape(height=256, width=512),)
 
 
@@ -536,7 +540,7 @@ def test_whatever_the_files_of_a_model_hold_it_is_read_or_refused_in_one_line(
     else:
         assert card.num_heads >= 1
         assert card.num_text_tokens >= 1
-        assert card.valid_degrees(card.sizes[0], (1,)) == (1,)
+        assert FLUX.valid_degrees(card, card.sizes[0], (1,)) == (1,)
     finally:
         if before is None:
             file.unlink()
@@ -555,15 +559,8 @@ def test_whatever_a_weights_file_begins_with_it_is_whole_or_refused(checkpoint: 
 
 def test_reading_a_card_imports_neither_torch_nor_diffusers(checkpoint: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tetriserve.models.card import read_card; "
+        "import sys; from pathlib import Path; from tetriserve.models.checkpoint import read_card; "
         "read_card(Path(sys.argv[1])); print({'torch', 'diffusers', 'transformers', 'numpy'} & {*sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
-
-
-def test_every_registered_adapter_names_an_existing_module() -> None:
-    source = Path(sys.modules[read_card.__module__].__file__ or "").parent
-    for pipeline_class in ADAPTERS:
-        module, _, name = adapter_target(pipeline_class).partition(":")
-        assert f"class {name}" in (source / f"{module.rpartition('.')[2]}.py").read_text()

@@ -46,7 +46,7 @@ class FluxAdapter:
         """
         self._card = card
         self._device = torch.device(device)
-        self._dtype: torch.dtype = getattr(torch, card.dtype)
+        self._dtype: torch.dtype = getattr(torch, card.execution.dtype)
         self._pipeline: Any = load_pipeline(card, self._dtype, self._device)
         self._context_parallel = ContextParallel(self._pipeline.transformer)
         self._check_texts()

@@ -1,0 +1,53 @@
+"""What a model family is to the server: its facts, without torch. `registry` has the list of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetriserve.core.request import Shape, Stage
+from tetriserve.models.card import ModelCard
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a request says of guidance. `true_cfg_scale`: of guidance by a negative prompt."""
+
+    scale: float
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The facts of one family; its folder has them in `facts.py`, and its adapter in `adapter.py`.
+
+    pipeline_classes: the classes of diffusers that it serves, as `model_index.json` names them.
+    adapter: `module:Class`; only workers, and their fork server, import it.
+    components: without which none of its checkpoints is whole.
+    max_text_tokens: to which `max_sequence_length` may be set.
+    read: the card, with the family's defaults, of a checkpoint whose components are whole; from its directory, pipeline
+        class and `model_index.json`. Raises CheckpointError.
+    num_tokens: image tokens of one step, of a shape.
+    shared: what ranks divide among themselves in a step of a shape, by name: every degree divides each number.
+    text_multiple: of which `max_sequence_length` is a multiple in a request that runs at these degrees.
+    stages: what a request of so many steps goes through.
+    """
+
+    name: str
+    pipeline_classes: tuple[str, ...]
+    adapter: str
+    components: tuple[str, ...]
+    max_text_tokens: int
+    read: Callable[[Path, str, Mapping[str, Any]], ModelCard]
+    num_tokens: Callable[[ModelCard, Shape], int]
+    shared: Callable[[ModelCard, Shape], Mapping[str, int]]
+    text_multiple: Callable[[Sequence[int]], int]
+    stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
+
+    def valid_degrees(self, card: ModelCard, shape: Shape, degrees: Sequence[int]) -> tuple[int, ...]:
+        """Those of `degrees` at which steps of `shape` can run."""
+        counts = self.shared(card, shape).values()
+        return tuple(degree for degree in degrees if all(count % degree == 0 for count in counts))

@@ -1,0 +1,1 @@
+"""FLUX: `facts` without torch, `adapter` with diffusers' own parts."""
