@@ -1,0 +1,137 @@
+"""`Execution` as a part of a profile's identity, and what is said of values that do not exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.execution import DTYPES, Execution
+from tetriserve.launch import cached_profile_path, find_model, find_profile
+from tetriserve.models.card import TOLERANCES
+from tetriserve.profile.table import Profile, Row, load_profile, save_profile
+from tetriserve.profiler import hardware_name
+
+CONFIG = EngineConfig(pool=PoolConfig(num_ranks=2))
+CARD = find_model(None)
+PROFILE = Profile(
+    model=CARD.name, fingerprint=CARD.fingerprint, hardware=hardware_name(CONFIG.pool), execution=CARD.execution,
+    source="s", created="c", switch_s=0.001,
+    rows=tuple(
+        Row(stage="denoise", height=shape.height, width=shape.width, tokens=64, degree=degree, seconds=0.1)
+        for shape in CARD.sizes
+        for degree in (1, 2)
+    ),
+)  # fmt: skip
+HALF = Execution("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32, bfloat16, float16"),
+        ({"dtype": None}, "dtype is None; allowed: float32, bfloat16, float16"),
+        ({"dtype": ["float32"]}, "dtype is ['float32']; allowed: float32, bfloat16, float16"),
+        ({"attention": "sage"}, "attention is 'sage'; allowed: default"),
+        ({"compile": "max-autotune"}, "compile is 'max-autotune'; allowed: default"),
+        ({"quantization": "a\nb"}, "quantization is 'a\\nb'; allowed: default"),
+        ({"tiling": 10**400}, "tiling is a number of 1329 bits; allowed: default"),
+    ],
+)
+def test_a_value_that_is_not_implemented_is_one_line_in_python_and_in_a_profile(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    values = {"dtype": "float32", **values}
+    with pytest.raises(ConfigError) as caught:
+        Execution(**values)
+    assert str(caught.value) == message
+    path = tmp_path / "p.json"
+    save_profile(PROFILE, path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "execution": values}))
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    assert str(caught.value) == f"profile {path}: execution: {message}"
+
+
+def test_every_dtype_has_a_tolerance() -> None:
+    assert {*TOLERANCES} == {*DTYPES}
+
+
+def test_an_execution_is_written_as_its_dtype_where_all_else_is_the_default() -> None:
+    assert str(HALF) == "bfloat16"
+
+
+def test_a_profile_keeps_its_execution(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    save_profile(dataclasses.replace(PROFILE, execution=HALF), path)
+    assert json.loads(path.read_text())["execution"] == {
+        "dtype": "bfloat16", "attention": "default", "compile": "default", "quantization": "default",
+        "tiling": "default",
+    }  # fmt: skip
+    assert load_profile(path).execution == HALF
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        ("float32", "execution must be an object"),
+        ({"attention": "default"}, "execution lacks the field 'dtype'"),
+        ({"dtype": "float32", "cache": "on"}, "execution has the unknown field 'cache'"),
+    ],
+)
+def test_a_profile_without_a_proper_execution_is_refused(tmp_path: Path, execution: object, message: str) -> None:
+    path = tmp_path / "p.json"
+    save_profile(PROFILE, path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "execution": execution}))
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        load_profile(path)
+
+
+def test_the_dtype_of_a_profile_of_the_first_format_is_its_execution(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    document: dict[str, Any] = {
+        "format": "tetriserve-profile/1", "model": "m", "hardware": "h", "dtype": "bfloat16", "source": "s",
+        "created": "c", "encode_s": 0.1, "switch_s": 0.001,
+        "denoise": [{"height": 64, "width": 64, "tokens": 4, "degree": 1, "step_s": 0.1}],
+        "decode": [{"height": 64, "width": 64, "decode_s": 0.1}],
+    }  # fmt: skip
+    path.write_text(json.dumps(document))
+    assert load_profile(path).execution == HALF
+    path.write_text(json.dumps({**document, "dtype": "int8"}))
+    with pytest.raises(ProfileError, match="execution: dtype is 'int8'; allowed: float32, bfloat16, float16"):
+        load_profile(path)
+
+
+def test_a_profile_of_another_execution_is_neither_taken_from_the_cache_nor_from_the_bundled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tetriserve.launch.BUNDLED_PROFILES", tmp_path / "bundled")
+    in_half = find_model(None, execution=HALF)
+    assert cached_profile_path(CARD, CONFIG.pool) != cached_profile_path(in_half, CONFIG.pool)
+    for path in (cached_profile_path(in_half, CONFIG.pool), tmp_path / "bundled/p.json"):
+        save_profile(PROFILE, path)
+        assert find_profile(CONFIG, in_half) is None
+        save_profile(dataclasses.replace(PROFILE, execution=HALF), path)
+        assert find_profile(CONFIG, in_half) == dataclasses.replace(PROFILE, execution=HALF)
+        path.unlink()
+
+
+def test_a_named_profile_of_another_execution_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.json"
+    save_profile(PROFILE, path)
+    config = dataclasses.replace(CONFIG, profile=str(path))
+    assert find_profile(config, CARD) == PROFILE
+    assert caplog.messages == []
+    caplog.set_level(logging.WARNING)
+    assert find_profile(config, find_model(None, execution=HALF)) == PROFILE
+    assert caplog.messages == [f"profile {path} is of float32, but tetriserve-tiny runs in bfloat16"]
