@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tetriserve.models.adapter import Adapter
 
 FAMILIES = (FLUX,)
+_BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def find_family(pipeline_class: str) -> Family:
@@ -32,7 +33,8 @@ def find_family(pipeline_class: str) -> Family:
 
 
 def family_of(card: ModelCard) -> Family:
-    return next(family for family in FAMILIES if family.name == card.family)
+    """The rules that go with the card's values."""
+    return _BY_NAME[card.family]
 
 
 def load_adapter(card: ModelCard, device: torch.device | str, target: str | None = None) -> Adapter:
