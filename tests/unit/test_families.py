@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 import tetriserve.models
+from tetriserve.config import PoolConfig
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import image_stages
+from tetriserve.executor.processes import ProcessStarter
 from tetriserve.launch import find_model
 from tetriserve.models.family import Family, Guidance
 from tetriserve.models.flux.facts import FLUX
@@ -50,6 +55,13 @@ def test_the_facts_of_a_family_import_no_torch(family: Family) -> None:
     code = f"import sys, tetriserve.models.{family.name}.facts; print({heavy} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+def test_the_fork_server_loads_the_adapter_of_the_served_family_and_modules_that_exist(family: Family) -> None:
+    ProcessStarter(dataclasses.replace(find_model(None), family=family.name), PoolConfig())
+    preloaded = forkserver._forkserver._preload_modules
+    assert family.adapter.partition(":")[0] in preloaded
+    assert [name for name in preloaded if find_spec(name) is None] == []  # it would start without them, in silence
 
 
 def test_a_card_that_went_to_another_process_has_its_family_there() -> None:
