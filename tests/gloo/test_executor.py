@@ -44,8 +44,9 @@ Plan = Sequence[tuple[Ranks, int]]
 
 
 def make_request(prompt: str, num_steps: int = 5, shape: Shape = Shape(256, 256), **rest: object) -> Request:  # noqa: B008
+    stages = image_stages(num_steps, 2 if "negative_prompt" in rest else 1)
     return Request(
-        request_id="r", prompt=prompt, shape=shape, stages=image_stages(num_steps), seed=len(prompt), arrival_s=0.0,
+        request_id="r", prompt=prompt, shape=shape, stages=stages, seed=len(prompt), arrival_s=0.0,
         deadline_s=0.0, **rest,  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
         negative_prompt=prompt,
         true_cfg_scale=4.0,
         shape=Shape(64, 64),
-        stages=image_stages(1),
+        stages=image_stages(1, 2),
         seed=0,
         arrival_s=0.0,
         deadline_s=0.0,
