@@ -14,7 +14,7 @@ from tetriserve.core.messages import RunTask, TaskDone
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
-from tetriserve.models.flux import FluxAdapter
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.worker.groups import Groups
 from tetriserve.worker.runner import Runner
 from tetriserve.worker.store import TensorStore
