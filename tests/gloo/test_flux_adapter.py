@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import DENOISE, ENCODE, image_stages
+from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter
@@ -185,6 +187,60 @@ def test_interleaved_loops_do_not_disturb_each_other(adapter: FluxAdapter) -> No
         latents[index] = loops[index].step(latents[index])
     for request, result in zip(requests, latents, strict=True):
         assert torch.equal(result, denoise(adapter, request))
+
+
+def run_task(adapter: FluxAdapter, members: Sequence[Member], num_steps: int) -> None:
+    """The members take in what the task leaves."""
+    lefts = adapter.run(DENOISE, members, num_steps, lambda: None)
+    for member, left in zip(members, lefts, strict=True):
+        member.states = {**member.states, DENOISE: left.tensors}
+        member.steps_done += left.num_steps
+        assert left.is_stage_over == (member.steps_done == member.request.num_steps)
+
+
+@pytest.mark.parametrize("base", [REQUEST, NEGATIVE, CASES["wide"]], ids=["square", "negative prompt", "wide"])
+def test_members_that_join_and_leave_a_batch_at_any_step_get_the_latents_of_a_single_run(
+    adapter: FluxAdapter, base: Request
+) -> None:
+    passes = base.stepped.num_passes
+    requests = [
+        dataclasses.replace(
+            base,
+            prompt=f"a {colour} circle",
+            seed=seed,
+            guidance_scale=1.0 + seed,
+            stages=image_stages(3 + seed, passes),
+        )
+        for seed, colour in enumerate(("red", "blue", "green", "yellow"))
+    ]
+    members = [Member(request, 0, {ENCODE: adapter.encode(request)}) for request in requests]
+    dice = random.Random(3)
+    while open_members := [member for member in members if member.steps_done < member.request.num_steps]:
+        together = dice.sample(open_members, dice.randint(1, len(open_members)))
+        if dice.random() < 0.2:
+            together[0].memo.clear()  # as on a rank that has not seen it yet
+        most = min(member.request.num_steps - member.steps_done for member in together)
+        run_task(adapter, together, dice.randint(1, most))
+    for member in members:
+        expected = denoise(adapter, member.request)
+        difference = (member.states[DENOISE]["latents"] - expected).abs().max().item()
+        assert difference < 1e-4, difference
+
+
+def test_a_task_that_fails_in_the_middle_leaves_its_members_as_they_were(adapter: FluxAdapter) -> None:
+    request = dataclasses.replace(REQUEST, stages=image_stages(4))
+    member = Member(request, 0, {ENCODE: adapter.encode(request)})
+    run_task(adapter, [member], 1)
+    stops = iter((None, RuntimeError("stop")))
+
+    def stop() -> None:
+        if (error := next(stops)) is not None:
+            raise error
+
+    with pytest.raises(RuntimeError, match="stop"):
+        adapter.run(DENOISE, [member], 3, stop)
+    run_task(adapter, [member], 3)
+    assert torch.equal(member.states[DENOISE]["latents"], denoise(adapter, request))
 
 
 def test_a_step_leaves_its_argument_as_it_was_and_returns_an_ordinary_tensor(adapter: FluxAdapter) -> None:

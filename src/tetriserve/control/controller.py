@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from tetriserve.control.admission import earliest_finish
@@ -33,6 +33,7 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.plan import LATE_SHARE, CostModel, State, Task
 from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -188,12 +189,17 @@ class Controller:
         if record.is_cancelled:
             return self._close(record)
         message = event.message
+        if task.batch > 1:
+            record.set_apart()
+            if event.kind not in (FailureKind.MEMORY, FailureKind.LOST):
+                logger.warning("request %s goes on alone after a shared task failed: %s", record.name, message)
+                return []
         if event.kind in (FailureKind.MEMORY, FailureKind.LOST):
             record.lose(task)
             if record.num_losses <= self._max_losses:
                 logger.warning(
                     "request %s continues from step %d after a lost task: %s",
-                    record.request.request_id, record.trajectory.steps_done, message,
+                    record.name, record.trajectory.steps_done, message,
                 )  # fmt: skip
                 return []
             message = f"its workers were lost {record.num_losses} times in a row, last: {message}"
@@ -217,10 +223,24 @@ class Controller:
             raise PolicyError(f"{name} planned a task for {task.members}; it needs requests, each once")
         if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
             raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
-        for request_id in task.members:
-            self._check_member(task, request_id)
+        members = [self._check_member(task, request_id) for request_id in task.members]
+        if task.batch > 1:
+            self._check_shared(task, members)
 
-    def _check_member(self, task: Task, request_id: str) -> None:
+    def _check_shared(self, task: Task, members: Sequence[Trajectory]) -> None:
+        name, first = type(self.policy).__name__, members[0]
+        for other in members[1:]:
+            if other.request.kind != first.request.kind:
+                raise PolicyError(
+                    f"{name} planned one task for {first.request_id} and {other.request_id}, which differ in size, "
+                    "degrees, passes or length of text; only requests of one kind may share a task"
+                )
+        alone = next((member.request_id for member in members if member.is_apart), None)
+        if alone is not None or task.batch > self.cost.max_batch:
+            why = f"at most {self.cost.max_batch} may share one" if alone is None else f"{alone} must be alone"
+            raise PolicyError(f"{name} planned a task for {task.batch} requests; {why}")
+
+    def _check_member(self, task: Task, request_id: str) -> Trajectory:
         record = self._tracker.records.get(request_id)
         name = type(self.policy).__name__
         if record is None or record.is_cancelled or record.trajectory.is_running:
@@ -241,3 +261,4 @@ class Controller:
                 f"{name} planned {task.num_steps} steps at degree {task.degree} for {request_id}; "
                 f"{trajectory.remaining_steps} steps remain, degrees are {list(degrees)}"
             )
+        return trajectory

@@ -31,6 +31,10 @@ class Record:
         return self.trajectory.request
 
     @property
+    def name(self) -> str:
+        return self.trajectory.request.request_id
+
+    @property
     def work(self) -> Work:
         """Its part of the task that starts now."""
         trajectory = self.trajectory
@@ -51,6 +55,10 @@ class Record:
         """Take in a task that was lost with its workers."""
         self.num_losses += 1
         self.trajectory = replace(self.trajectory, lost_degree=task.degree)
+
+    def set_apart(self) -> None:
+        """A task that it shared has failed, maybe through its own fault."""
+        self.trajectory = replace(self.trajectory, is_apart=True)
 
     def skip_first_stage(self) -> Stage | None:
         """The first stage, if it is short and waits to begin; it is taken for over from now on."""

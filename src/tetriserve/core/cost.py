@@ -16,7 +16,7 @@ def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping
 
 def task_s(cost: CostModel, task: Task, request: Request) -> float:
     """Seconds that the ranks of `task` compute, of which `request` is a member; starting it comes on top."""
-    times = cost.times(request, request.stage_of(task.stage), len(task.members))
+    times = cost.times(request, request.stage_of(task.stage), task.batch)
     return max(1, task.num_steps) * times[task.degree]
 
 

@@ -35,6 +35,11 @@ class Task:
         """Degree of sequence parallelism."""
         return len(self.ranks)
 
+    @property
+    def batch(self) -> int:
+        """How many requests share it."""
+        return len(self.members)
+
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
@@ -52,6 +57,11 @@ class CostModel(Protocol):
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         """Seconds by degree, ascending, for the degrees that the request can run this stage at: of one step where the
         stage has steps, of all of it where it has none; for `batch` requests of one kind together."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """The most requests that a task may be for; 1 where nobody measured what more would take."""
         ...
 
     @property

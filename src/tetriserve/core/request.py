@@ -96,8 +96,12 @@ class Request:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Requests of one kind have the same stages, but for the number of steps, and take the same time for each."""
-        return self.shape, self.degrees, *[(stage.kind, stage.num_passes) for stage in self.stages]
+        """Requests of one kind have the same stages, but for the number of steps, and take the same time for each.
+
+        Only they may share a task.
+        """
+        passes = [(stage.kind, stage.num_passes) for stage in self.stages]
+        return self.shape, self.degrees, self.max_sequence_length, *passes
 
     def can_run_on(self, num_ranks: int) -> bool:
         """Whether its steps may run at a degree that so many ranks allow."""

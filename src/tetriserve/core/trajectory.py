@@ -18,6 +18,7 @@ class Trajectory:
     holders: the ranks that hold its current state in memory, the last task's leader first. They are a hint for
         placement only: a rank that lacks the state loads the copy that the last task left in the store.
     lost_degree: of the task that was lost since, with its workers; 0 if none was.
+    is_apart: a task that it shared with others has failed, so that it shares none any more.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class Trajectory:
     holders: tuple[int, ...] = ()
     is_running: bool = False
     lost_degree: int = 0
+    is_apart: bool = False
 
     @classmethod
     def at(cls, request: Request, stage_index: int, stage_steps_done: int = 0) -> Trajectory:

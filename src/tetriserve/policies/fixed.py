@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.batching import may_share
 from tetriserve.policies.degrees import fastest_degree
 
 CHUNK_S = 0.5
@@ -23,7 +24,14 @@ class BlockPolicy(ABC):
     alone. Which request holds which block is read from the state: the first of a started trajectory's holders, or the
     leader of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead
     of requests that have not started.
+
+    With a `batch` above 1 up to so many requests of one kind hold a block and share its tasks of steps, as servers with
+    dynamic batching do it: where no block is free, requests join between tasks, in order of arrival, whatever that does
+    to deadlines.
     """
+
+    def __init__(self, batch: int = 1) -> None:
+        self.batch = batch
 
     @abstractmethod
     def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:
@@ -37,22 +45,26 @@ class BlockPolicy(ABC):
         blocks = self.blocks(state.ranks)
         owners = self._owners(state, blocks)
         idle = set(state.idle_ranks)
-        free = [block for block in blocks if block not in owners.values() and idle.issuperset(block)]
-        tasks = []
+        held: dict[Block, list[Trajectory]] = {block: [] for block in blocks if idle.issuperset(block)}
+        free = [block for block in held if block not in owners.values()]
         for trajectory in sorted(state.waiting, key=lambda trajectory: not trajectory.has_started):
-            block = owners.get(trajectory.request_id) or next(iter(free), None)
+            block = owners.get(trajectory.request_id)
+            if block is None:
+                step_times = times_per_step(state.cost, trajectory.request)
+                block = next((block for block in free if self.step_ranks(block, step_times)), None)
+                block = block or next((block for block in held if self._has_room(held[block], trajectory)), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
-            if block is None or not idle.issuperset(block):
-                continue
-            task = self._next_task(trajectory, block, state.cost)
-            if task is not None:
-                tasks.append(task)
-                idle.difference_update(block)
+            if block is not None and block in held:
+                held[block].append(trajectory)
                 free = [other for other in free if other != block]
-        return Plan(tuple(tasks))
+        return Plan(tuple(self._next_task(members, block, state.cost) for block, members in held.items() if members))
+
+    def _has_room(self, members: Sequence[Trajectory], newcomer: Trajectory) -> bool:
+        return 0 < len(members) < self.batch and may_share([*members, newcomer])
 
     def _owners(self, state: State, blocks: tuple[Block, ...]) -> dict[str, Block]:
         """The block of each started request, by request id; those whose block is gone are left out."""
+        trajectories = {trajectory.request_id: trajectory for trajectory in state.trajectories}
         leaders = {request_id: flight.task.ranks[0] for request_id, flight in state.flights.items()}
         leaders |= {
             trajectory.request_id: trajectory.holders[0]
@@ -62,19 +74,24 @@ class BlockPolicy(ABC):
         owners: dict[str, Block] = {}
         for request_id, leader in leaders.items():
             block = next((block for block in blocks if leader in block), None)
-            if block is not None and block not in owners.values():
+            if block is None:
+                continue
+            others = [trajectories[other] for other, theirs in owners.items() if theirs == block]
+            if not others or (request_id in trajectories and self._has_room(others, trajectories[request_id])):
                 owners[request_id] = block
         return owners
 
-    def _next_task(self, trajectory: Trajectory, block: Block, cost: CostModel) -> Task | None:
-        step_times = times_per_step(cost, trajectory.request)
+    def _next_task(self, members: Sequence[Trajectory], block: Block, cost: CostModel) -> Task:
+        """Short stages, one at a time, before steps together."""
+        first = next((member for member in members if member.is_short), members[0])
+        step_times = times_per_step(cost, first.request, 1 if first.is_short else len(members))
         ranks = self.step_ranks(block, step_times)
-        if not ranks:
-            return None
-        if trajectory.is_short:
-            return Task((trajectory.request_id,), trajectory.stage.kind, ranks[:1])
+        if first.is_short:
+            return Task((first.request_id,), first.stage.kind, ranks[:1])
         num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
-        return Task((trajectory.request_id,), trajectory.stage.kind, ranks, min(num_steps, trajectory.remaining_steps))
+        most = min(member.remaining_steps for member in members)
+        names = tuple(member.request_id for member in members)
+        return Task(names, first.stage.kind, ranks, min(num_steps, most))
 
 
 class FixedDegree(BlockPolicy):
@@ -84,7 +101,8 @@ class FixedDegree(BlockPolicy):
     whole block, blocks of half the width take over, and so on: the pool keeps serving.
     """
 
-    def __init__(self, degree: int) -> None:
+    def __init__(self, degree: int, batch: int = 1) -> None:
+        super().__init__(batch)
         self.degree = degree
 
     def blocks(self, ranks: tuple[int, ...]) -> tuple[Block, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.placement import place
 from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
@@ -37,6 +40,9 @@ OWED_STEP_S = 0.13
 """Longest step of a task that is owed to an overdue request, unless its fastest is longer: it holds the ranks that all
 others wait for, so it is wide and over soon."""
 
+RIDING_SHARE = 0.25
+"""Part of its slack that a request with a reservation gives up at most, in one task, for those that ride along."""
+
 AGED_S = 60.0
 """Once a request is this long past its deadline the pool is overloaded for good: those without reservations then run in
 order of their deadlines, at degrees that waste less."""
@@ -61,15 +67,23 @@ class Lookahead:
     no reservation is ever delayed (conservative backfilling). Late requests reserve before (b) only what is owed to
     them, or what those in time have slack for (`policies.overdue`). Nothing is kept: the next event reserves anew, with
     tasks so short that changing the plan is cheap.
+
+    Where requests would be late that way, those of one kind share tasks (`policies.batching`): they reserve together if
+    that keeps more of them in time, others ride along where that costs those with reservations no more than a part of
+    their slack, and what fills the holes does so in batches.
     """
 
-    def __init__(self, *, task_s: float = TASK_S, promote: bool = True, widen: bool = True) -> None:
+    def __init__(
+        self, *, task_s: float = TASK_S, promote: bool = True, widen: bool = True, batching: bool = True
+    ) -> None:
         """
         Args:
             task_s: length of a task of steps, in seconds.
             promote: try again with those ahead that did not fit.
             widen: give tasks ranks that would idle.
+            batching: let requests of one kind share tasks.
         """
+        self.batching = batching
         self.task_s = task_s
         self.promote = promote
         self.widen = widen
@@ -91,23 +105,30 @@ class Lookahead:
         late.sort(key=attrgetter("deadline_s"))
         ahead = _ahead(late, in_time, state, timeline, now)
         reservations = reserve(in_time, timeline, num_reserved(len(state.ranks)), promote=self.promote)
+        sharing = None
+        if self.batching and state.cost.max_batch > 1 and (reservations.failed or len(late) > len(ahead)):
+            sharing = Sharing(state, now, self.task_s)
+            together = reserve(sharing.bundles(in_time), timeline, num_reserved(len(state.ranks)), promote=self.promote)
+            if together.is_better_than(reservations):
+                reservations = together
         widest = max((len(job.speeds.best) - 1 for job in jobs), default=1)
-        start = _Start(now, state.cost.switch_s, widest, reservations.timeline, len(state.ranks))
+        start = _Start(now, state.cost.switch_s, widest, reservations.timeline, len(state.ranks), sharing)
+        served = {id(job) for job, _ in ahead}
+        failed = [part for job in reservations.failed for part in job.parts if part.is_waiting]
+        late = [job for job in late if id(job) not in served]
+        start.riders = sorted(failed, key=lambda job: (job.priority, job.gpu_s)) if sharing else []
         begins_s = []
         for job, pieces, widen in (
-            *((job, [piece], False) for job, piece in ahead),
+            *((job, (piece,), False) for job, piece in ahead),
             *((job, pieces, self.widen) for job, pieces in reservations.kept if job.is_waiting),
         ):
             if pieces[0].start_s > now + EPSILON_S:
                 begins_s.append(pieces[0].start_s)
             elif pieces[0].num_steps:
-                start.steps(job, pieces[0], self.task_s, widen=widen)
+                start.steps(job, pieces, self.task_s, widen=widen)
             else:
                 start.short.append(job.trajectory)
-        served = {id(job) for job, _ in ahead}
-        start.fill(
-            [job for job in reservations.failed if job.is_waiting], [job for job in late if id(job) not in served]
-        )
+        start.fill(failed, late)
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
 
@@ -152,15 +173,33 @@ def _late_piece(job: Job, timeline: Timeline, now: float, switch_s: float, longe
     return Piece(start_s, start_s + duration_s, degree, num_steps)
 
 
+class _Wanted(NamedTuple):
+    """A task of steps before it has ranks."""
+
+    members: Sequence[Trajectory]
+    degree: int
+    num_steps: int
+
+
 class _Start:
     """What starts now.
 
     timeline: what the reservations leave free.
     widest: the largest degree of any task.
     num_ranks: living ranks, busy ones included.
+    sharing: None where each task is for one request.
+    riders: those without a reservation that may still be in time, in the order in which they are served.
     """
 
-    def __init__(self, now: float, switch_s: float, widest: int, timeline: Timeline, num_ranks: int) -> None:
+    def __init__(
+        self,
+        now: float,
+        switch_s: float,
+        widest: int,
+        timeline: Timeline,
+        num_ranks: int,
+        sharing: Sharing | None,
+    ) -> None:
         self.now = now
         self.timeline = timeline
         self.short: list[Trajectory] = []
@@ -168,28 +207,54 @@ class _Start:
         self._widest = widest
         self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
-        self._wanted: list[tuple[Trajectory, int]] = []
-        self._num_steps: list[int] = []
+        self._sharing = sharing
+        self.riders: Sequence[Job] = ()
+        self._started: set[int] = set()
+        self._wanted: list[_Wanted] = []
 
-    def steps(self, job: Job, piece: Piece, task_s: float, *, widen: bool) -> None:
-        """Start `piece`, or its first `task_s`, at the fastest degree that ranks left over allow.
+    def steps(self, job: Job, pieces: Sequence[Piece], task_s: float, *, widen: bool) -> None:
+        """Start the first of `pieces`, or its first `task_s`, at the fastest degree that ranks left over allow.
 
         All wider degrees are considered, as in `scale_up`.
         """
-        times = job.speeds.times
-        degree, num_steps = piece.degree, min(piece.num_steps, _steps_in(task_s, times[piece.degree]))
+        piece, times = pieces[0], job.speeds.times
+        most = min([part.num_steps for part in job.parts])
+        degree, num_steps = piece.degree, min(piece.num_steps, most, _steps_in(task_s, times[piece.degree]))
         if widen:
             for wider, step_s in times.items():
                 added = wider - piece.degree
                 if added > 0 and step_s < times[degree] and self._leaves_headroom(added, step_s):
                     hole_s = min(self._free_until[added], piece.end_s) - self._ready_s
-                    fitting = min(job.num_steps, int(hole_s / step_s), _steps_in(task_s, step_s))
+                    fitting = min(most, int(hole_s / step_s), _steps_in(task_s, step_s))
                     if fitting > 0:
                         degree, num_steps = wider, fitting
             if degree > piece.degree:
                 self._claim(num_steps * times[degree], degree - piece.degree)
-        self._wanted.append((job.trajectory, degree))
-        self._num_steps.append(num_steps)
+        members = self._with_riders(job, degree, num_steps, job.deadline_s - pieces[-1].end_s)
+        self._want(members, degree, num_steps)
+
+    def _with_riders(self, job: Job, degree: int, num_steps: int, slack_s: float) -> list[Job]:
+        """The requests of `job`, and those without a reservation for which it takes a little of its own `slack_s`."""
+        members = [*job.parts]
+        if self._sharing is None or job.trajectory.is_apart:
+            return members
+        speeds = self._sharing.speeds(job)
+        for rider in self.riders:
+            if len(members) == len(speeds):
+                break
+            added_s = num_steps * (speeds[len(members)].times.get(degree, math.inf) - job.speeds.times[degree])
+            if added_s > RIDING_SHARE * slack_s:
+                break
+            if rider.ahead is job.ahead and self._may_ride(rider) and rider.num_steps >= num_steps:
+                members.append(rider)
+        return members
+
+    def _may_ride(self, job: Job) -> bool:
+        return id(job) not in self._started and not job.here.is_short and not job.trajectory.is_apart
+
+    def _want(self, jobs: Sequence[Job], degree: int, num_steps: int) -> None:
+        self._started.update(map(id, jobs))
+        self._wanted.append(_Wanted([job.trajectory for job in jobs], degree, num_steps))
 
     def fill(self, failed: Sequence[Job], late: Sequence[Job]) -> None:
         """Short tasks of requests without a reservation: first those that could still be in time, as they may yet fit.
@@ -207,9 +272,11 @@ class _Start:
             ordered = sorted(failed, key=lambda job: (job.priority, job.gpu_s))
             ordered += sorted(late, key=attrgetter("priority"))
         hopeless: set[tuple[int, bool]] = set()
-        for job in ordered:
+        for position, job in enumerate(ordered):
             if self._free_until[1] <= self._ready_s:
                 return
+            if id(job) in self._started:
+                continue
             if job.here.is_short:
                 duration_s = job.here.short_s
                 is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
@@ -219,12 +286,28 @@ class _Start:
                 continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
             kind = id(job.speeds), is_patient
-            if kind not in hopeless and not self._fill_steps(job, is_patient=is_patient):
+            if kind not in hopeless and not self._fill_together(job, ordered[position + 1 :], is_patient=is_patient):
                 hopeless.add(kind)
 
-    def _fill_steps(self, job: Job, *, is_patient: bool) -> bool:
+    def _fill_together(self, job: Job, others: Sequence[Job], *, is_patient: bool) -> bool:
+        """Start a task for as many as pay and fit, `job` first."""
+        if self._sharing is None or job.trajectory.is_apart:
+            return self._fill_steps([job], job.speeds.times, is_patient=is_patient)
+        speeds, members = self._sharing.speeds(job), [job]
+        for other in others:
+            if len(members) == len(speeds):
+                break
+            if other.ahead is job.ahead and self._may_ride(other):
+                members.append(other)
+        return any(
+            self._fill_steps(members[:count], speeds[count - 1].times, is_patient=is_patient)
+            for count in range(len(members), 0, -1)
+        )
+
+    def _fill_steps(self, jobs: Sequence[Job], times: Mapping[int, float], *, is_patient: bool) -> bool:
         """Start a task at the narrowest degree whose step is short enough; failing that at the fastest that fits."""
-        times = job.speeds.times
+        job = jobs[0]
+        most = min([each.num_steps for each in jobs])
         longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
         degree = num_steps = 0
         for wider, step_s in times.items():
@@ -233,13 +316,12 @@ class _Start:
                 continue
             if not self._leaves_headroom(wider, step_s, narrowest=min(times)):
                 continue
-            degree, num_steps = wider, min(job.num_steps, int(hole_s / step_s), _steps_in(FILL_TASK_S, step_s))
+            degree, num_steps = wider, min(most, int(hole_s / step_s), _steps_in(FILL_TASK_S, step_s))
             if is_patient or step_s <= FILL_TASK_S:
                 break
         if degree:
             self._claim(num_steps * times[degree], degree)
-            self._wanted.append((job.trajectory, degree))
-            self._num_steps.append(num_steps)
+            self._want(jobs, degree, num_steps)
         return degree > 0
 
     def _leaves_headroom(self, num_added: int, duration_s: float, *, narrowest: int = 1) -> bool:
@@ -254,9 +336,10 @@ class _Start:
         """Everything started, on ranks."""
         free = set(state.idle_ranks)
         tasks = []
-        placed = place(self._wanted, free)
-        for (trajectory, _), num_steps, ranks in zip(self._wanted, self._num_steps, placed, strict=True):
-            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
+        placed = place([(wanted.members[0], wanted.degree) for wanted in self._wanted], free)
+        for wanted, ranks in zip(self._wanted, placed, strict=True):
+            names = tuple([trajectory.request_id for trajectory in wanted.members])
+            tasks.append(Task(names, wanted.members[0].stage.kind, ranks, wanted.num_steps))
             free.difference_update(ranks)
         return (*tasks, *place_short_stages(self.short, free))
 

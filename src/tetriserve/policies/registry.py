@@ -86,8 +86,16 @@ def _refuse_argument(context: PolicyContext, name: str) -> None:
 
 
 def _make_fcfs(context: PolicyContext) -> Policy:
-    _refuse_argument(context, "fcfs")
-    return FirstComeFirstServed()
+    batch = _batch_of(context.argument, context.cost) if context.argument else 1
+    if batch is None:
+        raise ConfigError(f"policy 'fcfs:{context.argument}': cannot use {context.argument!r}; write {_FCFS_USAGE}")
+    return FirstComeFirstServed(batch)
+
+
+def _batch_of(option: str, cost: CostModel) -> int | None:
+    """The N of `batch=N`, as far as the cost model goes; None if it is something else."""
+    name, _, value = option.partition("=")
+    return min(int(value), cost.max_batch) if name == "batch" and _is_count(value) else None
 
 
 def _make_unsteady(context: PolicyContext) -> Policy:
@@ -109,20 +117,26 @@ def _make_rssp(context: PolicyContext) -> Policy:
 
 def _make_fixed(context: PolicyContext) -> Policy:
     allowed = [str(degree) for degree in context.degrees]
-    if context.argument not in allowed:
+    degree, has_option, option = context.argument.partition(":")
+    if degree not in allowed:
         raise ConfigError(
             f"policy 'fixed:{context.argument}': the degree must be one of {', '.join(allowed)} "
             f"on {context.num_ranks} ranks, for example 'fixed:{allowed[-1]}'"
         )
-    return FixedDegree(int(context.argument))
+    batch = _batch_of(option, context.cost) if has_option else 1
+    if batch is None:
+        raise ConfigError(f"policy 'fixed:{context.argument}': cannot use {option!r}; write {_FIXED_USAGE}")
+    return FixedDegree(int(degree), batch)
 
 
 _SWITCHES = {"on": True, "off": False}
-_TETRISERVE_USAGE = "tetriserve[:step_granularity=G,placement=on|off,scale_up=on|off,fill=on|off]"
+_FIXED_USAGE = "fixed:K[:batch=N]"
+_FCFS_USAGE = "fcfs[:batch=N]"
+_TETRISERVE_USAGE = "tetriserve[:step_granularity=G,placement=on|off,scale_up=on|off,fill=on|off,batching=on|off]"
 
 _RSSP_USAGE = "rssp[:backfill=on|off]"
 _EXHAUSTIVE_USAGE = "exhaustive[:nodes=N]"
-_LOOKAHEAD_USAGE = "lookahead[:promote=on|off,widen=on|off]"
+_LOOKAHEAD_USAGE = "lookahead[:promote=on|off,widen=on|off,batching=on|off]"
 
 
 def _switches(argument: str, defaults: Mapping[str, bool], policy: str, usage: str) -> dict[str, bool]:
@@ -143,7 +157,7 @@ def _is_count(text: str) -> bool:
 
 def _make_tetriserve(context: PolicyContext) -> Policy:
     step_granularity: int | None = None
-    switches = {"placement": True, "scale_up": True, "fill": True}
+    switches = {"placement": True, "scale_up": True, "fill": True, "batching": True}
     for item in filter(None, context.argument.split(",")):
         name, _, value = item.partition("=")
         if name == "step_granularity" and _is_count(value):
@@ -162,7 +176,9 @@ def _make_tetriserve(context: PolicyContext) -> Policy:
 
 
 def _make_lookahead(context: PolicyContext) -> Policy:
-    switches = _switches(context.argument, {"promote": True, "widen": True}, "lookahead", _LOOKAHEAD_USAGE)
+    switches = _switches(
+        context.argument, {"promote": True, "widen": True, "batching": True}, "lookahead", _LOOKAHEAD_USAGE
+    )
     return Lookahead(**switches)
 
 
@@ -183,8 +199,8 @@ POLICIES: Mapping[str, PolicySpec] = {
     "lookahead": PolicySpec(
         _LOOKAHEAD_USAGE, "reservations in a timeline of future capacity; late requests fill its holes", _make_lookahead
     ),
-    "fixed": PolicySpec("fixed:K", "one degree for all, first come first served, non-preemptive", _make_fixed),
-    "fcfs": PolicySpec("fcfs", "one request after the other, each at its fastest degree", _make_fcfs),
+    "fixed": PolicySpec(_FIXED_USAGE, "one degree for all, first come first served, non-preemptive", _make_fixed),
+    "fcfs": PolicySpec(_FCFS_USAGE, "one request after the other, each at its fastest degree", _make_fcfs),
     "rssp": PolicySpec(_RSSP_USAGE, "one degree per shape, first come first served, non-preemptive", _make_rssp),
     "sjf": PolicySpec("sjf", "shortest job first, non-preemptive", _list_scheduler("sjf", shortest_job)),
     "srtf": PolicySpec("srtf", "shortest remaining time first", _list_scheduler("srtf", shortest_remaining)),

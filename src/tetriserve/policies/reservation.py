@@ -83,6 +83,8 @@ class Job:
     gpu_s: rank-seconds left at the cheapest degree.
     latest_s: until when it can wait and still end in time at its fastest; what its task in flight takes is no wait.
     order: priority class, then slack.
+    deadline_s: of the request.
+    members: the jobs that a bundle consists of, in order of their deadlines; none in a job of its own.
     """
 
     trajectory: Trajectory
@@ -96,14 +98,21 @@ class Job:
     gpu_s: float
     latest_s: float
     order: tuple[int, float]
+    deadline_s: float
+    members: tuple[Job, ...] = ()
 
     @property
     def priority(self) -> int:
-        return self.trajectory.request.priority
+        return self.order[0]
 
     @property
-    def deadline_s(self) -> float:
-        return self.trajectory.request.deadline_s
+    def num_requests(self) -> int:
+        return len(self.members) or 1
+
+    @property
+    def parts(self) -> tuple[Job, ...]:
+        """The jobs of single requests that it stands for."""
+        return self.members or (self,)
 
     def after(self, flight: InFlight, now: float) -> Job | None:
         """The same request once `flight` has landed; None when that was its last task."""
@@ -132,10 +141,14 @@ def _job(
     here = ahead[stage_index]
     rest_s = here.before_s + here.after_s
     gpu_s = rest_s + num_steps * speeds.efficient[0][2]
-    latest_s = trajectory.request.deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
-    is_waiting = busy_s is None
-    order = trajectory.request.priority, latest_s
-    return Job(trajectory, stage_index, num_steps, ready_s, is_waiting, speeds, ahead, here, gpu_s, latest_s, order)
+    request = trajectory.request
+    deadline_s = request.deadline_s
+    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
+    order = request.priority, latest_s
+    return Job(
+        trajectory, stage_index, num_steps, ready_s, busy_s is None, speeds, ahead, here, gpu_s, latest_s, order,
+        deadline_s,
+    )  # fmt: skip
 
 
 def job_of(trajectory: Trajectory, terms: JobTerms) -> Job | None:
@@ -171,6 +184,29 @@ class JobBook:
         return JobTerms(speeds, ahead_of(request, state.cost))
 
 
+def bundle_of(jobs: Sequence[Job], speeds: Speeds) -> Job:
+    """Jobs of one kind and class, at one stage, as one that takes the most steps of any, at the `speeds` of a batch.
+
+    What is not of the stage with steps, each does on its own, one after the other. Its deadline is that by which the
+    most pressed of them is in time.
+    """
+    first, count = jobs[0], len(jobs)
+    num_steps = max([job.num_steps for job in jobs])
+    here = first.here
+    here = here._replace(before_s=count * here.before_s, after_s=count * here.after_s)
+    deadline_s = min([job.deadline_s + (num_steps - job.num_steps) * speeds.fastest_s for job in jobs])
+    rest_s = here.before_s + here.after_s
+    gpu_s = rest_s + num_steps * speeds.efficient[0][2]
+    ready_s = max([job.ready_s for job in jobs])
+    alone_s = first.here.before_s + first.here.after_s + first.num_steps * first.speeds.fastest_s
+    busy_s = first.deadline_s - alone_s - first.latest_s
+    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - busy_s
+    return Job(
+        first.trajectory, first.stage_index, num_steps, ready_s, first.is_waiting, speeds, first.ahead, here, gpu_s,
+        latest_s, (first.priority, latest_s), deadline_s, tuple(jobs),
+    )  # fmt: skip
+
+
 def expected_end_s(flight: InFlight, now: float) -> float:
     """When a task in flight will end. One that is overdue: soon, and the later the longer it already is."""
     return max(flight.end_s, now + _SOON_S + 0.5 * max(0.0, now - flight.end_s))
@@ -191,10 +227,16 @@ class Reservations(NamedTuple):
     failed: list[Job]
     timeline: Timeline
 
+    def _num_kept(self) -> Counter[int]:
+        """Requests kept by priority class."""
+        kept: Counter[int] = Counter()
+        for job, _ in self.kept:
+            kept[job.priority] += job.num_requests
+        return kept
+
     def is_better_than(self, other: Reservations) -> bool:
         """More jobs kept, in the first priority class that differs."""
-        mine = Counter(job.priority for job, _ in self.kept)
-        others = Counter(job.priority for job, _ in other.kept)
+        mine, others = self._num_kept(), other._num_kept()
         return next((mine[p] > others[p] for p in sorted(mine | others) if mine[p] != others[p]), False)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from heapq import nsmallest
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 
-from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.batching import may_share, sizes_that_pay
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Group, Option, pack_round
 from tetriserve.policies.placement import place
@@ -39,7 +41,8 @@ class TetriServe:
     In order: encode and decode as soon as a rank is free; requests that can still meet their deadlines, packed by
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
     requests, which cannot meet their deadlines any more, as narrow as possible; and wider degrees for all of these
-    while ranks are left (`scale_up`). Beyond the paper, late requests come before the packing where that is owed to
+    while ranks are left (`scale_up`). Where requests are left over, those of one kind share tasks (section 5, selective
+    batching), as far as nobody's deadline is compromised and it saves GPU time (`batching`). Beyond the paper, late requests come before the packing where that is owed to
     them or those in time have slack (`policies.overdue`).
     """
 
@@ -50,6 +53,7 @@ class TetriServe:
         placement: bool = True,
         scale_up: bool = True,
         fill: bool = True,
+        batching: bool = True,
     ) -> None:
         """
         Args:
@@ -57,7 +61,9 @@ class TetriServe:
             placement: keep requests on the ranks that hold their state.
             scale_up: widen tasks into ranks that would idle.
             fill: run requests that the packing deferred on ranks that would idle.
+            batching: let requests of one kind share tasks.
         """
+        self.batching = batching
         self.clock = RoundClock.of(lengths_s[0])
         self.shortest_s = lengths_s[-1]
         self.placement = placement
@@ -104,10 +110,13 @@ class TetriServe:
             choices, spare = scale_up(choices, spare, window.steps_that_fit)
             late_choices, spare = scale_up(late_choices, spare, window.steps_that_fit)
 
-        choices += late_choices
-        wanted = [(choice.trajectory, choice.degree) for choice in choices]
-        for choice, ranks in zip(choices, place(wanted, free, preserve=self.placement), strict=True):
-            tasks.append(Task((choice.trajectory.request_id,), choice.trajectory.stage.kind, ranks, choice.num_steps))
+        shares = [Share.of(choice) for choice in choices + late_choices]
+        if self.batching and state.cost.max_batch > 1:
+            shares = _share(shares, waiting, spare, window, state.cost)
+        wanted = [(share.members[0], share.degree) for share in shares]
+        for share, ranks in zip(shares, place(wanted, free, preserve=self.placement), strict=True):
+            names = tuple(trajectory.request_id for trajectory in share.members)
+            tasks.append(Task(names, share.members[0].stage.kind, ranks, share.num_steps))
             free.difference_update(ranks)
         tasks += place_short_stages(late_short, free, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=this.end_s)
@@ -257,6 +266,75 @@ def _choose_ahead(
     late = [candidate for candidate in waiting.late if is_spare or candidate.trajectory is head]
     late.sort(key=lambda candidate: candidate.trajectory is not head)
     return late_short, _choose_late(late, capacity - len(late_short), window)
+
+
+class Share(NamedTuple):
+    """A task of steps for one request or several, before it has ranks."""
+
+    members: tuple[Trajectory, ...]
+    degree: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, choice: Choice) -> Share:
+        return cls((choice.trajectory,), choice.degree, choice.num_steps)
+
+
+def _share(shares: list[Share], waiting: Triage, capacity: int, window: Window, cost: CostModel) -> list[Share]:
+    """Selective batching, where candidates are left over: tasks of one kind are merged, what that frees is filled with
+    those on time, and others ride along."""
+    served = {id(member) for share in shares for member in share.members}
+    left = [candidate for candidate in (*waiting.on_time, *waiting.late) if id(candidate.trajectory) not in served]
+    if not left:
+        return shares
+    on_time = {id(candidate.trajectory): candidate for candidate in waiting.on_time}
+
+    def joined(host: Share, more: Sequence[Trajectory]) -> Share | None:
+        """`host` with `more` members; None where it does not pay, or makes one late that was on time in `host`."""
+        members = (*host.members, *more)
+        pays = sizes_that_pay(cost, host.members[0].request, host.degree)
+        if len(members) > len(pays) or not may_share(members):
+            return None
+        step_s = pays[len(members) - 1][1]
+        num_steps = min(host.num_steps, max(1, window.steps_that_fit(step_s)))
+        if min(member.remaining_steps for member in more) < num_steps:
+            return None
+        guarded = [on_time[id(member)] for member in host.members if id(member) in on_time]
+        if not all(_stays_on_time(candidate, num_steps, step_s, window) for candidate in guarded):
+            return None
+        return Share(members, host.degree, num_steps)
+
+    if any(id(candidate.trajectory) in on_time for candidate in left):
+        merged: list[Share] = []
+        for share in shares:
+            for index, host in enumerate(merged):
+                both = joined(host, share.members) if host.degree == share.degree else None
+                if both is not None and joined(share, host.members) is not None:
+                    merged[index] = both
+                    capacity += share.degree
+                    break
+            else:
+                merged.append(share)
+        filled = _fill([candidate for candidate in left if id(candidate.trajectory) in on_time], capacity, window)
+        shares = merged + [Share.of(choice) for choice in filled]
+        served = {id(choice.trajectory) for choice in filled}
+        left = [candidate for candidate in left if id(candidate.trajectory) not in served]
+    for index, host in enumerate(shares):
+        for candidate in [*left]:
+            with_rider = joined(host, [candidate.trajectory])
+            if with_rider is not None:
+                host = shares[index] = with_rider
+                left.remove(candidate)
+    return shares
+
+
+def _stays_on_time(candidate: Candidate, num_steps: int, step_s: float, window: Window) -> bool:
+    """Whether the request would be in time if it did `num_steps` in this round, and all others like this."""
+    num_left = candidate.trajectory.remaining_steps - num_steps
+    end_s = window.end_of(num_steps, step_s)
+    if num_left:
+        end_s = max(end_s, window.round.end_s)
+    return end_s + num_left * step_s <= candidate.steps_by_s
 
 
 def _need(candidate: Candidate) -> Need:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from tetriserve.core.errors import ProfileError
@@ -25,6 +26,7 @@ class ProfileCost:
     they grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
     `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
+    `batch_limit` bounds batches beyond what was measured.
 
     **Batches.** Between two measured batch sizes times are interpolated; beyond the largest, and where none was
     measured, requests cost as much each as in the largest that was: without measured batches, a batch costs the sum.
@@ -33,6 +35,7 @@ class ProfileCost:
     profile: Profile
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Corrections = field(default_factory=Corrections)
+    batch_limit: int | None = None
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
 
@@ -64,6 +67,12 @@ class ProfileCost:
         stage = next(row.stage for row in self.profile.rows if row.tokens is not None)
         return {case.degree: self._profiled_s(case) for case in self._cases(stage, shape)}
 
+    @cached_property
+    def max_batch(self) -> int:
+        """The largest batch in the profile, within the limit."""
+        largest = max(row.batch for row in self.profile.rows)
+        return largest if self.batch_limit is None else min(self.batch_limit, largest)
+
     @property
     def switch_s(self) -> float:
         return self.profile.switch_s
@@ -75,7 +84,7 @@ class ProfileCost:
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
         stage = request.stage_of(task.stage)
-        case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, len(task.members))
+        case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, task.batch)
         profiled_s = max(1, task.num_steps) * self._profiled_s(case) * stage.num_passes
         corrections = self.corrections.after(case, elapsed_s / profiled_s)
         memo = {
@@ -83,7 +92,7 @@ class ProfileCost:
             for known, times in self._memo.items()
             if known[0] != case.stage or (case.shape is not None and known[1] != case.shape)
         }
-        return ProfileCost(self.profile, self.degrees_of, corrections, memo, self._profiled)
+        return ProfileCost(self.profile, self.degrees_of, corrections, self.batch_limit, memo, self._profiled)
 
     def _cases(self, kind: str, shape: Shape, batch: int = 1) -> list[Case]:
         """One for each degree that a stage of `shape` may have, ascending; see `profiled_step_times`."""

@@ -13,6 +13,9 @@ optimum is at least what any schedule attains; so is the optimum over fewer rows
 **w_i(s, t).** A request is a chain that must be run through in order: a head on one rank (start of a task, encode,
 start of the first denoise task), n steps, each at a degree k of its shape in T(k) seconds and k * T(k) GPU seconds,
 and a tail on one rank (start of a task, decode). Further tasks, pauses, transfers and waiting only add to it. Let the
+Requests that share a task each take their part of its GPU time, so that a
+degree k in a batch of b is one more pace: T(k, b) seconds a step for k * T(k, b) / b GPU seconds.
+Let the
 window have L seconds before s, R after t and I inside. In L seconds no schedule gets further than the fastest one, so
 at least the rest of the chain lies after s; in R seconds nobody runs more of its end than the fastest one. What the
 fastest schedule leaves in between must be run inside [s, t] (energetic reasoning: the part that cannot be done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 from tetriserve.core.cost import stages_gpu_s, times_per_step
 from tetriserve.core.plan import CostModel
 from tetriserve.core.request import Request, Stage
-from tetriserve.policies.degrees import efficient_degrees
 
 Floats = npt.NDArray[np.float64]
 
@@ -62,13 +61,19 @@ class Chain:
 
 def chain_of(request: Request, cost: CostModel, num_ranks: int) -> Chain | None:
     """The chain of `request` on a pool of `num_ranks`; None when no degree of its shape fits on the pool."""
-    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= num_ranks}
-    if not times:
+    points = sorted(
+        (step_s, degree * step_s / batch)
+        for batch in range(1, cost.max_batch + 1)
+        for degree, step_s in times_per_step(cost, request, batch).items()
+        if degree <= num_ranks
+    )
+    if not points:
         return None
     index = request.stages.index(request.stepped)
-    corners = _convex_hull([(step_s, gpu_s) for _, step_s, gpu_s in reversed(efficient_degrees(times))])
+    corners = _convex_hull(_falling(points))
+    start_s = cost.switch_s if cost.max_batch == 1 else 0.0  # of the first task of steps, which many may share
     return Chain(
-        head_s=cost.switch_s + sum(_short_s(cost, request, stage) for stage in request.stages[:index]),
+        head_s=start_s + sum(_short_s(cost, request, stage) for stage in request.stages[:index]),
         tail_s=sum(_short_s(cost, request, stage) for stage in request.stages[index + 1 :]),
         num_steps=request.num_steps,
         times_s=tuple(step_s for step_s, _ in corners),
@@ -79,6 +84,15 @@ def chain_of(request: Request, cost: CostModel, num_ranks: int) -> Chain | None:
 def _short_s(cost: CostModel, request: Request, stage: Stage) -> float:
     """With the time to start it."""
     return cost.switch_s + stages_gpu_s(cost, request, [stage])
+
+
+def _falling(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of `points`, sorted by x, whose y is below that of all before."""
+    kept: list[tuple[float, float]] = []
+    for x, y in points:
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
 
 
 def _convex_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

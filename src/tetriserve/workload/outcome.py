@@ -42,8 +42,8 @@ class Outcome:
 
     @property
     def gpu_time_s(self) -> float:
-        """Rank-seconds occupied: the sum over tasks of duration times degree."""
-        return sum((run.end_s - run.start_s) * run.task.degree for run in self.runs)
+        """Rank-seconds occupied: the sum over tasks of duration times degree, its share of those that it shared."""
+        return sum((run.end_s - run.start_s) * run.task.degree / run.task.batch for run in self.runs)
 
     @property
     def degrees(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class TableCost:
     encode: float = 0.02
     switch_s: float = 0.001
     move_s: float = 0.0
+    max_batch: int = 1
 
     def __post_init__(self) -> None:
         steps = {height: MappingProxyType(dict(times)) for height, times in self.steps.items()}

@@ -1,7 +1,7 @@
 """FLUX: `diffusers.FluxPipeline`'s own parts, driven one step at a time.
 
-Suffixes of tensor names: B batch (always 1), L text tokens, S image tokens, C channels, D embedding width, A position
-axes (3), N steps, H height, W width.
+Suffixes of tensor names: B batch (1 of what one request keeps), L text tokens, S image tokens, C channels, D embedding
+width, A position axes (3), N steps, H height, W width.
 """
 
 from __future__ import annotations
@@ -57,24 +57,35 @@ class FluxAdapter:
             case "encode":
                 return [Left(self.encode(one.request), text=self.count_text(one.request)) for one in members]
             case "denoise":
-                return [self._denoise(one, num_steps, on_step) for one in members]
+                return self._denoise(members, num_steps, on_step)
             case "decode":
                 return [self._decode(one) for one in members]
             case unknown:
                 raise ValueError(f"this model has no stage {unknown!r}")
 
-    def _denoise(self, member: Member, num_steps: int, on_step: Callable[[], None]) -> Left:
-        request, steps_done = member.request, member.steps_done
-        loop = member.memo.pop("loop", None)  # a failed task must not leave one behind that stands in its middle
-        if loop is None or loop.steps_done != steps_done:
-            loop = self.denoise_loop(request, member.states[ENCODE], steps_done)
-        latents = member.states[DENOISE]["latents"] if steps_done else self.initial_latents(request)
+    def _denoise(self, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> list[Left]:
+        loops = [self._loop_of(member) for member in members]
+        latents = [
+            one.states[DENOISE]["latents"] if one.steps_done else self.initial_latents(one.request) for one in members
+        ]
         for _ in range(num_steps):
-            latents = loop.step(latents)
+            latents = step_together(loops, latents)
             on_step()
-        member.memo["loop"] = loop
-        tensors = {"latents": latents, "noise_level": torch.tensor(loop.noise_level)}
-        return Left(tensors, num_steps, is_stage_over=steps_done + num_steps == request.num_steps)
+        lefts = []
+        for member, loop, latents_BSC in zip(members, loops, latents, strict=True):
+            member.memo["loop"] = loop
+            tensors = {"latents": latents_BSC, "noise_level": torch.tensor(loop.noise_level)}
+            is_over = loop.steps_done == member.request.num_steps
+            lefts.append(Left(tensors, num_steps, is_stage_over=is_over))
+        return lefts
+
+    def _loop_of(self, member: Member) -> FluxDenoiseLoop:
+        loop: FluxDenoiseLoop | None = member.memo.pop(
+            "loop", None
+        )  # a failed task must not leave one behind that stands in its middle
+        if loop is None or loop.steps_done != member.steps_done:
+            loop = self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
+        return loop
 
     def _decode(self, member: Member) -> Left:
         pixels = self.decode(member.request, member.states[DENOISE]["latents"])
@@ -196,25 +207,35 @@ class FluxDenoiseLoop:
         self._scheduler: Any = type(pipeline.scheduler).from_config(config)
         self._timesteps_N, _ = retrieve_timesteps(self._scheduler, num_steps, device, sigmas=sigmas_N, mu=shift)
         self._scheduler.set_begin_index(steps_done)
-        self._transformer = pipeline.transformer
-        self._embeds = embeds
-        self._true_cfg_scale = request.true_cfg_scale if request.stepped.num_passes == 2 else None
-        self._img_ids_SA = img_ids_SA
+        self.transformer = pipeline.transformer
+        self.embeds = embeds
+        self.num_passes = request.stepped.num_passes
+        self._true_cfg_scale = request.true_cfg_scale
+        self.img_ids_SA = img_ids_SA
         num_text_tokens = embeds["prompt_embeds"].shape[1]
-        self._txt_ids_LA = torch.zeros(num_text_tokens, 3, device=device, dtype=img_ids_SA.dtype)
-        self._guidance_B = None
-        if self._transformer.config.guidance_embeds:
-            self._guidance_B = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
+        self.txt_ids_LA = torch.zeros(num_text_tokens, 3, device=device, dtype=img_ids_SA.dtype)
+        self.guidance_B = None
+        if self.transformer.config.guidance_embeds:
+            self.guidance_B = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
         self.steps_done = steps_done
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """Of the next step; a scalar."""
+        return self._timesteps_N[self.steps_done]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents (B, S, 4C) after one more step, in the same dtype."""
-        timestep = self._timesteps_N[self.steps_done]
-        velocity_BSC = self._velocity(latents, timestep)
-        if self._true_cfg_scale is not None:
-            negative_BSC = self._velocity(latents, timestep, "negative_")
-            velocity_BSC = negative_BSC + self._true_cfg_scale * (velocity_BSC - negative_BSC)
+        [after] = step_together([self], [latents])
+        return after
+
+    def advance(self, latents: torch.Tensor, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The latents (B, S, 4C) after the step whose passes gave `velocities`: of the prompt, and of the negative."""
+        velocity_BSC = velocities[0]
+        if len(velocities) == 2:
+            velocity_BSC = velocities[1] + self._true_cfg_scale * (velocity_BSC - velocities[1])
+        timestep = self.timestep
         self.steps_done += 1
         return self._scheduler.step(velocity_BSC, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
 
@@ -223,17 +244,39 @@ class FluxDenoiseLoop:
         """Sigma of the flow matching schedule."""
         return float(self._scheduler.sigmas[self.steps_done])
 
-    def _velocity(self, latents_BSC: torch.Tensor, timestep: torch.Tensor, prefix: str = "") -> torch.Tensor:
-        return self._transformer(  # type: ignore[no-any-return]
-            hidden_states=latents_BSC,
-            timestep=timestep.expand(1).to(latents_BSC.dtype) / 1000,
-            guidance=self._guidance_B,
-            pooled_projections=self._embeds[f"{prefix}pooled_prompt_embeds"],
-            encoder_hidden_states=self._embeds[f"{prefix}prompt_embeds"],
-            txt_ids=self._txt_ids_LA,
-            img_ids=self._img_ids_SA,
-            return_dict=False,
-        )[0]
+
+@torch.no_grad()
+def step_together(loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One step of each loop, the latents (1, S, 4C) of all in one forward; they may stand at different steps.
+
+    All are of one shape, one number of passes and one length of text.
+    """
+    passes = [_velocities(loops, latents, prefix) for prefix in ("", "negative_")[: loops[0].num_passes]]
+    return [
+        loop.advance(before, velocities)
+        for loop, before, velocities in zip(loops, latents, zip(*passes, strict=True), strict=True)
+    ]
+
+
+def _velocities(
+    loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor], prefix: str
+) -> Sequence[torch.Tensor]:
+    """What the transformer says of each, (1, S, 4C)."""
+    first = loops[0]
+    latents_BSC = torch.cat([*latents])
+    timesteps_B = torch.stack([loop.timestep for loop in loops])
+    guidances = [loop.guidance_B for loop in loops if loop.guidance_B is not None]
+    velocity_BSC = first.transformer(
+        hidden_states=latents_BSC,
+        timestep=timesteps_B.to(latents_BSC.dtype) / 1000,
+        guidance=torch.cat(guidances) if guidances else None,
+        pooled_projections=torch.cat([loop.embeds[f"{prefix}pooled_prompt_embeds"] for loop in loops]),
+        encoder_hidden_states=torch.cat([loop.embeds[f"{prefix}prompt_embeds"] for loop in loops]),
+        txt_ids=first.txt_ids_LA,
+        img_ids=first.img_ids_SA,
+        return_dict=False,
+    )[0]
+    return velocity_BSC.split(1)  # type: ignore[no-any-return]
 
 
 def _num_tokens(tokenizer: Any, text: str) -> int:

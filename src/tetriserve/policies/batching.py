@@ -1,0 +1,96 @@
+"""Requests that share a task: who may, and when it pays (TetriServe, section 5: selective batching)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tetriserve.core.cost import times_per_step
+from tetriserve.core.plan import CostModel, State
+from tetriserve.core.request import Request
+from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.reservation import Job, Speeds, bundle_of, speeds_of
+from tetriserve.policies.timeline import EPSILON_S
+
+MIN_SAVING = 0.1
+"""What a member saves at least by joining, as a fraction of the GPU time that its step takes alone: what is measured
+varies, and who shares a task waits for the slowest."""
+
+
+def may_share(trajectories: Sequence[Trajectory]) -> bool:
+    """Whether one task may be for all of them, once all are at the stage with steps."""
+    first = trajectories[0].request.kind
+    return all(not one.is_apart and one.request.kind == first for one in trajectories)
+
+
+def sizes_that_pay(cost: CostModel, request: Request, degree: int) -> list[tuple[int, float]]:
+    """Batches of the kind of `request`, from 1 up, in each of which the last to join saves enough, with step times."""
+    alone_s = times_per_step(cost, request)[degree]
+    found = [(1, alone_s)]
+    for batch in range(2, cost.max_batch + 1):
+        step_s = times_per_step(cost, request, batch).get(degree)
+        if step_s is None or step_s - found[-1][1] > (1 - MIN_SAVING) * alone_s:
+            break
+        found.append((batch, step_s))
+    return found
+
+
+class Sharing:
+    """What batches of each kind of job do on the pool, at one event."""
+
+    def __init__(self, state: State, now: float, task_s: float) -> None:
+        self._state = state
+        self._now = now
+        self._task_s = task_s
+        self._speeds: dict[int, list[Speeds]] = {}
+
+    def speeds(self, job: Job) -> list[Speeds]:
+        """Of the batches that pay, from 1 up."""
+        kind = id(job.ahead)  # one object for all jobs of a kind
+        found = self._speeds.get(kind)
+        if found is None:
+            found = self._speeds[kind] = [job.speeds]
+            cost, num_ranks, request = self._state.cost, len(self._state.ranks), job.trajectory.request
+            for batch, _ in sizes_that_pay(cost, request, min(job.speeds.times))[1:]:
+                times = tuple(times_per_step(cost, request, batch).items())
+                speeds = speeds_of(times, num_ranks, cost.switch_s, self._task_s)
+                if speeds is not None:
+                    found.append(speeds)
+        return found
+
+    def bundles(self, jobs: Iterable[Job]) -> list[Job]:
+        """`jobs`, those of a kind in bundles as large as all their members' deadlines allow.
+
+        Members of a task in flight stay together: what follows it, they can share again.
+        """
+        bundled: list[Job] = []
+        groups: dict[tuple[int, int, int, float], list[Job]] = {}
+        for job in jobs:
+            if not job.num_steps or job.trajectory.is_apart or len(self.speeds(job)) == 1:
+                bundled.append(job)
+                continue
+            # What waits may be bundled with anything that waits at the same stage; what runs, with what ends with it.
+            ready_s = 0.0 if job.is_waiting else job.ready_s
+            groups.setdefault((id(job.ahead), job.stage_index, job.priority, ready_s), []).append(job)
+        for group in groups.values():
+            group.sort(key=lambda job: job.deadline_s)
+            while group:
+                count = self._most_together(group)
+                bundled.append(self.bundle(group[:count]))
+                del group[:count]
+        return bundled
+
+    def bundle(self, jobs: Sequence[Job]) -> Job:
+        return bundle_of(jobs, self.speeds(jobs[0])[len(jobs) - 1]) if len(jobs) > 1 else jobs[0]
+
+    def _most_together(self, jobs: Sequence[Job]) -> int:
+        """How many of `jobs`, by deadline, could end in time if they shared all their tasks from now on."""
+        speeds = self.speeds(jobs[0])
+        rest_s = jobs[0].here.before_s + jobs[0].here.after_s
+        for count in range(min(len(jobs), len(speeds)), 1, -1):
+            step_s = speeds[count - 1].fastest_s
+            if all(
+                max(self._now, job.ready_s) + count * rest_s + job.num_steps * step_s <= job.deadline_s + EPSILON_S
+                for job in jobs[:count]
+            ):
+                return count
+        return 1
