@@ -60,17 +60,15 @@ class Sharing:
     def bundles(self, jobs: Iterable[Job]) -> list[Job]:
         """`jobs`, those of a kind in bundles as large as all their members' deadlines allow.
 
-        Members of a task in flight stay together: what follows it, they can share again.
+        Who waits may wait a moment longer for partners that run: tasks are short.
         """
         bundled: list[Job] = []
-        groups: dict[tuple[int, int, int, float], list[Job]] = {}
+        groups: dict[tuple[int, int, int], list[Job]] = {}
         for job in jobs:
             if not job.num_steps or job.trajectory.is_apart or len(self.speeds(job)) == 1:
                 bundled.append(job)
                 continue
-            # What waits may be bundled with anything that waits at the same stage; what runs, with what ends with it.
-            ready_s = 0.0 if job.is_waiting else job.ready_s
-            groups.setdefault((id(job.ahead), job.stage_index, job.priority, ready_s), []).append(job)
+            groups.setdefault((id(job.ahead), job.stage_index, job.priority), []).append(job)
         for group in groups.values():
             group.sort(key=lambda job: job.deadline_s)
             while group:
@@ -80,7 +78,7 @@ class Sharing:
         return bundled
 
     def bundle(self, jobs: Sequence[Job]) -> Job:
-        return bundle_of(jobs, self.speeds(jobs[0])[len(jobs) - 1]) if len(jobs) > 1 else jobs[0]
+        return bundle_of(jobs, self.speeds(jobs[0])[len(jobs) - 1], self._now) if len(jobs) > 1 else jobs[0]
 
     def _most_together(self, jobs: Sequence[Job]) -> int:
         """How many of `jobs`, by deadline, could end in time if they shared all their tasks from now on."""
@@ -88,9 +86,7 @@ class Sharing:
         rest_s = jobs[0].here.before_s + jobs[0].here.after_s
         for count in range(min(len(jobs), len(speeds)), 1, -1):
             step_s = speeds[count - 1].fastest_s
-            if all(
-                max(self._now, job.ready_s) + count * rest_s + job.num_steps * step_s <= job.deadline_s + EPSILON_S
-                for job in jobs[:count]
-            ):
+            from_s = max(self._now, *[job.ready_s for job in jobs[:count]]) + count * rest_s - EPSILON_S
+            if all(from_s + job.num_steps * step_s <= job.deadline_s for job in jobs[:count]):
                 return count
         return 1

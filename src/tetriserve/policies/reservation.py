@@ -184,7 +184,7 @@ class JobBook:
         return JobTerms(speeds, ahead_of(request, state.cost))
 
 
-def bundle_of(jobs: Sequence[Job], speeds: Speeds) -> Job:
+def bundle_of(jobs: Sequence[Job], speeds: Speeds, now: float) -> Job:
     """Jobs of one kind and class, at one stage, as one that takes the most steps of any, at the `speeds` of a batch.
 
     What is not of the stage with steps, each does on its own, one after the other. Its deadline is that by which the
@@ -198,11 +198,10 @@ def bundle_of(jobs: Sequence[Job], speeds: Speeds) -> Job:
     rest_s = here.before_s + here.after_s
     gpu_s = rest_s + num_steps * speeds.efficient[0][2]
     ready_s = max([job.ready_s for job in jobs])
-    alone_s = first.here.before_s + first.here.after_s + first.num_steps * first.speeds.fastest_s
-    busy_s = first.deadline_s - alone_s - first.latest_s
-    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - busy_s
+    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - max(0.0, ready_s - now)
+    is_waiting = all(job.is_waiting for job in jobs)
     return Job(
-        first.trajectory, first.stage_index, num_steps, ready_s, first.is_waiting, speeds, first.ahead, here, gpu_s,
+        first.trajectory, first.stage_index, num_steps, ready_s, is_waiting, speeds, first.ahead, here, gpu_s,
         latest_s, (first.priority, latest_s), deadline_s, tuple(jobs),
     )  # fmt: skip
 

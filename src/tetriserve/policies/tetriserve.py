@@ -42,8 +42,8 @@ class TetriServe:
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
     requests, which cannot meet their deadlines any more, as narrow as possible; and wider degrees for all of these
     while ranks are left (`scale_up`). Where requests are left over, those of one kind share tasks (section 5, selective
-    batching), as far as nobody's deadline is compromised and it saves GPU time (`batching`). Beyond the paper, late requests come before the packing where that is owed to
-    them or those in time have slack (`policies.overdue`).
+    batching), as far as nobody's deadline is compromised and it saves GPU time (`batching`). Beyond the paper, late
+    requests come before the packing where that is owed to them or those in time have slack (`policies.overdue`).
     """
 
     def __init__(
