@@ -51,6 +51,7 @@ class Engine:
         *,
         ranks: int = 2,
         degrees: tuple[int, ...] = (),
+        max_batch: int = 8,
         policy: str = "lookahead",
         device: str = "cpu",
         profile: str | None = None,
@@ -58,7 +59,7 @@ class Engine:
         self._config = EngineConfig(
             model=model,
             profile=profile,
-            pool=PoolConfig(num_ranks=ranks, degrees=degrees, device=device),
+            pool=PoolConfig(num_ranks=ranks, degrees=degrees, max_batch=max_batch, device=device),
             scheduling=SchedulingConfig(policy=policy),
         )
         self._lock = threading.Lock()

@@ -43,6 +43,7 @@ def serve(
     config: options.Config = None,
     ranks: options.Ranks = None,
     degrees: options.Degrees = "",
+    max_batch: options.MaxBatch = 8,
     policy: Annotated[
         str, option("policy", "lookahead, tetriserve, fcfs, fixed:K, or a plug-in's name.")
     ] = "lookahead",
@@ -96,7 +97,9 @@ def serve(
             remeasure=remeasure,
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
-            pool=options.pool_config(ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format),
+            pool=options.pool_config(
+                ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format, max_batch
+            ),
             scheduling=SchedulingConfig(
                 policy=policy,
                 default_slo_scale=default_slo_scale,
@@ -138,6 +141,7 @@ def profile(
     config: options.Config = None,
     ranks: options.Ranks = None,
     degrees: options.Degrees = "",
+    max_batch: options.MaxBatch = 8,
     device: options.Device = "cpu",
     sizes: Annotated[str, option("sizes", "Sizes to measure, such as 256x256,512x512. Default: the model's own.")] = "",
     out: Annotated[
@@ -159,7 +163,7 @@ def profile(
             shapes = tuple(Shape.parse(size.strip()) for size in sizes.split(",") if size.strip())
         except ValueError as error:
             raise ConfigError(f"--sizes: {error}") from error
-        pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
+        pool = options.pool_config(ranks, degrees, device, threads, start_timeout, max_batch=max_batch)
         with _progress() as progress:
             card, measured = run_until_signal(measure_profile(model, pool, shapes, progress, max_sequence_length))
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names

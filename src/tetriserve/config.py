@@ -11,6 +11,7 @@ from tetriserve.core.execution import Execution
 from tetriserve.core.plan import LATE_SHARE
 
 DEVICES = ("cpu", "cuda")
+MAX_BATCH = 64
 LOG_FORMATS = ("text", "json")
 
 MODEL_NAMES = "1 to 200 printable characters without spaces around them"
@@ -30,6 +31,7 @@ class PoolConfig:
 
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
     num_threads: intra-op threads of each worker. One is right on a CPU shared by several ranks.
+    max_batch: requests that may share a task at most, where that pays; 1 for none.
     max_groups: live process groups at most, the least recently used goes first; 0 means 32, or twice the ranks if more.
     resident_bytes: of requests' states that each rank keeps beside their copies in the store; what was used least
         recently goes first, and is loaded again where it is needed.
@@ -43,6 +45,7 @@ class PoolConfig:
     degrees: tuple[int, ...] = ()
     device: str = "cpu"
     num_threads: int = 1
+    max_batch: int = 8
     max_groups: int = 0
     resident_bytes: int = 2**30
     heartbeat_timeout_s: float = 10.0
@@ -73,6 +76,7 @@ class PoolConfig:
             object.__setattr__(self, "max_groups", max(32, 2 * self.num_ranks))
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log-format is {self.log_format!r}; allowed: {', '.join(LOG_FORMATS)}")
+        check_range("max-batch", self.max_batch, 1, MAX_BATCH)
         check_range("threads", self.num_threads, 1, 1024)
         check_range("max_groups", self.max_groups, 1, 1_000_000)
         check_range("resident_bytes", self.resident_bytes, 0, 2**50)

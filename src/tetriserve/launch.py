@@ -76,7 +76,7 @@ async def launch(
     profile = profile or find_profile(replace(config, pool=pool), card)
 
     def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
-        cost = ProfileCost(profile, lambda shape: _valid_degrees(card, shape, pool), corrections)
+        cost = ProfileCost(profile, lambda shape: _valid_degrees(card, shape, pool), corrections, pool.max_batch)
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
         new_policy = partial(
@@ -192,9 +192,9 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
             logger.debug("not using a profile: %s", error)
             continue
         known = (profile.hardware, profile.fingerprint, profile.execution)
-        if known == (hardware_name(config.pool), card.fingerprint, card.execution) and set(profile.shapes) >= set(
-            card.sizes
-        ):  # sizes may have been added since
+        wanted = (hardware_name(config.pool), card.fingerprint, card.execution)
+        # Sizes may have been added since, and larger batches be allowed.
+        if known == wanted and set(profile.shapes) >= set(card.sizes) and profile.max_batch >= config.pool.max_batch:
             if profile.doubt:
                 logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
                 continue

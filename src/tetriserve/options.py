@@ -161,6 +161,7 @@ Ranks = Annotated[
 Degrees = Annotated[
     str, option("degrees", "Degrees of sequence parallelism, such as 1,2,4. Default: powers of two up to --ranks.")
 ]
+MaxBatch = Annotated[int, option("max-batch", "Requests of one size that may share a step, where it pays; 1: none.")]
 Device = Annotated[str, option("device", "cpu or cuda.")]
 Profile = Annotated[
     str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
@@ -243,6 +244,7 @@ def pool_config(
     start_timeout: float,
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S,
     log_format: str = "text",
+    max_batch: int = 8,
 ) -> PoolConfig:
     """The pool that the options describe.
 
@@ -262,6 +264,7 @@ def pool_config(
         degrees=parsed,
         device=device,
         num_threads=threads,
+        max_batch=max_batch,
         start_timeout_s=start_timeout,
         heartbeat_timeout_s=heartbeat_timeout,
         log_format=log_format,

@@ -45,6 +45,7 @@ CARD = ModelCard(
     has_guidance=True, has_negative_prompt=True, sizes=(Shape(256, 256), Shape(512, 512)), fingerprint="abc",
 )  # fmt: skip
 PROFILE = Profile(
+    max_batch=8,
     model="tiny",
     fingerprint="abc",
     hardware="h",
@@ -124,6 +125,16 @@ def test_a_kept_profile_is_used_until_the_model_has_a_size_that_it_lacks(
     assert find_profile(config, CARD) == kept
     larger = dataclasses.replace(CARD, sizes=(*CARD.sizes, Shape(1024, 1024)))
     assert find_profile(config, larger) is None
+
+
+def test_a_kept_profile_is_not_used_where_larger_batches_are_allowed_than_it_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pools = [PoolConfig(num_ranks=2, max_batch=max_batch) for max_batch in (4, 8, 16)]
+    save_profile(dataclasses.replace(PROFILE, hardware=hardware_name(pools[0])), cached_profile_path(CARD, pools[0]))
+    found = [find_profile(EngineConfig(pool=pool), CARD) is not None for pool in pools]
+    assert found == [True, True, False]
 
 
 def test_degrees_that_no_size_can_use_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

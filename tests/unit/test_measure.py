@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, quiet_s
+from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, batch_factor, quiet_s
 from tetriserve.config import PoolConfig
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
@@ -25,7 +25,7 @@ CARD = ModelCard(
     pixels_per_token=32, num_heads=8, num_text_tokens=64, default_num_steps=20, default_guidance_scale=3.5,
     has_guidance=True, has_negative_prompt=True, sizes=(SMALL, LARGE), fingerprint="abc",
 )  # fmt: skip
-POOL = PoolConfig(num_ranks=2)
+POOL = PoolConfig(num_ranks=2, max_batch=1)
 
 
 def quiet(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
@@ -112,6 +112,35 @@ async def test_progress_counts_what_is_repeated_and_ends_complete() -> None:
         MeasuredExecutor(took), CARD, POOL, CARD.sizes, lambda done, total, text: told.append((done, total)), share=1.0
     )
     assert told == [*((done, 6) for done in range(6)), *((done, 9) for done in range(6, 9)), (9, 9)]
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "found"), [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (6, [2, 4, 6]), (64, [2, 4, 8])]
+)
+async def test_batches_are_measured_at_the_narrowest_degree_for_as_long_as_they_pay(
+    max_batch: int, found: list[int]
+) -> None:
+    told: list[tuple[int, int]] = []
+    pool = PoolConfig(num_ranks=2, max_batch=max_batch)
+    executor = MeasuredExecutor(quiet)
+    profile = await measure(
+        executor, CARD, pool, [SMALL], lambda done, total, text: told.append((done, total)), share=1.0
+    )
+    rows = [row for row in profile.rows_of(DENOISE) if row.batch > 1]
+    assert [(row.degree, row.batch) for row in rows] == [(1, batch) for batch in found]
+    assert [row.seconds for row in rows] == pytest.approx([STEP_S[1] * batch_factor(batch) for batch in found])
+    assert profile.max_batch == max_batch
+    assert told[-1] == (len(told) - 1, len(told) - 1)
+
+
+async def test_a_larger_batch_that_seemed_quicker_counts_as_long_as_the_smaller() -> None:
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        return (0.01 * task.num_steps, None) if task.batch == 4 else quiet(shape, task, go)
+
+    pool = PoolConfig(num_ranks=2, max_batch=4)
+    profile = await measure(MeasuredExecutor(took), CARD, pool, [SMALL], lambda done, total, text: None, share=0.0)
+    by_batch = {row.batch: row.seconds for row in profile.rows_of(DENOISE) if row.degree == 1}
+    assert by_batch[4] == by_batch[2] == pytest.approx(STEP_S[1] * 1.5)
 
 
 def test_a_container_quota_counts_as_so_many_processors(tmp_path: Path) -> None:

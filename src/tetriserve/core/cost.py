@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Stage
 
+MIN_SAVING = 0.1
+"""What a member of a batch saves at least, as a fraction of the GPU time that its step takes alone: what is measured
+varies, and who shares a task waits for the slowest."""
+
 
 def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping[int, float]:
     """Seconds per step by degree, ascending, of the stage of `request` that has steps."""
@@ -49,3 +53,8 @@ def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage], num
         gpu_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
         total_s += max(1, stage.num_steps) * gpu_s
     return total_s
+
+
+def pays(added_s: float, num_more: int, alone_s: float) -> bool:
+    """Whether `num_more` members that make the step of a batch longer by `added_s` save enough."""
+    return added_s <= (1 - MIN_SAVING) * num_more * alone_s

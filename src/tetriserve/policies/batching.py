@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tetriserve.core.cost import times_per_step
+from tetriserve.core.cost import pays, times_per_step
 from tetriserve.core.plan import CostModel, State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.reservation import Job, Speeds, bundle_of, speeds_of
 from tetriserve.policies.timeline import EPSILON_S
-
-MIN_SAVING = 0.1
-"""What a member saves at least by joining, as a fraction of the GPU time that its step takes alone: what is measured
-varies, and who shares a task waits for the slowest."""
 
 
 def may_share(trajectories: Sequence[Trajectory]) -> bool:
@@ -28,7 +24,7 @@ def sizes_that_pay(cost: CostModel, request: Request, degree: int) -> list[tuple
     found = [(1, alone_s)]
     for batch in range(2, cost.max_batch + 1):
         step_s = times_per_step(cost, request, batch).get(degree)
-        if step_s is None or step_s - found[-1][1] > (1 - MIN_SAVING) * alone_s:
+        if step_s is None or not pays(step_s - found[-1][1], 1, alone_s):
             break
         found.append((batch, step_s))
     return found

@@ -3,7 +3,7 @@
 ```
 {"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ...,
  "execution": {"dtype": "bfloat16", "attention": "default", ...}, "source": ..., "created": "2026-11-20", "doubt": "",
- "switch_s": 0.001, "move_s": 0.001,
+ "max_batch": 8, "switch_s": 0.001, "move_s": 0.001,
  "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
 
@@ -75,6 +75,7 @@ class Profile:
         0 where nobody measured it, or where there is only one rank.
     fingerprint: ties it to an architecture; empty means any.
     doubt: why its times may be too long; empty if nothing is known against them.
+    max_batch: batches up to this were tried; there are rows of those that pay, and of the first that does not.
     """
 
     model: str
@@ -87,11 +88,13 @@ class Profile:
     fingerprint: str = ""
     move_s: float = 0.0
     doubt: str = ""
+    max_batch: int = 1
 
     def __post_init__(self) -> None:
         _check_seconds(self.switch_s, "switch_s")
         if self.move_s != 0:
             _check_seconds(self.move_s, "move_s")
+        _check_positive("max_batch", self.max_batch)
         for number, row in enumerate(self.rows):
             _check_row(f"rows[{number}]", row)
         if not self.shapes:

@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
+from tetriserve.core.cost import pays
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
@@ -57,6 +58,8 @@ async def measure(
     Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
     changes nothing, on a CPU the ranks share cores, caches and memory.
 
+    Batches of 2, 4 and so on, up to the pool's largest, are timed at the narrowest degree for as long as they pay.
+
     Shapes that other work on the machine disturbed are measured again, the smallest first, and the best counts; what
     still is in doubt then, the profile says. Work that only slows memory or a GPU down, steadily, is not noticed.
 
@@ -85,6 +88,7 @@ async def measure(
             *(best[shape].decode for shape in shapes),
         ),
         doubt=doubt,
+        max_batch=pool.max_batch,
     )
 
 
@@ -101,7 +105,7 @@ class _ShapeTimes:
     @property
     def total_s(self) -> float:
         """Other work only ever adds to it."""
-        return sum(row.seconds for row in self.denoise) + self.decode.seconds
+        return sum(row.seconds for row in self.denoise if row.batch == 1) + self.decode.seconds
 
 
 @dataclass
@@ -118,6 +122,9 @@ class _Count:
     def next(self, text: str) -> None:
         self.on_progress(self.num_done, self.num_total, text)
         self.num_done += 1
+
+    def skip(self, num_fewer: int) -> None:
+        self.num_total -= num_fewer
 
     def end(self) -> None:
         self.on_progress(self.num_total, self.num_total, "done")
@@ -138,7 +145,9 @@ async def _time_shapes(
     best: dict[Shape, _ShapeTimes] = {}
     waiting = list(shapes)
     for number in range(1 + _MAX_REPEATS):
-        count.expect(sum(len(family_of(card).valid_degrees(card, shape, pool.degrees)) + 1 for shape in waiting))
+        num_batches = len(_batches(pool))
+        degrees = [family_of(card).valid_degrees(card, shape, pool.degrees) for shape in waiting]
+        count.expect(sum(len(each) + num_batches + 1 for each in degrees))
         for shape in waiting:
             times = await _time_shape(bench, card, shape, pool, share, count)
             best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
@@ -167,9 +176,12 @@ async def _time_shape(
     for degree in family_of(card).valid_degrees(card, shape, pool.degrees):
         what = f"{shape} at degree {degree}"
         count.next(what)
-        row, samples = await _time_steps(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree))
+        groups = aligned_groups(pool.num_ranks, degree)
+        row, samples = await _time_steps(bench, card, shape, degree, groups)
         denoise.append(row)
         judge(what, samples, degree)
+        if len(denoise) == 1:
+            denoise += await _time_batches(bench, card, row, groups, pool, count)
     what = f"decode of {shape}"
     count.next(what)
     decode, samples = await _time_decode(bench, card, shape, pool.num_ranks)
@@ -179,21 +191,49 @@ async def _time_shape(
     )
 
 
+def _batches(pool: PoolConfig) -> list[int]:
+    """The powers of two up to the pool's largest, and that."""
+    powers = {2**number for number in range(1, pool.max_batch.bit_length())}
+    return sorted((powers | {pool.max_batch}) - {1})
+
+
+async def _time_batches(
+    bench: _Bench, card: ModelCard, single: Row, groups: Sequence[tuple[int, ...]], pool: PoolConfig, count: _Count
+) -> list[Row]:
+    """Rows of larger and larger batches, the first that does not pay the last: between rows, times are interpolated."""
+    assert single.shape is not None
+    rows: list[Row] = []
+    before, batches = single, _batches(pool)
+    for number, batch in enumerate(batches):
+        count.next(f"{single.shape} in a batch of {batch}")
+        row, _ = await _time_steps(bench, card, single.shape, single.degree, groups, batch)
+        row = replace(row, seconds=max(row.seconds, before.seconds))
+        rows.append(row)
+        if not pays(row.seconds - before.seconds, batch - before.batch, single.seconds):
+            count.skip(len(batches) - number - 1)
+            break
+        before = row
+    return rows
+
+
 async def _time_steps(
-    bench: _Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]]
+    bench: _Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]], batch: int = 1
 ) -> tuple[Row, list[TaskFinished]]:
-    requests = [bench.request(card, shape) for _ in groups]
-    await asyncio.gather(*(bench.encode(request, group[0]) for request, group in zip(requests, groups, strict=True)))
+    parties = [[bench.request(card, shape) for _ in range(batch)] for _ in groups]
+    for number in range(batch):
+        pairs = zip(parties, groups, strict=True)
+        await asyncio.gather(*(bench.encode(requests[number], group[0]) for requests, group in pairs))
 
     async def run(num_steps: int) -> list[TaskFinished]:
-        return await asyncio.gather(
-            *(bench.denoise(request, group, num_steps) for request, group in zip(requests, groups, strict=True))
-        )
+        pairs = zip(parties, groups, strict=True)
+        return await asyncio.gather(*(bench.denoise(requests, group, num_steps) for requests, group in pairs))
 
     first_s = max(finished.elapsed_s for finished in await run(1))  # also allocates
-    num_samples, num_steps = (2, 1) if first_s > _SLOW_STEP_S else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
+    is_slow = first_s > _SLOW_STEP_S or batch > 1
+    num_samples, num_steps = (2, 1) if is_slow else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
     samples = [each for _ in range(num_samples) for each in await run(num_steps)]
-    bench.forget(requests)
+    for requests in parties:
+        bench.forget(requests)
     step_s = [sample.elapsed_s / num_steps for sample in samples]
     middle = statistics.median(step_s)
     row = Row(
@@ -203,6 +243,7 @@ async def _time_steps(
         frames=shape.frames,
         tokens=family_of(card).num_tokens(card, shape),
         degree=degree,
+        batch=batch,
         seconds=middle,
         cv=statistics.stdev(step_s) / middle,
     )
@@ -212,7 +253,7 @@ async def _time_steps(
 async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: int) -> tuple[Row, list[TaskFinished]]:
     requests = [bench.request(card, shape) for _ in range(num_ranks)]
     await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
-    await asyncio.gather(*(bench.denoise(request, (rank,), 1) for rank, request in enumerate(requests)))
+    await asyncio.gather(*(bench.denoise([request], (rank,), 1) for rank, request in enumerate(requests)))
 
     async def run() -> list[TaskFinished]:
         return await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
@@ -235,12 +276,12 @@ async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolCo
         request = bench.request(card, shape, 2 + 2 * _NUM_MOVES)
         await bench.encode(request, groups[0][0])
         for group in groups[:2]:  # the first collective of a group allocates
-            await bench.denoise(request, group, 1)
+            await bench.denoise([request], group, 1)
         differences = []
         for index in range(_NUM_MOVES):
             group = groups[index % 2]
-            moved = await bench.denoise(request, group, 1)
-            stayed = await bench.denoise(request, group, 1)
+            moved = await bench.denoise([request], group, 1)
+            stayed = await bench.denoise([request], group, 1)
             differences.append(moved.elapsed_s - stayed.elapsed_s)
         bench.forget([request])
         return max(statistics.median(differences), 1e-6)
@@ -272,37 +313,42 @@ class _Bench:
         return request
 
     async def encode(self, request: Request, rank: int) -> None:
-        finished = await self._run(request, ENCODE, (rank,))
+        finished = await self._run([request], ENCODE, (rank,))
         self.encode_s.append(finished.elapsed_s)
 
-    async def denoise(self, request: Request, ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
-        return await self._run(request, DENOISE, ranks, num_steps)
+    async def denoise(self, requests: Sequence[Request], ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
+        return await self._run(requests, DENOISE, ranks, num_steps)
 
     async def decode(self, request: Request, rank: int) -> TaskFinished:
-        return await self._run(request, DECODE, (rank,))
+        return await self._run([request], DECODE, (rank,))
 
     def forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.executor.forget(request.request_id)
 
-    async def _run(self, request: Request, stage: str, ranks: tuple[int, ...], num_steps: int = 0) -> TaskFinished:
+    async def _run(
+        self, requests: Sequence[Request], stage: str, ranks: tuple[int, ...], num_steps: int = 0
+    ) -> TaskFinished:
         """The next task of a stage, whether those before it went all their way or not."""
-        task_id, work = next(self._ids), self._work[request.request_id]
-        task = Task((request.request_id,), stage, ranks, num_steps)
-        stage_index = [one.kind for one in request.stages].index(stage)
-        if stage_index != work.stage_index:
-            work = Work(request, stage_index, 0, work.states)
+        task_id = next(self._ids)
+        task = Task(tuple(request.request_id for request in requests), stage, ranks, num_steps)
+        work = tuple(self._next_work(request, stage) for request in requests)
         future: asyncio.Future[TaskFinished] = asyncio.get_running_loop().create_future()
         self._waiting[task_id] = future
         started_at = time.monotonic()
-        self.executor.start_task(StartTask(task_id, task, (work,)))
+        self.executor.start_task(StartTask(task_id, task, work))
         finished = await future
-        [result] = finished.results
-        after = work.trajectory.after(num_steps, is_stage_over=result.is_stage_over)
-        states = {**work.states, task.stage: result.left}
-        self._work[request.request_id] = Work(request, after.stage_index, after.stage_steps_done, states)
+        for part, result in zip(work, finished.results, strict=True):
+            after = part.trajectory.after(num_steps, is_stage_over=result.is_stage_over)
+            states = {**part.states, stage: result.left}
+            self._work[part.request.request_id] = Work(part.request, after.stage_index, after.stage_steps_done, states)
         self.switch_s.append(time.monotonic() - started_at - finished.elapsed_s)
         return finished
+
+    def _next_work(self, request: Request, stage: str) -> Work:
+        work = self._work[request.request_id]
+        stage_index = [one.kind for one in request.stages].index(stage)
+        return work if stage_index == work.stage_index else Work(request, stage_index, 0, work.states)
 
     def _on_event(self, event: Event) -> None:
         match event:
