@@ -59,12 +59,12 @@ class Sharing:
         Who waits may wait a moment longer for partners that run: tasks are short.
         """
         bundled: list[Job] = []
-        groups: dict[tuple[int, int, int], list[Job]] = {}
+        groups: dict[tuple[int, int], list[Job]] = {}
         for job in jobs:
             if not job.num_steps or job.trajectory.is_apart or len(self.speeds(job)) == 1:
                 bundled.append(job)
                 continue
-            groups.setdefault((id(job.ahead), job.stage_index, job.priority), []).append(job)
+            groups.setdefault((id(job.ahead), job.priority), []).append(job)
         for group in groups.values():
             group.sort(key=lambda job: job.deadline_s)
             while group:
@@ -79,10 +79,10 @@ class Sharing:
     def _most_together(self, jobs: Sequence[Job]) -> int:
         """How many of `jobs`, by deadline, could end in time if they shared all their tasks from now on."""
         speeds = self.speeds(jobs[0])
-        rest_s = jobs[0].here.before_s + jobs[0].here.after_s
         for count in range(min(len(jobs), len(speeds)), 1, -1):
-            step_s = speeds[count - 1].fastest_s
-            from_s = max(self._now, *[job.ready_s for job in jobs[:count]]) + count * rest_s - EPSILON_S
-            if all(from_s + job.num_steps * step_s <= job.deadline_s for job in jobs[:count]):
+            members, step_s = jobs[:count], speeds[count - 1].fastest_s
+            rest_s = sum([job.here.before_s + job.here.after_s for job in members])
+            from_s = max(self._now, *[job.ready_s for job in members]) + rest_s - EPSILON_S
+            if all(from_s + job.num_steps * step_s <= job.deadline_s for job in members):
                 return count
         return 1

@@ -127,7 +127,7 @@ class Lookahead:
             elif pieces[0].num_steps:
                 start.steps(job, pieces, self.task_s, widen=widen)
             else:
-                start.short.append(job.trajectory)
+                start.short.append(next(part for part in job.parts if part.here.is_short).trajectory)
         start.fill(failed, late)
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
@@ -272,22 +272,45 @@ class _Start:
             ordered = sorted(failed, key=lambda job: (job.priority, job.gpu_s))
             ordered += sorted(late, key=attrgetter("priority"))
         hopeless: set[tuple[int, bool]] = set()
+        is_crowded = len(ordered) > self.timeline.free[0]
         for position, job in enumerate(ordered):
             if self._free_until[1] <= self._ready_s:
                 return
             if id(job) in self._started:
                 continue
             if job.here.is_short:
-                duration_s = job.here.short_s
-                is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
-                if is_fitting and self._leaves_headroom(1, duration_s):
-                    self._claim_until(self.now + duration_s, 1)
-                    self.short.append(job.trajectory)
+                self._fill_short(job)
+                continue
+            if is_crowded and (partner := self._partner_to_fetch(job, ordered)) and self._fill_short(partner):
                 continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
             kind = id(job.speeds), is_patient
             if kind not in hopeless and not self._fill_together(job, ordered[position + 1 :], is_patient=is_patient):
                 hopeless.add(kind)
+
+    def _fill_short(self, job: Job) -> bool:
+        duration_s = job.here.short_s
+        is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
+        if not (is_fitting and self._leaves_headroom(1, duration_s)):
+            return False
+        self._claim_until(self.now + duration_s, 1)
+        self.short.append(job.trajectory)
+        self._started.add(id(job))
+        return True
+
+    def _partner_to_fetch(self, job: Job, others: Sequence[Job]) -> Job | None:
+        """The first that is yet to come to the stage with steps and could then share the task of `job`, which waits."""
+        if self._sharing is None or job.trajectory.is_apart:
+            return None
+        num_missing = len(self._sharing.speeds(job)) - 1
+        for other in others:
+            if num_missing <= 0:
+                break
+            if other.ahead is job.ahead and other is not job and id(other) not in self._started:
+                if other.here.is_short and not other.trajectory.is_apart:
+                    return other
+                num_missing -= 1
+        return None
 
     def _fill_together(self, job: Job, others: Sequence[Job], *, is_patient: bool) -> bool:
         """Start a task for as many as pay and fit, `job` first."""

@@ -185,15 +185,15 @@ class JobBook:
 
 
 def bundle_of(jobs: Sequence[Job], speeds: Speeds, now: float) -> Job:
-    """Jobs of one kind and class, at one stage, as one that takes the most steps of any, at the `speeds` of a batch.
+    """Jobs of one kind and class as one that takes the most steps of any, at the `speeds` of a batch.
 
-    What is not of the stage with steps, each does on its own, one after the other. Its deadline is that by which the
-    most pressed of them is in time.
+    What is not of the stage with steps, each does on its own, one after the other: those that have yet to come to that
+    stage first. Its deadline is that by which the most pressed of them is in time.
     """
-    first, count = jobs[0], len(jobs)
+    first = jobs[0]
     num_steps = max([job.num_steps for job in jobs])
-    here = first.here
-    here = here._replace(before_s=count * here.before_s, after_s=count * here.after_s)
+    before_s, after_s = sum([job.here.before_s for job in jobs]), sum([job.here.after_s for job in jobs])
+    here = first.here._replace(is_short=any(job.here.is_short for job in jobs), before_s=before_s, after_s=after_s)
     deadline_s = min([job.deadline_s + (num_steps - job.num_steps) * speeds.fastest_s for job in jobs])
     rest_s = here.before_s + here.after_s
     gpu_s = rest_s + num_steps * speeds.efficient[0][2]
