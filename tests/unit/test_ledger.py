@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -43,6 +44,13 @@ def test_a_task_ends_once_with_what_its_leader_left(order: tuple[tuple[int, Task
     assert ledger.close(running) == TaskFinished(1, 0.5, (RESULT,), 0.45)
     assert ledger.close(running) is None
     assert (ledger.find(1), ledger.busy_ranks, ledger.groups) == (None, set(), set())
+
+
+@pytest.mark.parametrize("num_steps", [-1, 5])
+def test_a_leader_that_claims_other_steps_than_it_was_to_do_has_not_answered(num_steps: int) -> None:
+    running = Ledger().open(START)
+    with pytest.raises(ValueError, match=f"it did {num_steps} of 4 steps"):
+        running.answer(2, TaskDone(1, 0.5, (replace(RESULT, num_steps=num_steps),)))
 
 
 @pytest.mark.parametrize("results", [(), (RESULT, RESULT)])

@@ -26,7 +26,7 @@ class Running:
         """A member that ran out of memory stays pending: its rank is not idle before its worker is replaced.
 
         Raises:
-            ValueError: the leader answers for another number of requests than there are.
+            ValueError: the leader answers for another number of requests than there are, or of steps than it was to do.
         """
         if isinstance(message, TaskError):
             self.errors.append(message)
@@ -35,6 +35,9 @@ class Running:
         elif rank == self.start.task.ranks[0]:
             if len(message.results) != len(self.start.work):
                 raise ValueError(f"it has {len(message.results)} results for {len(self.start.work)} requests")
+            for result in message.results:
+                if not 0 <= result.num_steps <= self.start.task.num_steps:
+                    raise ValueError(f"it did {result.num_steps} of {self.start.task.num_steps} steps")
             self.done = message
         self.pending.discard(rank)
 

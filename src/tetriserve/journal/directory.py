@@ -18,8 +18,8 @@ DATABASE = "journal.sqlite3"
 _COMMITS = "commits"
 _MAX_DIGITS = 20
 _FOLDER = "tensors"
-_OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels)(\.tmp)?")
-"""Names that may be removed: an operator's own files may lie in the same place."""
+_OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels|embeds|latents\.\d+)(\.tmp)?")
+"""Names that may be removed, those of earlier versions among them: an operator's own files may lie in the same place."""
 
 
 class Directory:

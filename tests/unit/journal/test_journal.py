@@ -271,7 +271,8 @@ def test_what_a_killed_server_left_is_removed_and_an_operators_files_are_not(
     journal.advance("a", 0, checkpoint(2), read_state)
     settle(journal)
     journal.close()
-    for name in ("b.pixels", "a.denoise.3.4", "a.denoise.4.5.tmp", "notes.txt", "notes.3.txt"):
+    earlier = ("a.embeds", "a.latents.3")
+    for name in (*earlier, "b.pixels", "a.denoise.3.4", "a.denoise.4.5.tmp", "notes.txt", "notes.3.txt"):
         (tmp_path / "j" / "tensors" / name).write_text("left")
     (tmp_path / "j" / "README").write_text("mine")
     reopen()
