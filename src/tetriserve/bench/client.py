@@ -140,7 +140,12 @@ def _told(request: Request, sent_s: float, schedule: object) -> tuple[tuple[Run,
     try:
         runs = tuple(
             Run(
-                Task((request.request_id,), str(run["stage"]), tuple(run["ranks"]), int(run["num_steps"])),
+                Task(
+                    (request.request_id, *map(str, range(1, int(run.get("batch", 1))))),  # others' ids are not told
+                    str(run["stage"]),
+                    tuple(run["ranks"]),
+                    int(run["num_steps"]),
+                ),
                 sent_s + float(run["start_s"]),
                 sent_s + float(run["end_s"]),
             )

@@ -19,7 +19,7 @@ _COMMITS = "commits"
 _MAX_DIGITS = 20
 _FOLDER = "tensors"
 _OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels|embeds|latents\.\d+)(\.tmp)?")
-"""Names that may be removed, those of earlier versions among them: an operator's own files may lie in the same place."""
+"""Names that may be removed, earlier versions' too: an operator's own files may lie in the same place."""
 
 
 class Directory:

@@ -32,7 +32,8 @@ def busiest_window(requests: Sequence[Request]) -> tuple[float, float]:
 def draw_board(axes: Axes, outcomes: Sequence[Outcome], num_ranks: int, window: tuple[float, float]) -> None:
     """What ran in `window`. Blocks of requests that missed their deadline are hatched.
 
-    A block is as high as its ranks are adjacent, and names its size where it is long enough.
+    A block is as high as its ranks are adjacent, and names its size where it is long enough. Requests that share a task
+    divide its block.
     """
     from matplotlib.patches import Rectangle
 
@@ -40,12 +41,14 @@ def draw_board(axes: Axes, outcomes: Sequence[Outcome], num_ranks: int, window: 
     order = {outcome.request.request_id: number for number, outcome in enumerate(_by_arrival(outcomes))}
     for outcome, run in _inside(outcomes, window):
         number = order[outcome.request.request_id]
-        for first, height in _stretches(run.task.ranks):
+        lane = run.task.members.index(outcome.request.request_id)
+        for first, num_ranks_high in _stretches(run.task.ranks):
+            height = (num_ranks_high - 0.08) / run.task.batch
             axes.add_patch(
                 Rectangle(
-                    (run.start_s, first - 0.5 + 0.04),
+                    (run.start_s, first - 0.5 + 0.04 + lane * height),
                     run.end_s - run.start_s,
-                    height - 0.08,
+                    height,
                     facecolor=_HUES[number % len(_HUES)],
                     edgecolor="white" if outcome.is_attained else INK,
                     linewidth=0.4,

@@ -67,6 +67,7 @@ def schedule(outcome: Outcome) -> Schedule:
                 ranks=list(run.task.ranks),
                 degree=run.task.degree,
                 num_steps=run.task.num_steps,
+                batch=run.task.batch,
                 start_s=_rounded(run.start_s - arrival_s),
                 end_s=_rounded(run.end_s - arrival_s),
             )

@@ -19,6 +19,7 @@ from tetriserve.workload.outcome import Outcome, Status
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
 _SIGNED_SECONDS = (*(-seconds for seconds in reversed(_SECONDS)), 0.0, *_SECONDS)
+_BATCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 5.0)
 _REFUSALS = frozenset({401, 429, 503})
 
@@ -93,7 +94,10 @@ class Metrics:
         self._tasks = self._counter(
             "tasks", "Tasks by end: finished, step (it failed), memory (ran out), lost (with a worker).", "stage", "end"
         )
-        self._steps = self._counter("steps", "Denoise steps by degree.", "degree")
+        self._steps = self._counter(
+            "steps", "Denoise steps by degree; one that images share counts for each.", "degree"
+        )
+        self._batch = self._histogram("task_batch", "Images that a denoise task was for.", _BATCHES)
         self._rank_seconds = self._counter("rank_seconds", "Rank time of ended tasks by stage.", "stage")
         self._step_ratio = self._histogram(
             "step_time_ratio", "Step time of a denoise task over what the scheduler expected.", _RATIOS, "degree"
@@ -159,7 +163,8 @@ class Metrics:
         self._tasks.labels(task.stage, end).inc()
         self._rank_seconds.labels(task.stage).inc((run.end_s - run.start_s) * task.degree)
         if ended.step_s is not None and ended.expected_step_s is not None:
-            self._steps.labels(str(task.degree)).inc(task.num_steps)
+            self._steps.labels(str(task.degree)).inc(task.num_steps * task.batch)
+            self._batch.observe(task.batch)
             self._step_ratio.labels(str(task.degree)).observe(ended.step_s / ended.expected_step_s)
 
     def _count_event(self, event: Event) -> None:

@@ -90,6 +90,7 @@ class TaskRun(BaseModel):
     ranks: list[int]
     degree: int
     num_steps: int = Field(description="Denoise steps in this run; 0 in other stages.")
+    batch: int = Field(description="Images that were worked for together, this one included.")
     start_s: float
     end_s: float
 

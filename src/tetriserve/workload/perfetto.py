@@ -33,6 +33,7 @@ def trace_document(events: Iterable[TraceEvent], num_ranks: int, title: str) -> 
 def task_blocks(run: Run, shape: Shape, **arguments: object) -> Iterator[TraceEvent]:
     """One task, once on the row of each of its ranks. `arguments` are shown when the block is selected."""
     task = run.task
+    shared = {"batch": task.batch} if task.batch > 1 else {}
     for rank in task.ranks:
         yield {
             "ph": "X",
@@ -42,7 +43,7 @@ def task_blocks(run: Run, shape: Shape, **arguments: object) -> Iterator[TraceEv
             "tid": rank,
             "ts": run.start_s * 1e6,
             "dur": (run.end_s - run.start_s) * 1e6,
-            "args": {"stage": task.stage, "size": str(shape), "steps": task.num_steps, **arguments},
+            "args": {"stage": task.stage, "size": str(shape), "steps": task.num_steps, **shared, **arguments},
         }
 
 
@@ -63,7 +64,8 @@ def deadline_mark(outcome: Outcome, row: int) -> TraceEvent:
 
 def _blocks_of(outcome: Outcome) -> Iterator[TraceEvent]:
     for run in outcome.runs:
-        yield from task_blocks(run, outcome.request.shape, attained=outcome.is_attained)
+        if run.task.members[0] == outcome.request.request_id:  # those who shared it are named in its one block
+            yield from task_blocks(run, outcome.request.shape, attained=outcome.is_attained)
 
 
 def _rows(num_ranks: int, title: str) -> Iterator[TraceEvent]:

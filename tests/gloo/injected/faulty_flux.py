@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,20 +49,18 @@ class FaultyFlux(FluxAdapter):
 
 
 class FaultyLoop:
+    """A loop whose timestep, the first that a step asks for, comes late or not at all."""
+
     def __init__(self, adapter: FaultyFlux, request: Request, loop: FluxDenoiseLoop) -> None:
         self._adapter = adapter
         self._prompt = request.prompt
         self._loop = loop
 
-    @property
-    def steps_done(self) -> int:
-        return self._loop.steps_done
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
 
     @property
-    def noise_level(self) -> float:
-        return self._loop.noise_level
-
-    def step(self, latents: torch.Tensor) -> torch.Tensor:
+    def timestep(self) -> torch.Tensor:
         if SLOW in self._prompt:
             time.sleep(SLOW_STEP_S)
         if self._adapter.is_last_member:
@@ -71,11 +70,14 @@ class FaultyLoop:
                 raise RuntimeError("expected 3 dimensions, got 4")
             if KILL in self._prompt:
                 os.kill(os.getpid(), signal.SIGKILL)
-        latents = self._loop.step(latents)
+        return self._loop.timestep
+
+    def advance(self, latents: torch.Tensor, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+        after = self._loop.advance(latents, velocities)
         if NAN in self._prompt and self._adapter.is_last_member:
-            latents = latents.clone()
-            latents[0, 0, 0] = torch.nan
-        return latents
+            after = after.clone()
+            after[0, 0, 0] = torch.nan
+        return after
 
 
 class Unloadable:

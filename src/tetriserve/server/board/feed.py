@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tetriserve.core.events import Submitted
 from tetriserve.engine import EndedTask, LiveEngine, Observation, Occurred
-from tetriserve.server.board.rows import Row, ended_row, open_row, ran_row, request_row, running_row, seconds
+from tetriserve.server.board.rows import Row, ended_row, open_row, ran_rows, request_row, running_rows, seconds
 from tetriserve.server.recent import KEEP_S, RecentRuns
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
@@ -50,8 +50,10 @@ class BoardFeed:
                 "num_steps": card.default_num_steps,
                 "ranks": state.ranks,
                 "requests": [open_row(trajectory) for trajectory in state.trajectories],
-                "running": [running_row(flight) for flight in state.in_flight],
-                "ran": [ran_row(ended) for ended in reversed(excerpt.tasks) if ended.run.end_s >= since],
+                "running": [row for flight in state.in_flight for row in running_rows(flight)],
+                "ran": [
+                    row for ended in reversed(excerpt.tasks) if ended.run.end_s >= since for row in ran_rows(ended)
+                ],
                 "ended": [ended_row(outcome) for outcome in reversed(excerpt.outcomes)],
                 "plan": plan,
             }
@@ -66,7 +68,7 @@ class BoardFeed:
             "now_s": seconds(engine.now),
             "status": self._slot.unready_reason,
             "ranks": state.ranks,
-            "running": [running_row(flight) for flight in state.in_flight],
+            "running": [row for flight in state.in_flight for row in running_rows(flight)],
         }
         lists = {"arrived": self._arrived, "ran": self._ran, "ended": self._ended}
         changes |= {name: rows for name, rows in lists.items() if rows}
@@ -98,7 +100,7 @@ class BoardFeed:
             case Occurred(Submitted(request)):
                 self._arrived.append(request_row(request))
             case EndedTask():
-                self._ran.append(ran_row(observation))
+                self._ran += ran_rows(observation)
             case Outcome():
                 self._ended.append(ended_row(observation))
         self._on_change()

@@ -44,30 +44,31 @@ def ended_row(outcome: Outcome) -> Row:
     }
 
 
-def running_row(flight: InFlight) -> Row:
+def running_rows(flight: InFlight) -> list[Row]:
     """A task that runs; its end is the expected one."""
-    return run_row(Run(flight.task, flight.start_s, flight.end_s))
+    return run_rows(Run(flight.task, flight.start_s, flight.end_s))
 
 
-def ran_row(ended: EndedTask) -> Row:
+def ran_rows(ended: EndedTask) -> list[Row]:
     """A task that is over. `failure` is there only if it has no result."""
-    row = run_row(ended.run)
-    return row if ended.failure is None else {**row, "failure": ended.failure.value}
+    rows = run_rows(ended.run)
+    return rows if ended.failure is None else [{**row, "failure": ended.failure.value} for row in rows]
 
 
 def plan_row(forecast: Forecast) -> Row:
     """Tasks to come, the first `MAX_PLANNED`, those of a request that follow each other on the same ranks as one."""
     rows: list[Row] = []
-    last: dict[tuple[str, ...], tuple[Run, Row]] = {}
+    last: dict[tuple[str, ...], tuple[Run, list[Row]]] = {}
     for run in islice((run for run in forecast.runs if run.start_s >= forecast.now), MAX_PLANNED):
         before = last.get(run.task.members)
         if before is not None and _continues(run, before[0]):
-            row = before[1]
-            row["end_s"] = seconds(run.end_s)
+            of_run = before[1]
+            for row in of_run:
+                row["end_s"] = seconds(run.end_s)
         else:
-            row = run_row(run)
-            rows.append(row)
-        last[run.task.members] = run, row
+            of_run = run_rows(run)
+            rows += of_run
+        last[run.task.members] = run, of_run
     finishes = {name: seconds(finish_s) for name, finish_s in forecast.finish_s.items() if isfinite(finish_s)}
     return {"runs": rows, "finishes": finishes}
 
@@ -77,17 +78,23 @@ def _continues(run: Run, before: Run) -> bool:
     return is_same and run.start_s - before.end_s < _PAUSE_S
 
 
-def run_row(run: Run) -> Row:
-    """`id` is that of the first member."""
+def run_rows(run: Run) -> list[Row]:
+    """A row for each request that the task is for. `lane` of `lanes` is there only if there are several."""
     task = run.task
-    return {
-        "id": task.members[0],
-        "stage": task.stage,
-        "ranks": task.ranks,
-        "num_steps": task.num_steps,
-        "start_s": seconds(run.start_s),
-        "end_s": seconds(run.end_s),
-    }
+    rows: list[Row] = [
+        {
+            "id": request_id,
+            "stage": task.stage,
+            "ranks": task.ranks,
+            "num_steps": task.num_steps,
+            "start_s": seconds(run.start_s),
+            "end_s": seconds(run.end_s),
+        }
+        for request_id in task.members
+    ]
+    if task.batch > 1:
+        rows = [{**row, "lane": lane, "lanes": task.batch} for lane, row in enumerate(rows)]
+    return rows
 
 
 def seconds(time_s: float) -> float:

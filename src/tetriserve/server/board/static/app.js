@@ -71,7 +71,8 @@ function describe(request, run) {
     request.status === "open" ? `deadline ${state}` : `${state}, ${request.attained ? "in time" : request.status === "finished" ? "late" : "no picture"}`,
     `request ${request.id.slice(0, 8)}`,
   ];
-  if (run) lines.splice(1, 0, `${run.stage} on ${plural(run.ranks.length, "rank")} (${run.ranks.join(" ")})`);
+  const company = run?.lanes > 1 ? `, shared by ${run.lanes}` : "";
+  if (run) lines.splice(1, 0, `${run.stage} on ${plural(run.ranks.length, "rank")} (${run.ranks.join(" ")})${company}`);
   return lines;
 }
 

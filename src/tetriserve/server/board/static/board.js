@@ -144,7 +144,7 @@ export class Board {
   #drawSolid(run, start_s, end_s, toX) {
     const { context, palette } = this;
     const { scale, rows } = this.layout;
-    const rects = blockRects(run.parts, rows, Math.round(toX(start_s)), Math.round(toX(end_s)), scale);
+    const rects = blockRects(run, rows, Math.round(toX(start_s)), Math.round(toX(end_s)), scale);
     fillBlocks(context, rects, HUES[run.request.hue], scale);
     if (run.request.isLate) hatchBlocks(context, rects, palette.late, scale);
   }
@@ -152,7 +152,7 @@ export class Board {
   #drawPlanned(run, start_s, end_s, toX) {
     const { context, palette } = this;
     const { scale, rows } = this.layout;
-    const rects = blockRects(run.parts, rows, toX(start_s), toX(end_s), scale);
+    const rects = blockRects(run, rows, toX(start_s), toX(end_s), scale);
     const colour = HUES[run.request.hue];
     context.globalAlpha = 0.26;
     fillBlocks(context, rects, colour, scale);
@@ -264,7 +264,7 @@ export class Board {
     const { context, palette } = this;
     const { scale, rows } = this.layout;
     for (const run of this.runsOf(request)) {
-      const rects = blockRects(run.parts, rows, toX(run.start_s), toX(run.end_s), scale);
+      const rects = blockRects(run, rows, toX(run.start_s), toX(run.end_s), scale);
       strokeBlocks(context, rects, palette.ink, 2 * scale, scale);
     }
   }
@@ -303,7 +303,13 @@ export class Board {
     const { scale, rows, left } = this.layout;
     const rank = Math.floor((y * scale - rows.top) / rows.height);
     if (x * scale < left) return undefined;
-    const covers = (run) => run.ranks.includes(rank) && this.toX(run.start_s) <= x * scale && x * scale <= this.toX(run.end_s) + 1;
+    const isHere = ({ parts, lane = 0, lanes = 1 }) => {
+      const part = parts.find(([first, count]) => first <= rank && rank < first + count);
+      if (part === undefined) return false;
+      const share = (y * scale - rows.top - part[0] * rows.height) / (part[1] * rows.height);
+      return Math.floor(share * lanes) === lane;
+    };
+    const covers = (run) => this.toX(run.start_s) <= x * scale && x * scale <= this.toX(run.end_s) + 1 && isHere(run);
     return this.pool.running.find(covers) ?? this.pool.runs.findLast(covers) ?? this.pool.plan.runs.find(covers);
   }
 

@@ -29,16 +29,15 @@ function hatching(context, colour, scale) {
   return context.createPattern(cell, "repeat");
 }
 
-/** Where the rows are: `top` of the first, `row` high each, blocks `inset` from their edges. */
-export function blockRects(parts, rows, left, right, scale) {
+/** Where the rows are: `top` of the first, `row` high each, blocks `inset` from their edges. Requests that share a task
+ * have a `lane` of its `lanes` each, one above the other. */
+export function blockRects({ parts, lane = 0, lanes = 1 }, rows, left, right, scale) {
   const gap = right - left > 3 * scale ? scale : 0; // between blocks that follow each other
   const width = Math.max(right - left - gap, scale);
-  return parts.map(([first, count]) => ({
-    x: left,
-    y: rows.top + first * rows.height + rows.inset,
-    width,
-    height: count * rows.height - 2 * rows.inset,
-  }));
+  return parts.map(([first, count]) => {
+    const height = (count * rows.height - 2 * rows.inset) / lanes;
+    return { x: left, y: rows.top + first * rows.height + rows.inset + lane * height, width, height };
+  });
 }
 
 export function fillBlocks(context, rects, colour, scale) {

@@ -48,7 +48,7 @@ export class Tape {
     const last = Math.floor(run.end_s / this.stripS);
     for (let number = first; number <= last; number++) {
       const at = (time_s) => Math.round((time_s - number * this.stripS) * this.pixelsPerS);
-      paint(this.#strip(number), blockRects(run.parts, rows, at(run.start_s), at(run.end_s), this.layout.scale));
+      paint(this.#strip(number), blockRects(run, rows, at(run.start_s), at(run.end_s), this.layout.scale));
     }
   }
 
