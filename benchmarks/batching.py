@@ -26,8 +26,8 @@ from tetriserve.launch import StartProgress, launch, measure_profile
 from tetriserve.profile import save_profile
 
 QUIET = StartProgress(step=lambda text: None)
-NUM_STEPS = 8
-BURST = {Shape(256, 256): 24, Shape(512, 512): 8}
+NUM_STEPS = 20
+BURST = {Shape(256, 256): 16, Shape(512, 512): 6}
 LIMITS = (1, 2, 4, 8)
 GAIN_BAR, LOSS_BAR = 1.25, 0.97
 

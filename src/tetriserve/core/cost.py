@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Stage
 
-MIN_SAVING = 0.1
-"""What a member of a batch saves at least, as a fraction of the GPU time that its step takes alone: what is measured
-varies, and who shares a task waits for the slowest."""
+MIN_SAVING = 0.08
+"""What a member of a batch saves at least of the GPU time that its step takes alone: what is measured varies, and who
+shares a task waits for the slowest."""
 
 
 def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping[int, float]:
@@ -55,6 +55,6 @@ def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage], num
     return total_s
 
 
-def pays(added_s: float, num_more: int, alone_s: float) -> bool:
-    """Whether `num_more` members that make the step of a batch longer by `added_s` save enough."""
-    return added_s <= (1 - MIN_SAVING) * num_more * alone_s
+def pays(step_s: float, batch: int, alone_s: float) -> bool:
+    """Whether a step of `batch` members, in `step_s`, saves each of them enough."""
+    return step_s <= (1 - MIN_SAVING) * batch * alone_s

@@ -19,12 +19,13 @@ def may_share(trajectories: Sequence[Trajectory]) -> bool:
 
 
 def sizes_that_pay(cost: CostModel, request: Request, degree: int) -> list[tuple[int, float]]:
-    """Batches of the kind of `request`, from 1 up, in each of which the last to join saves enough, with step times."""
+    """Batches of the kind of `request` with their step times, from 1 up to the one with the least time for each member;
+    all of them pay."""
     alone_s = times_per_step(cost, request)[degree]
     found = [(1, alone_s)]
     for batch in range(2, cost.max_batch + 1):
         step_s = times_per_step(cost, request, batch).get(degree)
-        if step_s is None or not pays(step_s - found[-1][1], 1, alone_s):
+        if step_s is None or not pays(step_s, batch, alone_s) or step_s / batch > found[-1][1] / (batch - 1):
             break
         found.append((batch, step_s))
     return found

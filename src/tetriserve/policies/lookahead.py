@@ -22,6 +22,9 @@ TASK_S = 0.25
 FILL_TASK_S = 0.12
 """Length of a task of steps without one, unless a single step takes longer."""
 
+SHARED_TASK_S = 0.3
+"""The same of a task that several share: what each leaves behind is written at its end."""
+
 FILL_STEP_S = 0.25
 """Longest step of such a task; for a shape whose fastest step takes more than half of it, twice that step."""
 
@@ -329,7 +332,7 @@ class _Start:
 
     def _fill_steps(self, jobs: Sequence[Job], times: Mapping[int, float], *, is_patient: bool) -> bool:
         """Start a task at the narrowest degree whose step is short enough; failing that at the fastest that fits."""
-        job = jobs[0]
+        job, task_s = jobs[0], FILL_TASK_S if len(jobs) == 1 else SHARED_TASK_S
         most = min([each.num_steps for each in jobs])
         longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
         degree = num_steps = 0
@@ -339,7 +342,7 @@ class _Start:
                 continue
             if not self._leaves_headroom(wider, step_s, narrowest=min(times)):
                 continue
-            degree, num_steps = wider, min(most, int(hole_s / step_s), _steps_in(FILL_TASK_S, step_s))
+            degree, num_steps = wider, min(most, int(hole_s / step_s), _steps_in(task_s, step_s))
             if is_patient or step_s <= FILL_TASK_S:
                 break
         if degree:

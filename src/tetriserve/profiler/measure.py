@@ -181,7 +181,7 @@ async def _time_shape(
         denoise.append(row)
         judge(what, samples, degree)
         if len(denoise) == 1:
-            denoise += await _time_batches(bench, card, row, groups, pool, count)
+            denoise += await _time_batches(bench, card, row, groups, pool, count, judge)
     what = f"decode of {shape}"
     count.next(what)
     decode, samples = await _time_decode(bench, card, shape, pool.num_ranks)
@@ -198,18 +198,26 @@ def _batches(pool: PoolConfig) -> list[int]:
 
 
 async def _time_batches(
-    bench: _Bench, card: ModelCard, single: Row, groups: Sequence[tuple[int, ...]], pool: PoolConfig, count: _Count
+    bench: _Bench,
+    card: ModelCard,
+    single: Row,
+    groups: Sequence[tuple[int, ...]],
+    pool: PoolConfig,
+    count: _Count,
+    judge: Callable[[str, Sequence[TaskFinished], int], None],
 ) -> list[Row]:
-    """Rows of larger and larger batches, the first that does not pay the last: between rows, times are interpolated."""
+    """Rows of larger and larger batches, up to the first that saves no more: between rows, times are interpolated."""
     assert single.shape is not None
     rows: list[Row] = []
     before, batches = single, _batches(pool)
     for number, batch in enumerate(batches):
-        count.next(f"{single.shape} in a batch of {batch}")
-        row, _ = await _time_steps(bench, card, single.shape, single.degree, groups, batch)
+        what = f"{single.shape} in a batch of {batch}"
+        count.next(what)
+        row, samples = await _time_steps(bench, card, single.shape, single.degree, groups, batch)
+        judge(what, samples, single.degree)
         row = replace(row, seconds=max(row.seconds, before.seconds))
         rows.append(row)
-        if not pays(row.seconds - before.seconds, batch - before.batch, single.seconds):
+        if not pays(row.seconds, batch, single.seconds) or row.seconds / batch > before.seconds / before.batch:
             count.skip(len(batches) - number - 1)
             break
         before = row
@@ -229,8 +237,7 @@ async def _time_steps(
         return await asyncio.gather(*(bench.denoise(requests, group, num_steps) for requests, group in pairs))
 
     first_s = max(finished.elapsed_s for finished in await run(1))  # also allocates
-    is_slow = first_s > _SLOW_STEP_S or batch > 1
-    num_samples, num_steps = (2, 1) if is_slow else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
+    num_samples, num_steps = (2, 1) if first_s > _SLOW_STEP_S else (_NUM_SAMPLES, _STEPS_PER_SAMPLE)
     samples = [each for _ in range(num_samples) for each in await run(num_steps)]
     for requests in parties:
         bench.forget(requests)
