@@ -189,9 +189,9 @@ def test_interleaved_loops_do_not_disturb_each_other(adapter: FluxAdapter) -> No
         assert torch.equal(result, denoise(adapter, request))
 
 
-def run_task(adapter: FluxAdapter, members: Sequence[Member], num_steps: int) -> None:
+def run_task(adapter: FluxAdapter, members: Sequence[Member], num_steps: int, *, joins_passes: bool = False) -> None:
     """The members take in what the task leaves."""
-    lefts = adapter.run(DENOISE, members, num_steps, lambda: None)
+    lefts = adapter.run(DENOISE, members, num_steps, lambda: None, joins_passes=joins_passes)
     for member, left in zip(members, lefts, strict=True):
         member.states = {**member.states, DENOISE: left.tensors}
         member.steps_done += left.num_steps
@@ -220,7 +220,7 @@ def test_members_that_join_and_leave_a_batch_at_any_step_get_the_latents_of_a_si
         if dice.random() < 0.2:
             together[0].memo.clear()  # as on a rank that has not seen it yet
         most = min(member.request.num_steps - member.steps_done for member in together)
-        run_task(adapter, together, dice.randint(1, most))
+        run_task(adapter, together, dice.randint(1, most), joins_passes=dice.random() < 0.5)
     for member in members:
         expected = denoise(adapter, member.request)
         difference = (member.states[DENOISE]["latents"] - expected).abs().max().item()

@@ -398,8 +398,15 @@ def test_a_batch_of_a_size_in_between_is_interpolated_as_far_as_batches_were_mea
     assert times(cost, beyond, DENOISE, batch=2)[1] == pytest.approx(2 * times(cost, beyond, DENOISE)[1])
 
 
-def test_two_passes_double_a_batch_too() -> None:
-    assert times(ProfileCost(BATCHED), request(256, 256, num_passes=2), DENOISE, batch=4)[1] == pytest.approx(0.36)
+def test_passes_count_one_after_the_other_or_as_one_larger_batch_whichever_is_quicker() -> None:
+    cost, guided = ProfileCost(BATCHED), request(256, 256, num_passes=2)
+    assert times(cost, guided, DENOISE, batch=2)[1] == pytest.approx(0.18)  # four together, not two and two
+    assert times(cost, guided, DENOISE, batch=4)[1] == pytest.approx(0.36)  # eight were not measured
+    joins = [cost.joins_passes(guided, guided.stepped, 1, batch) for batch in (1, 2, 4)]
+    assert joins == [False, True, False]
+    assert times(cost, guided, DENOISE)[1] == pytest.approx(0.2), "alone as its own pipeline does it"
+    slower = dataclasses.replace(BATCHED, rows=(*BATCHED.rows[:-2], denoise_row(256, 1, 0.3, batch=4)))
+    assert not ProfileCost(slower).joins_passes(guided, guided.stepped, 1, 2)
 
 
 def test_an_observed_batch_corrects_its_own_size_and_says_something_of_others_not_observed_yet() -> None:

@@ -145,8 +145,12 @@ class Controller:
         for record in records:
             gpu_s = (end_s - now) * task.degree / len(records)
             self._late.charge(gpu_s, record.request.deadline_s, now, self._first_deadline_s)
+        stage = records[0].trajectory.stage
+        joins_passes = stage.num_passes > 1 and self.cost.joins_passes(
+            records[0].request, stage, task.degree, task.batch
+        )
         task_id = self._tracker.take_off(task, now, end_s)
-        return StartTask(task_id, task, tuple([record.work for record in records]))
+        return StartTask(task_id, task, tuple([record.work for record in records]), joins_passes)
 
     def end_s(self, task_id: int) -> float:
         """When a task in flight was expected to end as it started."""

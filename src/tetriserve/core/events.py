@@ -176,11 +176,15 @@ Event = Submitted | Cancelled | TaskFinished | TaskFailed | WorkerLost | WorkerJ
 
 @dataclass(frozen=True, slots=True)
 class StartTask:
-    """Run `task`; `work` is in the order of its members."""
+    """Run `task`; `work` is in the order of its members.
+
+    joins_passes: all passes of a step in one forward of the model, instead of one after the other.
+    """
 
     task_id: int
     task: Task
     work: tuple[Work, ...]
+    joins_passes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,11 @@ class CostModel(Protocol):
         stage has steps, of all of it where it has none; for `batch` requests of one kind together."""
         ...
 
+    def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
+        """Whether a step of several passes counts as quicker with all of them in one forward: `times` has the quicker
+        way. Never for a request alone, which goes through the model as it would through its own pipeline."""
+        ...
+
     @property
     def max_batch(self) -> int:
         """The most requests that a task may be for; 1 where nobody measured what more would take."""

@@ -46,8 +46,18 @@ class Left:
 class Adapter(Protocol):
     """One loaded checkpoint on one rank. Degree 1 is bit-identical to calling the diffusers pipeline."""
 
-    def run(self, stage: str, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> Sequence[Left]:
+    def run(
+        self,
+        stage: str,
+        members: Sequence[Member],
+        num_steps: int,
+        on_step: Callable[[], None],
+        *,
+        joins_passes: bool = False,
+    ) -> Sequence[Left]:
         """One task: a short stage, or `num_steps` steps of one with steps, for every member, in their order.
+
+        joins_passes: all passes of a step in one forward, by a family that can.
 
         Every rank of the mesh returns the whole. `on_step` is called after each step. The members' states are left as
         they were: should the task fail, it is run again from them.

@@ -56,7 +56,21 @@ class ProfileCost:
         cases = self._cases(stage.kind, request.shape, batch)
         if stage.num_steps and request.degrees is not None:
             cases = [case for case in cases if case.degree in request.degrees]
-        return {case.degree: self._profiled_s(case) * self.corrections.of(case) * stage.num_passes for case in cases}
+        return {case.degree: self._passes_s(case, stage.num_passes) * self.corrections.of(case) for case in cases}
+
+    def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
+        """See `CostModel.joins_passes`: where the batch that they make together was measured, and is quicker."""
+        case = Case(stage.kind, self._sized(stage.kind, request.shape), degree, batch)
+        return self._passes_s(case, stage.num_passes) < stage.num_passes * self._profiled_s(case)
+
+    def _passes_s(self, case: Case, num_passes: int) -> float:
+        """All passes of a step, without correction, in the quicker way."""
+        apart_s = num_passes * self._profiled_s(case)
+        together = case._replace(batch=num_passes * case.batch)
+        rows = self._rows(case.stage, case.degree) if num_passes > 1 and case.batch > 1 else []
+        if any(row.batch >= together.batch for row in rows):
+            return min(apart_s, self._profiled_s(together))
+        return apart_s
 
     def profiled_step_times(self, shape: Shape) -> Mapping[int, float]:
         """One pass of a step by degree as the profile has it, without correction.
@@ -85,7 +99,7 @@ class ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
         stage = request.stage_of(task.stage)
         case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, task.batch)
-        profiled_s = max(1, task.num_steps) * self._profiled_s(case) * stage.num_passes
+        profiled_s = max(1, task.num_steps) * self._passes_s(case, stage.num_passes)
         corrections = self.corrections.after(case, elapsed_s / profiled_s)
         memo = {
             known: times

@@ -101,7 +101,9 @@ class Runner:
         self._adapter.use_mesh(None if message.group is None else self._groups.get(message.group, task.ranks).mesh)
         members = [self._member(work) for work in start.work]
         with torch.no_grad():
-            lefts = self._adapter.run(task.stage, members, task.num_steps, self._count_step)
+            lefts = self._adapter.run(
+                task.stage, members, task.num_steps, self._count_step, joins_passes=start.joins_passes
+            )
         if task.num_steps:
             for work, left in zip(start.work, lefts, strict=True):
                 _check_finite(work, left)

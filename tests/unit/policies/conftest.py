@@ -40,6 +40,9 @@ class TableCost:
         height = request.shape.height
         return {ENCODE: {1: self.encode}, DECODE: {1: self.decode[height]}}.get(stage.kind, self.steps[height])
 
+    def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
+        return False
+
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
 

@@ -33,6 +33,9 @@ class TableCost:
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         return {ENCODE: {1: self.encode}, DECODE: {1: self.decode}}.get(stage.kind, self.steps[request.shape.height])
 
+    def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
+        return False
+
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         return self
 

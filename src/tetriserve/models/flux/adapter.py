@@ -51,25 +51,35 @@ class FluxAdapter:
         self._context_parallel = ContextParallel(self._pipeline.transformer)
         self._check_texts()
 
-    def run(self, stage: str, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> list[Left]:
+    def run(
+        self,
+        stage: str,
+        members: Sequence[Member],
+        num_steps: int,
+        on_step: Callable[[], None],
+        *,
+        joins_passes: bool = False,
+    ) -> list[Left]:
         """See `Adapter.run`. Latents (B, S, 4C) come with their `noise_level`; decode leaves `pixels` (H, W, 3)."""
         match stage:
             case "encode":
                 return [Left(self.encode(one.request), text=self.count_text(one.request)) for one in members]
             case "denoise":
-                return self._denoise(members, num_steps, on_step)
+                return self._denoise(members, num_steps, on_step, joins_passes)
             case "decode":
                 return [self._decode(one) for one in members]
             case unknown:
                 raise ValueError(f"this model has no stage {unknown!r}")
 
-    def _denoise(self, members: Sequence[Member], num_steps: int, on_step: Callable[[], None]) -> list[Left]:
+    def _denoise(
+        self, members: Sequence[Member], num_steps: int, on_step: Callable[[], None], joins_passes: bool
+    ) -> list[Left]:
         loops = [self._loop_of(member) for member in members]
         latents = [
             one.states[DENOISE]["latents"] if one.steps_done else self.initial_latents(one.request) for one in members
         ]
         for _ in range(num_steps):
-            latents = step_together(loops, latents)
+            latents = step_together(loops, latents, joins_passes=joins_passes)
             on_step()
         lefts = []
         for member, loop, latents_BSC in zip(members, loops, latents, strict=True):
@@ -246,12 +256,20 @@ class FluxDenoiseLoop:
 
 
 @torch.no_grad()
-def step_together(loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """One step of each loop, the latents (1, S, 4C) of all in one forward; they may stand at different steps.
+def step_together(
+    loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor], *, joins_passes: bool = False
+) -> list[torch.Tensor]:
+    """One step of each loop, the latents (1, S, 4C) of all in one forward for each pass; with `joins_passes`, in one.
 
-    All are of one shape, one number of passes and one length of text.
+    They may stand at different steps, but are of one shape, one number of passes and one length of text.
     """
-    passes = [_velocities(loops, latents, prefix) for prefix in ("", "negative_")[: loops[0].num_passes]]
+    prefixes = ("", "negative_")[: loops[0].num_passes]
+    passes: list[Sequence[torch.Tensor]]
+    if joins_passes:
+        joined = _velocities(loops, latents, prefixes)
+        passes = [joined[start : start + len(loops)] for start in range(0, len(joined), len(loops))]
+    else:
+        passes = [_velocities(loops, latents, (prefix,)) for prefix in prefixes]
     return [
         loop.advance(before, velocities)
         for loop, before, velocities in zip(loops, latents, zip(*passes, strict=True), strict=True)
@@ -259,19 +277,20 @@ def step_together(loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tens
 
 
 def _velocities(
-    loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor], prefix: str
+    loops: Sequence[FluxDenoiseLoop], latents: Sequence[torch.Tensor], prefixes: Sequence[str]
 ) -> Sequence[torch.Tensor]:
-    """What the transformer says of each, (1, S, 4C)."""
-    first = loops[0]
-    latents_BSC = torch.cat([*latents])
-    timesteps_B = torch.stack([loop.timestep for loop in loops])
-    guidances = [loop.guidance_B for loop in loops if loop.guidance_B is not None]
+    """What the transformer says of each, (1, S, 4C), in one forward: of all loops for the first prefix, and so on."""
+    first, times = loops[0], len(prefixes)
+    latents_BSC = torch.cat([*latents] * times)
+    timesteps_B = torch.stack([loop.timestep for loop in loops] * times)
+    guidances = [loop.guidance_B for loop in loops if loop.guidance_B is not None] * times
+    embeds = [(loop.embeds, prefix) for prefix in prefixes for loop in loops]
     velocity_BSC = first.transformer(
         hidden_states=latents_BSC,
         timestep=timesteps_B.to(latents_BSC.dtype) / 1000,
         guidance=torch.cat(guidances) if guidances else None,
-        pooled_projections=torch.cat([loop.embeds[f"{prefix}pooled_prompt_embeds"] for loop in loops]),
-        encoder_hidden_states=torch.cat([loop.embeds[f"{prefix}prompt_embeds"] for loop in loops]),
+        pooled_projections=torch.cat([each[f"{prefix}pooled_prompt_embeds"] for each, prefix in embeds]),
+        encoder_hidden_states=torch.cat([each[f"{prefix}prompt_embeds"] for each, prefix in embeds]),
         txt_ids=first.txt_ids_LA,
         img_ids=first.img_ids_SA,
         return_dict=False,
