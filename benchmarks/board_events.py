@@ -23,6 +23,7 @@ from playwright.sync_api import sync_playwright
 
 from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.cost import task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
@@ -36,7 +37,6 @@ from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.server import run_server
-from tetriserve.simulator.foresight import SimulatedForesight
 
 LONG_FRAME_MS = 50.0
 NUM_STEPS = 8
@@ -122,7 +122,7 @@ class Load:
         new_policy = partial(make_policy, self.policy, cost, num_ranks=self.num_ranks, shapes=shapes)
         engine = LiveEngine(
             Controller(new_policy(), cost), TimerExecutor(self.num_ranks, cost), Intake(card=card, cost=cost),
-            SimulatedForesight(new_policy), max_queue=10_000, policy_name=self.policy,
+            Foresight(new_policy), max_queue=10_000, policy_name=self.policy,
         )  # fmt: skip
         engine.start()
         return engine

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.control.spare import Spare
 from tetriserve.core.cost import stages_gpu_s
 from tetriserve.core.events import Submitted, WorkerJoined
@@ -33,7 +34,6 @@ from tetriserve.policies import Policy, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.simulator import Simulation
-from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.slo import MultipleRule
@@ -80,7 +80,7 @@ def time_quotes(pool: Pool, spec: str, slo: str, num_queued: int, num_quotes: in
         controller.handle(Submitted(pool.request(f"r{number}", dice, SLO_S[slo])), 0.0)
     for rank in range(pool.num_ranks):
         controller.handle(WorkerJoined(rank), 0.0)
-    foresight = SimulatedForesight(new_policy)
+    foresight = Foresight(new_policy)
     forecasts_ms, quotes_ms, num_feasible = [], [], 0
     for number in range(num_quotes):
         newcomer = pool.request(f"n{number}", dice, SLO_S[slo])
@@ -128,7 +128,7 @@ def _calibrate_seed(
     pool: Pool, spec: str, load: float, admits_all: bool, seed: int, options: argparse.Namespace, kept: Kept
 ) -> None:
     new_policy = pool.policy_maker(spec)
-    foresight = SimulatedForesight(new_policy)
+    foresight = Foresight(new_policy)
     simulation = Simulation(new_policy(), pool.cost, num_ranks=pool.num_ranks, noise=options.noise, seed=seed)
     quotes: dict[str, Quote] = {}
     spare = Spare()

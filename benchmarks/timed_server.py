@@ -19,6 +19,7 @@ from fake_engine import CARD, FakeExecutor, picture
 
 from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.cost import task_s
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
@@ -30,7 +31,6 @@ from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
 from tetriserve.server import run_server
-from tetriserve.simulator.foresight import SimulatedForesight
 
 NOISE = 0.1
 SPEEDUPS = {1: 1.0, 2: 1.6}
@@ -84,7 +84,7 @@ def main() -> int:
             Controller(new_policy(), cost),
             TimedExecutor(cost, seed=0),
             Intake(card=CARD, cost=cost),
-            SimulatedForesight(new_policy),
+            Foresight(new_policy),
             max_queue=options.max_queue,
             policy_name=options.policy,
         )

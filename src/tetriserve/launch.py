@@ -14,6 +14,7 @@ import platformdirs
 
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
@@ -35,7 +36,6 @@ from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.measure import gpu_names, hardware_name, measure
-from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.slo import MultipleRule, slack_s
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ async def launch(
         Controller(policy, cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
         executor,
         intake,
-        SimulatedForesight(new_policy),
+        Foresight(new_policy),
         max_queue=scheduling.max_queue,
         policy_name=spec,
         observer=observer,

@@ -25,6 +25,7 @@ from tests.waiting import HANG_S, until
 from tetriserve import Engine
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import (
     CheckpointError,
     ConfigError,
@@ -43,7 +44,6 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
-from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
 
 Paint = Callable[[Request], np.ndarray]
@@ -128,7 +128,7 @@ async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, polic
         Controller(new_policy(), cost),
         executor,
         Intake(card=card, cost=cost),
-        SimulatedForesight(new_policy),
+        Foresight(new_policy),
         max_queue=256,
         policy_name="test",
     )

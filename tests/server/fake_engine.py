@@ -22,6 +22,7 @@ import numpy as np
 
 from tetriserve.config import AccessConfig, ServerConfig
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
@@ -35,7 +36,6 @@ from tetriserve.models.preview import Latents
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
-from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome
 
 ENCODE_S = DECODE_S = 0.002
@@ -211,7 +211,7 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
         Controller(new_policy(), cost),
         executor,
         Intake(card=CARD, cost=cost),
-        SimulatedForesight(new_policy),
+        Foresight(new_policy),
         max_queue=max_queue,
         policy_name=policy,
     )

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fake_engine import FakeExecutor, make_engine
 
-from tetriserve.engine import foresight
+from tetriserve.engine import outlook
 from tetriserve.server import EngineSlot
 
 URL = "/v1/images/generations"
@@ -62,7 +62,7 @@ async def test_every_answer_is_an_image_or_a_429_that_says_when_to_come_back(flo
 
 async def test_quotes_do_not_pile_up(flooded, monkeypatch):
     """However slow they are: whoever would wait for long hears so at once, and the rest are answered in turn."""
-    monkeypatch.setattr(foresight, "MAX_WAIT_S", 0.05)
+    monkeypatch.setattr(outlook, "MAX_WAIT_S", 0.05)
     client, engine, _ = flooded
     await asyncio.gather(*(client.post("/v1/quotes", json=BODY) for _ in range(3)))
     answers = await asyncio.gather(*(client.post("/v1/quotes", json=BODY) for _ in range(300)))

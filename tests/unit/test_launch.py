@@ -12,6 +12,7 @@ import pytest
 from tests.unit.measured_executor import MeasuredExecutor, quiet_s
 from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.control.controller import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
@@ -36,7 +37,6 @@ from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row, load_profile, save_profile
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profiler import hardware_name
-from tetriserve.simulator.foresight import SimulatedForesight
 
 CARD = ModelCard(
     name="tiny", path=Path("/models/tiny"), family="flux", pipeline_class="FluxPipeline",
@@ -214,7 +214,7 @@ def launched(cost: ProfileCost, pool: PoolConfig) -> LiveEngine:
         Controller(policy, cost),
         executor,
         Intake(card=CARD, cost=cost),
-        SimulatedForesight(lambda: policy),
+        Foresight(lambda: policy),
         max_queue=9,
         policy_name="test",
     )

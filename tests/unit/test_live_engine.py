@@ -12,6 +12,7 @@ import pytest
 
 from tests.waiting import HANG_S
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import InvalidRequest, RequestFailed
 from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
@@ -23,7 +24,6 @@ from tetriserve.models.card import ModelCard
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row
-from tetriserve.simulator.foresight import SimulatedForesight
 from tetriserve.workload.outcome import Outcome, Status
 from tetriserve.workload.slo import MultipleRule
 
@@ -92,7 +92,7 @@ def running(executor: ObedientExecutor, policy: Policy | None = None) -> tuple[L
         Controller(policy, COST),
         executor,
         Intake(card=CARD, cost=COST),
-        SimulatedForesight(lambda: policy),
+        Foresight(lambda: policy),
         max_queue=9,
         policy_name="test",
     )

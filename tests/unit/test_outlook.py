@@ -14,8 +14,8 @@ from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
-from tetriserve.engine.foresight import MAX_AGE_S, MAX_WAIT_S, Outlook
 from tetriserve.engine.observers import Occurred
+from tetriserve.engine.outlook import MAX_AGE_S, MAX_WAIT_S, Outlook
 
 REQUEST = Request(
     request_id="r", prompt="", shape=Shape(256, 256), stages=image_stages(1), seed=0, arrival_s=0.0, deadline_s=5.0
@@ -128,7 +128,7 @@ def answering(outlook, foresight, monkeypatch, *quotes):
 
     monkeypatch.setattr(foresight, "quote", quote)
     monkeypatch.setattr(outlook._controller, "earliest_finish", lambda request, now: 4.0)
-    monkeypatch.setattr("tetriserve.engine.foresight.backlog_s", lambda state: 9.0)
+    monkeypatch.setattr("tetriserve.engine.outlook.backlog_s", lambda state: 9.0)
 
 
 async def promised(outlook, deadline_s=5.0):

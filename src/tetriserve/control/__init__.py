@@ -1,4 +1,4 @@
-"""The sans-IO core: events in, commands out. The live engine and the simulator are two thin drivers of it."""
+"""The sans-IO core: events in, commands out. The live engine and the virtual pool are its two thin drivers."""
 
 from tetriserve.control.controller import Controller
 

@@ -1,7 +1,6 @@
 """The live driver of the controller: wall clock, executor, and the clients who wait."""
 
 from tetriserve.engine.durable import DurableWork
-from tetriserve.engine.foresight import Foresight
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.observers import Observation, Observer, Occurred, Stopped
@@ -12,7 +11,6 @@ from tetriserve.engine.tasks import EndedTask
 __all__ = [
     "DurableWork",
     "EndedTask",
-    "Foresight",
     "GeneratedImage",
     "Generation",
     "Intake",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.control.admission import check_room
 from tetriserve.control.controller import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
@@ -36,9 +37,9 @@ from tetriserve.core.events import (
 from tetriserve.core.forecast import Forecast, Quote
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
-from tetriserve.engine.foresight import Foresight, Outlook
 from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
+from tetriserve.engine.outlook import Outlook
 from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
 from tetriserve.engine.tasks import TaskBook
 from tetriserve.executor.protocol import Executor, Preview

@@ -9,12 +9,12 @@ import statistics
 import pytest
 
 from tetriserve.control import Controller
+from tetriserve.control.whatif import forecast
 from tetriserve.core.events import Cancelled, Submitted, WorkerJoined
 from tetriserve.core.forecast import Forecast
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.policies import make_policy
 from tetriserve.simulator import Simulation
-from tetriserve.simulator.forecast import forecast
 
 POLICIES = ["tetriserve", "lookahead", "fixed:2", "fcfs", "rssp", "sjf", "srtf", "edf", "edf-best-fit"]
 every_policy = pytest.mark.parametrize("spec", POLICIES)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.control.spare import LEAST_SPARE
+from tetriserve.control.whatif import forecast
 from tetriserve.core.events import Submitted, WorkerJoined
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.policies import make_policy
-from tetriserve.simulator.forecast import forecast
-from tetriserve.simulator.foresight import SimulatedForesight
 
 POLICIES = ["tetriserve", "lookahead", "fixed:1", "fcfs", "rssp", "srtf", "edf", "edf-best-fit"]
 HEIGHTS = (256, 512, 1024, 2048)
@@ -26,7 +26,7 @@ class Pool:
 
     def __init__(self, spec, cost, requests, num_ranks):
         self.new_policy = lambda: make_policy(spec, cost, num_ranks=num_ranks or 1, shapes=cost.profile.shapes)
-        self.foresight = SimulatedForesight(self.new_policy)
+        self.foresight = Foresight(self.new_policy)
         self.controller = Controller(self.new_policy(), cost)
         for rank in range(num_ranks):
             self.controller.handle(WorkerJoined(rank), 0.0)

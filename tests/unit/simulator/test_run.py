@@ -85,7 +85,7 @@ def test_finished_requests_are_forgotten(table_cost, request_of) -> None:
     simulation = Simulation(FixedDegree(1), table_cost({256: {1: 1.0}}), num_ranks=1)
     most = max(len(simulation.controller.state.trajectories) for _ in simulation.run(requests))
     assert most <= 1
-    assert len(simulation._heap) == 0
+    assert simulation._pool.is_at_rest
 
 
 class EveryTenSeconds:

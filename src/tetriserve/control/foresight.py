@@ -1,8 +1,8 @@
-"""Promises: what a request that comes now could be told about its end, from forecasts with and without it.
+"""Quotes: the deadline that could be promised to requests that come now, from forecasts with and without them.
 
 A promise is kept by the policy that serves, so it is the policy that is asked: every answer is a forecast in which the
-newcomers have some deadline. What is promised to them must not be taken from others: whoever would be in time without
-them has to be in time with them.
+newcomers have some deadline. What is promised to them must not be taken from others: a request that would be in time
+without them has to be in time with them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from tetriserve.control.controller import Controller
 from tetriserve.control.spare import LEAST_SPARE
+from tetriserve.control.whatif import forecast
 from tetriserve.core.forecast import Forecast, Quote, QuotedImage
 from tetriserve.core.request import Request
 from tetriserve.policies.policy import Policy
-from tetriserve.simulator.forecast import forecast
 
 MAX_TRIALS = 5
 """Deadlines that are tried for one quote, the one asked for included."""
@@ -30,8 +30,8 @@ _TICKS_PER_S = 1000
 """Deadlines are tried in whole ticks from arrival: what is answered can be asked for again, digit by digit."""
 
 
-class SimulatedForesight:
-    """See `engine.foresight.Foresight`.
+class Foresight:
+    """Looks ahead by the policy that serves, and leaves the controllers that it is given as they are.
 
     Args:
         new_policy: makes a policy of the kind that serves; every forecast gets one of its own.
@@ -64,7 +64,7 @@ class SimulatedForesight:
             spare: what promises keep in hand, as a fraction of the time until the forecast finish.
             is_brief: try no other deadline. It takes a fraction of the time, and says no more than yes or no.
         """
-        return _Search(self._new_policy, controller, now, requests, without, spare).quote(is_brief)
+        return _QuoteSearch(self._new_policy, controller, now, requests, without, spare).quote(is_brief)
 
 
 def _resolution(controller: Controller, num_more: int) -> float:
@@ -87,7 +87,7 @@ class _Trial:
         return self.deadline_s if self.is_feasible else math.inf
 
 
-class _Search:
+class _QuoteSearch:
     """Forecasts of one moment with the newcomers at several deadlines.
 
     protected: until when those who are in time without them have to end, by request id. Who has the spare in hand keeps

@@ -1,4 +1,4 @@
-"""Forecasts and quotes of a live engine, worked out beside its event loop."""
+"""Forecasts and quotes of a live engine: computed in threads, forecasts shared, quotes given one at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Protocol
 
 from tetriserve.control.admission import backlog_s
 from tetriserve.control.controller import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.control.spare import Spare
 from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Submitted, TaskFinished, TimerFired
@@ -26,31 +26,6 @@ MAX_WAIT_S = 0.25
 """How long a turn may be expected to be away; who would wait longer is refused at once."""
 _MEMORY = 0.8
 """Weight of what was known, against the latest, in how long a turn takes."""
-
-
-class Foresight(Protocol):
-    """Looks ahead by the policy that serves. Called in threads: it must not touch the controller that it is given."""
-
-    def forecast(self, controller: Controller, now: float) -> Forecast:
-        """What the controller would do from `now` on if nobody else came."""
-        ...
-
-    def quote(
-        self,
-        controller: Controller,
-        now: float,
-        requests: Sequence[Request],
-        without: Forecast,
-        *,
-        spare: float,
-        is_brief: bool,
-    ) -> Quote:
-        """What could be promised to `requests`, which come at `now`; `without` is the forecast without them.
-
-        spare: what promises keep in hand, as a fraction of the time until the forecast finish.
-        is_brief: only whether the deadline asked for is feasible, not which other one would be.
-        """
-        ...
 
 
 class Outlook:

@@ -1,7 +1,7 @@
 """What will become of what is there: the present state run on into the future, by the controller and policy that serve.
 
-A forecast is a simulation that starts in mid-life. The controller is forked, tasks in flight end when they are expected
-to, every task takes what the cost model says, and nobody else arrives.
+The controller is forked and goes on in virtual time from the middle of its life: tasks in flight end when they are
+expected to, every task takes what the cost model says, and no more requests arrive.
 
 **Resolution.** An exact forecast costs a decision per task, and under a long queue there are thousands. With a
 resolution r above 0 the future is looked at the more coarsely the further away it is: a task with steps that starts t
@@ -13,15 +13,14 @@ the logarithm of the time that is forecast, and what comes next is nearly exact.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tetriserve.control.controller import Controller
+from tetriserve.control.virtual_pool import End, VirtualPool
 from tetriserve.core.cost import task_s, times_per_step
 from tetriserve.core.events import (
-    Event,
     FailureKind,
     FinishRequest,
     Result,
@@ -32,7 +31,6 @@ from tetriserve.core.events import (
     TaskFinished,
     TensorRef,
     TimerFired,
-    WakeAt,
 )
 from tetriserve.core.forecast import Forecast
 from tetriserve.core.plan import Plan, State, Task
@@ -73,7 +71,7 @@ def forecast(
 
 
 class _WhatIf:
-    """One run of a fork. `ends` holds how and when each task in flight ends; of equal times the first started first.
+    """One run of a fork.
 
     ready_s: when each request's last task ends, by id. free_s: when each rank's does. first_s: what a short first stage
     adds to a request's first task with steps, by id.
@@ -82,10 +80,10 @@ class _WhatIf:
     def __init__(self, controller: Controller, now: float, policy: Policy, resolution: float) -> None:
         self.controller = controller.fork(_Coarse(policy, now, resolution) if resolution else policy)
         self.first_s = self.controller.skip_first_stages() if resolution else {}
-        self.start_s = self.now = now
-        self.blur = resolution / _MOMENTS
-        self.ends: list[tuple[float, int, Event]] = []
-        self.timer_s = math.inf
+        self.start_s = now
+        self.pool = VirtualPool(
+            self.controller, now, start=self._start, finish=self._finish, blur=resolution / _MOMENTS
+        )
         self.runs: list[Run] = []
         self.ready_s: dict[str, float] = {}
         self.free_s: dict[int, float] = {}
@@ -93,18 +91,14 @@ class _WhatIf:
         self._take_over_tasks()
 
     def run(self, more: Sequence[Request], until_s: float, awaited: Mapping[str, float] | None) -> Forecast:
-        self._handle([TimerFired()])
+        self.pool.handle(TimerFired())
         for request in more:
-            self._handle([Submitted(request)])
-        while (time_s := self._next_s) <= until_s and time_s < math.inf:
-            if awaited is not None and not self._is_any_open(awaited):
+            self.pool.handle(Submitted(request))
+        while awaited is None or self._is_any_open(awaited):
+            was_at_rest = self.pool.is_at_rest
+            if not self.pool.advance(until_s):
                 break
-            self.now = max(self.now, time_s)
-            if self.timer_s <= self.now:
-                self.timer_s = math.inf
-            was_at_rest = not self.ends
-            self._handle(self._landing() or [TimerFired()])
-            if was_at_rest and not self.ends:
+            if was_at_rest and self.pool.is_at_rest:
                 break  # the policy only asks to be asked again: without a rank it would do so for ever
         runs = sorted(self.runs, key=lambda run: run.start_s)
         return Forecast(now=self.start_s, runs=tuple(runs), finish_s=self.finish_s)
@@ -115,37 +109,34 @@ class _WhatIf:
         for flight in state.in_flight:
             task = flight.task
             members = [trajectories[request_id] for request_id in task.members if request_id in trajectories]
-            end: Event = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
+            end: End = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
             if len(members) == len(task.members):
                 end = self._end_of(flight.task_id, task, members)
-            self._expect(Run(flight.task, flight.start_s, expected_end_s(flight, self.now)), flight.task_id, end)
+            end_s = expected_end_s(flight, self.start_s)
+            self._note(Run(task, flight.start_s, end_s))
+            self.pool.expect(end_s, end)
 
-    def _handle(self, events: Sequence[Event]) -> None:
-        for command in self.controller.handle_all(events, self.now):
-            match command:
-                case StartTask(task_id, task, work):
-                    # Within a moment a rank or a request may be in use for a little longer.
-                    start_s = max(self.now, *map(self._ready_s, task.members), *map(self._free_s, task.ranks))
-                    takes_s = self.controller.end_s(task_id) - self.now
-                    takes_s += sum([self.first_s.pop(request_id, 0.0) for request_id in task.members])
-                    end = self._end_of(task_id, task, [part.trajectory for part in work])
-                    self._expect(Run(task, start_s, start_s + takes_s), task_id, end)
-                case WakeAt(time_s):
-                    self.timer_s = max(time_s, self.now)
-                case FinishRequest(request):
-                    self.finish_s[request.request_id] = self.ready_s[request.request_id]
-                case _:
-                    pass  # nobody waits for an answer, and there is no state to drop
+    def _start(self, start: StartTask) -> tuple[float, End]:
+        task, now = start.task, self.pool.now
+        # Within a moment a rank or a request may be in use for a little longer.
+        start_s = max(now, *map(self._ready_s, task.members), *map(self._free_s, task.ranks))
+        takes_s = self.controller.end_s(start.task_id) - now
+        takes_s += sum([self.first_s.pop(request_id, 0.0) for request_id in task.members])
+        self._note(Run(task, start_s, start_s + takes_s))
+        return start_s + takes_s, self._end_of(start.task_id, task, [part.trajectory for part in start.work])
 
-    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> Event:
+    def _finish(self, command: FinishRequest) -> None:
+        request_id = command.request.request_id
+        self.finish_s[request_id] = self.ready_s[request_id]
+
+    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> End:
         results = [Result.planned(task, one.stage, one.stage_steps_done, _NOTHING) for one in members]
         return TaskFinished(task_id, task_s(self.controller.cost, task, members[0].request), tuple(results))
 
-    def _expect(self, run: Run, task_id: int, end: Event) -> None:
+    def _note(self, run: Run) -> None:
         self.runs.append(run)
         self.ready_s.update(dict.fromkeys(run.task.members, run.end_s))
         self.free_s.update(dict.fromkeys(run.task.ranks, run.end_s))
-        heapq.heappush(self.ends, (run.end_s, task_id, end))
 
     def _ready_s(self, request_id: str) -> float:
         return self.ready_s.get(request_id, 0.0)
@@ -153,20 +144,8 @@ class _WhatIf:
     def _free_s(self, rank: int) -> float:
         return self.free_s.get(rank, 0.0)
 
-    @property
-    def _next_s(self) -> float:
-        return min(self.ends[0][0], self.timer_s) if self.ends else self.timer_s
-
-    def _landing(self) -> list[Event]:
-        """The ends that make up this moment; without a resolution the next one alone, as events come live."""
-        until_s = self.now + self.blur * (self.now - self.start_s)
-        landing: list[Event] = []
-        while self.ends and (self.ends[0][0] < until_s or (not landing and self.ends[0][0] <= self.now)):
-            landing.append(heapq.heappop(self.ends)[2])
-        return landing
-
     def _is_any_open(self, awaited: Mapping[str, float]) -> bool:
-        return any(self.now <= time_s and name not in self.finish_s for name, time_s in awaited.items())
+        return any(self.pool.now <= time_s and name not in self.finish_s for name, time_s in awaited.items())
 
 
 class _Coarse:

@@ -1,0 +1,105 @@
+"""A controller in virtual time: an event heap in place of a clock, and tasks that end as they are said to.
+
+Simulations and forecasts are both driven by it. They differ in how long a task takes (what the true cost model says and
+some noise; what the controller expects) and in what is noted (outcomes; the tasks themselves).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from typing import assert_never
+
+from tetriserve.control.controller import Controller
+from tetriserve.core.events import (
+    CloseCancelled,
+    Event,
+    FailRequest,
+    FinishRequest,
+    ForgetRequest,
+    StartTask,
+    TaskFailed,
+    TaskFinished,
+    TimerFired,
+    WakeAt,
+)
+
+End = TaskFinished | TaskFailed
+"""How a task ends."""
+
+
+class VirtualPool:
+    """Drives `controller` from `now` (seconds since the engine started) on. Tasks that end at one time end in the order
+    in which they started, and a timer that is due then needs no decision of its own.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        now: float,
+        *,
+        start: Callable[[StartTask], tuple[float, End]],
+        finish: Callable[[FinishRequest], None],
+        blur: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            start: asked of each task that starts when and how it ends.
+            finish: told of each request that ends.
+            blur: tasks that end within `blur * t` of each other, t seconds after the beginning, are followed by one
+                decision; 0 for a decision after each, as live.
+        """
+        self.controller = controller
+        self.now = now
+        self._begin_s = now
+        self._start = start
+        self._finish = finish
+        self._blur = blur
+        self._ends: list[tuple[float, int, End]] = []
+        self._num_expected = 0
+        self._timer_s = math.inf
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no task runs."""
+        return not self._ends
+
+    def handle(self, *events: Event) -> None:
+        """What happens now, followed by one decision."""
+        for command in self.controller.handle_all(events, self.now):
+            match command:
+                case StartTask():
+                    self.expect(*self._start(command))
+                case WakeAt(time_s):
+                    self._timer_s = max(time_s, self.now)
+                case FinishRequest():
+                    self._finish(command)
+                case FailRequest() | CloseCancelled() | ForgetRequest():
+                    pass  # no client waits for an answer, and there is no state to drop
+                case _:
+                    assert_never(command)
+
+    def expect(self, time_s: float, end: End) -> None:
+        """A task that runs ends so."""
+        heapq.heappush(self._ends, (time_s, self._num_expected, end))
+        self._num_expected += 1
+
+    def advance(self, until_s: float = math.inf) -> bool:
+        """Handle what happens next, and answer whether anything does by `until_s`."""
+        time_s = min(self._ends[0][0], self._timer_s) if self._ends else self._timer_s
+        if time_s > until_s or time_s == math.inf:
+            return False
+        self.now = max(self.now, time_s)
+        if self._timer_s <= self.now:
+            self._timer_s = math.inf
+        self.handle(*(self._landing() or (TimerFired(),)))
+        return True
+
+    def _landing(self) -> list[End]:
+        """The ends that make up this moment."""
+        until_s = self.now + self._blur * (self.now - self._begin_s)
+        landing: list[End] = []
+        while self._ends and (self._ends[0][0] < until_s or (not landing and self._ends[0][0] <= self.now)):
+            landing.append(heapq.heappop(self._ends)[2])
+        return landing
