@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from tetriserve.control.controller import Controller
 from tetriserve.control.spare import LEAST_SPARE
 from tetriserve.control.whatif import forecast
-from tetriserve.core.forecast import Forecast, Quote, QuotedImage
+from tetriserve.core.forecast import Forecast, Quote, QuotedRequest
 from tetriserve.core.request import Request
 from tetriserve.policies.policy import Policy
 
@@ -124,8 +124,8 @@ class _QuoteSearch:
             deadline_s=asked.deadline_s,
             earliest_deadline_s=asked.known_s if is_brief else self._earliest(asked),
             position=_position(asked.forecast, {request.request_id for request in self._requests}, waiting),
-            images=tuple(
-                QuotedImage(
+            requests=tuple(
+                QuotedRequest(
                     finish_s=finish_s.get(request.request_id, math.inf),
                     degrees=asked.forecast.degrees(request.request_id),
                 )

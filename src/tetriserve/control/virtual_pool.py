@@ -19,19 +19,14 @@ from tetriserve.core.events import (
     FinishRequest,
     ForgetRequest,
     StartTask,
-    TaskFailed,
-    TaskFinished,
     TimerFired,
     WakeAt,
 )
 
-End = TaskFinished | TaskFailed
-"""How a task ends."""
-
 
 class VirtualPool:
-    """Drives `controller` from `now` (seconds since the engine started) on. Tasks that end at one time end in the order
-    in which they started, and a timer that is due then needs no decision of its own.
+    """Drives `controller` from `now` (seconds since the engine started) on. Of several events at one time the first
+    expected goes first, and a timer that is due then needs no decision of its own.
     """
 
     def __init__(
@@ -39,7 +34,7 @@ class VirtualPool:
         controller: Controller,
         now: float,
         *,
-        start: Callable[[StartTask], tuple[float, End]],
+        start: Callable[[StartTask], tuple[float, Event]],
         finish: Callable[[FinishRequest], None],
         blur: float = 0.0,
     ) -> None:
@@ -47,8 +42,8 @@ class VirtualPool:
         Args:
             start: asked of each task that starts when and how it ends.
             finish: told of each request that ends.
-            blur: tasks that end within `blur * t` of each other, t seconds after the beginning, are followed by one
-                decision; 0 for a decision after each, as live.
+            blur: events within `blur * t` of each other, t seconds after the beginning, are followed by one decision; 0
+                for a decision after each, as live.
         """
         self.controller = controller
         self.now = now
@@ -56,14 +51,14 @@ class VirtualPool:
         self._start = start
         self._finish = finish
         self._blur = blur
-        self._ends: list[tuple[float, int, End]] = []
+        self._events: list[tuple[float, int, Event]] = []
         self._num_expected = 0
         self._timer_s = math.inf
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether no task runs."""
-        return not self._ends
+        """Whether no event is to come but the timer, so that no task runs."""
+        return not self._events
 
     def handle(self, *events: Event) -> None:
         """What happens now, followed by one decision."""
@@ -80,14 +75,14 @@ class VirtualPool:
                 case _:
                     assert_never(command)
 
-    def expect(self, time_s: float, end: End) -> None:
-        """A task that runs ends so."""
-        heapq.heappush(self._ends, (time_s, self._num_expected, end))
+    def expect(self, time_s: float, event: Event) -> None:
+        """`event` is to come: the end of a task that runs, for one."""
+        heapq.heappush(self._events, (time_s, self._num_expected, event))
         self._num_expected += 1
 
     def advance(self, until_s: float = math.inf) -> bool:
         """Handle what happens next, and answer whether anything does by `until_s`."""
-        time_s = min(self._ends[0][0], self._timer_s) if self._ends else self._timer_s
+        time_s = min(self._events[0][0], self._timer_s) if self._events else self._timer_s
         if time_s > until_s or time_s == math.inf:
             return False
         self.now = max(self.now, time_s)
@@ -96,10 +91,10 @@ class VirtualPool:
         self.handle(*(self._landing() or (TimerFired(),)))
         return True
 
-    def _landing(self) -> list[End]:
-        """The ends that make up this moment."""
+    def _landing(self) -> list[Event]:
+        """The events that make up this moment."""
         until_s = self.now + self._blur * (self.now - self._begin_s)
-        landing: list[End] = []
-        while self._ends and (self._ends[0][0] < until_s or (not landing and self._ends[0][0] <= self.now)):
-            landing.append(heapq.heappop(self._ends)[2])
+        landing: list[Event] = []
+        while self._events and (self._events[0][0] < until_s or (not landing and self._events[0][0] <= self.now)):
+            landing.append(heapq.heappop(self._events)[2])
         return landing

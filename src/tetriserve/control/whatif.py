@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tetriserve.control.controller import Controller
-from tetriserve.control.virtual_pool import End, VirtualPool
+from tetriserve.control.virtual_pool import VirtualPool
 from tetriserve.core.cost import task_s, times_per_step
 from tetriserve.core.events import (
+    Event,
     FailureKind,
     FinishRequest,
     Result,
@@ -109,14 +110,14 @@ class _WhatIf:
         for flight in state.in_flight:
             task = flight.task
             members = [trajectories[request_id] for request_id in task.members if request_id in trajectories]
-            end: End = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
+            end: Event = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
             if len(members) == len(task.members):
                 end = self._end_of(flight.task_id, task, members)
             end_s = expected_end_s(flight, self.start_s)
             self._note(Run(task, flight.start_s, end_s))
             self.pool.expect(end_s, end)
 
-    def _start(self, start: StartTask) -> tuple[float, End]:
+    def _start(self, start: StartTask) -> tuple[float, Event]:
         task, now = start.task, self.pool.now
         # Within a moment a rank or a request may be in use for a little longer.
         start_s = max(now, *map(self._ready_s, task.members), *map(self._free_s, task.ranks))
@@ -129,7 +130,7 @@ class _WhatIf:
         request_id = command.request.request_id
         self.finish_s[request_id] = self.ready_s[request_id]
 
-    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> End:
+    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> Event:
         results = [Result.planned(task, one.stage, one.stage_steps_done, _NOTHING) for one in members]
         return TaskFinished(task_id, task_s(self.controller.cost, task, members[0].request), tuple(results))
 

@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 
 from tetriserve.control.controller import Controller
-from tetriserve.control.virtual_pool import End, VirtualPool
+from tetriserve.control.virtual_pool import VirtualPool
 from tetriserve.core.cost import task_s
-from tetriserve.core.events import FinishRequest, StartTask, Submitted, TaskFinished, TensorRef, WorkerJoined
+from tetriserve.core.events import Event, FinishRequest, StartTask, Submitted, TaskFinished, TensorRef, WorkerJoined
 from tetriserve.core.plan import LATE_SHARE, CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.policies.policy import Policy
@@ -97,7 +97,7 @@ class Simulation:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _start(self, start: StartTask) -> tuple[float, End]:
+    def _start(self, start: StartTask) -> tuple[float, Event]:
         elapsed_s = self._duration_s(start)
         end_s = self.now + self._start_s(start.task) + elapsed_s
         return end_s, TaskFinished.planned(start, elapsed_s, _NOTHING)

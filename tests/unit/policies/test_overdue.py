@@ -16,7 +16,6 @@ from tetriserve.policies.registry import make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.simulator.run import Simulation
-from tetriserve.workload.outcome import Outcome
 
 COST = ProfileCost(open_profile("flux.1-dev-8xh100"), lambda shape: (1, 2))
 SHAPE = Shape(512, 512)
@@ -35,16 +34,15 @@ class ClosedLoop(Simulation):
     until_s = 60.0
     num_asked = 0
 
-    def _carry_out(self, command: object) -> Outcome | None:
-        outcome = super()._carry_out(command)  # type: ignore[arg-type]
-        if isinstance(command, FinishRequest) and command.request.request_id.startswith("client"):
+    def _finish(self, command: FinishRequest) -> None:
+        super()._finish(command)
+        if command.request.request_id.startswith("client"):
             self.ask()
-        return outcome
 
     def ask(self) -> None:
         if self.now < self.until_s:
             self.num_asked += 1
-            self._schedule(self.now, Submitted(request(f"client {self.num_asked}", self.now, 20.0, 28)))
+            self._pool.expect(self.now, Submitted(request(f"client {self.num_asked}", self.now, 20.0, 28)))
 
 
 @pytest.mark.parametrize("policy", ["lookahead", "tetriserve"])
