@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tetriserve.simulator.comparison import Comparison, Result
+from tetriserve.simulator.comparison import Comparison, PolicyResult
 from tetriserve.simulator.scenario import Scenario
 from tetriserve.simulator.study import Study
 
@@ -44,7 +44,7 @@ class Cell:
     comparison: Comparison
 
     @property
-    def results(self) -> Mapping[str, Result]:
+    def results(self) -> Mapping[str, PolicyResult]:
         return {result.policy: result for result in self.comparison.results}
 
     def sar(self, policy: str) -> float:

@@ -23,7 +23,7 @@ from tetriserve.stopping import run_until_signal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tetriserve.evaluator import Row
+    from tetriserve.evaluator import EvaluationRow
 
 _NUMBERS_OF_OBJECTS = (1, 2, 3)
 
@@ -60,14 +60,14 @@ def evaluate(
     with one_line_errors():
         from tetriserve.config import EngineConfig, SchedulingConfig
         from tetriserve.evaluation.sheet import contact_sheet
-        from tetriserve.evaluator import Setting, evaluate_all
+        from tetriserve.evaluator import EvaluationSetting, evaluate_all
         from tetriserve.report.accuracy import save_accuracy_curve
 
         is_json = options.is_json(format)
         check_range("prompts", prompts, 1, MAX_REQUESTS)
         check_range("seed", seed, -MAX_SEED, MAX_SEED)
         settings = [
-            Setting(policy=policy, size=size, num_steps=num_steps, num_objects=num_objects)
+            EvaluationSetting(policy=policy, size=size, num_steps=num_steps, num_objects=num_objects)
             for policy, size, num_steps, num_objects in product(
                 _split("policies", policies),
                 _split("sizes", sizes),
@@ -114,13 +114,13 @@ def evaluate(
             print_table(_table(rows))
 
 
-def _as_json(row: Row) -> dict[str, object]:
+def _as_json(row: EvaluationRow) -> dict[str, object]:
     psnr = {} if row.psnr_db is None else dict(zip(("psnr_db_min", "psnr_db_median"), row.psnr_db, strict=True))
     shares = {name: asdict(share) | {"percent": share.percent} for name, share in row.shares.items()}
     return asdict(row.setting) | {"num_steps": row.num_steps} | shares | psnr | {"seconds_per_image": row.seconds}
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[EvaluationRow]) -> Table:
     from rich.table import Table
 
     table = Table(title="Pictures that show what was asked for, %")
@@ -138,7 +138,7 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _accuracy_by_steps(rows: Sequence[Row]) -> dict[tuple[str, int], list[tuple[int, float]]]:
+def _accuracy_by_steps(rows: Sequence[EvaluationRow]) -> dict[tuple[str, int], list[tuple[int, float]]]:
     """Points (steps, percentage of pictures with the right objects) by size and number of objects."""
     curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:

@@ -22,7 +22,7 @@ _NUM_FIRST_TRIALS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class EvaluationSetting:
     """Under which prompts are tried. `num_steps`: None is the model's own number."""
 
     policy: str
@@ -32,7 +32,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class EvaluationRow:
     """How the prompts of one setting went.
 
     num_steps: denoise steps of each picture.
@@ -42,7 +42,7 @@ class Row:
     first_trials: some to look at.
     """
 
-    setting: Setting
+    setting: EvaluationSetting
     num_steps: int
     shares: dict[str, Share]
     psnr_db: tuple[float, float] | None
@@ -52,19 +52,19 @@ class Row:
 
 async def evaluate_all(
     configs: Mapping[str, EngineConfig],
-    settings: Sequence[Setting],
+    settings: Sequence[EvaluationSetting],
     num_prompts: int,
     seed: int,
     *,
     on_trial: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[EvaluationRow]:
     """A row for each setting, each in an engine of `configs` by its policy; `on_trial` hears of every picture.
 
     Raises:
         ConfigError: a model or a policy cannot be served.
         InvalidRequest: a size or a number of steps is not allowed.
     """
-    rows: list[Row] = []
+    rows: list[EvaluationRow] = []
     references: dict[tuple[object, ...], list[Trial]] = {}
     profile: Profile | None = None
     for policy, config in configs.items():
@@ -78,7 +78,7 @@ async def evaluate_all(
                 seconds = (time.monotonic() - start) / num_prompts
                 rivals = references.setdefault((setting.size, setting.num_steps, setting.num_objects), trials)
                 rows.append(
-                    Row(
+                    EvaluationRow(
                         setting=setting,
                         num_steps=setting.num_steps or engine.intake.card.default_num_steps,
                         shares=shares(trials),
@@ -93,7 +93,7 @@ async def evaluate_all(
 
 
 async def _try_all(
-    engine: LiveEngine, setting: Setting, prompts: Sequence[Prompt], on_trial: Callable[[], None]
+    engine: LiveEngine, setting: EvaluationSetting, prompts: Sequence[Prompt], on_trial: Callable[[], None]
 ) -> list[Trial]:
     """The prompts in their order, twice as many at a time as there are ranks: the schedule has something to choose."""
     places = asyncio.Semaphore(2 * len(engine.state.ranks))

@@ -10,7 +10,7 @@ import pytest
 from tetriserve.control import Controller
 from tetriserve.core.errors import DeadlineInfeasible, QueueFull
 from tetriserve.core.events import Cancelled, Result, Submitted, TaskFinished, TensorRef, TimerFired, WorkerJoined
-from tetriserve.core.forecast import Forecast, Quote, QuotedImage
+from tetriserve.core.forecast import Forecast, Quote, QuotedRequest
 from tetriserve.core.plan import Plan
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
@@ -22,7 +22,7 @@ REQUEST = Request(
 )  # fmt: skip
 QUOTE = Quote(
     is_feasible=False, arrival_s=2.0, deadline_s=3.0, earliest_deadline_s=7.5, position=0,
-    images=(QuotedImage(finish_s=7.0, degrees=()),),
+    requests=(QuotedRequest(finish_s=7.0, degrees=()),),
 )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class Latencies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class GroupSummary:
     """Requests of one size, or all. Failed ones count as missed."""
 
     num_judged: int
@@ -54,7 +54,7 @@ class Group:
     latencies: Latencies
 
     @classmethod
-    def of(cls, attempts: Sequence[Attempt]) -> Group:
+    def of(cls, attempts: Sequence[Attempt]) -> GroupSummary:
         outcomes = [attempt.outcome for attempt in attempts]
         return cls(
             num_judged=len(outcomes),
@@ -95,8 +95,8 @@ class Summary:
     cpu_share: of one core, what the bench itself used.
     """
 
-    everything: Group
-    by_shape: Mapping[Shape, Group]
+    everything: GroupSummary
+    by_shape: Mapping[Shape, GroupSummary]
     errors: Mapping[str, Fault]
     num_left_out: int
     duration_s: float
@@ -121,8 +121,8 @@ def summarise(measurement: Measurement) -> Summary:
             known = errors.get(attempt.error, Fault(count=0, example=attempt.outcome.message))
             errors[attempt.error] = Fault(count=known.count + 1, example=known.example)
     return Summary(
-        everything=Group.of(judged),
-        by_shape={shape: Group.of([a for a in judged if a.outcome.request.shape == shape]) for shape in shapes},
+        everything=GroupSummary.of(judged),
+        by_shape={shape: GroupSummary.of([a for a in judged if a.outcome.request.shape == shape]) for shape in shapes},
         errors=errors,
         num_left_out=len(measurement.attempts) - len(judged),
         duration_s=measurement.duration_s,

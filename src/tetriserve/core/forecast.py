@@ -30,8 +30,8 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuotedImage:
-    """What is expected of one image: when it would end (infinite: never), and the degree of each of its steps."""
+class QuotedRequest:
+    """What is expected of one request: when it would end (infinite: never), and the degree of each of its steps."""
 
     finish_s: float
     degrees: tuple[int, ...]
@@ -47,7 +47,7 @@ class Quote:
     earliest_deadline_s: the earliest deadline found of which the same can be said; infinite if there is none. Asked
         for at once, it is feasible. An earlier one may exist: few are tried.
     position: requests now waiting that would start, or go on, before the first of these.
-    images: one per request, in order.
+    requests: what is expected of each, in order.
     """
 
     is_feasible: bool
@@ -55,9 +55,9 @@ class Quote:
     deadline_s: float
     earliest_deadline_s: float
     position: int
-    images: tuple[QuotedImage, ...]
+    requests: tuple[QuotedRequest, ...]
 
     @property
     def finish_s(self) -> float:
         """When the last of them ends with the deadline asked for; infinite: never."""
-        return max(image.finish_s for image in self.images)
+        return max(expected.finish_s for expected in self.requests)

@@ -28,7 +28,7 @@ from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, Watch
 from tetriserve.engine.shared import SharedWork
 from tetriserve.engine.suspects import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
 from tetriserve.executor.protocol import Executor
-from tetriserve.journal import Course, Entry, Failure, Journal, Kept, Key, Picture
+from tetriserve.journal import Course, Entry, Failure, Journal, Kept, KeptImage, Key
 from tetriserve.journal.times import moved_outcome, moved_request, moved_runs
 from tetriserve.logs import fields
 
@@ -311,7 +311,7 @@ class DurableWork:
         stored = self.journal.keep_picture(relative, pixels.shape, pixels.tobytes(), self._wall_clock())
         await asyncio.wrap_future(stored)
 
-    async def _image(self, picture: Picture) -> GeneratedImage | None:
+    async def _image(self, picture: KeptImage) -> GeneratedImage | None:
         import numpy as np
 
         data = await asyncio.wrap_future(self.journal.read_pixels(picture))

@@ -187,7 +187,7 @@ class LiveEngine:
             return await self._accept([Submitted(request) for request in requests], watch, accept)
         async with self._outlook.turn(requests):
             quote = await self._outlook.promise(requests)
-            promised = map(Submitted, requests, (image.finish_s for image in quote.images))
+            promised = map(Submitted, requests, (expected.finish_s for expected in quote.requests))
             return await self._accept(list(promised), watch, accept)
 
     def resume(self, arriving: Sequence[Submitted], watch: Watcher | None = None) -> list[Admitted]:

@@ -21,8 +21,8 @@ from tetriserve.journal.records import (
     Entry,
     Failure,
     KeptFile,
+    KeptImage,
     KeptTensors,
-    Picture,
     Record,
     kind_of,
     record_of,
@@ -50,7 +50,7 @@ class Kept:
 
     entry: Entry
     courses: dict[str, Course] = field(default_factory=dict)
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    pictures: dict[str, KeptImage] = field(default_factory=dict)
     failure: Failure | None = None
 
     @property
@@ -162,7 +162,7 @@ class Journal:
         def work(batch: Batch) -> None:
             request_id = outcome.request.request_id
             file = self._directory.write(f"{request_id}.pixels", pixels)
-            batch.put(Picture(request_id=request_id, stored_at=stored_at, outcome=outcome, shape=shape, file=file))
+            batch.put(KeptImage(request_id=request_id, stored_at=stored_at, outcome=outcome, shape=shape, file=file))
             self._drop_course(batch, request_id)
 
         return self._writer.submit(work)
@@ -194,7 +194,7 @@ class Journal:
         """All that is known of an entry; None if it cannot be read any more."""
         return self._writer.submit(lambda batch: self._kept(name))
 
-    def read_pixels(self, picture: Picture) -> Future[bytes | None]:
+    def read_pixels(self, picture: KeptImage) -> Future[bytes | None]:
         return self._writer.submit(lambda batch: self._read(picture.file))
 
     def restore(self, course: Course, put: PutState) -> Future[Checkpoint | None]:
@@ -293,12 +293,12 @@ class Journal:
         return Kept(
             entry=entry,
             courses={one: self._courses[one] for one in names if one in self._courses},
-            pictures={one: picture for one in names if (picture := self._get(Picture, one)) is not None},
+            pictures={one: picture for one in names if (picture := self._get(KeptImage, one)) is not None},
             failure=self._get(Failure, name),
         )
 
     def _get(self, kind: type[R], name: str) -> R | None:
-        row = self._database.get(kind.__name__.lower(), name)
+        row = self._database.get(kind_of(kind), name)
         record = None if row is None else self._verified(row)
         return record if isinstance(record, kind) else None
 
@@ -346,7 +346,7 @@ class Journal:
     def _drop_requests(self, batch: Batch, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._drop_course(batch, request_id)
-            batch.drop(Picture, request_id)
+            batch.drop(KeptImage, request_id)
             batch.stale_files.append(f"{request_id}.pixels")
 
     def _drop_course(self, batch: Batch, request_id: str) -> None:
@@ -360,13 +360,14 @@ def _assembled(records: Iterable[Record]) -> list[Kept]:
     """What belongs together, in order of arrival. Records without their entry are left out."""
     by_kind: defaultdict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
-        by_kind[kind_of(record)][record.name] = record
+        by_kind[kind_of(type(record))][record.name] = record
     kept = []
     for entry in by_kind["entry"].values():
         assert isinstance(entry, Entry)
         failure = by_kind["failure"].get(entry.name)
         assert failure is None or isinstance(failure, Failure)
         courses = {name: one for name in entry.request_ids if isinstance(one := by_kind["course"].get(name), Course)}
-        pictures = {name: one for name in entry.request_ids if isinstance(one := by_kind["picture"].get(name), Picture)}
+        images = by_kind[kind_of(KeptImage)]
+        pictures = {name: one for name in entry.request_ids if isinstance(one := images.get(name), KeptImage)}
         kept.append(Kept(entry=entry, courses=courses, pictures=pictures, failure=failure))
     return sorted(kept, key=lambda one: one.entry.arrived_at)

@@ -100,7 +100,7 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class KeptImage:
     """A finished image. `stored_at` is unix time; `file` holds uint8 values, in order of `shape`."""
 
     request_id: str
@@ -128,19 +128,21 @@ class Failure:
         return self.entry
 
 
-Record = Entry | Course | Picture | Failure
+Record = Entry | Course | KeptImage | Failure
 Row = tuple[str, str, bytes, bytes]
 """kind, name, payload, checksum: kind and name identify it."""
 
-_KINDS: dict[str, type[Record]] = {kind.__name__.lower(): kind for kind in (Entry, Course, Picture, Failure)}
+_KINDS: dict[str, type[Record]] = {"entry": Entry, "course": Course, "picture": KeptImage, "failure": Failure}
+"""By what is written in the database: it outlives the names of classes."""
+_KIND_NAMES: dict[type[object], str] = {kind: name for name, kind in _KINDS.items()}
 
 
-def kind_of(record: Record) -> str:
-    return type(record).__name__.lower()
+def kind_of(record: type[object]) -> str:
+    return _KIND_NAMES[record]
 
 
 def row_of(record: Record) -> Row:
-    kind, name = kind_of(record), record.name
+    kind, name = kind_of(type(record)), record.name
     payload = json.dumps(_adapter(kind).dump_python(record, mode="json")).encode()
     return kind, name, payload, _seal(kind, name, payload)
 

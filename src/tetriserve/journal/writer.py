@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from tetriserve.core.errors import JournalError
 from tetriserve.journal.database import Database, DatabaseErrors, RowName
 from tetriserve.journal.directory import Directory
-from tetriserve.journal.records import KeptFile, Record, Row, row_of
+from tetriserve.journal.records import KeptFile, Record, Row, kind_of, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Batch:
         self.changes.append(row_of(record))
 
     def drop(self, kind: type[Record], name: str) -> None:
-        self.changes.append((kind.__name__.lower(), name))
+        self.changes.append((kind_of(kind), name))
 
     def drop_files(self, files: Iterable[KeptFile]) -> None:
         self.stale_files += [file.name for file in files]

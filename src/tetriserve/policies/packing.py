@@ -18,7 +18,7 @@ class Option(NamedTuple):
     survives: bool
 
 
-class Group(NamedTuple):
+class OptionGroup(NamedTuple):
     """The options for one request, of which at most one is taken, and whether it survives when none is."""
 
     options: Sequence[Option]
@@ -42,7 +42,7 @@ class Objective:
     urgency: int
 
 
-def objective(groups: Sequence[Group], chosen: Sequence[int | None], capacity: int) -> Objective:
+def objective(groups: Sequence[OptionGroup], chosen: Sequence[int | None], capacity: int) -> Objective:
     """The worth of `chosen`: per group the index of its option, or None to defer it."""
     survivors = sum(
         group.survives_deferred if index is None else group.options[index].survives
@@ -60,7 +60,7 @@ _Gain = tuple[int, int]
 """The width of an option, and what taking it adds to the objective."""
 
 
-def pack_round(groups: Sequence[Group], capacity: int) -> tuple[int | None, ...]:
+def pack_round(groups: Sequence[OptionGroup], capacity: int) -> tuple[int | None, ...]:
     """Choose at most one option per group, of total width <= `capacity`, with the greatest `objective`.
 
     TetriServe, Algorithm 1: a group knapsack by dynamic programming over capacities 0..N, in one row of values that

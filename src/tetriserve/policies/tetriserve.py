@@ -12,7 +12,7 @@ from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import may_share, sizes_that_pay
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
-from tetriserve.policies.packing import Group, Option, pack_round
+from tetriserve.policies.packing import Option, OptionGroup, pack_round
 from tetriserve.policies.placement import place
 from tetriserve.policies.rounds import Round, RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
@@ -110,7 +110,7 @@ class TetriServe:
             choices, spare = scale_up(choices, spare, window.steps_that_fit)
             late_choices, spare = scale_up(late_choices, spare, window.steps_that_fit)
 
-        shares = [Share.of(choice) for choice in choices + late_choices]
+        shares = [TaskShare.of(choice) for choice in choices + late_choices]
         if self.batching and state.cost.max_batch > 1:
             shares = _share(shares, waiting, spare, window, state.cost)
         wanted = [(share.members[0], share.degree) for share in shares]
@@ -175,7 +175,7 @@ def pack_candidates(
     """
     narrowest = min(candidate.table.narrowest for candidate in candidates)
     num_wanted = capacity // narrowest
-    groups: list[Group] = []
+    groups: list[OptionGroup] = []
     runs: list[list[Choice]] = []
     for candidate in candidates:
         if not num_wanted:
@@ -194,7 +194,7 @@ def pack_candidates(
     return packed, deferred + list(candidates[len(groups) :])
 
 
-def options_of(candidate: Candidate, window: Window) -> tuple[Group, list[Choice]]:
+def options_of(candidate: Candidate, window: Window) -> tuple[OptionGroup, list[Choice]]:
     """How `candidate` can run in the round: an option for each degree of its allocation, and what it starts.
 
     A request survives if its steps left after the round, all at its fastest degree, still end in time. An option runs
@@ -217,7 +217,7 @@ def options_of(candidate: Candidate, window: Window) -> tuple[Group, list[Choice
             end_s = max(end_s, window.round.end_s)
         options.append(Option(degree, end_s <= latest_s + num_steps * table.fastest_s))
         choices.append(Choice(trajectory, table.times, degree, num_steps))
-    return Group(options, window.round.end_s <= latest_s), choices
+    return OptionGroup(options, window.round.end_s <= latest_s), choices
 
 
 def _fill(deferred: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
@@ -268,7 +268,7 @@ def _choose_ahead(
     return late_short, _choose_late(late, capacity - len(late_short), window)
 
 
-class Share(NamedTuple):
+class TaskShare(NamedTuple):
     """A task of steps for one request or several, before it has ranks."""
 
     members: tuple[Trajectory, ...]
@@ -276,11 +276,11 @@ class Share(NamedTuple):
     num_steps: int
 
     @classmethod
-    def of(cls, choice: Choice) -> Share:
+    def of(cls, choice: Choice) -> TaskShare:
         return cls((choice.trajectory,), choice.degree, choice.num_steps)
 
 
-def _share(shares: list[Share], waiting: Triage, capacity: int, window: Window, cost: CostModel) -> list[Share]:
+def _share(shares: list[TaskShare], waiting: Triage, capacity: int, window: Window, cost: CostModel) -> list[TaskShare]:
     """Selective batching, where candidates are left over: tasks of one kind are merged, what that frees is filled with
     those on time, and others ride along."""
     served = {id(member) for share in shares for member in share.members}
@@ -289,7 +289,7 @@ def _share(shares: list[Share], waiting: Triage, capacity: int, window: Window, 
         return shares
     on_time = {id(candidate.trajectory): candidate for candidate in waiting.on_time}
 
-    def joined(host: Share, more: Sequence[Trajectory]) -> Share | None:
+    def joined(host: TaskShare, more: Sequence[Trajectory]) -> TaskShare | None:
         """`host` with `more` members; None where it does not pay, or makes one late that was on time in `host`."""
         members = (*host.members, *more)
         pays = sizes_that_pay(cost, host.members[0].request, host.degree)
@@ -302,10 +302,10 @@ def _share(shares: list[Share], waiting: Triage, capacity: int, window: Window, 
         guarded = [on_time[id(member)] for member in host.members if id(member) in on_time]
         if not all(_stays_on_time(candidate, num_steps, step_s, window) for candidate in guarded):
             return None
-        return Share(members, host.degree, num_steps)
+        return TaskShare(members, host.degree, num_steps)
 
     if any(id(candidate.trajectory) in on_time for candidate in left):
-        merged: list[Share] = []
+        merged: list[TaskShare] = []
         for share in shares:
             for index, host in enumerate(merged):
                 both = joined(host, share.members) if host.degree == share.degree else None
@@ -316,7 +316,7 @@ def _share(shares: list[Share], waiting: Triage, capacity: int, window: Window, 
             else:
                 merged.append(share)
         filled = _fill([candidate for candidate in left if id(candidate.trajectory) in on_time], capacity, window)
-        shares = merged + [Share.of(choice) for choice in filled]
+        shares = merged + [TaskShare.of(choice) for choice in filled]
         served = {id(choice.trajectory) for choice in filled}
         left = [candidate for candidate in left if id(candidate.trajectory) not in served]
     for index, host in enumerate(shares):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tetriserve.bench.attempt import Attempt
 from tetriserve.bench.session import Measurement, Session
-from tetriserve.bench.summary import Group, Summary, judged_attempts
+from tetriserve.bench.summary import GroupSummary, Summary, judged_attempts
 from tetriserve.report.bench_table import bench_notes
 from tetriserve.report.charts import add_legend
 from tetriserve.report.exhibit import Cell, Column, Exhibit, Sheet
@@ -15,7 +15,7 @@ from tetriserve.report.page import render_page
 from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import INK, MUTED, canvas, styled
 from tetriserve.report.windows import degree_over_time, sar_over_time
-from tetriserve.simulator.comparison import Comparison, Tally
+from tetriserve.simulator.comparison import Comparison, PolicyTally
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _attainment(summary: Summary, command: str) -> Exhibit:
     )
 
 
-def _groups_sheet(groups: Mapping[str, Group]) -> Sheet:
+def _groups_sheet(groups: Mapping[str, GroupSummary]) -> Sheet:
     columns = (
         Column("size"),
         Column("requests", "d"),
@@ -183,7 +183,7 @@ def _share_used(outcome: Outcome) -> float:
 
 
 def _latency(runs: Mapping[str, Sequence[Outcome]], command: str) -> Exhibit:
-    tallies = {name: Tally() for name in runs}
+    tallies = {name: PolicyTally() for name in runs}
     for name, outcomes in runs.items():
         tallies[name].take_run(outcomes)
     comparison = Comparison(

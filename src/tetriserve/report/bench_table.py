@@ -7,7 +7,7 @@ import math
 from rich.table import Table
 
 from tetriserve.bench.session import Measurement
-from tetriserve.bench.summary import Group, Summary
+from tetriserve.bench.summary import GroupSummary, Summary
 
 
 def bench_table(summary: Summary) -> Table:
@@ -23,7 +23,7 @@ def bench_table(summary: Summary) -> Table:
     return table
 
 
-def _cells(group: Group) -> list[str]:
+def _cells(group: GroupSummary) -> list[str]:
     times = (group.latencies.mean_s, group.latencies.p50_s, group.latencies.p95_s, group.latencies.p99_s)
     sar = "" if math.isnan(group.sar) else f"{group.sar:.3f}"
     return [

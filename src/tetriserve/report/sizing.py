@@ -11,7 +11,7 @@ from rich.table import Table
 from tetriserve.core.bounds import check_seeds
 from tetriserve.report.comparing import describe_workload
 from tetriserve.report.printing import print_table
-from tetriserve.simulator.planner import PoolSize, Score, Sizing, find_smallest_pool
+from tetriserve.simulator.planner import PolicyScore, PoolSize, Sizing, find_smallest_pool
 from tetriserve.simulator.scenario import Scenario
 
 
@@ -116,7 +116,7 @@ def _size_json(size: PoolSize) -> dict[str, object]:
     }
 
 
-def _scores_json(scores: Iterable[Score]) -> list[dict[str, object]]:
+def _scores_json(scores: Iterable[PolicyScore]) -> list[dict[str, object]]:
     return [
         {
             "policy": score.policy,
@@ -129,5 +129,5 @@ def _scores_json(scores: Iterable[Score]) -> list[dict[str, object]]:
     ]
 
 
-def _sar(score: Score) -> str:
+def _sar(score: PolicyScore) -> str:
     return f"{score.sar:.4f}" + ("" if score.half_width is None else f" ± {score.half_width:.4f}")

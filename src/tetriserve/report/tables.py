@@ -6,7 +6,7 @@ import math
 
 from rich.table import Table
 
-from tetriserve.simulator.comparison import Comparison, Result
+from tetriserve.simulator.comparison import Comparison, PolicyResult
 
 
 def comparison_table(comparison: Comparison, title: str) -> Table:
@@ -45,7 +45,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _result_json(result: Result) -> dict[str, object]:
+def _result_json(result: PolicyResult) -> dict[str, object]:
     return {
         "policy": result.policy,
         "sar": result.sar,

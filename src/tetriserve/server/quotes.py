@@ -49,7 +49,7 @@ def _response(quote: Quote) -> QuoteResponse:
         earliest_deadline_ms=milliseconds(quote.earliest_deadline_s),
         queue_position=quote.position,
         data=[
-            QuotedImage(predicted_finish_ms=milliseconds(image.finish_s), degrees=list(image.degrees))
-            for image in quote.images
+            QuotedImage(predicted_finish_ms=milliseconds(expected.finish_s), degrees=list(expected.degrees))
+            for expected in quote.requests
         ],
     )

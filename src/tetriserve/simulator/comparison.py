@@ -25,7 +25,7 @@ OnOutcome = Callable[[str, int, Outcome], None]
 
 
 @dataclass(slots=True)
-class Tally:
+class PolicyTally:
     """Counts over the outcomes of one policy, all seeds together.
 
     sars: the SLO attainment ratio of each seed.
@@ -56,7 +56,7 @@ class Tally:
         self.sars.append(attained / total)
 
     @classmethod
-    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+    def merged(cls, tallies: Iterable[PolicyTally]) -> PolicyTally:
         """The tally of all their runs, in this order."""
         merged = cls()
         for tally in tallies:
@@ -67,9 +67,9 @@ class Tally:
             merged.gpu_time_s += tally.gpu_time_s
         return merged
 
-    def result(self, policy: str) -> Result:
+    def result(self, policy: str) -> PolicyResult:
         latencies = array("d", sorted(self.latencies_s))
-        return Result(
+        return PolicyResult(
             policy=policy,
             sar=statistics.fmean(self.sars),
             sar_half_width=half_width(self.sars),
@@ -83,7 +83,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class PolicyResult:
     """One policy: a row of the table.
 
     sar: SLO attainment ratio, mean over seeds, give or take `sar_half_width` (95 %; None for a single seed).
@@ -106,7 +106,7 @@ class Result:
 class Comparison:
     """All policies. `bound` is a SAR that no scheduler exceeds, mean over seeds; None where it was not computed."""
 
-    results: tuple[Result, ...]
+    results: tuple[PolicyResult, ...]
     bound: float | None
     num_seeds: int
 
@@ -129,7 +129,7 @@ def compare(
     """
     results = []
     for policy in policies:
-        tally = Tally()
+        tally = PolicyTally()
         for seed in seeds:
             on_run(f"{policy}, seed {seed}")
             outcomes = simulate(

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from tetriserve.core.bounds import MAX_RANKS, check_range
 from tetriserve.core.errors import ConfigError
-from tetriserve.simulator.comparison import Tally, half_width, sar_bound
+from tetriserve.simulator.comparison import PolicyTally, half_width, sar_bound
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
 
@@ -43,7 +43,7 @@ OnSimulate = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class PolicyScore:
     """What one policy attains on one pool.
 
     sars: the SLO attainment ratio of each seed that was simulated.
@@ -73,10 +73,10 @@ class PoolSize:
 
     num_ranks: int
     bound: float | None
-    scores: tuple[Score, ...]
+    scores: tuple[PolicyScore, ...]
 
     @property
-    def best(self) -> Score | None:
+    def best(self) -> PolicyScore | None:
         return self.scores[0] if self.scores else None
 
     @property
@@ -214,7 +214,7 @@ class _Search:
             self._note(num_ranks, tuple(sorted(scores, key=lambda score: (not score.is_held, -score.sar))))
         return self._sizes[num_ranks].is_held
 
-    def _score(self, policy: str, num_ranks: int, first_sar: float, goes_on: bool) -> Score:
+    def _score(self, policy: str, num_ranks: int, first_sar: float, goes_on: bool) -> PolicyScore:
         sars = [first_sar]
         for seed in self._seeds[1:] if goes_on else ():
             if len(sars) >= MIN_SEEDS and self._is_too_much(sum(1 - sar for sar in sars)):
@@ -226,13 +226,13 @@ class _Search:
             spread = max(spread, RULE_OF_THREE / (len(sars) * setting.num_requests))
         low = statistics.fmean(sars) - (spread or 0.0)
         is_held = len(sars) == len(self._seeds) and low >= self._target - _ROUNDING
-        return Score(policy=policy, sars=tuple(sars), half_width=spread, is_held=is_held)
+        return PolicyScore(policy=policy, sars=tuple(sars), half_width=spread, is_held=is_held)
 
     def _is_too_much(self, missed: float) -> bool:
         """Whether a sum over seeds of the missed share keeps the mean over all seeds below the target."""
         return missed > len(self._seeds) * (1 - self._target) + _ROUNDING
 
-    def _note(self, num_ranks: int, scores: tuple[Score, ...]) -> None:
+    def _note(self, num_ranks: int, scores: tuple[PolicyScore, ...]) -> None:
         bound = None
         if not self._scenario.noise:
             seeds = self._seeds[: len(scores[0].sars)] if scores else self._seeds
@@ -250,7 +250,7 @@ class _Search:
     def _sar(self, policy: str, num_ranks: int, seed: int) -> float:
         self._on_simulate(f"{num_ranks} GPUs: {policy}, seed {seed}")
         setting = self._setting(num_ranks)
-        tally = Tally()
+        tally = PolicyTally()
         tally.take_run(
             simulate(
                 setting.policy(policy),

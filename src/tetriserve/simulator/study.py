@@ -12,7 +12,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tetriserve.simulator.comparison import Comparison, Result, Tally, sar_bound
+from tetriserve.simulator.comparison import Comparison, PolicyResult, PolicyTally, sar_bound
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
 from tetriserve.workload.outcome import Outcome
@@ -24,7 +24,7 @@ _NO_POLICY = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class WorkUnit:
     """One policy on one seed's workload: the unit of work."""
 
     scenario: Scenario
@@ -52,7 +52,7 @@ class Study:
         """
         self.seeds = tuple(seeds)
         self._on_progress = on_progress
-        self._known: dict[tuple[Callable[[Trial], Any], Trial], Any] = {}
+        self._known: dict[tuple[Callable[[WorkUnit], Any], WorkUnit], Any] = {}
         self._pool = _pool(num_processes) if num_processes > 1 else None
 
     def __enter__(self) -> Self:
@@ -76,15 +76,15 @@ class Study:
             setting = prepare(scenario)
             for policy in policies:
                 setting.policy(policy)
-        tallies = self._answer(_tally, self._trials(scenarios, policies))
+        tallies = self._answer(_tally, self._units(scenarios, policies))
         bounded = [scenario for scenario in scenarios if has_bound and not scenario.noise]
-        bounds = self._answer(_bound, self._trials(bounded, [_NO_POLICY]))
+        bounds = self._answer(_bound, self._units(bounded, [_NO_POLICY]))
 
-        def result(scenario: Scenario, policy: str) -> Result:
-            return Tally.merged(tallies[Trial(scenario, policy, seed)] for seed in self.seeds).result(policy)
+        def result(scenario: Scenario, policy: str) -> PolicyResult:
+            return PolicyTally.merged(tallies[WorkUnit(scenario, policy, seed)] for seed in self.seeds).result(policy)
 
         def bound(scenario: Scenario) -> float | None:
-            found = [bounds[trial] for trial in self._trials([scenario], [_NO_POLICY]) if trial in bounds]
+            found = [bounds[unit] for unit in self._units([scenario], [_NO_POLICY]) if unit in bounds]
             return fmean(found) if found else None
 
         return [
@@ -98,20 +98,22 @@ class Study:
 
     def outcomes(self, scenario: Scenario, policies: Sequence[str]) -> dict[str, list[tuple[Outcome, ...]]]:
         """Every policy's runs, one per seed, request by request in the order in which they ended."""
-        runs = self._answer(_outcomes, self._trials([scenario], policies))
-        return {policy: [runs[Trial(scenario, policy, seed)] for seed in self.seeds] for policy in policies}
+        runs = self._answer(_outcomes, self._units([scenario], policies))
+        return {policy: [runs[WorkUnit(scenario, policy, seed)] for seed in self.seeds] for policy in policies}
 
-    def _trials(self, scenarios: Sequence[Scenario], policies: Sequence[str]) -> list[Trial]:
-        return [Trial(scenario, policy, seed) for scenario in scenarios for policy in policies for seed in self.seeds]
+    def _units(self, scenarios: Sequence[Scenario], policies: Sequence[str]) -> list[WorkUnit]:
+        return [
+            WorkUnit(scenario, policy, seed) for scenario in scenarios for policy in policies for seed in self.seeds
+        ]
 
-    def _answer(self, work: Callable[[Trial], T], trials: Iterable[Trial]) -> dict[Trial, T]:
-        trials = tuple(dict.fromkeys(trials))
-        new = [trial for trial in trials if (work, trial) not in self._known]
+    def _answer(self, work: Callable[[WorkUnit], T], units: Iterable[WorkUnit]) -> dict[WorkUnit, T]:
+        units = tuple(dict.fromkeys(units))
+        new = [unit for unit in units if (work, unit) not in self._known]
         answers: Iterator[T] = map(work, new) if self._pool is None else self._pool.map(work, new)
-        for number, (trial, answer) in enumerate(zip(new, answers, strict=True), 1):
-            self._known[work, trial] = answer
+        for number, (unit, answer) in enumerate(zip(new, answers, strict=True), 1):
+            self._known[work, unit] = answer
             self._on_progress(number, len(new))
-        return {trial: self._known[work, trial] for trial in trials}
+        return {unit: self._known[work, unit] for unit in units}
 
 
 def _pool(num_processes: int) -> ProcessPoolExecutor:
@@ -130,28 +132,28 @@ def _setting(scenario: Scenario) -> Setting:
     return prepare(scenario)
 
 
-def _run(trial: Trial) -> Iterator[Outcome]:
-    setting = _setting(trial.scenario)
+def _run(unit: WorkUnit) -> Iterator[Outcome]:
+    setting = _setting(unit.scenario)
     return simulate(
-        setting.policy(trial.policy),
+        setting.policy(unit.policy),
         setting.cost,
-        setting.requests(trial.seed),
+        setting.requests(unit.seed),
         num_ranks=setting.num_ranks,
         noise=setting.noise,
         late_share=setting.late_share,
-        seed=trial.seed,
+        seed=unit.seed,
     )
 
 
-def _tally(trial: Trial) -> Tally:
-    tally = Tally()
-    tally.take_run(_run(trial))
+def _tally(unit: WorkUnit) -> PolicyTally:
+    tally = PolicyTally()
+    tally.take_run(_run(unit))
     return tally
 
 
-def _outcomes(trial: Trial) -> tuple[Outcome, ...]:
-    return tuple(_run(trial))
+def _outcomes(unit: WorkUnit) -> tuple[Outcome, ...]:
+    return tuple(_run(unit))
 
 
-def _bound(trial: Trial) -> float:
-    return sar_bound(_setting(trial.scenario), trial.seed)
+def _bound(unit: WorkUnit) -> float:
+    return sar_bound(_setting(unit.scenario), unit.seed)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from tetriserve.report.charts import add_legend, add_radar, draw_courses, draw_latencies, draw_ranking, draw_sars
 from tetriserve.report.style import look_of
-from tetriserve.simulator.comparison import Comparison, Tally
+from tetriserve.simulator.comparison import Comparison, PolicyTally
 from tetriserve.workload.outcome import Outcome, Status
 
 
@@ -109,7 +109,7 @@ def test_the_ranking_has_the_best_on_top_and_says_every_sar(axes: Axes, comparis
 def test_a_policy_that_finished_nothing_and_a_single_seed_can_be_drawn(
     axes: Axes, outcome_of: Callable[..., Outcome]
 ) -> None:
-    tally = Tally()
+    tally = PolicyTally()
     tally.take_run([outcome_of("r0", 0.0, 50.0, status=Status.FAILED)])
     result = tally.result("mine")
     assert result.sar == 0.0

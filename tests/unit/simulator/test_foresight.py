@@ -74,7 +74,7 @@ def test_the_earliest_deadline_is_feasible_if_asked_for_at_once(
     images = [asked(height, deadline_s, name=f"n{number}", num_steps=num_steps) for number in range(num_images)]
     quote = pool.quote(*images)
     assert quote.deadline_s == deadline_s
-    assert [len(image.degrees) for image in quote.images] == [num_steps] * num_images
+    assert [len(image.degrees) for image in quote.requests] == [num_steps] * num_images
     if quote.is_feasible:
         assert (1 + LEAST_SPARE) * quote.finish_s <= deadline_s
         assert quote.earliest_deadline_s <= deadline_s
@@ -101,7 +101,7 @@ def test_an_empty_pool_quotes_the_time_alone_and_a_little_to_spare_to_the_tick(p
     assert quote.earliest_deadline_s == pytest.approx((1 + LEAST_SPARE) * alone_s, abs=1e-3)
     assert quote.earliest_deadline_s * 1000 == pytest.approx(round(quote.earliest_deadline_s * 1000), abs=1e-6)
     assert quote.position == 0
-    assert quote.images[0].degrees == (1,) * 10
+    assert quote.requests[0].degrees == (1,) * 10
 
 
 def test_what_would_make_others_late_is_not_feasible_even_if_it_is_in_time_itself(pool_of, asked):
@@ -136,7 +136,7 @@ def test_images_that_come_together_share_the_pool(pool_of, asked):
     one = pool.quote(asked(256, 100.0))
     three = pool.quote(*(asked(256, 100.0, name=f"n{number}") for number in range(3)))
     assert three.finish_s == pytest.approx(3 * one.finish_s)
-    assert three.finish_s == max(image.finish_s for image in three.images)
+    assert three.finish_s == max(image.finish_s for image in three.requests)
 
 
 def test_quoting_changes_nothing(pool_of, asked):

@@ -11,7 +11,7 @@ from tetriserve.report.paper.experiment import Experiment
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ListedExhibit:
     """An exhibit to be made. `label` names it while it is."""
 
     label: str
@@ -19,19 +19,19 @@ class Entry:
 
 
 EXHIBITS = (
-    Entry("overview", tables.overview),
-    Entry("figure 4", sweeps.fixed_degrees),
-    Entry("figure 7", lambda experiment: sweeps.slo_scales(experiment, "uniform", 7)),
-    Entry("figure 8", lambda experiment: sweeps.slo_scales(experiment, "skewed", 8)),
-    Entry("figure 9", closeups.latencies),
-    Entry("figure 10", closeups.attainment_courses),
-    Entry("figure 11", closeups.degree_courses),
-    Entry("board", closeups.board),
-    Entry("figure 12", sweeps.smaller_pool),
-    Entry("figure 13", sweeps.arrival_rates),
-    Entry("figure 14", sweeps.homogeneous),
-    Entry("figure 15", sweeps.step_granularity),
-    Entry("table 3", tables.approximate_cache),
-    Entry("table 5", tables.ablation),
-    Entry("table 6", tables.exhaustive_search),
+    ListedExhibit("overview", tables.overview),
+    ListedExhibit("figure 4", sweeps.fixed_degrees),
+    ListedExhibit("figure 7", lambda experiment: sweeps.slo_scales(experiment, "uniform", 7)),
+    ListedExhibit("figure 8", lambda experiment: sweeps.slo_scales(experiment, "skewed", 8)),
+    ListedExhibit("figure 9", closeups.latencies),
+    ListedExhibit("figure 10", closeups.attainment_courses),
+    ListedExhibit("figure 11", closeups.degree_courses),
+    ListedExhibit("board", closeups.board),
+    ListedExhibit("figure 12", sweeps.smaller_pool),
+    ListedExhibit("figure 13", sweeps.arrival_rates),
+    ListedExhibit("figure 14", sweeps.homogeneous),
+    ListedExhibit("figure 15", sweeps.step_granularity),
+    ListedExhibit("table 3", tables.approximate_cache),
+    ListedExhibit("table 5", tables.ablation),
+    ListedExhibit("table 6", tables.exhaustive_search),
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tetriserve.report.command import command_of
-from tetriserve.simulator.comparison import Comparison, Result
+from tetriserve.simulator.comparison import Comparison, PolicyResult
 from tetriserve.simulator.scenario import Scenario, Setting
 from tetriserve.simulator.study import Study
 
@@ -59,12 +59,12 @@ def fixed_degrees_of(setting: Setting) -> tuple[str, ...]:
     return tuple(name for name in setting.policies("all") if name.startswith("fixed:"))
 
 
-def best_fixed(comparison: Comparison) -> Result:
+def best_fixed(comparison: Comparison) -> PolicyResult:
     """The fixed degree that attains most."""
     return max((r for r in comparison.results if r.policy.startswith("fixed:")), key=lambda result: result.sar)
 
 
-def result_of(comparison: Comparison, policy: str) -> Result:
+def result_of(comparison: Comparison, policy: str) -> PolicyResult:
     return next(result for result in comparison.results if result.policy == policy)
 
 
