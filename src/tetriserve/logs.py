@@ -65,7 +65,10 @@ def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceb
 
 
 def fields(**values: object) -> dict[str, Any]:
-    """What a line says to machines beyond its message; pass it as `extra`."""
+    """What a line says to machines beyond its message; pass it as `extra`.
+
+    `request_id` is an HTTP exchange's, in every line. Requests of the engine are `image_ids`, with commas.
+    """
     return {"fields": values}
 
 

@@ -370,7 +370,7 @@ class DurableWork:
         if self._known.get(key) is known:
             del self._known[key]
         if known.name is not None:
-            logger.debug("request %s leaves the journal", known.name, extra=fields(image_id=known.name))
+            logger.debug("request %s leaves the journal", known.name, extra=fields(image_ids=known.name))
             self.journal.drop(known.name)
 
     async def _sweep(self) -> None:

@@ -360,7 +360,7 @@ class LiveEngine:
                 pixels = self._executor.read_pixels(command.output)
             except RequestFailed as error:
                 request_id = request.request_id
-                logger.exception("request %s: the image is lost", request_id, extra=fields(image_id=request_id))
+                logger.exception("request %s: the image is lost", request_id, extra=fields(image_ids=request_id))
                 self._fail(FailRequest(request, runs, predicted_finish_s, str(error), error.kind))
                 return
             image = GeneratedImage(pixels, outcome)

@@ -60,8 +60,8 @@ class Runner:
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
             kind = failure_kind(error, is_split=message.group is not None)
             if kind is FailureKind.STEP:
-                image_id = ",".join(start.task.members)
-                logger.exception("request %s: %s failed", image_id, start.task.stage, extra=fields(image_id=image_id))
+                names = ",".join(start.task.members)
+                logger.exception("request %s: %s failed", names, start.task.stage, extra=fields(image_ids=names))
             line = f"{start.task.stage} failed: {type(error).__name__}: {error}".splitlines()[0]
             return TaskError(start.task_id, kind, line, time.monotonic())
 
