@@ -38,6 +38,10 @@ from tetriserve.policies import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.server import run_server
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tests.states import MemoryStates, bundle_of  # noqa: E402
+
 LONG_FRAME_MS = 50.0
 NUM_STEPS = 8
 SIDES = {256: 6, 512: 3, 1024: 1}
@@ -62,7 +66,8 @@ class TimerExecutor:
     def __init__(self, num_ranks: int, cost: ProfileCost) -> None:
         self.ranks = frozenset(range(num_ranks))
         self._cost = cost
-        self._shapes: dict[str, Shape] = {}
+        self.states = MemoryStates()
+        self.preview_basis: TensorRef | None = None
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -73,16 +78,16 @@ class TimerExecutor:
     def start_task(self, command: StartTask) -> None:
         task, request = command.task, command.work[0].request
         elapsed_s = task_s(self._cost, task, request)
-        self._shapes[request.request_id] = request.shape
-        end = TaskFinished.planned(command, elapsed_s, TensorRef(request.request_id, 1))
+        left = TensorRef(f"{request.request_id}.{task.stage}", 1)
+        if task.stage == DECODE:
+            black = np.zeros((request.shape.height, request.shape.width, 3), np.uint8)
+            left = self.states.put(left.key, bundle_of(pixels=black))
+        end = TaskFinished.planned(command, elapsed_s, left)
         asyncio.get_running_loop().call_later(elapsed_s, lambda: self._on_event(end))
 
-    def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        shape = self._shapes[ref.key]
-        return np.zeros((shape.height, shape.width, 3), np.uint8)
-
     def forget(self, request_id: str) -> None:
-        del self._shapes[request_id]
+        for ref in self.states.list(request_id):
+            self.states.drop(ref)
 
     async def stop(self) -> None: ...
 

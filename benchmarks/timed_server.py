@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/server"))
 
-from fake_engine import CARD, FakeExecutor, picture
+from fake_engine import CARD, FakeExecutor
 
 from tetriserve.config import ServerConfig
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.cost import task_s
-from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+from tetriserve.core.events import StartTask, TaskFinished
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
@@ -64,10 +64,8 @@ class TimedExecutor(FakeExecutor):
         takes_s = task_s(self._cost, task, request)
         takes_s *= max(0.5, self._dice.gauss(1, NOISE))
         await asyncio.sleep(takes_s)
-        key = f"{request.request_id}/{task.stage}"
-        if task.stage == DECODE:
-            self.pixels[key] = picture(request.prompt, request.seed, request.shape)
-        self._on_event(TaskFinished.planned(command, takes_s, TensorRef(key, num_bytes=1)))
+        left = self.leave(f"{request.request_id}.{task.stage}", task.stage, request)
+        self._on_event(TaskFinished.planned(command, takes_s, left))
 
 
 def main() -> int:

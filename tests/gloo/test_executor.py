@@ -28,12 +28,12 @@ from tetriserve.core.events import Result as Left
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.engine.outputs import read_pixels
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.profiler import measure
-from tetriserve.worker.store import TensorStore
 
 NUM_RANKS, MAX_GROUPS = 4, 1
 LATENTS_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 1
@@ -80,7 +80,7 @@ class Driver:
 
     def __init__(self, executor: LocalExecutor) -> None:
         self.executor = executor
-        self.store = TensorStore(self.directory)
+        self.store = executor.states
         self._ids = itertools.count()
         self._ended: dict[int, asyncio.Future[TaskFinished]] = {}
         self._rank_locks = [asyncio.Lock() for _ in range(NUM_RANKS)]
@@ -109,7 +109,7 @@ class Driver:
     def take(self, work: Work) -> Result:
         """What a finished request left, which is forgotten."""
         latents = self.store.load(work.states[DENOISE], "cpu")["latents"]
-        result = Result(latents, self.executor.read_pixels(work.states[DECODE]).copy())
+        result = Result(latents, read_pixels(self.executor.states, work.states[DECODE]).copy())
         self.executor.forget(work.request.request_id)
         assert self.files(work.request.request_id) == []
         return result

@@ -22,13 +22,15 @@ from safetensors import SafetensorError
 from tests.waiting import HANG_S, until
 from tetriserve.config import PoolConfig
 from tetriserve.core.events import FailureKind
+from tetriserve.core.states import StoreError
 from tetriserve.executor.processes import ProcessStarter, kill_process
 from tetriserve.models.card import ModelCard
 from tetriserve.worker import store
+from tetriserve.worker.bundle import arrays_of
 from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.rendezvous import PeerAbsent
-from tetriserve.worker.store import StoreDirectory, StoreError, TensorStore
+from tetriserve.worker.store import StoreDirectory, TensorStore
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
@@ -109,7 +111,7 @@ def test_a_copy_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(time, "sleep", looks.append)
     ref = TensorStore(tmp_path).save("a.encode.0.0", {"embeds": torch.ones(5000)})
     assert len(looks) == 3
-    assert TensorStore(tmp_path).load_numpy(ref)["embeds"].sum() == 5000
+    assert arrays_of(TensorStore(tmp_path).get(ref))["embeds"].sum() == 5000
 
 
 def test_a_copy_that_waits_for_room_in_vain_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +150,7 @@ def test_a_panic_of_the_library_is_an_exception(tmp_path: Path, monkeypatch: pyt
     ref = TensorStore(tmp_path).save("a.decode.0.2", {"pixels": torch.ones(5)})
     monkeypatch.setattr(safetensors, "deserialize", panic)
     with pytest.raises(MemoryError, match="PanicException: memory allocation"):
-        TensorStore(tmp_path).load_numpy(ref)
+        arrays_of(TensorStore(tmp_path).get(ref))
 
 
 def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_open() -> None:

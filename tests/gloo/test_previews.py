@@ -81,7 +81,7 @@ async def test_a_live_engine_previews_what_its_workers_left_and_they_come_ever_n
     before = None
     while not isinstance(update := await told.get(), GeneratedImage):
         if update.latents is not None:
-            preview = await asyncio.to_thread(engine.read_preview, update.request, update.latents, before)
+            preview = await asyncio.to_thread(engine.previews.read, update.request, update.latents, before)
             if preview is not None:
                 before = preview.latents
                 previews.append(preview.pixels.astype(float))

@@ -15,6 +15,7 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.models.flux.adapter import FluxAdapter
+from tetriserve.worker.bundle import arrays_of
 from tetriserve.worker.groups import Groups
 from tetriserve.worker.runner import Runner
 from tetriserve.worker.store import TensorStore
@@ -79,7 +80,7 @@ def test_requests_that_push_each_other_out_get_the_same_pictures_to_the_bit(
             latents = loop.step(latents)
         states = rank.works[name].states
         assert torch.equal(rank.store.load(states[DENOISE], "cpu")["latents"], latents)
-        assert np.array_equal(rank.store.load_numpy(states[DECODE])["pixels"], reference.decode(request, latents))
+        assert np.array_equal(arrays_of(rank.store.get(states[DECODE]))["pixels"], reference.decode(request, latents))
         del rank.store.loaded[-1]
     stages = [key.split(".")[1] for key in rank.store.loaded if key.startswith("a.")]
     assert stages == ([ENCODE, ENCODE, DENOISE, ENCODE, DENOISE] if resident_bytes == 0 else [])

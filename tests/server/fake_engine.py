@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import logging
 import sys
 import time
@@ -28,15 +27,19 @@ from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import DurableWork, Intake, LiveEngine, Observation
-from tetriserve.executor.protocol import OnEvent, Preview
+from tetriserve.executor.protocol import OnEvent
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
-from tetriserve.models.preview import Latents
+from tetriserve.models.preview import PATCH
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
 from tetriserve.workload.outcome import Outcome
+
+sys.path.append(str(Path(__file__).parents[2]))  # where this file is run as a program
+
+from tests.states import MemoryStates, bundle_of  # noqa: E402
 
 ENCODE_S = DECODE_S = 0.002
 STEP_S = 0.004
@@ -103,7 +106,10 @@ def _text_of(command: StartTask) -> TextCount | None:
 
 
 class FakeExecutor:
-    """Tasks take the time the profile says, or none at all. While `gate` is clear no task ends."""
+    """Tasks take the time the profile says, or none at all. While `gate` is clear no task ends.
+
+    has_previews: latents are still there when a preview wants them.
+    """
 
     def __init__(self, *, takes_time: bool = True) -> None:
         self.ranks = frozenset((0, 1))
@@ -114,12 +120,11 @@ class FakeExecutor:
         self.is_stopped = False
         self.failure_kind: FailureKind | None = FailureKind.STEP
         self.has_previews = True
-        self.num_previews = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self.pixels: dict[str, np.ndarray] = {}
         self.started: list[StartTask] = []
-        self.put: dict[str, bytes] = {}
-        self.has_room = True
+        self.states = MemoryStates()
+        basis = np.zeros((2, PATCH * PATCH * 3), np.float32)
+        self.preview_basis: TensorRef | None = self.states.put(".preview-basis", bundle_of(basis=basis))
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -144,34 +149,28 @@ class FakeExecutor:
             self._on_event(TaskFailed(command.task_id, self.failure_kind, "latents are not finite"))
             return
         steps_done = command.work[0].steps_done + task.num_steps
-        key = f"{request.request_id}.{task.stage}.{steps_done}.{command.task_id}"
-        if task.stage == DECODE:
-            self.pixels[key] = picture(request.prompt, request.seed, request.shape)
-        end = TaskFinished.planned(command, elapsed_s, TensorRef(key, num_bytes=1))
+        ref = self.leave(f"{request.request_id}.{task.stage}.{steps_done}.{command.task_id}", task.stage, request)
+        end = TaskFinished.planned(command, elapsed_s, ref)
         results = tuple(replace(result, text=_text_of(command)) for result in end.results)
         self._on_event(replace(end, results=results))
 
-    def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        return self.pixels.pop(ref.key)
-
-    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
+    def leave(self, key: str, stage: str, request: Request) -> TensorRef:
+        """What a task of `stage` leaves of `request` in the store, under `key`."""
+        if stage == DECODE:
+            return self.states.put(key, bundle_of(pixels=picture(request.prompt, request.seed, request.shape)))
+        if stage == ENCODE:
+            return self.states.put(key, b"state")
         if not self.has_previews:
-            return None
-        self.num_previews += 1
-        small = picture(request.prompt, request.seed, Shape(request.shape.height // 8, request.shape.width // 8))
-        return Preview(small, Latents(np.zeros((1, 1)), 0.5))
-
-    def read_state(self, ref: TensorRef) -> bytes | None:
-        return f"state of {ref.key}".encode()
-
-    def put_state(self, key: str, state: bytes) -> TensorRef:
-        if not self.has_room:
-            raise OSError(errno.ENOSPC, "No space left on device", f"/dev/shm/store/{key}")
-        self.put[key] = state
-        return TensorRef(key, len(state))
+            return TensorRef(key, num_bytes=1)
+        tokens = np.zeros((1, FLUX.num_tokens(CARD, request.shape), 1), np.float32)
+        return self.states.put(key, bundle_of(latents=tokens, noise_level=np.float32(0.5)))
 
     def forget(self, request_id: str) -> None:
+        """States stay, so that no test depends on when a journal copies them."""
         self.forgotten.append(request_id)
+        for ref in self.states.list(request_id):
+            if f".{DECODE}." in ref.key:
+                self.states.drop(ref)
 
     async def stop(self) -> None:
         self.is_stopped = True

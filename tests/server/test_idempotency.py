@@ -197,10 +197,10 @@ async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image
 
 async def test_an_image_that_the_host_cannot_read_is_made_again(ask, executor, monkeypatch):
     def unreadable(ref):
-        raise RequestFailed("the finished image cannot be read: MemoryError")
+        raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "read_pixels", unreadable)
+        patch.setattr(executor.states, "get", unreadable)
         assert (await ask(seed=3)).status_code == 500
     assert items(await ask(seed=3))[0]["seed"] == 3
 
@@ -230,7 +230,7 @@ async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_e
 
     executor = FakeExecutor()
     executor.failure_kind = None
-    executor.has_room = False
+    executor.states.has_room = False
     engine = await make_durable_engine(executor, tmp_path / "j")
     assert "was not taken up: the journal cannot be used: No space left on device" in caplog.text
     ids = {command.work[0].request.request_id for command in first.started}
@@ -241,7 +241,7 @@ async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_e
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "journal_unavailable")
         assert "/" not in answer.json()["error"]["message"]
         assert not executor.started
-        executor.has_room = True
+        executor.states.has_room = True
         assert len(items(await client.post(URL, json=body, headers=headers))) == 2
     assert {command.work[0].request.request_id for command in executor.started} == ids
     await engine.stop()
@@ -391,7 +391,7 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
     assert num_executed(second_life) == 2
     stages = {command.task.stage for command in second_life.started}
     assert ENCODE not in stages  # both were encoded in the first life
-    encoded = {key.rpartition(".")[0] for key in second_life.put}
+    encoded = {key.rpartition(".")[0] for key in second_life.states.bundles if key[0] != "."}
     assert encoded >= {f"{request_id}.encode.0" for request_id in ids}
     await engine.stop()
 

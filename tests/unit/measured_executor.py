@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from tetriserve.core.events import StartTask, TaskFinished, TensorRef
+import numpy as np
+
+from tests.states import MemoryStates, bundle_of
+from tetriserve.core.events import StartTask, TaskFinished
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, ENCODE
 from tetriserve.executor.protocol import Executor, OnEvent
 
+PIXEL = bundle_of(pixels=np.zeros((1, 1, 3), np.uint8))
 STEP_S = {1: 0.4, 2: 0.25}
 DECODE_S = 0.3
 ENCODE_S = 0.02
@@ -41,11 +45,16 @@ class MeasuredExecutor(Executor):
         self._took = took
         self._num_ranks = num_ranks
         self._num_decodes: dict[Shape, int] = {}
+        self._states = MemoryStates()
         self._on_event: OnEvent = lambda event: None
 
     @property
     def ranks(self) -> frozenset[int]:
         return frozenset(range(self._num_ranks))
+
+    @property
+    def states(self) -> MemoryStates:
+        return self._states
 
     @property
     def goes(self) -> dict[Shape, int]:
@@ -61,7 +70,8 @@ class MeasuredExecutor(Executor):
         elapsed_s, cpu_s = self._took(shape, task, self._go(shape))
         if task.stage == DECODE:
             self._num_decodes[shape] = self._num_decodes.get(shape, 0) + 1
-        ended = replace(TaskFinished.planned(command, elapsed_s, TensorRef(f"{command.task_id}", 1)), cpu_s=cpu_s)
+        left = self._states.put(f"{command.task_id}", PIXEL if task.stage == DECODE else b"")
+        ended = replace(TaskFinished.planned(command, elapsed_s, left), cpu_s=cpu_s)
         asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))
 
     def forget(self, request_id: str) -> None: ...

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from tests.states import MemoryStates, bundle_of
 from tests.waiting import HANG_S
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
@@ -60,7 +61,8 @@ class ObedientExecutor:
 
     def __init__(self, unreadable: str = "") -> None:
         self._unreadable = unreadable
-        self._prompts: dict[str, str] = {}
+        self.states = MemoryStates()
+        self.preview_basis = None
         self.forgotten: list[str] = []
         self._on_event: OnEvent = lambda event: None
 
@@ -71,17 +73,16 @@ class ObedientExecutor:
 
     def start_task(self, command: StartTask) -> None:
         request = command.work[0].request
-        self._prompts[request.request_id] = request.prompt
-        ended = TaskFinished.planned(command, 0.01, TensorRef(request.request_id, 1))
+        left = TensorRef(f"{request.request_id}.{command.task.stage}", 1)
+        if command.task.stage == DECODE and request.prompt != self._unreadable:
+            left = self.states.put(left.key, bundle_of(pixels=np.zeros((256, 256, 3), np.uint8)))
+        ended = TaskFinished.planned(command, 0.01, left)
         asyncio.get_running_loop().call_soon(lambda: self._on_event(ended))
-
-    def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        if self._prompts[ref.key] == self._unreadable:
-            raise RequestFailed("the finished image cannot be read: FileNotFoundError")
-        return np.zeros((256, 256, 3), np.uint8)
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
+        for ref in self.states.list(request_id):
+            self.states.drop(ref)
 
     async def stop(self) -> None: ...
 
@@ -178,11 +179,13 @@ class Panic(BaseException):
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, Panic])
 async def test_a_defect_while_an_image_is_handed_over_leaves_no_client_waiting(kind: type[BaseException]) -> None:
-    class Defective(ObedientExecutor):
-        def read_pixels(self, ref: TensorRef) -> np.ndarray:
+    class Defective(MemoryStates):
+        def get(self, ref: TensorRef) -> bytes:
             raise kind("a defect")
 
-    engine, _ = running(Defective())
+    executor = ObedientExecutor()
+    executor.states = Defective()
+    engine, _ = running(executor)
     with pytest.raises(RequestFailed, match=f"the scheduler failed: {kind.__name__}: a defect"):
         await asyncio.wait_for(engine.generate(Generation(prompt="unlucky")), HANG_S)
     assert not engine.is_ready

@@ -52,6 +52,7 @@ from tetriserve.core.messages import (
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DENOISE, ENCODE, image_stages
+from tetriserve.engine.outputs import read_pixels
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
@@ -451,8 +452,8 @@ def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_
 
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
     pool = pools(1)
-    with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(FileNotFoundError\)"):
-        pool.executor.read_pixels(TensorRef("a.decode.0.2", 1))
+    with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(StateGone\)"):
+        read_pixels(pool.executor.states, TensorRef("a.decode.0.2", 1))
 
 
 async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_request(
@@ -500,11 +501,11 @@ async def test_of_each_request_of_a_task_the_copy_that_it_replaces_is_dropped_an
     works, results = [], []
     for name in ("a", "b"):
         states = {
-            stage: pool.executor.put_state(f"{name}.{stage}.{steps}.0", b"x")
+            stage: pool.executor.states.put(f"{name}.{stage}.{steps}.0", b"x")
             for stage, steps in ((ENCODE, 0), (DENOISE, 1))
         }
         works.append(Work(replace(REQUEST, request_id=name), 1, 1, states))
-        after = pool.executor.put_state(f"{name}.denoise.2.1", b"x")
+        after = pool.executor.states.put(f"{name}.denoise.2.1", b"x")
         results.append(Result(after, 1, is_stage_over=False))
     pool.executor.start_task(StartTask(1, Task(("a", "b"), DENOISE, (0,), 1), tuple(works)))
     pool.workers[0].say(TaskDone(1, 0.5, tuple(results)))
@@ -521,7 +522,7 @@ async def test_a_copy_that_cannot_be_dropped_keeps_no_task_from_its_end(
         raise OSError(errno.EIO, "Input/output error")
 
     pool = await started(pools(1))
-    monkeypatch.setattr(pool.executor._store, "drop", fail)
+    monkeypatch.setattr(pool.executor.states, "drop", fail)
     task = Task(("a",), DENOISE, (0,), 1)
     work = Work(REQUEST, 1, 1, {ENCODE: TensorRef("a.encode.0.0", 1), DENOISE: TensorRef("a.denoise.1.0", 1)})
     pool.executor.start_task(StartTask(1, task, (work,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tetriserve.core.events import TensorRef
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
-from tetriserve.executor.previews import PreviewReader
+from tetriserve.engine.previews import PreviewReader
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import PATCH, Latents, fit_basis, project
 from tetriserve.worker.store import TensorStore
@@ -113,9 +114,8 @@ def save(store_path, key, **arrays):
 
 @pytest.fixture
 def reader(tmp_path, basis):
-    reader = PreviewReader(TensorStore(tmp_path), CARD)
-    reader.basis = save(tmp_path, "basis", basis=basis)
-    return reader
+    executor = SimpleNamespace(states=TensorStore(tmp_path), preview_basis=save(tmp_path, "basis", basis=basis))
+    return PreviewReader(executor, CARD)
 
 
 def test_a_preview_is_read_from_the_store_and_leads_to_the_next(reader, tmp_path, pixels):
@@ -139,4 +139,5 @@ def test_bfloat16_is_read_without_torch(reader, tmp_path, pixels):
 
 def test_latents_that_are_gone_and_a_matrix_that_never_came_give_no_preview(reader, tmp_path):
     assert reader.read(REQUEST, TensorRef("r.latents.3", 1), None) is None
-    assert PreviewReader(TensorStore(tmp_path), CARD).read(REQUEST, TensorRef("basis", 1), None) is None
+    without_matrix = SimpleNamespace(states=TensorStore(tmp_path), preview_basis=None)
+    assert PreviewReader(without_matrix, CARD).read(REQUEST, TensorRef("basis", 1), None) is None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tetriserve.core.events import TensorRef
+from tetriserve.core.states import StateGone
 from tetriserve.worker.store import StoreDirectory, TensorStore
 
 OWNER = """
@@ -74,6 +75,38 @@ def test_dropping_a_request_drops_its_files_and_nobody_elses(tmp_path: Path) -> 
     store.drop(TensorRef("b.embeds", 0))
     store.drop(TensorRef("b.embeds", 0))
     assert not (tmp_path / "b.embeds.safetensors").exists()
+
+
+def test_a_copy_outlives_what_it_was_made_from_and_stays_as_it_was(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    first = store.put("a.denoise.1.0", b"one step")
+    copied = store.copy(first, "b.denoise.1.0")
+    assert copied == TensorRef("b.denoise.1.0", 8)
+    assert store.copy(first, "b.denoise.1.0") == copied, "again, over itself"
+    store.put("a.denoise.1.0", b"another")
+    assert (store.get(first), store.get(copied)) == (b"another", b"one step")
+    store.drop_request("a")
+    assert store.get(copied) == b"one step"
+    assert [path.name for path in tmp_path.iterdir()] == ["b.denoise.1.0.safetensors"]
+
+
+def test_what_is_gone_says_so(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    ref = store.put("a.denoise.1.0", b"x")
+    store.drop(ref)
+    for ask in (lambda: store.get(ref), lambda: store.copy(ref, "a.denoise.2.0")):
+        with pytest.raises(StateGone, match="a copy was removed from the tensor store"):
+            ask()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_names_what_is_whole_of_one_request(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    (tmp_path / f"a.pixels.{os.getpid()}.tmp.safetensors").touch()
+    for key in ("a.encode.0.0", "ab.encode.0.2", "a.denoise.1.1"):
+        store.put(key, b"xyz")
+    assert store.list("a") == (TensorRef("a.denoise.1.1", 3), TensorRef("a.encode.0.0", 3))
+    assert store.list("b") == ()
 
 
 def test_the_directory_is_its_owners_alone() -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from tetriserve.core.events import Checkpoint, Result, Run, Work
 from tetriserve.core.request import Request
+from tetriserve.core.states import StateStore
 from tetriserve.engine.observers import Observation
 from tetriserve.engine.tasks import EndedTask
-from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal
 from tetriserve.journal.times import moved_runs
 
@@ -27,9 +27,9 @@ class _Course:
 class Courses:
     """Those of the requests that are followed. Nothing here waits for a disk: the journal's thread does."""
 
-    def __init__(self, journal: Journal, executor: Executor) -> None:
+    def __init__(self, journal: Journal, states: StateStore) -> None:
         self._journal = journal
-        self._executor = executor
+        self._states = states
         self._courses: dict[str, _Course] = {}
 
     def follow(self, request: Request, num_starts: int = 0, checkpoint: Checkpoint | None = None) -> None:
@@ -80,4 +80,4 @@ class Courses:
                 self._note(request_id, course)
 
     def _note(self, request_id: str, course: _Course) -> None:
-        self._journal.advance(request_id, course.num_starts, course.checkpoint, self._executor.read_state)
+        self._journal.advance(request_id, course.num_starts, course.checkpoint, self._states)

@@ -80,7 +80,7 @@ class DurableWork:
         self._result_ttl_s = result_ttl_s
         self._wall_clock = wall_clock
         self._known: dict[Key, _Known] = {}
-        self._courses = Courses(journal, executor)
+        self._courses = Courses(journal, executor.states)
         self._trials = Trials(hold_s)
         self._sweeper: asyncio.Task[None] | None = None
         engine.subscribe(self._courses.observe)
@@ -257,7 +257,7 @@ class DurableWork:
         try:
             for request in requests:
                 course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
-                checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.put_state))
+                checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.states))
                 self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
                 if checkpoint is not None:
                     checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))

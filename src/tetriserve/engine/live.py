@@ -29,7 +29,6 @@ from tetriserve.core.events import (
     Submitted,
     TaskFailed,
     TaskFinished,
-    TensorRef,
     TimerFired,
     WakeAt,
     WorkerJoined,
@@ -40,15 +39,16 @@ from tetriserve.core.request import Request
 from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
 from tetriserve.engine.outlook import Outlook
+from tetriserve.engine.outputs import read_pixels
+from tetriserve.engine.previews import PreviewReader
 from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
 from tetriserve.engine.tasks import TaskBook
-from tetriserve.executor.protocol import Executor, Preview
+from tetriserve.executor.protocol import Executor
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
     from tetriserve.engine.durable import DurableWork
-    from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class LiveEngine:
     ) -> None:
         self.controller = controller
         self.intake = intake
+        self.previews = PreviewReader(executor, intake.card)
         self._executor = executor
         self.policy_name = policy_name
         self._max_queue = max_queue
@@ -220,10 +221,6 @@ class LiveEngine:
         """What becomes of what is there; shared by all who ask, and up to a second old."""
         return await self._outlook.forecast()
 
-    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
-        """See `Executor.read_preview`."""
-        return self._executor.read_preview(request, latents, before)
-
     def handle(self, event: Event) -> None:
         """Feed one event to the controller and carry out what it answers.
 
@@ -357,7 +354,7 @@ class LiveEngine:
         client = self._clients.get(request.request_id)
         if client is not None and not client.image.done():
             try:
-                pixels = self._executor.read_pixels(command.output)
+                pixels = read_pixels(self._executor.states, command.output)
             except RequestFailed as error:
                 request_id = request.request_id
                 logger.exception("request %s: the image is lost", request_id, extra=fields(image_ids=request_id))

@@ -11,11 +11,11 @@ import logging
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import warm_groups
-from tetriserve.core.errors import ConfigError, RequestFailed
+from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, FailureKind, StartTask, TaskFailed, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
     DropGroup,
@@ -32,25 +32,18 @@ from tetriserve.core.messages import (
     ToWorker,
     WarmGroup,
 )
-from tetriserve.core.request import Request
 from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.ledger import Ledger, Running
 from tetriserve.executor.outbox import Outbox
-from tetriserve.executor.previews import PreviewReader
 from tetriserve.executor.processes import NoProcess, ProcessStarter, exit_words, kill_process, wait_for_end
-from tetriserve.executor.protocol import OnEvent, Preview
+from tetriserve.executor.protocol import OnEvent
 from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.main import worker_main
 from tetriserve.worker.rendezvous import Rendezvous
 from tetriserve.worker.spec import WorkerSpec
 from tetriserve.worker.store import StoreDirectory, TensorStore
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tetriserve.models.preview import Latents
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +76,8 @@ class LocalExecutor:
         self.num_restarts = 0
         self._starter = ProcessStarter(card, pool)
         self._directory = StoreDirectory()
-        self._store = TensorStore(self._directory.path)
-        self._previews = PreviewReader(self._store, card)
+        self.states = TensorStore(self._directory.path)
+        self.preview_basis: TensorRef | None = None
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -150,26 +143,8 @@ class LocalExecutor:
             self._hurry(running)
             asyncio.get_running_loop().call_soon(self._settle, running)
 
-    def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        try:
-            return self._store.load_numpy(ref)["pixels"]
-        except Exception as error:  # safetensors has errors of its own, for what the disk has too
-            raise RequestFailed(f"the finished image cannot be read ({type(error).__name__})") from error
-
-    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
-        return self._previews.read(request, latents, before)
-
-    def read_state(self, ref: TensorRef) -> bytes | None:
-        try:
-            return self._store.read(ref)
-        except OSError:
-            return None  # the next task has ended meanwhile, or the request has
-
-    def put_state(self, key: str, state: bytes) -> TensorRef:
-        return self._store.put(key, state)
-
     def forget(self, request_id: str) -> None:
-        self._store.drop_request(request_id)
+        self.states.drop_request(request_id)
         for rank in self._workers:
             self._send(rank, Forget(request_id))
 
@@ -289,7 +264,7 @@ class LocalExecutor:
                 self._check_warm()
             case Ready(preview_basis):
                 worker.is_ready = True
-                self._previews.basis = preview_basis or self._previews.basis
+                self.preview_basis = preview_basis or self.preview_basis
                 self._num_failed_starts[rank] = 0
                 self._tell(WorkerJoined(rank))
                 if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:
@@ -327,7 +302,7 @@ class LocalExecutor:
         if not isinstance(end, TaskFailed):
             for work in start.work:
                 if (replaced := work.states.get(start.task.stage)) is not None:
-                    self._store.drop(replaced)
+                    self.states.drop(replaced)
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: tell, free its peers, and replace it."""

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tetriserve.core.events import Event, StartTask, TensorRef
-from tetriserve.core.request import Request
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tetriserve.models.preview import Latents
-
-
-@dataclass(frozen=True)
-class Preview:
-    """pixels: uint8, small, of the image's proportions. latents: what they were made from."""
-
-    pixels: np.ndarray
-    latents: Latents
-
+from tetriserve.core.states import StateStore
 
 OnEvent = Callable[[Event], None]
 """Called on the event loop with TaskFinished, TaskFailed, WorkerLost and WorkerJoined."""
@@ -33,6 +18,16 @@ class Executor(Protocol):
     @property
     def ranks(self) -> frozenset[int]:
         """Ranks that are up and warm."""
+        ...
+
+    @property
+    def states(self) -> StateStore:
+        """Where tasks leave what they did, and find what they go on with."""
+        ...
+
+    @property
+    def preview_basis(self) -> TensorRef | None:
+        """Names the matrix of `models.preview` among the states, once a worker has left it."""
         ...
 
     def subscribe(self, on_event: OnEvent) -> None:
@@ -49,30 +44,6 @@ class Executor(Protocol):
 
     def start_task(self, command: StartTask) -> None:
         """Run a task on idle ranks. Its end is one TaskFinished or TaskFailed, after which all of them are idle."""
-        ...
-
-    def read_pixels(self, ref: TensorRef) -> np.ndarray:
-        """Decoded pixels, uint8, (height, width, 3).
-
-        Raises:
-            RequestFailed: they cannot be read.
-        """
-        ...
-
-    def read_preview(self, request: Request, latents: TensorRef, before: Latents | None) -> Preview | None:
-        """What the latents that a denoise task left behind will look like; None if that cannot be said.
-
-        Any thread may call it: it takes a millisecond or two, and no rank's time. `before` is what an earlier call for
-        the same request returned the latents of.
-        """
-        ...
-
-    def read_state(self, ref: TensorRef) -> bytes | None:
-        """What a task left, to be kept elsewhere; None if it is gone. Any thread may call it."""
-        ...
-
-    def put_state(self, key: str, state: bytes) -> TensorRef:
-        """Take back, under its old key, what `read_state` gave: tasks can start from it. Any thread may call it."""
         ...
 
     def forget(self, request_id: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
+from tetriserve.core.states import StateStore
 from tetriserve.journal.database import NUM_COMMITS, Database, DatabaseErrors, read_database, replace_database
 from tetriserve.journal.directory import Directory, sync_folder
 from tetriserve.journal.records import (
@@ -33,8 +34,6 @@ from tetriserve.workload.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
-ReadState = Callable[[TensorRef], bytes | None]
-PutState = Callable[[str, bytes], TensorRef]
 R = TypeVar("R", bound=Record)
 
 
@@ -136,14 +135,14 @@ class Journal:
 
         return self._writer.submit(work)
 
-    def advance(self, request_id: str, num_starts: int, checkpoint: Checkpoint | None, read: ReadState) -> None:
+    def advance(self, request_id: str, num_starts: int, checkpoint: Checkpoint | None, store: StateStore) -> None:
         """Note how far a request has come, some time soon; a newer note takes the place of one that waits.
 
-        num_starts: as in `Course`. read: gets the tensors; what is gone is left out, since something newer is there.
+        num_starts: as in `Course`. What is gone from `store` is left out, since something newer is there.
         """
 
         def work(batch: Batch) -> None:
-            self._advance(batch, request_id, num_starts, checkpoint, read)
+            self._advance(batch, request_id, num_starts, checkpoint, store)
 
         self._writer.submit_late(request_id, work)
 
@@ -197,8 +196,8 @@ class Journal:
     def read_pixels(self, picture: KeptImage) -> Future[bytes | None]:
         return self._writer.submit(lambda batch: self._read(picture.file))
 
-    def restore(self, course: Course, put: PutState) -> Future[Checkpoint | None]:
-        """Bring a request's state into a store by `put`; None if there is none, or not all of it."""
+    def restore(self, course: Course, store: StateStore) -> Future[Checkpoint | None]:
+        """Bring a request's state into `store`; None if there is none, or not all of it."""
 
         def work(batch: Batch) -> Checkpoint | None:
             if not course.states:
@@ -209,7 +208,9 @@ class Journal:
                 batch.put(self._courses[course.request_id])
                 batch.drop_files(course.files)
                 return None
-            refs = {stage: put(course.states[stage].key, data) for stage, data in states.items() if data is not None}
+            refs = {
+                stage: store.put(course.states[stage].key, data) for stage, data in states.items() if data is not None
+            }
             return Checkpoint(course.stage_index, course.stage_steps_done, refs, course.runs)
 
         return self._writer.submit(work)
@@ -310,7 +311,7 @@ class Journal:
             return None
 
     def _advance(
-        self, batch: Batch, request_id: str, num_starts: int, checkpoint: Checkpoint | None, read: ReadState
+        self, batch: Batch, request_id: str, num_starts: int, checkpoint: Checkpoint | None, store: StateStore
     ) -> None:
         before = self._courses.get(request_id)
         if before is None:
@@ -320,7 +321,7 @@ class Journal:
             states = {
                 stage: kept
                 for stage, ref in checkpoint.states.items()
-                if (kept := self._copied(ref, before.states.get(stage), read)) is not None
+                if (kept := self._copied(ref, before.states.get(stage), store)) is not None
             }
             if len(states) < len(checkpoint.states):
                 course = replace(before, num_starts=num_starts)
@@ -336,12 +337,15 @@ class Journal:
         batch.drop_files(file for file in before.files if file.name not in {kept.name for kept in course.files})
         self._courses[request_id] = course
 
-    def _copied(self, ref: TensorRef, before: KeptTensors | None, read: ReadState) -> KeptTensors | None:
+    def _copied(self, ref: TensorRef, before: KeptTensors | None, store: StateStore) -> KeptTensors | None:
         """The copy that is there already, or a new one; None if there is nothing to copy any more."""
         if before is not None and before.key == ref.key:
             return before
-        data = read(ref)
-        return None if data is None else KeptTensors(ref.key, self._directory.write(ref.key, data))
+        try:
+            data = store.get(ref)
+        except OSError:
+            return None
+        return KeptTensors(ref.key, self._directory.write(ref.key, data))
 
     def _drop_requests(self, batch: Batch, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -29,7 +29,7 @@ class PreviewMaker:
         request = self._request
         if progress.latents is None or self._num_made == self._num_wanted:
             return None
-        preview = self._engine.read_preview(request, progress.latents, self._before)
+        preview = self._engine.previews.read(request, progress.latents, self._before)
         if preview is None:
             return None
         self._before = preview.latents  # read even if none is due: two points of the way tell the noise

@@ -8,8 +8,9 @@ import mmap
 import torch
 
 from tetriserve.core.events import FailureKind
+from tetriserve.core.states import StoreError
 from tetriserve.worker.groups import is_collective_error
-from tetriserve.worker.store import StoreError, error_number
+from tetriserve.worker.store import error_number
 
 _MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc")
 _PROBE_BYTES = 2**24

@@ -1,9 +1,9 @@
 """The tensor store: the copy of each request's state that outlives any one worker.
 
 A directory in memory (tmpfs) of safetensors files, written whole and renamed into place. The leader of a task leaves
-its result here; ranks that lack a request's state read it; the server reads pixels. The same copy is the checkpoint
-from which a request continues when a worker dies, and the way latents move between groups: no transfer ever needs
-the rank that computed them.
+its result here; ranks that lack a request's state read it; the server reads what is finished. The same copy is the
+checkpoint from which a request continues when a worker dies, and the way latents move between groups: no transfer ever
+needs the rank that computed them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tetriserve.core.events import TensorRef
+from tetriserve.core.states import StateGone, StoreError
+from tetriserve.worker.bundle import no_panics
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,12 @@ _LOCK = "lock"
 _ROOM_TIMEOUT_S = 5.0
 _LOOK_S = 0.1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NUMPY_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
-
-
-class StoreError(OSError):
-    """There is no room in the store, or what it held of a request has been removed."""
+_SUFFIX = ".safetensors"
+_UNFINISHED = ".tmp"
 
 
 class TensorStore:
-    """Named sets of tensors under `directory`."""
+    """A `core.states.StateStore` in `directory`; workers save and load its bundles as tensors."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -64,7 +62,7 @@ class TensorStore:
         give_up_at = time.monotonic() + _ROOM_TIMEOUT_S
         while True:
             try:
-                with self._whole_file(key) as file, _no_panics():
+                with self._whole_file(key) as file, no_panics():
                     save_file(copies, file)
                 return TensorRef(key, self._path(key).stat().st_size)
             except Exception as error:  # safetensors has errors of its own, for what the disk has too
@@ -78,49 +76,47 @@ class TensorStore:
             time.sleep(_LOOK_S)  # blocks the task's thread alone: heartbeats have a thread of their own
 
     def load(self, ref: TensorRef, device: str) -> dict[str, torch.Tensor]:
-        """Raises StoreError where it has been removed."""
+        """Raises StateGone where it has been removed."""
         from safetensors.torch import load_file
 
         try:
-            with _no_panics():
+            with no_panics():
                 tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key), device=device)
         except FileNotFoundError as error:
-            raise StoreError(errno.ENOENT, "a copy was removed from the tensor store") from error
+            raise _gone() from error
         return tensors
 
-    def load_numpy(self, ref: TensorRef) -> dict[str, np.ndarray]:
-        """Without torch, for the server. bfloat16, which numpy does not have, comes as float32.
-
-        Raises:
-            OSError: it is gone.
-            MemoryError: it is too large for this process.
-        """
-        from safetensors import deserialize
-
-        data = self._path(ref.key).read_bytes()
-        with _no_panics():
-            return {name: _array(view) for name, view in deserialize(data)}  # type: ignore[no-untyped-call]
-
-    def read(self, ref: TensorRef) -> bytes:
-        """The file as it is.
-
-        Raises:
-            OSError: it is gone.
-        """
-        return self._path(ref.key).read_bytes()
-
     def put(self, key: str, data: bytes) -> TensorRef:
-        """Take back under `key` what `read` gave, maybe from another store.
-
-        Raises:
-            OSError: there is no room for it.
-        """
         with self._whole_file(key) as file:
             file.write_bytes(data)
         return TensorRef(key, len(data))
 
+    def get(self, ref: TensorRef) -> bytes:
+        try:
+            return self._path(ref.key).read_bytes()
+        except FileNotFoundError as error:
+            raise _gone() from error
+
     def drop(self, ref: TensorRef) -> None:
         self._path(ref.key).unlink(missing_ok=True)
+
+    def copy(self, ref: TensorRef, key: str) -> TensorRef:
+        """A second name of the same file: files are replaced, and never written to again."""
+        try:
+            with self._whole_file(key) as file:
+                os.link(self._path(ref.key), file)
+        except FileNotFoundError as error:
+            raise _gone() from error
+        return TensorRef(key, self._path(key).stat().st_size)
+
+    def list(self, request_id: str) -> tuple[TensorRef, ...]:
+        refs = []
+        for path in sorted(self._directory.glob(f"{request_id}.*{_SUFFIX}")):
+            key = path.name.removesuffix(_SUFFIX)
+            if not key.endswith(_UNFINISHED):
+                with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                    refs.append(TensorRef(key, path.stat().st_size))
+        return tuple(refs)
 
     def drop_request(self, request_id: str) -> None:
         """Drop whatever any task of the request left, also what nobody refers to because its task failed."""
@@ -130,16 +126,16 @@ class TensorStore:
     @contextmanager
     def _whole_file(self, key: str) -> Iterator[Path]:
         """A file to write, which then is there under `key` as a whole, or not at all."""
-        temporary = self._path(f"{key}.{os.getpid()}.tmp")
+        temporary = self._path(f"{key}.{os.getpid()}{_UNFINISHED}")
         try:
             yield temporary
             os.replace(temporary, self._path(key))
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # where there is no room, half a file takes what is left
-            raise
+        finally:
+            # Half a file takes what room is left; and a second name of the same file is not renamed by the system.
+            temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        return self._directory / f"{key}.safetensors"
+        return self._directory / f"{key}{_SUFFIX}"
 
 
 class StoreDirectory:
@@ -180,33 +176,14 @@ def error_number(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-@contextmanager
-def _no_panics() -> Iterator[None]:
-    """safetensors panics where memory runs out, and a panic is no Exception: it would pass by every handler."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise MemoryError(f"{type(error).__name__}: {error}") from error
+def _gone() -> StateGone:
+    return StateGone(errno.ENOENT, "a copy was removed from the tensor store")
 
 
 def _locked(directory: Path) -> TextIO:
     lock = (directory / _LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
-
-
-def _array(view: Mapping[str, Any]) -> np.ndarray:
-    """One tensor as safetensors describes it: dtype, shape and bytes."""
-    import numpy as np
-
-    kind, data = view["dtype"], view["data"]
-    if kind == "BF16":  # the upper half of a float32
-        array = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        array = np.frombuffer(data, _NUMPY_DTYPES[kind])
-    return array.reshape(view["shape"])
 
 
 def _parent() -> Path:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tetriserve.core.events import TensorRef
+from tests.states import MemoryStates
 from tetriserve.journal import Failure, Journal, Kept, Model
 
 from .test_journal import (
@@ -20,8 +20,8 @@ from .test_journal import (
     make_entry,
     make_outcome,
     make_request,
-    read_state,
     settle,
+    store,
     wait,
 )
 
@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, K
     journal = Journal(path, MODEL)
     for name in "abcd":
         wait(journal.accept(make_entry(make_request(name, f"picture of {name} " * 40), name=name)))
-    journal.advance("a", 0, checkpoint(5), read_state)
+    journal.advance("a", 0, checkpoint(5), store())
     settle(journal)
     for name in "bc":
         wait(journal.keep_picture(make_outcome(make_request(name)), (2, 2, 3), PIXELS, 1004.0))
@@ -64,16 +64,11 @@ def check(path: Path, expected: dict[str, Kept]) -> Journal:
             for picture in kept.pictures.values():
                 assert wait(journal.read_pixels(picture)) in (None, PIXELS)
             for course in kept.courses.values():
-                found: dict[str, bytes] = {}
-
-                def put(key: str, state: bytes, found: dict[str, bytes] = found) -> TensorRef:
-                    found[key] = state
-                    return TensorRef(key, len(state))
-
-                restored = wait(journal.restore(course, put))
+                found = MemoryStates()
+                restored = wait(journal.restore(course, found))
                 if restored is not None:
                     assert (restored.stage_index, restored.stage_steps_done) == (1, 5)
-                    assert found == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
+                    assert found.bundles == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
         wait(journal.accept(make_entry(make_request("new"), name="new")))
         assert wait(journal.read("new")).entry.name == "new"
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.states import MemoryStates
 from tetriserve.core.errors import ConfigError, JournalError
 from tetriserve.core.events import Checkpoint, FailureKind, Run, TensorRef
 from tetriserve.core.plan import Task
@@ -56,8 +57,8 @@ def checkpoint(steps_done: int) -> Checkpoint:
     return Checkpoint(1, steps_done, states, (Run(Task(("a",), ENCODE, (1,)), 0.0, 0.1),))
 
 
-def read_state(ref: TensorRef) -> bytes | None:
-    return STATE.get(ref.key)
+def store() -> MemoryStates:
+    return MemoryStates(STATE)
 
 
 def wait(future: Future[Any]) -> Any:
@@ -104,30 +105,25 @@ def test_the_newest_checkpoint_comes_back_and_the_one_before_is_gone(
     journal = reopen()
     wait(journal.accept(make_entry()))
     for steps_done in (0, 2, 5):
-        journal.advance("a", 0, checkpoint(steps_done), read_state)
+        journal.advance("a", 0, checkpoint(steps_done), store())
         settle(journal)
     assert files(tmp_path) == ["a.denoise.5.2", "a.encode.0.0"]
 
     journal = reopen()
     (kept,) = journal.take_loaded()
-    put: dict[str, bytes] = {}
-
-    def put_state(key: str, state: bytes) -> TensorRef:
-        put[key] = state
-        return TensorRef(key, len(state))
-
-    restored = wait(journal.restore(kept.courses["a"], put_state))
+    taken = MemoryStates()
+    restored = wait(journal.restore(kept.courses["a"], taken))
     states = {ENCODE: TensorRef("a.encode.0.0", 10), DENOISE: TensorRef("a.denoise.5.2", 10)}
     assert restored == Checkpoint(1, 5, states, checkpoint(5).runs)
-    assert put == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
+    assert taken.bundles == {"a.encode.0.0": b"embeddings", "a.denoise.5.2": b"after five"}
 
 
 def test_of_notes_that_wait_only_the_newest_is_written(reopen: Callable[[], Journal], tmp_path: Path) -> None:
     journal = reopen()
     wait(journal.accept(make_entry()))
     with journal._writer._wake:  # the writer cannot look meanwhile
-        journal.advance("a", 0, checkpoint(2), read_state)
-        journal.advance("a", 0, checkpoint(5), read_state)
+        journal.advance("a", 0, checkpoint(2), store())
+        journal.advance("a", 0, checkpoint(5), store())
         assert len(journal._writer._late) == 1
     settle(journal)
     assert files(tmp_path) == ["a.denoise.5.2", "a.encode.0.0"]
@@ -136,9 +132,9 @@ def test_of_notes_that_wait_only_the_newest_is_written(reopen: Callable[[], Jour
 def test_a_checkpoint_that_vanished_before_it_was_copied_leaves_the_one_before(reopen: Callable[[], Journal]) -> None:
     journal = reopen()
     wait(journal.accept(make_entry()))
-    journal.advance("a", 0, checkpoint(2), read_state)
+    journal.advance("a", 0, checkpoint(2), store())
     settle(journal)
-    journal.advance("a", 1, checkpoint(3), read_state)
+    journal.advance("a", 1, checkpoint(3), store())
     settle(journal)
     (kept,) = reopen().take_loaded()
     course = kept.courses["a"]
@@ -150,7 +146,7 @@ def test_nothing_is_noted_of_a_request_that_has_ended(reopen: Callable[[], Journ
     journal = reopen()
     wait(journal.accept(make_entry()))
     wait(journal.keep_picture(make_outcome(make_request()), (2, 2, 3), PIXELS, 1004.0))
-    journal.advance("a", 0, checkpoint(5), read_state)
+    journal.advance("a", 0, checkpoint(5), store())
     settle(journal)
     assert files(tmp_path) == ["a.pixels"]
 
@@ -160,7 +156,7 @@ def test_a_finished_image_replaces_its_checkpoints_and_comes_back_as_it_was(
 ) -> None:
     journal = reopen()
     wait(journal.accept(make_entry()))
-    journal.advance("a", 0, checkpoint(2), read_state)
+    journal.advance("a", 0, checkpoint(2), store())
     settle(journal)
     wait(journal.keep_picture(make_outcome(make_request()), (2, 2, 3), PIXELS, 1004.0))
     assert files(tmp_path) == ["a.pixels"]
@@ -200,7 +196,7 @@ def test_a_failure_takes_the_place_of_all_else(reopen: Callable[[], Journal], tm
 def test_a_dropped_entry_leaves_nothing(reopen: Callable[[], Journal], tmp_path: Path) -> None:
     journal = reopen()
     wait(journal.accept(make_entry()))
-    journal.advance("a", 0, checkpoint(2), read_state)
+    journal.advance("a", 0, checkpoint(2), store())
     settle(journal)
     wait(journal.drop("a"))
     assert files(tmp_path) == []
@@ -254,7 +250,7 @@ def test_only_its_user_can_read_it(reopen: Callable[[], Journal], tmp_path: Path
     try:
         journal = reopen()
         wait(journal.accept(make_entry()))
-        journal.advance("a", 0, checkpoint(2), read_state)
+        journal.advance("a", 0, checkpoint(2), store())
         settle(journal)
     finally:
         os.umask(before)
@@ -268,7 +264,7 @@ def test_what_a_killed_server_left_is_removed_and_an_operators_files_are_not(
 ) -> None:
     journal = reopen()
     wait(journal.accept(make_entry()))
-    journal.advance("a", 0, checkpoint(2), read_state)
+    journal.advance("a", 0, checkpoint(2), store())
     settle(journal)
     journal.close()
     earlier = ("a.embeds", "a.latents.3")
