@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
+from tetriserve.engine.progress import GeneratedImage
 from tetriserve.launch import StartProgress, launch
 from tetriserve.workload.outcome import Outcome
 
@@ -115,24 +116,21 @@ class Engine:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.
             RequestFailed: admitted, but it ended without an image.
         """
-        return self._submit(prompt, options).result()
+        return _picture(self._submit(prompt, options).result())
 
     async def generate_async(self, prompt: str, **options: Any) -> Picture:
         """As `generate`, for any event loop. Cancelling the call cancels the request."""
-        return await asyncio.wrap_future(self._submit(prompt, options))
+        return await asyncio.to_thread(_picture, await asyncio.wrap_future(self._submit(prompt, options)))
 
-    def _submit(self, prompt: str, options: dict[str, Any]) -> Future[Picture]:
+    def _submit(self, prompt: str, options: dict[str, Any]) -> Future[GeneratedImage]:
         generation = Generation(prompt=prompt, **options)
         with self._lock:  # what is handed to the loop before it is told to end is answered, nothing after
             loop = self._running_loop  # asked for first: a coroutine that never runs would be complained about
             return asyncio.run_coroutine_threadsafe(self._generate(generation), loop)
 
-    async def _generate(self, generation: Generation) -> Picture:
-        from PIL import Image
-
+    async def _generate(self, generation: Generation) -> GeneratedImage:
         assert self._live is not None
-        generated = await self._live.generate(generation)
-        return Picture(Image.fromarray(generated.pixels), generated.outcome)
+        return await self._live.generate(generation)
 
     @property
     def _running_loop(self) -> asyncio.AbstractEventLoop:
@@ -150,6 +148,13 @@ class Engine:
             self._loop = self._thread = None
             loop.call_soon_threadsafe(self._leaving.set)
         thread.join()
+
+
+def _picture(generated: GeneratedImage) -> Picture:
+    """It copies the pixels: call it off any event loop."""
+    from PIL import Image
+
+    return Picture(Image.fromarray(generated.pixels), generated.outcome)
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop, leaving: asyncio.Event) -> None:

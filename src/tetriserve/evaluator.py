@@ -102,7 +102,7 @@ async def _try_all(
         generation = Generation(prompt=prompt.text, size=setting.size, seed=prompt.seed, num_steps=setting.num_steps)
         async with places:
             generated = await engine.generate(generation)
-        trial = await asyncio.to_thread(try_prompt, prompt, Image.fromarray(generated.pixels))
+        trial = await asyncio.to_thread(lambda: try_prompt(prompt, Image.fromarray(generated.pixels)))
         on_trial()
         return trial
 

@@ -28,12 +28,12 @@ from tetriserve.core.events import Result as Left
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
-from tetriserve.engine.outputs import read_pixels
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.profiler import measure
+from tetriserve.worker.bundle import arrays_of
 
 NUM_RANKS, MAX_GROUPS = 4, 1
 LATENTS_TOLERANCE, PIXEL_TOLERANCE = 1e-4, 1
@@ -109,7 +109,7 @@ class Driver:
     def take(self, work: Work) -> Result:
         """What a finished request left, which is forgotten."""
         latents = self.store.load(work.states[DENOISE], "cpu")["latents"]
-        result = Result(latents, read_pixels(self.executor.states, work.states[DECODE]).copy())
+        result = Result(latents, arrays_of(self.store.get(work.states[DECODE]))["pixels"])
         self.executor.forget(work.request.request_id)
         assert self.files(work.request.request_id) == []
         return result

@@ -26,6 +26,7 @@ from tetriserve.core.events import (
     FailureKind,
     FinishRequest,
     ForgetRequest,
+    Output,
     Result,
     Run,
     StartTask,
@@ -42,7 +43,7 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State, Task
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import RAW_PIXELS, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
@@ -158,7 +159,9 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
     finish, forget = bench.send(TaskFinished(3, 0.2, (Result(pixels, 0, is_stage_over=True),)), 5.0)
     assert isinstance(finish, FinishRequest)
     assert finish.predicted_finish_s == pytest.approx(predicted_finish_s)
-    assert dataclasses.replace(finish, predicted_finish_s=0.0) == FinishRequest(bench.request, runs, 0.0, pixels)
+    assert dataclasses.replace(finish, predicted_finish_s=0.0) == FinishRequest(
+        bench.request, runs, 0.0, Output(pixels, RAW_PIXELS)
+    )
     assert forget == ForgetRequest("a")
     assert bench.controller.state == State((), (), (0, 1, 2, 3), bench.controller.cost)
 
@@ -177,7 +180,7 @@ def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole
     assert start == StartTask(1, decode, (Work(request, 2, 0, {**states, DENOISE: after}),))
     finish, _ = bench.send(TaskFinished.planned(start, 0.1, pixels), 1.4)
     assert isinstance(finish, FinishRequest)
-    assert finish.output == pixels
+    assert finish.output == Output(pixels, RAW_PIXELS)
     assert finish.runs == (*before, Run(last, 1.0, 1.2), Run(decode, 1.2, 1.4))
 
 
@@ -516,7 +519,7 @@ def test_two_requests_finish_together_each_with_its_own_output() -> None:
     assert isinstance(finish_a, FinishRequest)
     assert isinstance(finish_b, FinishRequest)
     assert (finish_a.request, finish_b.request) == (pair.bench.request, pair.other)
-    assert (finish_a.output, finish_b.output) == (TensorRef("a.decode", 1), TensorRef("b.decode", 1))
+    assert (finish_a.output.ref, finish_b.output.ref) == (TensorRef("a.decode", 1), TensorRef("b.decode", 1))
     assert finish_a.runs == finish_b.runs
     assert [run.task.members for run in finish_a.runs] == [("a", "b")] * 3
     assert (forget_a, forget_b) == (ForgetRequest("a"), ForgetRequest("b"))

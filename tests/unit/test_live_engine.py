@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.states import MemoryStates, bundle_of
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, until
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
-from tetriserve.core.errors import InvalidRequest, RequestFailed
+from tetriserve.core.errors import InvalidRequest, RequestFailed, ShuttingDown
 from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State
@@ -123,6 +124,70 @@ async def test_an_image_that_cannot_be_read_fails_its_request_alone() -> None:
     assert engine.failure is None
     assert engine.is_ready
     await engine.stop()
+
+
+class SlowStates(MemoryStates):
+    """Reads of `slow` wait until `may_read` is set."""
+
+    def __init__(self, slow: str) -> None:
+        super().__init__()
+        self.is_reading = threading.Event()
+        self.may_read = threading.Event()
+        self._slow = slow
+
+    def get(self, ref: TensorRef) -> bytes:
+        if ref.key.startswith(self._slow):
+            self.is_reading.set()
+            assert self.may_read.wait(HANG_S)
+        return super().get(ref)
+
+
+async def test_an_output_that_is_slow_to_read_holds_up_no_other_request() -> None:
+    executor = ObedientExecutor()
+    executor.states = states = SlowStates("slow.")
+    engine, outcomes = running(executor)
+    slow = asyncio.create_task(engine.generate(Generation(prompt="p", request_id="slow")))
+    await until(states.is_reading.is_set)
+    for name in ("one", "two"):
+        await asyncio.wait_for(engine.generate(Generation(prompt="p", request_id=name)), HANG_S)
+    assert [outcome.request.request_id for outcome in outcomes] == ["one", "two"]
+    assert executor.forgotten == ["one", "two"], "what is read is not dropped"
+    with pytest.raises(InvalidRequest, match="'slow' is that of an unfinished request"):
+        await engine.generate(Generation(prompt="p", request_id="slow"))
+    states.may_read.set()
+    image = await asyncio.wait_for(slow, HANG_S)
+    assert image.pixels.shape == (256, 256, 3)
+    assert executor.forgotten == ["one", "two", "slow"]
+    assert outcomes[-1] is image.outcome
+    await engine.stop()
+
+
+async def test_a_client_that_leaves_while_its_output_is_read_disturbs_nothing() -> None:
+    executor = ObedientExecutor()
+    executor.states = states = SlowStates("slow.")
+    engine, outcomes = running(executor)
+    leaving = asyncio.create_task(engine.generate(Generation(prompt="p", request_id="slow")))
+    await until(states.is_reading.is_set)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    states.may_read.set()
+    await until(lambda: executor.forgotten == ["slow"])
+    assert [outcome.status for outcome in outcomes] == [Status.FINISHED]
+    assert not engine.open_requests
+    await engine.stop()
+
+
+async def test_a_stop_waits_for_no_output_longer_than_it_may() -> None:
+    executor = ObedientExecutor()
+    executor.states = states = SlowStates("slow.")
+    engine, outcomes = running(executor)
+    waiting = asyncio.create_task(engine.generate(Generation(prompt="p", request_id="slow")))
+    await until(states.is_reading.is_set)
+    await engine.stop(0.01)
+    with pytest.raises(ShuttingDown):
+        await waiting
+    states.may_read.set()
+    assert [outcome.status for outcome in outcomes] == [Status.FAILED]
 
 
 async def test_the_default_deadline_of_the_next_image_follows_what_the_last_one_took() -> None:

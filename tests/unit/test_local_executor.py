@@ -26,6 +26,7 @@ from tetriserve.core.errors import RequestFailed
 from tetriserve.core.events import (
     Event,
     FailureKind,
+    Output,
     Result,
     StartTask,
     TaskFailed,
@@ -50,7 +51,7 @@ from tetriserve.core.messages import (
     WarmGroup,
 )
 from tetriserve.core.plan import Task
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import RAW_PIXELS, Request, Shape
 from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.engine.outputs import read_pixels
 from tetriserve.executor.inbox import Garbled, Inbox
@@ -453,7 +454,7 @@ def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
     pool = pools(1)
     with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(StateGone\)"):
-        read_pixels(pool.executor.states, TensorRef("a.decode.0.2", 1))
+        await read_pixels(pool.executor.states, Output(TensorRef("a.decode.0.2", 1), RAW_PIXELS))
 
 
 async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_request(

@@ -22,6 +22,7 @@ from tetriserve.core.events import (
     FailureKind,
     FinishRequest,
     ForgetRequest,
+    Output,
     StartTask,
     Submitted,
     TaskFailed,
@@ -173,7 +174,8 @@ class Controller:
             if record.is_cancelled:
                 commands += self._close(record)
             elif record.trajectory.is_over:
-                finish = FinishRequest(record.request, tuple(record.runs), record.predicted_finish_s, result.left)
+                output = Output(result.left, record.request.media_type)
+                finish = FinishRequest(record.request, tuple(record.runs), record.predicted_finish_s, output)
                 commands += [finish, self._forget(record)]
         return commands
 

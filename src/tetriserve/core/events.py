@@ -195,13 +195,21 @@ class WakeAt:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What a request asked for, in the store, and how it is written there."""
+
+    ref: TensorRef
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
 class FinishRequest:
-    """What was asked for is in the store under `output`. `predicted_finish_s` was predicted at admission."""
+    """What was asked for is there: `output`. `predicted_finish_s` was predicted at admission."""
 
     request: Request
     runs: tuple[Run, ...]
     predicted_finish_s: float
-    output: TensorRef
+    output: Output
 
 
 @dataclass(frozen=True, slots=True)

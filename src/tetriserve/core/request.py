@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 MAX_SIDE = 999_999
 """Pixels of a height or width."""
+RAW_PIXELS = "application/x-raw-rgb8"
+"""Media type of an image that nobody has encoded: a bundle with `pixels`, uint8, (height, width, 3)."""
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
 
@@ -60,7 +62,7 @@ class Request:
     `stages` come from the model's family, each of another kind. Times are seconds since the engine started. `priority`
     orders classes, lower is earlier. Texts are padded to `max_sequence_length` tokens and cut at it; None is the
     model's own number. Steps run at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are
-    in no `repr`, which logs and tracebacks quote.
+    in no `repr`, which logs and tracebacks quote. `media_type` is that of what the last stage leaves.
     """
 
     request_id: str
@@ -76,6 +78,7 @@ class Request:
     priority: int = 0
     max_sequence_length: int | None = None
     degrees: tuple[int, ...] | None = None
+    media_type: str = RAW_PIXELS
 
     @property
     def num_steps(self) -> int:

@@ -308,7 +308,8 @@ class DurableWork:
     async def _keep(self, image: GeneratedImage) -> None:
         outcome, pixels = image.outcome, image.pixels
         relative = moved_outcome(outcome, -outcome.request.arrival_s)
-        stored = self.journal.keep_picture(relative, pixels.shape, pixels.tobytes(), self._wall_clock())
+        copied = await asyncio.to_thread(pixels.tobytes)
+        stored = self.journal.keep_picture(relative, pixels.shape, copied, self._wall_clock())
         await asyncio.wrap_future(stored)
 
     async def _image(self, picture: KeptImage) -> GeneratedImage | None:

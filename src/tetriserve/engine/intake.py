@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
@@ -180,10 +180,15 @@ class Intake:
         return Guidance(strength, negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0))
 
 
-def check_ids(requests: Sequence[Request], state: State) -> None:
-    """Raises InvalidRequest: one of `requests`, which are not admitted, has the id of another unfinished one."""
+def check_ids(requests: Sequence[Request], state: State, others: Collection[str] = ()) -> None:
+    """`others`: ids of requests that the controller knows no more, and that are not over.
+
+    Raises:
+        InvalidRequest: one of `requests`, which are not admitted, has the id of another unfinished one.
+    """
     taken = {trajectory.request_id for trajectory in state.trajectories}
     taken |= state.flights.keys()  # left by their clients
+    taken.update(others)
     for request in requests:
         if request.request_id in taken:
             raise InvalidRequest(f"request_id {request.request_id!r} is that of an unfinished request", "request_id")

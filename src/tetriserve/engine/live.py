@@ -7,7 +7,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, assert_never
@@ -48,6 +49,8 @@ from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tetriserve.engine.durable import DurableWork
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ class LiveEngine:
         self._tasks = TaskBook()
         self._clients: dict[str, Admitted] = {}
         self._open: dict[str, Request] = {}
+        self._readings: dict[str, asyncio.Task[np.ndarray]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
@@ -115,6 +119,8 @@ class LiveEngine:
         if self._timer is not None:
             self._timer.cancel()
         self._abandon(ShuttingDown("the server shut down before the image was finished"))
+        for reading in self._readings.values():
+            reading.cancel()
         self._observers.tell(Stopped())
         await self._executor.stop()
         if self.durable is not None:
@@ -224,14 +230,13 @@ class LiveEngine:
     def handle(self, event: Event) -> None:
         """Feed one event to the controller and carry out what it answers.
 
-        An error here is a defect of the policy or of ours, after which the books cannot be trusted: everyone who waits
-        is told, and the engine reports `failure` until it is restarted. Errors of observers are theirs alone.
+        Errors of observers are theirs alone.
         """
         if self.failure is not None:
             return
         now = self.now
         self._observers.tell(Occurred(event, now))
-        try:
+        with self._guarded(type(event).__name__):
             match event:
                 case Submitted(request):
                     self._open[request.request_id] = request
@@ -239,8 +244,16 @@ class LiveEngine:
                     self._end_task(event, now)
             for command in self.controller.handle(event, now):
                 self._carry_out(command, now)
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """An error within is a defect of the policy or of ours, after which the books cannot be trusted: everyone who
+        waits is told, and the engine reports `failure` until it is restarted.
+        """
+        try:
+            yield
         except BaseException as error:  # a library's panic is no Exception
-            logger.critical("the engine failed on %s", type(event).__name__, exc_info=True)
+            logger.critical("the engine failed on %s", what, exc_info=True)
             self.failure = f"the scheduler failed: {type(error).__name__}: {error}"
             self._abandon(RequestFailed(self.failure))
             if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -291,7 +304,7 @@ class LiveEngine:
         check_room(self.state, num_more, self._max_queue)
 
     def _submit(self, arriving: Sequence[Submitted], watch: Watcher | None) -> list[Admitted]:
-        check_ids([event.request for event in arriving], self.state)
+        check_ids([event.request for event in arriving], self.state, self._readings)
         loop = asyncio.get_running_loop()
         clients = [
             Admitted(event.request, loop.create_future(), unheard if watch is None else partial(watch, number))
@@ -344,28 +357,45 @@ class LiveEngine:
             case CloseCancelled(request, runs, predicted_finish_s):
                 self._report(self._outcome(request, Status.CANCELLED, runs, predicted_finish_s))
             case ForgetRequest(request_id):
-                self._executor.forget(request_id)
+                if request_id not in self._readings:  # else when its output has been read
+                    self._executor.forget(request_id)
             case _:
                 assert_never(command)
 
     def _finish(self, command: FinishRequest) -> None:
-        request, runs, predicted_finish_s = command.request, command.runs, command.predicted_finish_s
-        outcome = self._outcome(request, Status.FINISHED, runs, predicted_finish_s)
-        client = self._clients.get(request.request_id)
-        if client is not None and not client.image.done():
-            try:
-                pixels = read_pixels(self._executor.states, command.output)
-            except RequestFailed as error:
-                request_id = request.request_id
-                logger.exception("request %s: the image is lost", request_id, extra=fields(image_ids=request_id))
-                self._fail(FailRequest(request, runs, predicted_finish_s, str(error), error.kind))
+        request_id = command.request.request_id
+        outcome = self._outcome(command.request, Status.FINISHED, command.runs, command.predicted_finish_s)
+        client = self._clients.get(request_id)
+        if client is None or client.image.done():
+            self._clients.pop(request_id, None)
+            self._report(outcome)
+            self._note_empty()
+            return
+        reading = self._readings[request_id] = asyncio.create_task(read_pixels(self._executor.states, command.output))
+        reading.add_done_callback(partial(self._hand_over, command, outcome))
+
+    def _hand_over(self, command: FinishRequest, outcome: Outcome, reading: asyncio.Task[np.ndarray]) -> None:
+        """Give the client what was read of its request's output, and have the request's state dropped."""
+        request, request_id = command.request, command.request.request_id
+        del self._readings[request_id]
+        error = None if reading.cancelled() else reading.exception()
+        if reading.cancelled() or request_id not in self._open:
+            return  # the engine has given it up meanwhile
+        with self._guarded("a finished image"):
+            self._executor.forget(request_id)
+            if isinstance(error, RequestFailed):
+                logger.error(
+                    "request %s: the image is lost", request_id, exc_info=error, extra=fields(image_ids=request_id)
+                )
+                self._fail(FailRequest(request, command.runs, command.predicted_finish_s, str(error), error.kind))
                 return
-            image = GeneratedImage(pixels, outcome)
-            client.image.set_result(image)
-            self._observers.call(client.tell, image)
-        self._clients.pop(request.request_id, None)
-        self._report(outcome)
-        self._note_empty()
+            image = GeneratedImage(reading.result(), outcome)
+            client = self._clients.pop(request_id, None)
+            if client is not None and not client.image.done():
+                client.image.set_result(image)
+                self._observers.call(client.tell, image)
+            self._report(outcome)
+            self._note_empty()
 
     def _fail(self, command: FailRequest) -> None:
         request = command.request
