@@ -72,7 +72,7 @@ async def compare(num_ranks: int, num_rounds: int) -> dict[int, Tried]:
                     pool=PoolConfig(num_ranks=num_ranks, degrees=(1,), max_batch=limit),
                     scheduling=SchedulingConfig(max_queue=1000),
                 )
-                engine = await launch(config, QUIET)
+                engine = (await launch(config, QUIET)).engine
                 stack.push_async_callback(engine.stop)
                 tried[limit] = Tried(engine)
             for number in range(num_rounds + 1):

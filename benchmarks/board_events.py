@@ -30,7 +30,7 @@ from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.engine import Generation, Intake, LiveEngine
+from tetriserve.engine import Generation, Intake, Jobs, LiveEngine
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
@@ -154,10 +154,10 @@ class Load:
         """In this process, until a signal comes; prints the URL."""
         sending: list[asyncio.Task[None]] = []
 
-        async def launch() -> LiveEngine:
+        async def launch() -> Jobs:
             engine = self.engine()
             sending.append(asyncio.create_task(self.send(engine)))
-            return engine
+            return Jobs(engine)
 
         config = ServerConfig(port=0, shutdown_timeout_s=0.0)
         return run_server(config, launch, on_ready=lambda url, engine: print(url, flush=True))

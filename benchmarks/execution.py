@@ -79,7 +79,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     starter = ProcessStarter(pool)
     process = starter.context.Process(target=bare_loop, args=(directory, theirs), daemon=True)  # type: ignore[attr-defined]
     await starter.start(process)
-    engine = await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)
+    engine = (await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)).engine
     ratios: dict[Shape, list[float]] = {shape: [] for shape in BARS}
     try:
 

@@ -36,7 +36,7 @@ def serve(*, is_delayed: bool, is_thawed: bool) -> int:
 
     import tetriserve.launch  # noqa: F401  what `tetriserve serve` has loaded
     from tetriserve.config import ServerConfig
-    from tetriserve.engine import LiveEngine, Stopped
+    from tetriserve.engine import Jobs, LiveEngine, Stopped
     from tetriserve.server import run
 
     listen, pauses_ms, num_walked, begun_s = run.listen, [0.0], 0, 0.0
@@ -54,10 +54,10 @@ def serve(*, is_delayed: bool, is_thawed: bool) -> int:
             pauses_ms.append((time.perf_counter() - begun_s) * 1000)
             num_walked = len(gc.get_objects())
 
-    async def launch() -> LiveEngine:
+    async def launch() -> Jobs:
         executor = FakeExecutor(takes_time=False)
         executor.started = deque(maxlen=0)  # a list for tests, which grows
-        return make_engine(executor)
+        return Jobs(make_engine(executor))
 
     def on_ready(url: str, engine: LiveEngine) -> None:
         engine.subscribe(lambda observation: gc.callbacks.remove(note) if isinstance(observation, Stopped) else None)

@@ -80,7 +80,7 @@ async def run_live(requests: Sequence[Request], policy: str, profile: Path, num_
         pool=PoolConfig(num_ranks=num_ranks),
         scheduling=SchedulingConfig(policy=policy, max_queue=len(requests) + 1),
     )
-    engine = await launch(config, QUIET)
+    engine = (await launch(config, QUIET)).engine
 
     async def send(request: Request, delay_s: float) -> Outcome:
         await asyncio.sleep(delay_s)

@@ -25,7 +25,7 @@ from tetriserve.core.events import StartTask, TaskFinished
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.engine import Intake, LiveEngine
+from tetriserve.engine import Intake, Jobs, LiveEngine
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -77,7 +77,7 @@ def main() -> int:
     cost = ProfileCost(PROFILE, lambda shape: FLUX.valid_degrees(CARD, shape, tuple(SPEEDUPS)))
     new_policy = partial(make_policy, options.policy, cost, num_ranks=2, shapes=PROFILE.shapes)
 
-    async def launch() -> LiveEngine:
+    async def launch() -> Jobs:
         engine = LiveEngine(
             Controller(new_policy(), cost),
             TimedExecutor(cost, seed=0),
@@ -87,7 +87,7 @@ def main() -> int:
             policy_name=options.policy,
         )
         engine.start()
-        return engine
+        return Jobs(engine)
 
     return run_server(ServerConfig(port=options.port), launch, on_ready=lambda url, engine: print(url, flush=True))
 

@@ -75,7 +75,7 @@ class Engine:
         self._thread = threading.Thread(target=_run_loop, args=arguments, name="tetriserve-engine", daemon=True)
         self._thread.start()
         try:
-            self._live = self._call(launch(self._config, StartProgress()))
+            self._live = self._call(launch(self._config, StartProgress())).engine
         except BaseException:
             self._end_loop()
             raise

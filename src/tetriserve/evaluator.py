@@ -68,7 +68,7 @@ async def evaluate_all(
     references: dict[tuple[object, ...], list[Trial]] = {}
     profile: Profile | None = None
     for policy, config in configs.items():
-        engine = await launch(config, StartProgress(), profile=profile)
+        engine = (await launch(config, StartProgress(), profile=profile)).engine
         profile = engine.intake.cost.profile  # measured once for all of them
         try:
             for setting in (setting for setting in settings if setting.policy == policy):

@@ -18,8 +18,9 @@ from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
-from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Intake
+from tetriserve.engine.jobs import Jobs
+from tetriserve.engine.journalled import JournalledJobs
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.observers import Observation, Observer, Stopped
 from tetriserve.executor.local import LocalExecutor
@@ -55,8 +56,8 @@ class StartProgress:
 
 async def launch(
     config: EngineConfig, progress: StartProgress, *, observer: Observer | None = None, profile: Profile | None = None
-) -> LiveEngine:
-    """A started engine. Whatever can be checked before workers start is checked before.
+) -> Jobs:
+    """A started engine, and the jobs above it. Whatever can be checked before workers start is checked before.
 
     Args:
         profile: one that an earlier engine of the same model and pool was launched with; None finds or measures one.
@@ -124,14 +125,15 @@ async def launch(
     if not is_named:
         keep_corrections(engine, card, pool)
     engine.start()
-    if config.journal is not None and journal is not None:
-        engine.durable = DurableWork(engine, executor, journal, result_ttl_s=config.journal.result_ttl_s)
-        try:
-            await engine.durable.recover()
-        except BaseException:
-            await engine.stop()
-            raise
-    return engine
+    if config.journal is None or journal is None:
+        return Jobs(engine)
+    jobs = JournalledJobs(engine, executor, journal, result_ttl_s=config.journal.result_ttl_s)
+    try:
+        await jobs.recover()
+    except BaseException:
+        await jobs.stop()
+        raise
+    return jobs
 
 
 def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:

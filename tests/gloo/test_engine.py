@@ -153,7 +153,7 @@ async def setup(request: pytest.FixtureRequest, bundled_dir: Path, profile_path:
         if isinstance(observation, Occurred):
             events.append((observation.now, observation.event))
 
-    engine = await launch(config, StartProgress(), observer=observe)
+    engine = (await launch(config, StartProgress(), observer=observe)).engine
     yield Setup.of(engine, events)
     await engine.stop()
 
@@ -476,7 +476,7 @@ async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir
         pool=PoolConfig(num_ranks=1),
         scheduling=SchedulingConfig(max_losses=0),
     )
-    one = Setup.of(await launch(config, StartProgress()), [])
+    one = Setup.of((await launch(config, StartProgress())).engine, [])
     try:
         client = asyncio.create_task(one.engine.generate(Generation(prompt="fragile", size="256x256", num_steps=200)))
         await until(lambda: any(flight.task.stage == DENOISE for flight in one.engine.state.in_flight))

@@ -41,7 +41,7 @@ def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
 
 async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: str) -> None:
     config = EngineConfig(profile=profile_path, pool=PoolConfig(num_ranks=2))
-    engine = await launch(config, StartProgress(step=lambda text: None))
+    engine = (await launch(config, StartProgress(step=lambda text: None))).engine
     try:
         pids = engine._executor.pids  # type: ignore[attr-defined]
         for prompt in ("".join(PROMPTS.values())[:8000], PROMPTS["as long as it may be, four bytes each"]):

@@ -73,7 +73,7 @@ async def test_a_live_engine_previews_what_its_workers_left_and_they_come_ever_n
     config = EngineConfig(
         profile=profile_path, pool=PoolConfig(num_ranks=2), scheduling=SchedulingConfig(policy="lookahead")
     )
-    engine = await launch(config, StartProgress())
+    engine = (await launch(config, StartProgress())).engine
     told: asyncio.Queue[Told | GeneratedImage] = asyncio.Queue()
     generation = Generation(prompt=REQUEST.prompt, size="512x512", num_steps=20, seed=3, slo_s=60.0)
     making = asyncio.create_task(engine.generate_all([generation], lambda number, update: told.put_nowait(update)))

@@ -26,7 +26,7 @@ from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinis
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.engine import DurableWork, Intake, LiveEngine, Observation
+from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
@@ -218,18 +218,18 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
     return engine
 
 
-async def make_durable_engine(
+async def make_journalled_jobs(
     executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
     wall_clock: Callable[[], float] = time.time, **settings: Any,
-) -> LiveEngine:  # fmt: skip
-    """As `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
-    engine = make_engine(executor, **settings)
+) -> JournalledJobs:  # fmt: skip
+    """Jobs above a `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
     journal = Journal(directory, MODEL)
-    engine.durable = DurableWork(
-        engine, executor, journal, result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s
-    )
-    await engine.durable.recover()
-    return engine
+    jobs = JournalledJobs(
+        make_engine(executor, **settings), executor, journal,
+        result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s,
+    )  # fmt: skip
+    await jobs.recover()
+    return jobs
 
 
 def main() -> int:
@@ -243,10 +243,10 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 
-    async def launch() -> LiveEngine:
+    async def launch() -> Jobs:
         print("launching", flush=True)
         await asyncio.sleep(arguments.launch_time)
-        return make_engine(FakeExecutor(takes_time=not arguments.instant))
+        return Jobs(make_engine(FakeExecutor(takes_time=not arguments.instant)))
 
     access = AccessConfig(api_keys=tuple(arguments.api_key))
     config = ServerConfig(port=0, shutdown_timeout_s=arguments.shutdown_timeout, access=access)

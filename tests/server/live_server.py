@@ -9,6 +9,7 @@ from fake_engine import make_engine
 
 from tests.waiting import HANG_S, until
 from tetriserve.config import AccessConfig, ServerConfig
+from tetriserve.engine import Jobs
 from tetriserve.server import serve
 
 __all__ = ["Live", "until"]
@@ -28,7 +29,7 @@ class Live:
             if may_launch is not None:
                 await may_launch.wait()
             self.engine = make_engine(executor, max_queue=max_queue)
-            return self.engine
+            return Jobs(self.engine)
 
         config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s, access=AccessConfig(**access))
         self.serving = asyncio.create_task(serve(config, launch, on_ready=lambda url, engine: self.url.set_result(url)))

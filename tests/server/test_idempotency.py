@@ -11,14 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FAILING, MODEL, FakeExecutor, make_durable_engine, make_engine
+from fake_engine import FAILING, MODEL, FakeExecutor, make_engine, make_journalled_jobs
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import HANG_S, until
 from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.engine import DurableWork, Generation, LiveEngine
+from tetriserve.engine import Generation, Jobs, JournalledJobs, LiveEngine
 from tetriserve.journal import Journal, Key
 from tetriserve.server import EngineSlot
 from tetriserve.workload.outcome import Status
@@ -30,25 +30,40 @@ Ask = Callable[..., Awaitable[httpx.Response]]
 
 
 @pytest.fixture
-def calls(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> list[Key]:
+def calls(jobs: JournalledJobs, monkeypatch: pytest.MonkeyPatch) -> list[Key]:
     """The keys of all calls, as they come."""
     keys: list[Key] = []
-    call = engine.durable.call
+    call = jobs.call
 
     def noted(key, *arguments):
         keys.append(key)
         return call(key, *arguments)
 
-    monkeypatch.setattr(engine.durable, "call", noted)
+    monkeypatch.setattr(jobs, "call", noted)
     return keys
 
 
 @pytest.fixture
-async def engine(executor: FakeExecutor, tmp_path: Path) -> AsyncIterator[LiveEngine]:
-    engine = await make_durable_engine(executor, tmp_path / "journal", max_queue=8)
-    yield engine
+async def jobs(executor: FakeExecutor, tmp_path: Path) -> AsyncIterator[JournalledJobs]:
+    jobs = await make_journalled_jobs(executor, tmp_path / "journal", max_queue=8)
+    yield jobs
     executor.gate.set()
-    await engine.stop()
+    await jobs.stop()
+
+
+@pytest.fixture
+def engine(jobs: JournalledJobs) -> LiveEngine:
+    return jobs.engine
+
+
+@pytest.fixture
+async def client(jobs: JournalledJobs, connect: Callable[..., httpx.AsyncClient]) -> AsyncIterator[httpx.AsyncClient]:
+    async with connect(slot_of(jobs)) as client:
+        yield client
+
+
+def slot_of(jobs: JournalledJobs) -> EngineSlot:
+    return EngineSlot(jobs.engine, jobs)
 
 
 @pytest.fixture
@@ -179,12 +194,12 @@ async def test_a_failure_is_an_answer_too(ask, executor, client):
     ("kind", "status"), [(FailureKind.LOST, 500), (FailureKind.MEMORY, 500), (FailureKind.STORE, 503)]
 )
 async def test_trouble_of_the_host_is_no_answer_and_the_next_call_gets_the_image(
-    ask, executor, client, engine, kind, status
+    ask, executor, client, jobs, kind, status
 ):
     executor.failure_kind = kind
     for _ in range(2):
         assert (await ask(prompt=FAILING)).status_code == status
-        await until(lambda: not engine.durable.journal.num_waiting)  # checkpoints are written when there is time
+        await until(lambda: not jobs.journal.num_waiting)  # checkpoints are written when there is time
     assert await metric(client, "tetriserve_journal_entries", state="open") == 1
     (failed,) = {command.work[0].request.seed for command in executor.started}
     executor.failure_kind = None
@@ -209,34 +224,34 @@ async def test_a_request_that_loses_its_workers_at_every_attempt_is_not_taken_up
     for _ in range(8):
         executor = FakeExecutor()
         executor.failure_kind = FailureKind.LOST
-        engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.0)
+        jobs = await make_journalled_jobs(executor, tmp_path / "j", hold_s=0.0)
         with pytest.raises(RequestFailed) as caught:
-            await engine.durable.call(Key("t", "k"), [Generation(prompt=FAILING, size="64x64")]).images()
-        await engine.stop()
+            await jobs.call(Key("t", "k"), [Generation(prompt=FAILING, size="64x64")]).images()
+        await jobs.stop()
     assert "each time at work for this request" in str(caught.value)
-    assert engine.durable.count() == {"failed": 1}
+    assert jobs.count() == {"failed": 1}
     assert not executor.started
 
 
 async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_entry_open(tmp_path, connect, caplog):
     first = FakeExecutor()
     first.failure_kind = FailureKind.LOST
-    engine = await make_durable_engine(first, tmp_path / "j")
+    jobs = await make_journalled_jobs(first, tmp_path / "j")
     body = BODY | {"prompt": FAILING, "n": 2}
     headers = {"Idempotency-Key": "k"}
-    async with connect(EngineSlot(engine)) as client:
+    async with connect(slot_of(jobs)) as client:
         assert (await client.post(URL, json=body, headers=headers)).status_code == 500
-    await engine.stop()
+    await jobs.stop()
 
     executor = FakeExecutor()
     executor.failure_kind = None
     executor.states.has_room = False
-    engine = await make_durable_engine(executor, tmp_path / "j")
+    jobs = await make_journalled_jobs(executor, tmp_path / "j")
     assert "was not taken up: the journal cannot be used: No space left on device" in caplog.text
     ids = {command.work[0].request.request_id for command in first.started}
     assert set(executor.forgotten) == ids
-    assert engine.durable.num_resumed == engine.durable.num_steps_saved == 0
-    async with connect(EngineSlot(engine)) as client:
+    assert jobs.num_resumed == jobs.num_steps_saved == 0
+    async with connect(slot_of(jobs)) as client:
         answer = await client.post(URL, json=body, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "journal_unavailable")
         assert "/" not in answer.json()["error"]["message"]
@@ -244,7 +259,7 @@ async def test_recovery_into_a_store_without_room_leaves_nothing_there_and_the_e
         executor.states.has_room = True
         assert len(items(await client.post(URL, json=body, headers=headers))) == 2
     assert {command.work[0].request.request_id for command in executor.started} == ids
-    await engine.stop()
+    await jobs.stop()
 
 
 async def test_a_refusal_leaves_the_key_free(ask, executor, engine):
@@ -260,10 +275,10 @@ async def test_a_refusal_leaves_the_key_free(ask, executor, engine):
 
 
 async def test_a_result_expires(executor, connect, tmp_path, monkeypatch):
-    monkeypatch.setattr("tetriserve.engine.durable._SWEEP_S", 0.01)
+    monkeypatch.setattr("tetriserve.engine.jobs._SWEEP_S", 0.01)
     wall_s = 1000.0
-    engine = await make_durable_engine(executor, tmp_path / "short", result_ttl_s=60.0, wall_clock=lambda: wall_s)
-    async with connect(EngineSlot(engine)) as client:
+    jobs = await make_journalled_jobs(executor, tmp_path / "short", result_ttl_s=60.0, wall_clock=lambda: wall_s)
+    async with connect(slot_of(jobs)) as client:
         headers = {"Idempotency-Key": "k"}
         first = items(await client.post(URL, json=BODY, headers=headers))
         assert list((tmp_path / "short" / "tensors").iterdir())
@@ -272,7 +287,7 @@ async def test_a_result_expires(executor, connect, tmp_path, monkeypatch):
         other = await client.post(URL, json=BODY | {"prompt": "a ship"}, headers=headers)
         assert items(other) != first
         assert num_executed(executor) == 2
-    await engine.stop()
+    await jobs.stop()
 
 
 @pytest.mark.parametrize("key", ["", "x" * 129, "tab\there"])
@@ -282,11 +297,11 @@ async def test_a_key_that_is_none(client, key):
     assert "allowed: 1 to 128 printable ASCII characters" in response.json()["error"]["message"]
 
 
-async def test_without_a_journal_the_header_is_refused(executor, connect, engine):
-    engine.durable, durable = None, engine.durable
-    async with connect(EngineSlot(engine)) as client:
+@pytest.mark.parametrize("has_jobs", [False, True], ids=["without jobs", "with jobs in memory"])
+async def test_without_a_journal_the_header_is_refused(executor, connect, engine, has_jobs):
+    slot = EngineSlot(engine, Jobs(engine) if has_jobs else None)
+    async with connect(slot) as client:
         response = await client.post(URL, json=BODY, headers={"Idempotency-Key": "k"})
-    engine.durable = durable
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == "Idempotency-Key"
@@ -294,21 +309,21 @@ async def test_without_a_journal_the_header_is_refused(executor, connect, engine
     assert not executor.started
 
 
-async def test_tenants_do_not_share_keys_whatever_the_order_of_api_keys(engine, connect, executor):
+async def test_tenants_do_not_share_keys_whatever_the_order_of_api_keys(jobs, connect, executor):
     async def ask(client, api_key, **fields):
         headers = {"Authorization": f"Bearer {api_key}", "Idempotency-Key": "k"}
         return items(await client.post(URL, json=BODY | fields, headers=headers))
 
-    async with connect(EngineSlot(engine), api_keys=("ada", "bob")) as client:
+    async with connect(slot_of(jobs), api_keys=("ada", "bob")) as client:
         adas, bobs = await ask(client, "ada"), await ask(client, "bob", prompt="a ship")
-    async with connect(EngineSlot(engine), api_keys=("bob", "ada")) as client:
+    async with connect(slot_of(jobs), api_keys=("bob", "ada")) as client:
         assert await ask(client, "ada") == adas
         assert await ask(client, "bob", prompt="a ship") == bobs
     assert num_executed(executor) == 2
 
 
-async def test_work_counts_as_its_clients_while_it_goes_on_and_retries_do_not(engine, connect, executor, calls):
-    async with connect(EngineSlot(engine), max_concurrency=1) as client:
+async def test_work_counts_as_its_clients_while_it_goes_on_and_retries_do_not(jobs, connect, executor, calls):
+    async with connect(slot_of(jobs), max_concurrency=1) as client:
         executor.gate.clear()
         call = asyncio.create_task(client.post(URL, json=BODY, headers={"Idempotency-Key": "k"}))
         await until(lambda: executor.started)
@@ -324,12 +339,12 @@ async def test_work_counts_as_its_clients_while_it_goes_on_and_retries_do_not(en
         items(await client.post(URL, json=BODY, headers={"Idempotency-Key": "other"}))
 
 
-async def test_a_journal_that_cannot_be_written_promises_nothing(ask, engine, executor, monkeypatch):
+async def test_a_journal_that_cannot_be_written_promises_nothing(ask, jobs, executor, monkeypatch):
     def broken(changes):
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.durable.journal._database, "apply", broken)
+        patch.setattr(jobs.journal._database, "apply", broken)
         response = await ask()
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "journal_unavailable"
@@ -338,15 +353,15 @@ async def test_a_journal_that_cannot_be_written_promises_nothing(ask, engine, ex
     assert len(items(await ask())) == 1
 
 
-async def test_an_image_that_cannot_be_kept_is_not_given_away(ask, engine, executor, monkeypatch):
+async def test_an_image_that_cannot_be_kept_is_not_given_away(ask, jobs, executor, monkeypatch):
     def refuse(name, data):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.durable.journal._directory, "write", refuse)
+        patch.setattr(jobs.journal._directory, "write", refuse)
         assert (await ask(seed=3)).status_code == 503
     assert items(await ask(seed=3))[0]["seed"] == 3
-    assert engine.durable.journal.num_errors >= 1
+    assert jobs.journal.num_errors >= 1
 
 
 async def test_a_corrupt_result_is_made_again_with_the_same_seed(ask, executor, client, tmp_path):
@@ -364,24 +379,24 @@ async def test_a_corrupt_result_is_made_again_with_the_same_seed(ask, executor, 
 
 async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect, tmp_path):
     first_life = FakeExecutor()
-    engine = await make_durable_engine(first_life, tmp_path / "j", policy="fixed:1")
+    jobs = await make_journalled_jobs(first_life, tmp_path / "j", policy="fixed:1")
     body = BODY | {"n": 2, "num_inference_steps": 4, "slo_ms": 60_000}
-    async with connect(EngineSlot(engine)) as client:
+    async with connect(slot_of(jobs)) as client:
         call = asyncio.create_task(client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
         await until(lambda: any(command.task.stage == DENOISE for command in first_life.started))
         first_life.gate.clear()
-        await until(lambda: engine.state.in_flight)
-        seeds = sorted(trajectory.request.seed for trajectory in engine.state.trajectories)
-        ids = {trajectory.request_id for trajectory in engine.state.trajectories}
-        await engine.stop(0.01)
+        await until(lambda: jobs.engine.state.in_flight)
+        seeds = sorted(trajectory.request.seed for trajectory in jobs.engine.state.trajectories)
+        ids = {trajectory.request_id for trajectory in jobs.engine.state.trajectories}
+        await jobs.stop(0.01)
         response = await call
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "shutting_down"
 
     second_life = FakeExecutor()
-    engine = await make_durable_engine(second_life, tmp_path / "j", max_queue=1)
-    assert {trajectory.request_id for trajectory in engine.state.trajectories} == ids
-    async with connect(EngineSlot(engine)) as client:
+    jobs = await make_journalled_jobs(second_life, tmp_path / "j", max_queue=1)
+    assert {trajectory.request_id for trajectory in jobs.engine.state.trajectories} == ids
+    async with connect(slot_of(jobs)) as client:
         answer = items(await client.post(URL, json=body, headers={"Idempotency-Key": "k"}))
         assert sorted(item["seed"] for item in answer) == seeds
         assert all(len(item["schedule"]["degrees"]) == 4 for item in answer)
@@ -393,13 +408,13 @@ async def test_work_that_a_stop_interrupts_is_finished_by_the_next_life(connect,
     assert ENCODE not in stages  # both were encoded in the first life
     encoded = {key.rpartition(".")[0] for key in second_life.states.bundles if key[0] != "."}
     assert encoded >= {f"{request_id}.encode.0" for request_id in ids}
-    await engine.stop()
+    await jobs.stop()
 
 
-async def crash(engine: LiveEngine, executor: FakeExecutor) -> None:
+async def crash(jobs: JournalledJobs, executor: FakeExecutor) -> None:
     """As a killed server leaves things: nobody is told, nothing is cleared up."""
-    await until(lambda: not engine.durable.journal.num_waiting)
-    engine.durable.journal.close()
+    await until(lambda: not jobs.journal.num_waiting)
+    jobs.journal.close()
     await executor.stop()
 
 
@@ -411,102 +426,100 @@ async def crash_at_work(tmp_path: Path, *, times: int, hold_s: float = 30.0) -> 
     for _ in range(times):
         executor = FakeExecutor()
         executor.gate.clear()
-        engine = await make_durable_engine(executor, tmp_path / "j", hold_s=hold_s)
-        engine.durable.call(Key("t", "k"), LIGHTHOUSE)
+        jobs = await make_journalled_jobs(executor, tmp_path / "j", hold_s=hold_s)
+        jobs.call(Key("t", "k"), LIGHTHOUSE)
         await until(lambda executor=executor: executor.started)
-        await crash(engine, executor)
+        await crash(jobs, executor)
 
 
 async def test_a_request_that_brings_the_server_down_again_and_again_is_tried_and_failed(tmp_path):
     await crash_at_work(tmp_path, times=4)
     await crash_at_work(tmp_path, times=1, hold_s=0.05)
     executor = FakeExecutor()
-    engine = await make_durable_engine(executor, tmp_path / "j")
+    jobs = await make_journalled_jobs(executor, tmp_path / "j")
     for _ in range(2):
         with pytest.raises(RequestFailed, match="the server or its workers went down 5 times, each time at work"):
-            await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
+            await jobs.call(Key("t", "k"), LIGHTHOUSE).images()
     assert not executor.started
-    assert engine.durable.count() == {"failed": 1}
-    await engine.stop()
+    assert jobs.count() == {"failed": 1}
+    await jobs.stop()
 
 
 async def test_a_suspect_with_which_the_server_stands_gets_its_image(tmp_path):
     await crash_at_work(tmp_path, times=4)
     executor = FakeExecutor()
-    engine = await make_durable_engine(executor, tmp_path / "j", hold_s=0.2)
-    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
-    (other,) = await engine.durable.call(Key("t", "other"), LIGHTHOUSE).images()
+    jobs = await make_journalled_jobs(executor, tmp_path / "j", hold_s=0.2)
+    waiting = asyncio.create_task(jobs.call(Key("t", "k"), LIGHTHOUSE).images())
+    (other,) = await jobs.call(Key("t", "other"), LIGHTHOUSE).images()
     assert {command.work[0].request.request_id for command in executor.started} == {other.outcome.request.request_id}
     (image,) = await waiting
     assert image.outcome.status is Status.FINISHED
-    await engine.stop()
+    await jobs.stop()
 
 
 async def test_a_suspect_is_as_good_as_new_when_the_server_goes_down_without_it(tmp_path):
     for _ in range(3):
         await crash_at_work(tmp_path, times=4)
         executor = FakeExecutor()
-        engine = await make_durable_engine(executor, tmp_path / "j")
-        assert not engine.state.trajectories
-        await crash(engine, executor)
-    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
-    (image,) = await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()
+        jobs = await make_journalled_jobs(executor, tmp_path / "j")
+        assert not jobs.engine.state.trajectories
+        await crash(jobs, executor)
+    jobs = await make_journalled_jobs(FakeExecutor(), tmp_path / "j")
+    (image,) = await jobs.call(Key("t", "k"), LIGHTHOUSE).images()
     assert image.outcome.status is Status.FINISHED
-    await engine.stop()
+    await jobs.stop()
 
 
 async def test_a_stop_does_not_wait_for_suspects_and_the_next_life_takes_them_up(tmp_path):
     await crash_at_work(tmp_path, times=4)
-    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
-    waiting = asyncio.create_task(engine.durable.call(Key("t", "k"), LIGHTHOUSE).images())
+    jobs = await make_journalled_jobs(FakeExecutor(), tmp_path / "j")
+    waiting = asyncio.create_task(jobs.call(Key("t", "k"), LIGHTHOUSE).images())
     await asyncio.sleep(0)
     async with asyncio.timeout(HANG_S):
-        await engine.stop(0.01)
+        await jobs.stop(0.01)
     with pytest.raises(ShuttingDown):
         await waiting
-    engine = await make_durable_engine(FakeExecutor(), tmp_path / "j")
-    assert len(await engine.durable.call(Key("t", "k"), LIGHTHOUSE).images()) == 1
-    await engine.stop()
+    jobs = await make_journalled_jobs(FakeExecutor(), tmp_path / "j")
+    assert len(await jobs.call(Key("t", "k"), LIGHTHOUSE).images()) == 1
+    await jobs.stop()
 
 
 async def test_who_only_waits_is_not_suspected(tmp_path):
     for life in range(4):
         executor = FakeExecutor()
         executor.gate.clear()
-        engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
+        jobs = await make_journalled_jobs(executor, tmp_path / "j", policy="fixed:2")
         if life == 0:
             for name in "ab":
-                engine.durable.call(Key("t", name), [Generation(prompt=name, size="64x64")])
+                jobs.call(Key("t", name), [Generation(prompt=name, size="64x64")])
         await until(lambda executor=executor: executor.started)
-        await crash(engine, executor)
+        await crash(jobs, executor)
     executor = FakeExecutor()
-    engine = await make_durable_engine(executor, tmp_path / "j", policy="fixed:2")
-    await until(lambda: not engine.state.trajectories)
+    jobs = await make_journalled_jobs(executor, tmp_path / "j", policy="fixed:2")
+    await until(lambda: not jobs.engine.state.trajectories)
     assert {command.work[0].request.prompt for command in executor.started} == {"b"}, "a held both ranks in every life"
-    await engine.stop()
+    await jobs.stop()
 
 
 async def test_deadlines_go_on_while_the_server_is_down(tmp_path, executor):
     wall_s = 1000.0
     first = FakeExecutor()
     first.gate.clear()
-    engine = make_engine(first)
-    engine.durable = DurableWork(
-        engine, first, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    jobs = JournalledJobs(
+        make_engine(first), first, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
     )
-    engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64", slo_s=30.0)])
+    jobs.call(Key("t", "k"), [Generation(prompt="p", size="64x64", slo_s=30.0)])
     await until(lambda: first.started)
-    await crash(engine, first)
+    await crash(jobs, first)
     wall_s = 1020.0
-    engine = make_engine(executor)
-    engine.durable = DurableWork(
-        engine, executor, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
+    jobs = JournalledJobs(
+        make_engine(executor), executor, Journal(tmp_path / "j", MODEL), result_ttl_s=60.0, wall_clock=lambda: wall_s
     )
-    await engine.durable.recover()
-    (trajectory,) = engine.state.trajectories
+    await jobs.recover()
+    (trajectory,) = jobs.engine.state.trajectories
     arrival_s = trajectory.request.arrival_s
     assert trajectory.request.deadline_s == pytest.approx(arrival_s + 30.0)
-    assert 0.0 <= arrival_s + 20.0 <= engine.now, "20 s before it was taken up"
-    (image,) = await engine.durable.call(Key("t", "k"), [Generation(prompt="p", size="64x64")]).images()
-    assert 20.0 < image.outcome.latency_s <= engine.now - arrival_s
-    await engine.stop()
+    assert 0.0 <= arrival_s + 20.0 <= jobs.engine.now, "20 s before it was taken up"
+    (image,) = await jobs.call(Key("t", "k"), [Generation(prompt="p", size="64x64")]).images()
+    assert 20.0 < image.outcome.latency_s <= jobs.engine.now - arrival_s
+    await jobs.stop()

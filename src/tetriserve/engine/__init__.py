@@ -1,25 +1,26 @@
-"""The live driver of the controller: wall clock, executor, and the clients who wait."""
+"""The live driver of the controller: wall clock, executor, the clients who wait, and jobs that go on without."""
 
-from tetriserve.engine.durable import DurableWork
 from tetriserve.engine.intake import Generation, Intake
+from tetriserve.engine.jobs import Job, Jobs
+from tetriserve.engine.journalled import JournalledJobs
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.observers import Observation, Observer, Occurred, Stopped
 from tetriserve.engine.progress import GeneratedImage, Progress, Watcher
-from tetriserve.engine.shared import SharedWork
 from tetriserve.engine.tasks import EndedTask
 
 __all__ = [
-    "DurableWork",
     "EndedTask",
     "GeneratedImage",
     "Generation",
     "Intake",
+    "Job",
+    "Jobs",
+    "JournalledJobs",
     "LiveEngine",
     "Observation",
     "Observer",
     "Occurred",
     "Progress",
-    "SharedWork",
     "Stopped",
     "Watcher",
 ]

@@ -51,7 +51,6 @@ from tetriserve.workload.outcome import Outcome, Status
 if TYPE_CHECKING:
     import numpy as np
 
-    from tetriserve.engine.durable import DurableWork
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,6 @@ class LiveEngine:
     policy_name: the policy as the operator named it.
     observer: observes from the first event on; events replayed through an equal controller give the same commands.
     failure: why the engine cannot go on; None while it can.
-    durable: work that outlives its clients and this engine; None without a journal.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class LiveEngine:
         self._origin = time.monotonic()
         self._is_draining = False
         self.failure: str | None = None
-        self.durable: DurableWork | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -123,8 +120,6 @@ class LiveEngine:
             reading.cancel()
         self._observers.tell(Stopped())
         await self._executor.stop()
-        if self.durable is not None:
-            await self.durable.close()
 
     def subscribe(self, observer: Observer) -> None:
         """Tell `observer` all that happens from now on; see `engine.observers`."""

@@ -8,6 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from tetriserve.engine import JournalledJobs
 from tetriserve.server.slot import EngineSlot
 
 _STATES = ("open", "finished", "failed")
@@ -15,13 +16,14 @@ _KINDS = ("record", "file", "database", "commit")
 
 
 class JournalCollector(Collector):
-    """Metrics of the journal of the slot's engine; all are 0 where there is none."""
+    """Metrics of the journal of the slot's jobs; all are 0 where there is none."""
 
     def __init__(self, slot: EngineSlot) -> None:
         self._slot = slot
 
     def collect(self) -> Iterator[Metric]:
-        durable = None if self._slot.engine is None else self._slot.engine.durable
+        jobs = self._slot.jobs
+        durable = jobs if isinstance(jobs, JournalledJobs) else None
         entries = GaugeMetricFamily("tetriserve_journal_entries", "Idempotency keys by state.", labels=["state"])
         counts = None if durable is None else durable.count()
         for state in _STATES:

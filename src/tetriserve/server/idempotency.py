@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from fastapi import Header
 
 from tetriserve.core.errors import InvalidRequest
-from tetriserve.engine import GeneratedImage, Generation, LiveEngine, Watcher
+from tetriserve.engine import GeneratedImage, Generation, Watcher
 from tetriserve.journal import Key
 from tetriserve.server.access import Caller
 from tetriserve.server.schemas import ClientId
+from tetriserve.server.slot import EngineSlot
 
 HEADER = "Idempotency-Key"
 
@@ -30,7 +31,7 @@ MakeImages = Callable[[Watcher | None], Coroutine[Any, Any, list[GeneratedImage]
 
 
 def begin(
-    engine: LiveEngine, client: Caller, generations: Sequence[Generation], key: str | None, pending: ExitStack
+    slot: EngineSlot, client: Caller, generations: Sequence[Generation], key: str | None, pending: ExitStack
 ) -> MakeImages:
     """How to get the images. `pending` counts them as the client's for as long as the call lasts; work under a key is
     counted for as long as it goes on, whoever waits.
@@ -42,14 +43,14 @@ def begin(
     num_images, now = len(generations), time.monotonic()
     if key is None:
         pending.enter_context(client.allowance.admitted(num_images, now))
-        return partial(engine.generate_all, generations)
-    durable = engine.durable
-    if durable is None:
+        return partial(slot.require().generate_all, generations)
+    jobs = slot.jobs
+    if jobs is None or not jobs.is_durable:
         raise InvalidRequest(f"{HEADER} needs a server with a journal: tetriserve serve --journal DIR", HEADER)
     name = Key(client.tenant, key)
-    if durable.is_known(name):
+    if jobs.is_known(name):
         client.allowance.use_rate(num_images, now)
-        return durable.call(name, generations).images
+        return jobs.call(name, generations).images
     with ExitStack() as held:
         held.enter_context(client.allowance.admitted(num_images, now))
-        return durable.call(name, generations, held.pop_all()).images
+        return jobs.call(name, generations, held.pop_all()).images

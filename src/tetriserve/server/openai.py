@@ -60,7 +60,7 @@ def openai_router(slot: EngineSlot) -> APIRouter:
         generations = generations_of(body, engine, x_slo_ms)
         client: Caller = request.state.client
         with contextlib.ExitStack() as pending:
-            make_images = begin(engine, client, generations, idempotency_key, pending)
+            make_images = begin(slot, client, generations, idempotency_key, pending)
             exchange.facts["image_ids"] = ",".join(generation.request_id or "" for generation in generations)
             if body.stream:
                 updates = await Updates.open(make_images)

@@ -16,7 +16,7 @@ import uvicorn
 
 from tetriserve.config import ServerConfig
 from tetriserve.core.errors import ConfigError
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import Jobs, LiveEngine
 from tetriserve.server.access import is_local_name
 from tetriserve.server.app import create_app
 from tetriserve.server.connection import BACKLOG, BoundedProtocol, LoopErrors, raise_file_limit
@@ -46,7 +46,7 @@ def _log_ready(url: str, engine: LiveEngine) -> None:
 
 async def serve(
     config: ServerConfig,
-    launch: Callable[[], Awaitable[LiveEngine]],
+    launch: Callable[[], Awaitable[Jobs]],
     *,
     on_ready: OnReady = _log_ready,
     on_stop: Callable[[], None] = lambda: None,
@@ -94,16 +94,16 @@ async def serve(
     with caught_signals(take):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            engine = await _launched(launch, signals)
-            if isinstance(engine, int):
-                return 128 + engine
+            jobs = await _launched(launch, signals)
+            if isinstance(jobs, int):
+                return 128 + jobs
             try:
-                slot.put(engine)
+                slot.put(jobs.engine, jobs)
                 gc.freeze()  # modules and types, 90,000 objects: collections of the oldest generation would walk them
-                on_ready(url_of(listener), engine)
+                on_ready(url_of(listener), jobs.engine)
                 await signals.get()
             finally:
-                hurried_by = await _drain(engine, config.shutdown_timeout_s, signals)
+                hurried_by = await _drain(jobs, config.shutdown_timeout_s, signals)
             server.force_exit = hurried_by is not None
             return 0 if hurried_by is None else 128 + hurried_by
         finally:
@@ -124,9 +124,7 @@ def _open_tracing(endpoint: str) -> Tracing:
     return open_tracing(endpoint)
 
 
-def run_server(
-    config: ServerConfig, launch: Callable[[], Awaitable[LiveEngine]], *, on_ready: OnReady = _log_ready
-) -> int:
+def run_server(config: ServerConfig, launch: Callable[[], Awaitable[Jobs]], *, on_ready: OnReady = _log_ready) -> int:
     """`serve` on an event loop of its own. Some seconds after `shutdown_timeout_s` the process ends, whatever hangs."""
     hard_stop = HardStop(config.shutdown_timeout_s + _HARD_STOP_S)
 
@@ -177,8 +175,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asyncio.Queue[int]) -> LiveEngine | int:
-    """The engine; the signal when one came first, and then nothing is left of the engine."""
+async def _launched(launch: Callable[[], Awaitable[Jobs]], signals: asyncio.Queue[int]) -> Jobs | int:
+    """The jobs above an engine; the signal when one came first, and then nothing is left of the engine."""
     launching = asyncio.ensure_future(launch())
     number = await _signal_during(launching, signals)
     if number is None:
@@ -191,15 +189,15 @@ async def _launched(launch: Callable[[], Awaitable[LiveEngine]], signals: asynci
     return number
 
 
-async def _drain(engine: LiveEngine, timeout_s: float, signals: asyncio.Queue[int]) -> int | None:
+async def _drain(jobs: Jobs, timeout_s: float, signals: asyncio.Queue[int]) -> int | None:
     """Stop the engine; the signal that hurried it, if one did."""
     logger.info("shutting down; accepted requests have %g s to finish", timeout_s)
-    stopping = asyncio.gather(engine.stop(timeout_s), asyncio.sleep(_REFUSALS_S))
+    stopping = asyncio.gather(jobs.stop(timeout_s), asyncio.sleep(_REFUSALS_S))
     number = await _signal_during(stopping, signals)
     if number is not None:
         stopping.cancel()
         await asyncio.gather(stopping, return_exceptions=True)
-        await engine.stop()
+        await jobs.stop()
     return number
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tetriserve.core.errors import TetriServeError
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import Jobs, LiveEngine
 
 _STARTING = "starting: loading the model"
 
@@ -15,15 +15,19 @@ class NotReady(TetriServeError):
 
 
 class EngineSlot:
-    """Empty while the model loads: the app listens, answers probes and refuses work politely until `put` fills it."""
+    """Empty while the model loads: the app listens, answers probes and refuses work politely until `put` fills it.
 
-    def __init__(self, engine: LiveEngine | None = None) -> None:
+    jobs: those above the engine; None for none.
+    """
+
+    def __init__(self, engine: LiveEngine | None = None, jobs: Jobs | None = None) -> None:
         self.engine = engine
+        self.jobs = jobs
         self._when_filled: list[Callable[[LiveEngine], None]] = []
 
-    def put(self, engine: LiveEngine) -> None:
+    def put(self, engine: LiveEngine, jobs: Jobs | None = None) -> None:
         assert self.engine is None, "an app serves one engine in its life"
-        self.engine = engine
+        self.engine, self.jobs = engine, jobs
         for callback in self._when_filled:
             callback(engine)
 
