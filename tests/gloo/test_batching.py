@@ -15,7 +15,8 @@ import pytest
 
 from tests.waiting import until
 from tetriserve.config import PoolConfig
-from tetriserve.control.controller import Controller
+from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import RequestFailed
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request
@@ -28,7 +29,6 @@ from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
-from tetriserve.simulator.foresight import SimulatedForesight
 
 PIXEL_TOLERANCE = 1
 HEARTBEAT_TIMEOUT_S = 8.0
@@ -67,7 +67,7 @@ async def serving(card: ModelCard, profile: Profile, num_ranks: int, policy: Pol
         return make_policy(policy, cost, num_ranks=num_ranks, shapes=profile.shapes)
 
     engine = LiveEngine(
-        Controller(new_policy(), cost), executor, Intake(card=card, cost=cost), SimulatedForesight(new_policy),
+        Controller(new_policy(), cost), executor, Intake(card=card, cost=cost), Foresight(new_policy),
         max_queue=256, policy_name="test",
     )  # fmt: skip
     engine.start()
