@@ -23,7 +23,7 @@ CONFIG = EngineConfig(pool=PoolConfig(num_ranks=2))
 CARD = find_model(None)
 PROFILE = Profile(
     model=CARD.name, fingerprint=CARD.fingerprint, hardware=hardware_name(CONFIG.pool), execution=CARD.execution,
-    source="s", created="c", switch_s=0.001,
+    source="s", created="c", switch_s=0.001, max_batch=8,
     rows=tuple(
         Row(stage="denoise", height=shape.height, width=shape.width, tokens=64, degree=degree, seconds=0.1)
         for shape in CARD.sizes

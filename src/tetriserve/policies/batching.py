@@ -8,7 +8,7 @@ from tetriserve.core.cost import pays, times_per_step
 from tetriserve.core.plan import CostModel, State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.reservation import Job, Speeds, bundle_of, speeds_of
+from tetriserve.policies.reservation import PendingJob, Speeds, bundle_of, speeds_of
 from tetriserve.policies.timeline import EPSILON_S
 
 
@@ -40,7 +40,7 @@ class Sharing:
         self._task_s = task_s
         self._speeds: dict[int, list[Speeds]] = {}
 
-    def speeds(self, job: Job) -> list[Speeds]:
+    def speeds(self, job: PendingJob) -> list[Speeds]:
         """Of the batches that pay, from 1 up."""
         kind = id(job.ahead)  # one object for all jobs of a kind
         found = self._speeds.get(kind)
@@ -54,13 +54,13 @@ class Sharing:
                     found.append(speeds)
         return found
 
-    def bundles(self, jobs: Iterable[Job]) -> list[Job]:
+    def bundles(self, jobs: Iterable[PendingJob]) -> list[PendingJob]:
         """`jobs`, those of a kind in bundles as large as all their members' deadlines allow.
 
         Who waits may wait a moment longer for partners that run: tasks are short.
         """
-        bundled: list[Job] = []
-        groups: dict[tuple[int, int], list[Job]] = {}
+        bundled: list[PendingJob] = []
+        groups: dict[tuple[int, int], list[PendingJob]] = {}
         for job in jobs:
             if not job.num_steps or job.trajectory.is_apart or len(self.speeds(job)) == 1:
                 bundled.append(job)
@@ -74,10 +74,10 @@ class Sharing:
                 del group[:count]
         return bundled
 
-    def bundle(self, jobs: Sequence[Job]) -> Job:
+    def bundle(self, jobs: Sequence[PendingJob]) -> PendingJob:
         return bundle_of(jobs, self.speeds(jobs[0])[len(jobs) - 1], self._now) if len(jobs) > 1 else jobs[0]
 
-    def _most_together(self, jobs: Sequence[Job]) -> int:
+    def _most_together(self, jobs: Sequence[PendingJob]) -> int:
         """How many of `jobs`, by deadline, could end in time if they shared all their tasks from now on."""
         speeds = self.speeds(jobs[0])
         for count in range(min(len(jobs), len(speeds)), 1, -1):

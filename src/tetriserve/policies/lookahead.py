@@ -12,7 +12,7 @@ from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.placement import place
-from tetriserve.policies.reservation import Job, JobBook, expected_end_s, num_reserved, reserve
+from tetriserve.policies.reservation import JobBook, PendingJob, expected_end_s, num_reserved, reserve
 from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
@@ -136,8 +136,8 @@ class Lookahead:
 
 
 def _ahead(
-    late: Sequence[Job], in_time: Sequence[Job], state: State, timeline: Timeline, now: float
-) -> list[tuple[Job, Piece]]:
+    late: Sequence[PendingJob], in_time: Sequence[PendingJob], state: State, timeline: Timeline, now: float
+) -> list[tuple[PendingJob, Piece]]:
     """Tasks of late requests, earliest deadline first, that reserve before those in time do; claimed in `timeline`.
 
     What is owed to the oldest starts as soon as its ranks are free; what the others can spare starts now or not at all.
@@ -162,7 +162,7 @@ def _ahead(
     return ahead
 
 
-def _late_piece(job: Job, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
+def _late_piece(job: PendingJob, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
     if job.here.is_short:
         duration_s = job.here.short_s
@@ -211,11 +211,11 @@ class _Start:
         self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
         self._sharing = sharing
-        self.riders: Sequence[Job] = ()
+        self.riders: Sequence[PendingJob] = ()
         self._started: set[int] = set()
         self._wanted: list[_Wanted] = []
 
-    def steps(self, job: Job, pieces: Sequence[Piece], task_s: float, *, widen: bool) -> None:
+    def steps(self, job: PendingJob, pieces: Sequence[Piece], task_s: float, *, widen: bool) -> None:
         """Start the first of `pieces`, or its first `task_s`, at the fastest degree that ranks left over allow.
 
         All wider degrees are considered, as in `scale_up`.
@@ -236,7 +236,7 @@ class _Start:
         members = self._with_riders(job, degree, num_steps, job.deadline_s - pieces[-1].end_s)
         self._want(members, degree, num_steps)
 
-    def _with_riders(self, job: Job, degree: int, num_steps: int, slack_s: float) -> list[Job]:
+    def _with_riders(self, job: PendingJob, degree: int, num_steps: int, slack_s: float) -> list[PendingJob]:
         """The requests of `job`, and those without a reservation for which it takes a little of its own `slack_s`."""
         members = [*job.parts]
         if self._sharing is None or job.trajectory.is_apart:
@@ -252,14 +252,14 @@ class _Start:
                 members.append(rider)
         return members
 
-    def _may_ride(self, job: Job) -> bool:
+    def _may_ride(self, job: PendingJob) -> bool:
         return id(job) not in self._started and not job.here.is_short and not job.trajectory.is_apart
 
-    def _want(self, jobs: Sequence[Job], degree: int, num_steps: int) -> None:
+    def _want(self, jobs: Sequence[PendingJob], degree: int, num_steps: int) -> None:
         self._started.update(map(id, jobs))
         self._wanted.append(_Wanted([job.trajectory for job in jobs], degree, num_steps))
 
-    def fill(self, failed: Sequence[Job], late: Sequence[Job]) -> None:
+    def fill(self, failed: Sequence[PendingJob], late: Sequence[PendingJob]) -> None:
         """Short tasks of requests without a reservation: first those that could still be in time, as they may yet fit.
 
         Within a priority class these run least GPU time first, late ones earliest deadline first. Once one has waited
@@ -291,7 +291,7 @@ class _Start:
             if kind not in hopeless and not self._fill_together(job, ordered[position + 1 :], is_patient=is_patient):
                 hopeless.add(kind)
 
-    def _fill_short(self, job: Job) -> bool:
+    def _fill_short(self, job: PendingJob) -> bool:
         duration_s = job.here.short_s
         is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
         if not (is_fitting and self._leaves_headroom(1, duration_s)):
@@ -301,7 +301,7 @@ class _Start:
         self._started.add(id(job))
         return True
 
-    def _partner_to_fetch(self, job: Job, others: Sequence[Job]) -> Job | None:
+    def _partner_to_fetch(self, job: PendingJob, others: Sequence[PendingJob]) -> PendingJob | None:
         """The first that is yet to come to the stage with steps and could then share the task of `job`, which waits."""
         if self._sharing is None or job.trajectory.is_apart:
             return None
@@ -315,7 +315,7 @@ class _Start:
                 num_missing -= 1
         return None
 
-    def _fill_together(self, job: Job, others: Sequence[Job], *, is_patient: bool) -> bool:
+    def _fill_together(self, job: PendingJob, others: Sequence[PendingJob], *, is_patient: bool) -> bool:
         """Start a task for as many as pay and fit, `job` first."""
         if self._sharing is None or job.trajectory.is_apart:
             return self._fill_steps([job], job.speeds.times, is_patient=is_patient)
@@ -330,7 +330,7 @@ class _Start:
             for count in range(len(members), 0, -1)
         )
 
-    def _fill_steps(self, jobs: Sequence[Job], times: Mapping[int, float], *, is_patient: bool) -> bool:
+    def _fill_steps(self, jobs: Sequence[PendingJob], times: Mapping[int, float], *, is_patient: bool) -> bool:
         """Start a task at the narrowest degree whose step is short enough; failing that at the fastest that fits."""
         job, task_s = jobs[0], FILL_TASK_S if len(jobs) == 1 else SHARED_TASK_S
         most = min([each.num_steps for each in jobs])

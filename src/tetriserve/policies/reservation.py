@@ -74,7 +74,7 @@ class JobTerms(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class PendingJob:
     """What is left of one request once its task in flight, if it has one, has ended.
 
     stage_index: of the stage that comes next; `here` is what lies ahead of it, and `ahead` the same for every stage.
@@ -99,7 +99,7 @@ class Job:
     latest_s: float
     order: tuple[int, float]
     deadline_s: float
-    members: tuple[Job, ...] = ()
+    members: tuple[PendingJob, ...] = ()
 
     @property
     def priority(self) -> int:
@@ -110,11 +110,11 @@ class Job:
         return len(self.members) or 1
 
     @property
-    def parts(self) -> tuple[Job, ...]:
+    def parts(self) -> tuple[PendingJob, ...]:
         """The jobs of single requests that it stands for."""
         return self.members or (self,)
 
-    def after(self, flight: InFlight, now: float) -> Job | None:
+    def after(self, flight: InFlight, now: float) -> PendingJob | None:
         """The same request once `flight` has landed; None when that was its last task."""
         stage_index, num_steps = self.stage_index, self.num_steps - flight.task.num_steps
         if self.here.is_short or not num_steps:
@@ -136,7 +136,7 @@ def _job(
     *,
     ready_s: float,
     busy_s: float | None = None,
-) -> Job:
+) -> PendingJob:
     """busy_s: how long its task in flight still takes; None when it waits."""
     here = ahead[stage_index]
     rest_s = here.before_s + here.after_s
@@ -145,13 +145,13 @@ def _job(
     deadline_s = request.deadline_s
     latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
     order = request.priority, latest_s
-    return Job(
+    return PendingJob(
         trajectory, stage_index, num_steps, ready_s, busy_s is None, speeds, ahead, here, gpu_s, latest_s, order,
         deadline_s,
     )  # fmt: skip
 
 
-def job_of(trajectory: Trajectory, terms: JobTerms) -> Job | None:
+def job_of(trajectory: Trajectory, terms: JobTerms) -> PendingJob | None:
     """The job of a trajectory as it stands, without its task in flight; None when no living rank can serve it."""
     if terms.speeds is None:
         return None
@@ -166,9 +166,9 @@ class JobBook:
 
     def __init__(self, task_s: float) -> None:
         self._task_s = task_s
-        self._facts: Facts[JobTerms, Job | None] = Facts(self._terms_of, job_of)
+        self._facts: Facts[JobTerms, PendingJob | None] = Facts(self._terms_of, job_of)
 
-    def jobs(self, state: State, now: float) -> list[Job]:
+    def jobs(self, state: State, now: float) -> list[PendingJob]:
         """The jobs of all unfinished requests that some living rank can serve, in order of arrival."""
         jobs = []
         for job in self._facts.of(state.trajectories, state):
@@ -184,7 +184,7 @@ class JobBook:
         return JobTerms(speeds, ahead_of(request, state.cost))
 
 
-def bundle_of(jobs: Sequence[Job], speeds: Speeds, now: float) -> Job:
+def bundle_of(jobs: Sequence[PendingJob], speeds: Speeds, now: float) -> PendingJob:
     """Jobs of one kind and class as one that takes the most steps of any, at the `speeds` of a batch.
 
     What is not of the stage with steps, each does on its own, one after the other: those that have yet to come to that
@@ -200,7 +200,7 @@ def bundle_of(jobs: Sequence[Job], speeds: Speeds, now: float) -> Job:
     ready_s = max([job.ready_s for job in jobs])
     latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - max(0.0, ready_s - now)
     is_waiting = all(job.is_waiting for job in jobs)
-    return Job(
+    return PendingJob(
         first.trajectory, first.stage_index, num_steps, ready_s, is_waiting, speeds, first.ahead, here, gpu_s,
         latest_s, (first.priority, latest_s), deadline_s, tuple(jobs),
     )  # fmt: skip
@@ -222,8 +222,8 @@ class Reservations(NamedTuple):
     timeline: what `kept` leaves free.
     """
 
-    kept: list[tuple[Job, list[Piece]]]
-    failed: list[Job]
+    kept: list[tuple[PendingJob, list[Piece]]]
+    failed: list[PendingJob]
     timeline: Timeline
 
     def _num_kept(self) -> Counter[int]:
@@ -239,7 +239,7 @@ class Reservations(NamedTuple):
         return next((mine[p] > others[p] for p in sorted(mine | others) if mine[p] != others[p]), False)
 
 
-def reserve(jobs: Sequence[Job], timeline: Timeline, limit: int, *, promote: bool = True) -> Reservations:
+def reserve(jobs: Sequence[PendingJob], timeline: Timeline, limit: int, *, promote: bool = True) -> Reservations:
     """Reservations for the `limit` jobs with least slack out of `jobs`, which all could end in time if alone.
 
     Earliest deadline first, and of equal deadlines least GPU time left, so that what cannot all be in time ends one
@@ -261,7 +261,7 @@ def reserve(jobs: Sequence[Job], timeline: Timeline, limit: int, *, promote: boo
     return best
 
 
-def _walk(jobs: Iterable[Job], timeline: Timeline) -> Reservations:
+def _walk(jobs: Iterable[PendingJob], timeline: Timeline) -> Reservations:
     reservations = Reservations([], [], timeline)
     for job in jobs:
         pieces = fit(job, timeline)
@@ -273,7 +273,7 @@ def _walk(jobs: Iterable[Job], timeline: Timeline) -> Reservations:
     return reservations
 
 
-def fit(job: Job, timeline: Timeline) -> list[Piece] | None:
+def fit(job: PendingJob, timeline: Timeline) -> list[Piece] | None:
     """The cheapest reservation by which `job` ends in time, as early as the timeline allows; None if there is none.
 
     Short stages if some come first, then steps, then what follows them. The cheapest is the narrowest efficient degree

@@ -64,7 +64,7 @@ def test_a_round_longer_than_the_smallest_size_can_wait_is_warned_of_in_one_line
         ("fixed:8", 4, ["'fixed:8'", "1, 2, 4 on 4 ranks"]),
         ("fixed:", 8, ["'fixed:'", "1, 2, 4, 8"]),
         ("fixed", 8, ["1, 2, 4, 8"]),
-        ("fcfs:2", 8, ["'fcfs:2'", "no argument"]),
+        ("fcfs:2", 8, ["'fcfs:2'", "fcfs[:batch=N]"]),
         ("tetriserve:fast=yes", 8, ["'fast=yes'", "placement=on|off"]),
         ("tetriserve:step_granularity=0", 8, ["'step_granularity=0'"]),
         ("lookahead:widen=1", 8, ["'widen=1'", "widen=on|off"]),
