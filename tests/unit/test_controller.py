@@ -825,7 +825,7 @@ weathers = st.builds(
 )
 
 
-@pytest.mark.parametrize("policy", ["erratic", "sociable", "fcfs", "fixed:2", "tetriserve"])
+@pytest.mark.parametrize("policy", ["erratic", "sociable", "fcfs", "fcfs:batch=3", "fixed:2", "tetriserve"])
 @given(weather=weathers, seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_in_any_weather_every_request_ends_exactly_once_and_a_replay_gives_the_same_commands(

@@ -109,9 +109,9 @@ class _WhatIf:
         trajectories = {trajectory.request_id: trajectory for trajectory in state.trajectories}
         for flight in state.in_flight:
             task = flight.task
-            members = [trajectories[request_id] for request_id in task.members if request_id in trajectories]
-            end: Event = TaskFailed(flight.task_id, FailureKind.LOST, "cancelled")
-            if len(members) == len(task.members):
+            members = [trajectories.get(request_id) for request_id in task.members]
+            end: Event = TaskFailed(flight.task_id, FailureKind.LOST, "all of its members were cancelled")
+            if any(members):
                 end = self._end_of(flight.task_id, task, members)
             end_s = expected_end_s(flight, self.start_s)
             self._note(Run(task, flight.start_s, end_s))
@@ -130,9 +130,16 @@ class _WhatIf:
         request_id = command.request.request_id
         self.finish_s[request_id] = self.ready_s[request_id]
 
-    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory]) -> Event:
-        results = [Result.planned(task, one.stage, one.stage_steps_done, _NOTHING) for one in members]
-        return TaskFinished(task_id, task_s(self.controller.cost, task, members[0].request), tuple(results))
+    def _end_of(self, task_id: int, task: Task, members: Sequence[Trajectory | None]) -> Event:
+        """`members`: None for one that was cancelled; there is another."""
+        results = [
+            Result(_NOTHING, 0, is_stage_over=False)
+            if one is None
+            else Result.planned(task, one.stage, one.stage_steps_done, _NOTHING)
+            for one in members
+        ]
+        request = next(one.request for one in members if one is not None)
+        return TaskFinished(task_id, task_s(self.controller.cost, task, request), tuple(results))
 
     def _note(self, run: Run) -> None:
         self.runs.append(run)

@@ -14,7 +14,7 @@ from tetriserve.policies.timeline import EPSILON_S
 
 def may_share(trajectories: Sequence[Trajectory]) -> bool:
     """Whether one task may be for all of them, once all are at the stage with steps."""
-    first = trajectories[0].request.kind
+    first = trajectories[0].request.kind if trajectories else ()
     return all(not one.is_apart and one.request.kind == first for one in trajectories)
 
 

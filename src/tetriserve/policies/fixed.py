@@ -76,8 +76,9 @@ class BlockPolicy(ABC):
             block = next((block for block in blocks if leader in block), None)
             if block is None:
                 continue
-            others = [trajectories[other] for other, theirs in owners.items() if theirs == block]
-            if not others or (request_id in trajectories and self._has_room(others, trajectories[request_id])):
+            others = [other for other, theirs in owners.items() if theirs == block]
+            company = [trajectories[name] for name in (*others, request_id) if name in trajectories]  # not cancelled
+            if not others or (len(others) < self.batch and may_share(company)):
                 owners[request_id] = block
         return owners
 

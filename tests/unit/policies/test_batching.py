@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetriserve.control.controller import Controller, PolicyError
+from tetriserve.control.whatif import forecast
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import (
+    Cancelled,
     Command,
     Event,
     FailRequest,
@@ -231,6 +233,18 @@ def test_the_poison_member_then_fails_alone_and_the_other_goes_on() -> None:
     pool.send(TaskFinished.planned(last, 3.0, LEFT))
     [decode] = pool.start(Task(("b",), "decode", (1,)))
     assert any(isinstance(command, FinishRequest) for command in pool.send(TaskFinished.planned(decode, 0.1, LEFT)))
+
+
+@pytest.mark.parametrize("spec", ["fcfs", *BATCHING])
+def test_a_forecast_knows_that_a_shared_task_goes_on_when_one_of_its_members_is_cancelled(spec: str) -> None:
+    pool = Pool()
+    [start] = pool.start(Task(("a", "b"), DENOISE, (0,), 20))
+    end_s = pool.controller.end_s(start.task_id)
+    pool.send(Cancelled("a"))
+    future = forecast(pool.controller, 0.0, make(spec))
+    assert future.finish_s.keys() == {"b", "c"}
+    assert [run.task.stage for run in future.runs if run.task.members == ("b",)] == ["decode"]
+    assert future.finish_s["b"] >= end_s + 0.05
 
 
 @pytest.mark.parametrize("spec", ["lookahead", "tetriserve", "fcfs:batch=8", "fixed:1:batch=8"])
