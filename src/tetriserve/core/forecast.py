@@ -23,7 +23,7 @@ class Forecast:
     finish_s: Mapping[str, float]
 
     def degrees(self, request_id: str) -> tuple[int, ...]:
-        """The degree of every denoise step of a request that is in flight or to come."""
+        """The degree of every step of a request that is in flight or to come."""
         return tuple(
             run.task.degree for run in self.runs if request_id in run.task.members for _ in range(run.task.num_steps)
         )

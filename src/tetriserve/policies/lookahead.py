@@ -34,7 +34,8 @@ normally comes first, and this is for when it does not."""
 
 
 LONG_S = 0.5
-"""A step or decode longer than this never widens or fills into the last idle ranks: an arrival would wait that long."""
+"""A step or a short stage longer than this never widens or fills into the last idle ranks: an arrival would wait for
+it."""
 
 HEADROOM = 0.25
 """How many ranks such steps leave idle, as a fraction of the pool; at least one."""

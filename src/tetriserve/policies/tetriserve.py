@@ -38,7 +38,7 @@ class TetriServe:
     Beyond the paper, a round that begins has the longest of `lengths_s` at which the most urgent requests need the
     least GPU time: a round that holds no whole number of steps at the degree that a request needs wastes the rest.
 
-    In order: encode and decode as soon as a rank is free; requests that can still meet their deadlines, packed by
+    In order: short stages as soon as a rank is free; requests that can still meet their deadlines, packed by
     Algorithm 1, one priority class after the other; those that it deferred, at any degree that fits (`fill`); late
     requests, which cannot meet their deadlines any more, as narrow as possible; and wider degrees for all of these
     while ranks are left (`scale_up`). Where requests are left over, those of one kind share tasks (section 5, selective
@@ -344,7 +344,7 @@ def _need(candidate: Candidate) -> Need:
 
 
 def _choose_late_short(late: Sequence[ShortStage], capacity: int, window: Window) -> list[Trajectory]:
-    """Encode and decode of late requests, most urgent first."""
+    """Short stages of late requests, most urgent first."""
     if not capacity:
         return []
     startable = [stage for stage in late if window.may_start(stage.duration_s)]
