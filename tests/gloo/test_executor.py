@@ -324,7 +324,7 @@ async def test_a_task_tells_how_long_a_processor_ran_its_thread(driver: Driver) 
 
 async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bundled_card: ModelCard) -> None:
     heard: list[tuple[int, int]] = []
-    pool, shapes = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2)), [Shape(256, 256)]
+    pool, shapes = PoolConfig(num_ranks=NUM_RANKS, degrees=(1, 2), max_batch=2), [Shape(256, 256)]
     try:
         profile = await measure(
             driver.executor,
@@ -336,10 +336,10 @@ async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bun
         )
     finally:
         driver.executor.subscribe(driver._on_event)
-    singles = [row for row in profile.rows_of(DENOISE) if row.batch == 1]
-    assert [(row.degree, row.tokens, row.shape) for row in singles] == [
-        (1, 64, Shape(256, 256)),
-        (2, 64, Shape(256, 256)),
+    assert [(row.degree, row.batch, row.tokens, row.shape) for row in profile.rows_of(DENOISE)] == [
+        (1, 1, 64, Shape(256, 256)),
+        (1, 2, 64, Shape(256, 256)),
+        (2, 1, 64, Shape(256, 256)),
     ]
     assert all(row.seconds > 0 and row.cv is not None and row.cv >= 0 for row in profile.rows_of(DENOISE))
     assert [(row.shape, row.seconds > 0) for row in profile.rows_of(DECODE)] == [(Shape(256, 256), True)]
@@ -347,7 +347,7 @@ async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bun
     assert [row.seconds > 0 for row in profile.rows_of(ENCODE)] == [True]
     assert profile.switch_s > 0
     assert 0 < profile.move_s < 0.1
-    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert heard == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert list(driver.directory.glob("profile-*")) == []
 
 
