@@ -185,7 +185,8 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         return profile
     if config.remeasure:
         return None
-    for path in (cached_profile_path(card, config.pool), *sorted(BUNDLED_PROFILES.glob("*.json"))):
+    kept = cached_profile_path(card, config.pool)
+    for path in (kept, *sorted(BUNDLED_PROFILES.glob("*.json"))):
         if not path.exists():
             continue
         try:
@@ -195,8 +196,9 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
             continue
         known = (profile.hardware, profile.fingerprint, profile.execution)
         wanted = (hardware_name(config.pool), card.fingerprint, card.execution)
-        # Sizes may have been added since, and larger batches be allowed.
-        if known == wanted and set(profile.shapes) >= set(card.sizes) and profile.max_batch >= config.pool.max_batch:
+        # Sizes may have been added since it was kept, and larger batches be allowed.
+        is_enough = path != kept or profile.max_batch >= config.pool.max_batch
+        if known == wanted and set(profile.shapes) >= set(card.sizes) and is_enough:
             if profile.doubt:
                 logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
                 continue
