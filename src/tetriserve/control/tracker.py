@@ -120,7 +120,7 @@ class Tracker:
 
     def admit(self, request: Request, predicted_finish_s: float, checkpoint: Checkpoint | None = None) -> None:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
-        record = Record(Trajectory(request), predicted_finish_s)
+        record = Record(Trajectory.at(request, 0), predicted_finish_s)
         if checkpoint is not None:
             record.trajectory = Trajectory.at(request, checkpoint.stage_index, checkpoint.stage_steps_done)
             record.states, record.runs = checkpoint.states, [*checkpoint.runs]

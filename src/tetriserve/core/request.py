@@ -106,6 +106,11 @@ class Request:
         passes = [(stage.kind, stage.num_passes) for stage in self.stages]
         return self.shape, self.degrees, self.max_sequence_length, *passes
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it asks for one degree, and so for the same bits each time: then it shares no task."""
+        return self.degrees is not None and len(self.degrees) == 1
+
     def can_run_on(self, num_ranks: int) -> bool:
         """Whether its steps may run at a degree that so many ranks allow."""
         return self.degrees is None or min(self.degrees) <= num_ranks

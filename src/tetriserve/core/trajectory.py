@@ -18,7 +18,7 @@ class Trajectory:
     holders: the ranks that hold its current state in memory, the last task's leader first. They are a hint for
         placement only: a rank that lacks the state loads the copy that the last task left in the store.
     lost_degree: of the task that was lost since, with its workers; 0 if none was.
-    is_apart: a task that it shared with others has failed, so that it shares none any more.
+    is_apart: it shares no task: the request asks for exact bits, or a task that it shared has failed.
     """
 
     request: Request
@@ -34,7 +34,7 @@ class Trajectory:
     def at(cls, request: Request, stage_index: int, stage_steps_done: int = 0) -> Trajectory:
         """One that stands at a stage, after some of its steps, or all; those before it went as long as they may."""
         before = sum(stage.num_steps for stage in request.stages[:stage_index])
-        at = cls(request, stage_index, before)
+        at = cls(request, stage_index, before, is_apart=request.is_exact)
         return at.after(stage_steps_done, is_stage_over=0 < stage_steps_done == at.remaining_steps)
 
     @property

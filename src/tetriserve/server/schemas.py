@@ -218,8 +218,9 @@ class Reproducibility(BaseModel):
     """What a seed promises at the served dtype. The numbers are levels of 255, as tested with the bundled model."""
 
     same_degrees: Literal["identical"] = Field(
-        description="Two images whose steps ran at the same degrees, on the same machine and libraries. At degree 1 "
-        "they are also those of the diffusers pipeline.",
+        description="Two images whose steps ran at the same degrees and were shared with no other image (as those of "
+        "requests that name one degree), on the same machine and libraries. At degree 1 they are also those of the "
+        "diffusers pipeline.",
     )
     max_levels: int = Field(description="Largest difference of a subpixel between images at degree 1 and at others.")
     mean_levels: float = Field(description="Mean difference of all subpixels.")

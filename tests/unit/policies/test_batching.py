@@ -94,6 +94,7 @@ def test_members_are_of_one_kind_at_one_stage_and_every_request_ends(
     assert len(outcomes) == len(requests)
     for task, members in policy.tasks:
         assert len({member.request.kind for member in members}) == 1
+        assert task.batch == 1 or not any(member.request.is_exact for member in members)
         assert {member.stage.kind for member in members} == {task.stage}
         assert task.num_steps <= min(member.remaining_steps for member in members)
         assert task.batch <= (H200.max_batch if task.stage == DENOISE else 1)
