@@ -84,6 +84,7 @@ def test_help_lists_the_commands_and_version_is_the_packages() -> None:
         (["--ranks", "0"], "ranks is 0; allowed: 1 to 1024"),
         (["--device", "tpu"], "device is 'tpu'; allowed: cpu, cuda"),
         (["--threads", "0"], "threads is 0; allowed: 1 to 1024"),
+        (["--max-batch", "0"], "max-batch is 0; allowed: 1 to 64"),
         (["--log-level", "loud"], "log-level is 'loud'; allowed: debug, info, warning, error"),
         (["--config", "/nonexistent.yaml"], "config file /nonexistent.yaml cannot be read: No such file or directory"),
     ],
