@@ -32,7 +32,7 @@ def test_given_degrees_are_sorted_and_kept_once() -> None:
         ({"num_ranks": 2, "degrees": (1, 4)}, "degrees is 1,4 with 2 ranks; use --ranks 4 or degrees of at most 2"),
         ({"num_threads": 0}, "threads is 0; allowed: 1 to 1024"),
         ({"max_batch": 65}, "max-batch is 65; allowed: 1 to 64"),
-        ({"resident_bytes": -1}, "resident_bytes is -1; allowed: 0 to"),
+        ({"resident_bytes": -1}, "resident_bytes is -1; allowed: 0 to 1125899906842624"),
         ({"max_groups": -1}, "max_groups is -1; allowed: 1 to 1000000"),
         ({"heartbeat_timeout_s": -1.0}, "heartbeat-timeout is -1; allowed: 0.001 to 604800"),
         ({"step_timeout_s": float("nan")}, "step-timeout is nan; allowed: 0.001 to 604800"),
