@@ -141,6 +141,7 @@ def test_keys_alone_are_enough(page, keep):
 def test_what_is_told_of_a_request_stays_true_while_it_runs(page):
     picture = ask(page, deadline=60)
     expect(picture.locator(".state")).to_contain_text("step")
+    expect(page.locator("#running")).to_contain_text("1 running")  # the board hears of it on another way
     page.locator("#canvas").focus()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#tip")).to_contain_text("deadline in")
