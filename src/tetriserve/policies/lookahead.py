@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -120,7 +120,8 @@ class Lookahead:
         served = {id(job) for job, _ in ahead}
         failed = [part for job in reservations.failed for part in job.parts if part.is_waiting]
         late = [job for job in late if id(job) not in served]
-        start.riders = sorted(failed, key=lambda job: (job.priority, job.gpu_s)) if sharing else []
+        if sharing is not None:
+            start.riders = _by_kind(sorted(failed, key=lambda job: (job.priority, job.gpu_s)))
         begins_s = []
         for job, pieces, widen in (
             *((job, (piece,), False) for job, piece in ahead),
@@ -192,7 +193,7 @@ class _Start:
     widest: the largest degree of any task.
     num_ranks: living ranks, busy ones included.
     sharing: None where each task is for one request.
-    riders: those without a reservation that may still be in time, in the order in which they are served.
+    riders: those without a reservation that may still be in time, by kind, in the order in which they are served.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class _Start:
         self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
         self._sharing = sharing
-        self.riders: Sequence[PendingJob] = ()
+        self.riders: Mapping[int, Sequence[PendingJob]] = {}
         self._started: set[int] = set()
         self._wanted: list[_Wanted] = []
 
@@ -243,13 +244,13 @@ class _Start:
         if self._sharing is None or job.trajectory.is_apart:
             return members
         speeds = self._sharing.speeds(job)
-        for rider in self.riders:
+        for rider in self.riders.get(id(job.ahead), ()):
             if len(members) == len(speeds):
                 break
             added_s = num_steps * (speeds[len(members)].times.get(degree, math.inf) - job.speeds.times[degree])
             if added_s > RIDING_SHARE * slack_s:
                 break
-            if rider.ahead is job.ahead and self._may_ride(rider) and rider.num_steps >= num_steps:
+            if self._may_ride(rider) and rider.num_steps >= num_steps:
                 members.append(rider)
         return members
 
@@ -277,7 +278,8 @@ class _Start:
             ordered += sorted(late, key=attrgetter("priority"))
         hopeless: set[tuple[int, bool]] = set()
         is_crowded = len(ordered) > self.timeline.free[0]
-        for position, job in enumerate(ordered):
+        alike = {} if self._sharing is None else _by_kind(ordered)
+        for job in ordered:
             if self._free_until[1] <= self._ready_s:
                 return
             if id(job) in self._started:
@@ -285,11 +287,14 @@ class _Start:
             if job.here.is_short:
                 self._fill_short(job)
                 continue
-            if is_crowded and (partner := self._partner_to_fetch(job, ordered)) and self._fill_short(partner):
-                continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
             kind = id(job.speeds), is_patient
-            if kind not in hopeless and not self._fill_together(job, ordered[position + 1 :], is_patient=is_patient):
+            if kind in hopeless:
+                continue
+            others = alike.get(id(job.ahead), ())
+            if is_crowded and (partner := self._partner_to_fetch(job, others)) and self._fill_short(partner):
+                continue
+            if not self._fill_together(job, others, is_patient=is_patient):
                 hopeless.add(kind)
 
     def _fill_short(self, job: PendingJob) -> bool:
@@ -310,7 +315,7 @@ class _Start:
         for other in others:
             if num_missing <= 0:
                 break
-            if other.ahead is job.ahead and other is not job and id(other) not in self._started:
+            if other is not job and id(other) not in self._started:
                 if other.here.is_short and not other.trajectory.is_apart:
                     return other
                 num_missing -= 1
@@ -324,7 +329,7 @@ class _Start:
         for other in others:
             if len(members) == len(speeds):
                 break
-            if other.ahead is job.ahead and self._may_ride(other):
+            if other is not job and self._may_ride(other):
                 members.append(other)
         return any(
             self._fill_steps(members[:count], speeds[count - 1].times, is_patient=is_patient)
@@ -376,6 +381,14 @@ class _Start:
     def _claim_until(self, end_s: float, num_ranks: int) -> None:
         self.timeline.claim([Piece(self.now, end_s, num_ranks)])
         self._free_until = self.timeline.free_until(self._widest)
+
+
+def _by_kind(jobs: Iterable[PendingJob]) -> dict[int, list[PendingJob]]:
+    """`jobs` in their order, by what all of a kind have in common."""
+    found: dict[int, list[PendingJob]] = {}
+    for job in jobs:
+        found.setdefault(id(job.ahead), []).append(job)
+    return found
 
 
 def _steps_in(task_s: float, step_s: float) -> int:
