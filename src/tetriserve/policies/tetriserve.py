@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 from itertools import groupby
 from operator import attrgetter
@@ -287,45 +287,75 @@ def _share(shares: list[TaskShare], waiting: Triage, capacity: int, window: Wind
     left = [candidate for candidate in (*waiting.on_time, *waiting.late) if id(candidate.trajectory) not in served]
     if not left:
         return shares
-    on_time = {id(candidate.trajectory): candidate for candidate in waiting.on_time}
-
-    def joined(host: TaskShare, more: Sequence[Trajectory]) -> TaskShare | None:
-        """`host` with `more` members; None where it does not pay, or makes one late that was on time in `host`."""
-        members = (*host.members, *more)
-        pays = sizes_that_pay(cost, host.members[0].request, host.degree)
-        if len(members) > len(pays) or not may_share(members):
-            return None
-        step_s = pays[len(members) - 1][1]
-        num_steps = min(host.num_steps, max(1, window.steps_that_fit(step_s)))
-        if min(member.remaining_steps for member in more) < num_steps:
-            return None
-        guarded = [on_time[id(member)] for member in host.members if id(member) in on_time]
-        if not all(_stays_on_time(candidate, num_steps, step_s, window) for candidate in guarded):
-            return None
-        return TaskShare(members, host.degree, num_steps)
-
-    if any(id(candidate.trajectory) in on_time for candidate in left):
+    company = _Company({id(candidate.trajectory): candidate for candidate in waiting.on_time}, window, cost)
+    deferred = [candidate for candidate in left if id(candidate.trajectory) in company.on_time]
+    if deferred:
         merged: list[TaskShare] = []
         for share in shares:
             for index, host in enumerate(merged):
-                both = joined(host, share.members) if host.degree == share.degree else None
-                if both is not None and joined(share, host.members) is not None:
+                both = company.joined(host, share.members) if host.degree == share.degree else None
+                if both is not None and company.joined(share, host.members) is not None:
                     merged[index] = both
                     capacity += share.degree
                     break
             else:
                 merged.append(share)
-        filled = _fill([candidate for candidate in left if id(candidate.trajectory) in on_time], capacity, window)
+        filled = _fill(deferred, capacity, window)
         shares = merged + [TaskShare.of(choice) for choice in filled]
         served = {id(choice.trajectory) for choice in filled}
         left = [candidate for candidate in left if id(candidate.trajectory) not in served]
-    for index, host in enumerate(shares):
-        for candidate in [*left]:
-            with_rider = joined(host, [candidate.trajectory])
-            if with_rider is not None:
-                host = shares[index] = with_rider
-                left.remove(candidate)
-    return shares
+    riders: dict[tuple[object, ...], list[Trajectory]] = {}
+    for candidate in left:
+        riders.setdefault(candidate.trajectory.request.kind, []).append(candidate.trajectory)
+    return [company.with_riders(share, riders.get(share.members[0].request.kind, [])) for share in shares]
+
+
+class _Company:
+    """Who may share a task of one round.
+
+    on_time: the candidates that are, by the identity of their trajectories.
+    """
+
+    def __init__(self, on_time: Mapping[int, Candidate], window: Window, cost: CostModel) -> None:
+        self.on_time = on_time
+        self._window = window
+        self._cost = cost
+        self._pays: dict[tuple[object, ...], list[tuple[int, float]]] = {}
+
+    def joined(self, host: TaskShare, more: Sequence[Trajectory]) -> TaskShare | None:
+        """`host` with `more` members; None where it does not pay, or makes one late that was on time in `host`."""
+        members = (*host.members, *more)
+        pays = self._pays_for(host)
+        if len(members) > len(pays) or not may_share(members):
+            return None
+        step_s = pays[len(members) - 1][1]
+        num_steps = min(host.num_steps, max(1, self._window.steps_that_fit(step_s)))
+        if min(member.remaining_steps for member in more) < num_steps:
+            return None
+        guarded = [self.on_time[id(member)] for member in host.members if id(member) in self.on_time]
+        if not all(_stays_on_time(candidate, num_steps, step_s, self._window) for candidate in guarded):
+            return None
+        return TaskShare(members, host.degree, num_steps)
+
+    def with_riders(self, host: TaskShare, riders: list[Trajectory]) -> TaskShare:
+        """`host` with as many of `riders` as may join, which are taken out."""
+        most = len(self._pays_for(host))
+        position = 0
+        while position < len(riders) and len(host.members) < most:
+            with_rider = self.joined(host, riders[position : position + 1])
+            if with_rider is None:
+                position += 1
+            else:
+                host = with_rider
+                del riders[position]
+        return host
+
+    def _pays_for(self, host: TaskShare) -> list[tuple[int, float]]:
+        request = host.members[0].request
+        key = host.degree, request.kind
+        if key not in self._pays:
+            self._pays[key] = sizes_that_pay(self._cost, request, host.degree)
+        return self._pays[key]
 
 
 def _stays_on_time(candidate: Candidate, num_steps: int, step_s: float, window: Window) -> bool:

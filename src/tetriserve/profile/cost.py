@@ -38,6 +38,7 @@ class ProfileCost:
     batch_limit: int | None = None
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
+    _known_cases: dict[tuple[str, Shape], list[Case]] = field(default_factory=dict, repr=False, compare=False)
 
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         """See `CostModel.times`; of the degrees that the request allows.
@@ -106,10 +107,20 @@ class ProfileCost:
             for known, times in self._memo.items()
             if known[0] != case.stage or (case.shape is not None and known[1] != case.shape)
         }
-        return ProfileCost(self.profile, self.degrees_of, corrections, self.batch_limit, memo, self._profiled)
+        return ProfileCost(
+            self.profile, self.degrees_of, corrections, self.batch_limit, memo, self._profiled, self._known_cases
+        )
 
     def _cases(self, kind: str, shape: Shape, batch: int = 1) -> list[Case]:
         """One for each degree that a stage of `shape` may have, ascending; see `profiled_step_times`."""
+        key = kind, shape
+        known = self._known_cases.get(key)
+        if known is None:
+            make_room(self._known_cases)
+            known = self._known_cases[key] = self._find_cases(kind, shape)
+        return known if batch == 1 else [case._replace(batch=batch) for case in known]
+
+    def _find_cases(self, kind: str, shape: Shape) -> list[Case]:
         rows = self.profile.rows_of(kind)
         if not rows:
             raise ProfileError(f"profile has no stage {kind!r}; it has {', '.join(self.profile.stages)}")
@@ -121,7 +132,7 @@ class ProfileCost:
                 raise ProfileError(f"{shape} can run at none of the degrees {measured}")
         covered = [degree for degree in allowed if self._covers(kind, shape, degree)]
         sized = self._sized(kind, shape)
-        return [Case(kind, sized, degree, batch) for degree in covered or allowed[:1]]
+        return [Case(kind, sized, degree) for degree in covered or allowed[:1]]
 
     def _sized(self, kind: str, shape: Shape) -> Shape | None:
         """What tells the times of `shape` from those of others; None where nothing does."""
