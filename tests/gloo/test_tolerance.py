@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,7 +19,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import TOLERANCES, ModelCard
 from tetriserve.models.checkpoint import read_card
-from tetriserve.models.flux.adapter import FluxAdapter
+from tetriserve.models.flux.adapter import FluxAdapter, step_together
 
 HANG_S = 600.0
 """Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
@@ -34,11 +35,15 @@ Results = dict[tuple[str, str, int, str], np.ndarray]
 """Pixels by dtype, prompt, side and schedule."""
 
 
-def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh | None]) -> np.ndarray:
-    request = Request(
+def request_of(prompt: str, side: int) -> Request:
+    return Request(
         request_id="r", prompt=prompt, shape=Shape(side, side), stages=image_stages(NUM_STEPS), seed=7, arrival_s=0.0,
         deadline_s=0.0,
     )  # fmt: skip
+
+
+def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh | None]) -> np.ndarray:
+    request = request_of(prompt, side)
     loop, latents = adapter.denoise_loop(request, adapter.encode(request), 0), adapter.initial_latents(request)
     for step in range(NUM_STEPS):
         adapter.use_mesh(meshes[step % len(meshes)])
@@ -97,6 +102,23 @@ def test_any_schedule_stays_within_the_stated_tolerance_and_the_same_degrees_giv
                 if (dtype, prompt, side, name) == ("bfloat16", PROMPTS[1], 128, "2"):
                     assert levels.max() > TOLERANCES["float32"].max_levels, "half precision needs the wider tolerance"
         assert np.array_equal(results[dtype, *REPEATED], results[dtype, *REPEATED[:2], "again"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_steps_stay_within_the_stated_tolerance(dtype: str, bundled_card: ModelCard) -> None:
+    adapter = FluxAdapter(dataclasses.replace(bundled_card, execution=Execution(dtype)), "cpu")
+    tolerance = TOLERANCES[dtype]
+    for side in SIDES:
+        requests = [request_of(prompt, side) for prompt in (*PROMPTS, "a tan triangle")]
+        loops = [adapter.denoise_loop(request, adapter.encode(request), 0) for request in requests]
+        latents = [adapter.initial_latents(request) for request in requests]
+        for _ in range(NUM_STEPS):
+            latents = step_together(loops, latents)
+        for request, shared in zip(requests, latents, strict=True):
+            alone = draw(adapter, request.prompt, side, [None]).astype(int)
+            levels = np.abs(adapter.decode(request, shared) - alone)
+            assert levels.max() <= tolerance.max_levels, (request.prompt, side)
+            assert levels.mean() <= tolerance.mean_levels, (request.prompt, side)
 
 
 if __name__ == "__main__":
