@@ -26,7 +26,7 @@ class BlockPolicy(ABC):
     of requests that have not started.
 
     With a `batch` above 1 up to so many requests of one kind hold a block and share its tasks of steps, as servers with
-    dynamic batching do it: where no block is free, requests join between tasks, in order of arrival, whatever that does
+    dynamic batching do it: where no block is free, requests join between tasks, in order of arrival, without regard
     to deadlines.
     """
 
@@ -48,13 +48,12 @@ class BlockPolicy(ABC):
         held: dict[Block, list[Trajectory]] = {block: [] for block in blocks if idle.issuperset(block)}
         free = [block for block in held if block not in owners.values()]
         for trajectory in sorted(state.waiting, key=lambda trajectory: not trajectory.has_started):
-            block = owners.get(trajectory.request_id)
-            if block is None:
-                step_times = times_per_step(state.cost, trajectory.request)
-                block = next((block for block in free if self.step_ranks(block, step_times)), None)
-                block = block or next((block for block in held if self._has_room(held[block], trajectory)), None)
+            block = owners.get(trajectory.request_id) or next(iter(free), None)
+            block = block or next((block for block in held if self._has_room(held[block], trajectory)), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
-            if block is not None and block in held:
+            if block is None or block not in held:
+                continue
+            if self.step_ranks(block, times_per_step(state.cost, trajectory.request)):
                 held[block].append(trajectory)
                 free = [other for other in free if other != block]
         return Plan(tuple(self._next_task(members, block, state.cost) for block, members in held.items() if members))

@@ -278,3 +278,15 @@ def test_the_outcomes_share_of_a_shared_task_is_its_part() -> None:
         assert shared
         total_s = sum((run.end_s - run.start_s) * run.task.degree / run.task.batch for run in outcome.runs)
         assert outcome.gpu_time_s == pytest.approx(total_s)
+
+
+@pytest.mark.parametrize("spec", ["fixed:4", "fixed:4:batch=8", "fcfs", "fcfs:batch=8"])
+@pytest.mark.parametrize(("stage_index", "served"), [(0, [("other",)]), (1, [])])
+def test_a_request_whose_degrees_the_living_ranks_do_not_allow_waits_and_keeps_its_block_once_it_has_started(
+    spec: str, stage_index: int, served: list[tuple[str, ...]]
+) -> None:
+    request = request_of("wide", 1024, degrees=(4,))
+    wide = dataclasses.replace(Trajectory.at(request, stage_index), holders=(0, 1, 2, 3))
+    other = Trajectory(request_of("other", 1024))
+    plan = make(spec).plan(State((wide, other), (), (0, 1), H200), 0.0)
+    assert [task.members for task in plan.tasks] == served
