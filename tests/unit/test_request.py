@@ -63,11 +63,6 @@ def test_a_stage_may_be_over_before_all_its_steps_are_done() -> None:
     assert (early.stage.kind, early.steps_done, early.remaining_steps) == (DECODE, 2, 0)
 
 
-def test_a_trajectory_is_late_only_after_its_deadline() -> None:
-    assert not Trajectory(REQUEST).is_late(2.0)
-    assert Trajectory(REQUEST).is_late(2.001)
-
-
 def test_warm_groups_are_the_aligned_blocks_of_every_degree_above_1_narrow_ones_first() -> None:
     assert aligned_groups(4, 1) == ((0,), (1,), (2,), (3,))
     assert aligned_groups(5, 2) == ((0, 1), (2, 3))

@@ -124,7 +124,8 @@ class _WhatIf:
         takes_s = self.controller.end_s(start.task_id) - now
         takes_s += sum([self.first_s.pop(request_id, 0.0) for request_id in task.members])
         self._note(Run(task, start_s, start_s + takes_s))
-        return start_s + takes_s, self._end_of(start.task_id, task, [part.trajectory for part in start.work])
+        elapsed_s = task_s(self.controller.cost, task, start.work[0].request)
+        return start_s + takes_s, TaskFinished.planned(start, elapsed_s, _NOTHING)
 
     def _finish(self, command: FinishRequest) -> None:
         request_id = command.request.request_id

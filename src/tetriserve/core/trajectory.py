@@ -77,6 +77,3 @@ class Trajectory:
     def is_moved_by(self, ranks: Collection[int]) -> bool:
         """Whether a task on `ranks` would have to fetch the state, or to change the group that holds it."""
         return bool(self.holders) and set(self.holders) != set(ranks)
-
-    def is_late(self, now: float) -> bool:
-        return now > self.request.deadline_s
