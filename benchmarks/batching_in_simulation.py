@@ -73,7 +73,7 @@ def bars(scenarios: Sequence[Scenario], sars: Sequence[dict[str, float]]) -> dic
     for policy in OURS:
         found[f"{policy} above every peer that batches: by {min(leads[policy]):.1f} or more"] = min(leads[policy]) >= 0
     within = all(sar[name] <= sar["bound"] + 1e-9 for sar in sars for name in sar)
-    return {**found, "nobody above the bound": within}
+    return {**found, "no policy above the bound": within}
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class CostModel(Protocol):
 
     @property
     def max_batch(self) -> int:
-        """The most requests that a task may be for; 1 where nobody measured what more would take."""
+        """The largest number of requests in a task; 1 where no batch was measured."""
         ...
 
     @property
