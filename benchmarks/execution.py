@@ -1,7 +1,7 @@
 """What the engine costs over the bare model: ratios and times measured in one run (no GPU needed).
 
-Prints denoise time through the engine over a bare diffusers loop of the same model and steps, on one rank; the time of
-a degree switch with a warm group; and the memory of each extra worker over the model's own.
+Prints denoise time through the engine over a bare diffusers loop of the same model and steps, on one rank; and the
+memory of each extra worker over the model's own. What exchanges and switches of degree cost: benchmarks/teams.py.
 
     python benchmarks/execution.py [--pairs 45]
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import multiprocessing
 import statistics
 import time
@@ -18,10 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
-from tetriserve.core.events import Event, StartTask, TaskFinished, Work
-from tetriserve.core.plan import Task
-from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DENOISE, ENCODE, image_stages
+from tetriserve.core.request import Shape
+from tetriserve.core.stages import DENOISE
 from tetriserve.engine import Generation
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.processes import ProcessStarter
@@ -30,7 +27,6 @@ from tetriserve.models.checkpoint import read_card
 
 NUM_STEPS = 20
 BARS = {Shape(256, 256): 1.05, Shape(512, 512): 1.02}
-SWITCH_BAR_S = 0.005
 QUIET = StartProgress(step=lambda text: None)
 
 
@@ -76,7 +72,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     """Ratios of denoise time through the engine over the bare loop, taken in turn so that drift hits both."""
     pool = PoolConfig(num_ranks=1)
     ours, theirs = multiprocessing.Pipe()
-    starter = ProcessStarter(pool)
+    starter = ProcessStarter(find_model(None), pool)
     process = starter.context.Process(target=bare_loop, args=(directory, theirs), daemon=True)  # type: ignore[attr-defined]
     await starter.start(process)
     engine = (await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)).engine
@@ -109,58 +105,6 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     return ratios
 
 
-async def switch_times(directory: Path) -> tuple[float, float]:
-    """Seconds of a one-step task at degree 2 that stays in its group, and of one that comes from degree 1.
-
-    Between the two pairs of tasks at degree 2, request A runs at degree 1 on rank 0 beside request B on rank 1, so
-    that both ranks are at work all the time and rank 1 lacks A's latents when they join again.
-    """
-    executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=2))
-    await executor.start(lambda text: None)
-    ends: dict[int, asyncio.Future[TaskFinished]] = {}
-
-    def on_event(event: Event) -> None:
-        assert isinstance(event, TaskFinished), event
-        ends.pop(event.task_id).set_result(event)
-
-    executor.subscribe(on_event)
-    ids = itertools.count()
-    works: dict[str, Work] = {}
-    for name in ("a", "b"):
-        request = Request(
-            request_id=name, prompt=name, shape=Shape(256, 256), stages=image_stages(500), seed=0, arrival_s=0.0,
-            deadline_s=0.0,
-        )  # fmt: skip
-        works[name] = Work(request, 0, 0, {})
-
-    async def run(name: str, stage: str, ranks: tuple[int, ...]) -> float:
-        task_id, work, num_steps = next(ids), works[name], int(stage is DENOISE)
-        end = ends[task_id] = asyncio.get_running_loop().create_future()
-        started_at = time.perf_counter()
-        executor.start_task(StartTask(task_id, Task((name,), stage, ranks, num_steps), (work,)))
-        (result,) = (await end).results
-        elapsed_s = time.perf_counter() - started_at
-        after = work.trajectory.after(result.num_steps, is_stage_over=result.is_stage_over)
-        states = {**work.states, stage: result.left}
-        works[name] = Work(work.request, after.stage_index, after.stage_steps_done, states)
-        return elapsed_s
-
-    stays: list[float] = []
-    switches: list[float] = []
-    try:
-        await asyncio.gather(run("a", ENCODE, (0,)), run("b", ENCODE, (1,)))
-        for number in range(163):
-            await asyncio.gather(run("a", DENOISE, (0,)), run("b", DENOISE, (1,)))
-            switch_s = await run("a", DENOISE, (0, 1))
-            stay_s = await run("a", DENOISE, (0, 1))
-            if number >= 3:
-                switches.append(switch_s)
-                stays.append(stay_s)
-    finally:
-        await executor.stop()
-    return statistics.median(stays), statistics.median(switches)
-
-
 async def worker_memory(directory: Path) -> tuple[float, float]:
     """MiB that each worker holds alone (PSS, shared pages divided), and MiB of the model's weights."""
     executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=3))
@@ -190,11 +134,6 @@ def main() -> None:
             f"denoise through the engine over a bare loop, {arguments.policy} {shape}: median {middle:.3f}x "
             f"(quartiles {low:.3f} and {high:.3f}, {len(ratios)} pairs; bar {BARS[shape]:.2f}x)"
         )
-    stay_s, switch_s = asyncio.run(switch_times(directory))
-    print(
-        f"switch from degree 1 to 2, warm group: {(switch_s - stay_s) * 1000:.2f} ms more than a task that stays "
-        f"({stay_s * 1000:.1f} ms; bar {SWITCH_BAR_S * 1000:.0f} ms)"
-    )
     pss, weights = asyncio.run(worker_memory(directory))
     print(
         f"memory per worker: {pss:.0f} MiB, {pss - weights:.0f} MiB over the model's own {weights:.0f} MiB of weights"

@@ -48,6 +48,8 @@ def serve(
         str, option("policy", "lookahead, tetriserve, fcfs, fixed:K, or a plug-in's name.")
     ] = "lookahead",
     device: options.Device = "cpu",
+    ranks_per_gpu: options.RanksPerGpu = 1,
+    collectives: options.Collectives = "",
     host: Annotated[str, option("host", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "Port to listen on; 0 takes a free one.")] = 8000,
     profile: options.Profile = None,
@@ -98,7 +100,16 @@ def serve(
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
             pool=options.pool_config(
-                ranks, degrees, device, threads, start_timeout, heartbeat_timeout, log_format, max_batch
+                ranks,
+                degrees,
+                device,
+                threads,
+                start_timeout,
+                heartbeat_timeout,
+                log_format,
+                max_batch,
+                ranks_per_gpu,
+                collectives,
             ),
             scheduling=SchedulingConfig(
                 policy=policy,
@@ -143,6 +154,8 @@ def profile(
     degrees: options.Degrees = "",
     max_batch: options.MaxBatch = 8,
     device: options.Device = "cpu",
+    ranks_per_gpu: options.RanksPerGpu = 1,
+    collectives: options.Collectives = "",
     sizes: Annotated[str, option("sizes", "Sizes to measure, such as 256x256,512x512. Default: the model's own.")] = "",
     out: Annotated[
         Path | None, option("out", "File to write. Default: <model>.profile.json in the working directory.")
@@ -163,7 +176,16 @@ def profile(
             shapes = tuple(Shape.parse(size.strip()) for size in sizes.split(",") if size.strip())
         except ValueError as error:
             raise ConfigError(f"--sizes: {error}") from error
-        pool = options.pool_config(ranks, degrees, device, threads, start_timeout, max_batch=max_batch)
+        pool = options.pool_config(
+            ranks,
+            degrees,
+            device,
+            threads,
+            start_timeout,
+            max_batch=max_batch,
+            ranks_per_gpu=ranks_per_gpu,
+            collectives=collectives,
+        )
         with _progress() as progress:
             card, measured = run_until_signal(measure_profile(model, pool, shapes, progress, max_sequence_length))
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names

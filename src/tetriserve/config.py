@@ -11,6 +11,7 @@ from tetriserve.core.execution import Execution
 from tetriserve.core.plan import LATE_SHARE
 
 DEVICES = ("cpu", "cuda")
+COLLECTIVES = ("shm", "torch")
 MAX_BATCH = 64
 LOG_FORMATS = ("text", "json")
 
@@ -30,26 +31,33 @@ class PoolConfig:
     """The ranks and how they are looked after.
 
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
+    ranks_per_gpu: how many ranks share each GPU. More than one proves correctness, and is slower.
+    collectives: how the ranks of a task exchange tensors: through shared memory (`shm`), or by torch's process groups
+        (`torch`: NCCL between GPUs, else gloo); empty means torch where each rank has a GPU of its own, else shm.
     num_threads: intra-op threads of each worker. One is right on a CPU shared by several ranks.
     max_batch: requests that may share a task at most, where that pays; 1 for none.
-    max_groups: live process groups at most, the least recently used goes first; 0 means 32, or twice the ranks if more.
+    max_groups: live process groups of torch in each rank at most, the least recently used goes first; 0 means 32, or
+        twice the ranks if more.
     resident_bytes: of requests' states that each rank keeps beside their copies in the store; what was used least
         recently goes first, and is loaded again where it is needed.
     heartbeat_timeout_s: a worker silent for this long is taken for hung and replaced.
-    step_timeout_s: a busy worker that finishes no step for this long is taken for hung and replaced.
-    group_timeout_s: a collective that waits for a peer for this long fails.
+    step_timeout_s: a busy worker that finishes no step for this long is taken for hung and replaced; 0 means 60 on a
+        GPU and 600 on a CPU.
+    group_timeout_s: a collective of torch that waits for a peer for this long fails.
     log_format: one of `LOG_FORMATS`, for what workers log.
     """
 
     num_ranks: int = 2
     degrees: tuple[int, ...] = ()
     device: str = "cpu"
+    ranks_per_gpu: int = 1
+    collectives: str = ""
     num_threads: int = 1
     max_batch: int = 8
     max_groups: int = 0
     resident_bytes: int = 2**30
     heartbeat_timeout_s: float = 10.0
-    step_timeout_s: float = 600.0
+    step_timeout_s: float = 0.0
     group_timeout_s: float = 30.0
     start_timeout_s: float = 300.0
     log_format: str = "text"
@@ -58,6 +66,12 @@ class PoolConfig:
         check_range("ranks", self.num_ranks, 1, MAX_RANKS)
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}; allowed: {', '.join(DEVICES)}")
+        if self.ranks_per_gpu != 1 and self.device != "cuda":
+            raise ConfigError(f"ranks-per-gpu is {self.ranks_per_gpu}, but device is {self.device}; use --device cuda")
+        check_range("ranks-per-gpu", self.ranks_per_gpu, 1, self.num_ranks)
+        if self.collectives not in ("", *COLLECTIVES):
+            raise ConfigError(f"collectives is {self.collectives!r}; allowed: {', '.join(COLLECTIVES)}")
+        object.__setattr__(self, "collectives", self.collectives or self.usual_collectives)
         if not self.degrees:
             powers = tuple(2**i for i in range(self.num_ranks.bit_length()) if 2**i <= self.num_ranks)
             object.__setattr__(self, "degrees", powers)
@@ -72,6 +86,8 @@ class PoolConfig:
                 f"degrees is {_listed(degrees)} with {self.num_ranks} ranks; "
                 f"use --ranks {degrees[-1]} or degrees of at most {self.num_ranks}"
             )
+        if self.step_timeout_s == 0:
+            object.__setattr__(self, "step_timeout_s", 60.0 if self.device == "cuda" else 600.0)
         if self.max_groups == 0:
             object.__setattr__(self, "max_groups", max(32, 2 * self.num_ranks))
         if self.log_format not in LOG_FORMATS:
@@ -84,13 +100,27 @@ class PoolConfig:
             check_range(name.replace("_", "-"), getattr(self, f"{name}_s"), 0.001, MAX_TIME_S)
 
     @property
+    def has_own_gpus(self) -> bool:
+        """Whether each rank has a GPU that no other rank uses."""
+        return self.device == "cuda" and self.ranks_per_gpu == 1
+
+    @property
+    def usual_collectives(self) -> str:
+        return "torch" if self.has_own_gpus else "shm"
+
+    @property
     def backend(self) -> str:
-        """Collective backend: NCCL between GPUs, gloo between CPU processes."""
-        return "nccl" if self.device == "cuda" else "gloo"
+        """Of torch's process groups: NCCL refuses ranks that share a GPU, and gloo takes its tensors too."""
+        return "nccl" if self.has_own_gpus else "gloo"
+
+    @property
+    def num_gpus(self) -> int:
+        """As many as the ranks need; 0 on a CPU."""
+        return -(-self.num_ranks // self.ranks_per_gpu) if self.device == "cuda" else 0
 
     def device_of(self, rank: int) -> str:
-        """torch's name of the rank's device; one process per GPU."""
-        return f"cuda:{rank}" if self.device == "cuda" else "cpu"
+        """torch's name of the rank's device."""
+        return f"cuda:{rank // self.ranks_per_gpu}" if self.device == "cuda" else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -36,7 +37,8 @@ from tetriserve.profile.corrections import Corrections
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
-from tetriserve.profiler.measure import gpu_names, hardware_name, measure
+from tetriserve.profiler.hardware import hardware_name, visible_gpus
+from tetriserve.profiler.measure import measure
 from tetriserve.workload.slo import MultipleRule, slack_s
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ async def launch(
     profile = profile or find_profile(replace(config, pool=pool), card)
 
     def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
-        cost = ProfileCost(profile, lambda shape: _valid_degrees(card, shape, pool), corrections, pool.max_batch)
+        cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees), corrections, pool.max_batch)
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
         new_policy = partial(
@@ -220,7 +222,7 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
         )
     for shape in profile.shapes:
         measured = {row.degree for row in profile.rows if row.shape == shape and row.tokens}
-        missing = [degree for degree in _valid_degrees(card, shape, pool) if degree not in measured]
+        missing = [degree for degree in card.valid_degrees(pool.degrees) if degree not in measured]
         if missing:
             raise ProfileError(
                 f"profile {name} has no row for {shape} at degree {missing[0]}; measure one with --degrees "
@@ -286,8 +288,8 @@ async def measure_profile(
 
 
 def num_gpus() -> int:
-    """GPUs of this machine, asked of the driver: the server process never initialises CUDA."""
-    return len(gpu_names())
+    """GPUs that workers may use."""
+    return len(visible_gpus())
 
 
 def cache_directory() -> Path:
@@ -324,22 +326,15 @@ async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig
 
 
 def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
-    """`pool` without the degrees at which none of the model's sizes can run; a warning names them."""
-    usable = {degree for shape in card.sizes for degree in _valid_degrees(card, shape, pool)}
+    """`pool` without the degrees at which the model cannot run; a warning names them."""
+    usable = card.valid_degrees(pool.degrees)
     dropped = [degree for degree in pool.degrees if degree not in usable]
-    if not dropped:
-        return pool
-    counts = family_of(card).shared(card, card.sizes[0])
-    logger.warning(
-        "degrees %s are not used: no size of %s can run at them (a degree must divide %s of %s)",
-        ",".join(map(str, dropped)), card.name, ", ".join(f"{count} {what}" for what, count in counts.items()),
-        card.sizes[0],
-    )  # fmt: skip
-    return replace(pool, degrees=tuple(sorted(usable)))
-
-
-def _valid_degrees(card: ModelCard, shape: Shape, pool: PoolConfig) -> tuple[int, ...]:
-    return family_of(card).valid_degrees(card, shape, pool.degrees)
+    if dropped:
+        logger.warning(
+            "degrees %s are not used: a degree must divide the %d attention heads of %s",
+            ",".join(map(str, dropped)), card.num_heads, card.name,
+        )  # fmt: skip
+    return replace(pool, degrees=usable)
 
 
 def _check_interpreter() -> None:
@@ -352,6 +347,12 @@ def _check_device(pool: PoolConfig) -> None:
         return
     available = num_gpus()
     if available == 0:
-        raise ConfigError("device is cuda, but nvidia-smi finds no GPU on this machine; use --device cpu")
-    if available < pool.num_ranks:
-        raise ConfigError(f"ranks is {pool.num_ranks}, but there are {available} GPUs; use --ranks {available}")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = "" if visible is None else f" among CUDA_VISIBLE_DEVICES={visible[:100]!r}"
+        raise ConfigError(f"device is cuda, but nvidia-smi finds no GPU on this machine{among}; use --device cpu")
+    if available < pool.num_gpus:
+        each = f" for {pool.ranks_per_gpu} ranks each" if pool.ranks_per_gpu > 1 else ""
+        raise ConfigError(
+            f"ranks is {pool.num_ranks}, but there are {available} GPUs{each}; "
+            f"use --ranks {available * pool.ranks_per_gpu}"
+        )

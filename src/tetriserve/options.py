@@ -163,6 +163,10 @@ Degrees = Annotated[
 ]
 MaxBatch = Annotated[int, option("max-batch", "Requests of one size that may share a step, where it pays; 1: none.")]
 Device = Annotated[str, option("device", "cpu or cuda.")]
+RanksPerGpu = Annotated[int, option("ranks-per-gpu", "Ranks that share each GPU: for tests, as it is slower.")]
+Collectives = Annotated[
+    str, option("collectives", "shm (shared memory) or torch (NCCL, gloo). Default: torch between GPUs, else shm.")
+]
 Profile = Annotated[
     str | None, option("profile", "Profile file. Default: one for this model and machine, measured if need be.")
 ]
@@ -245,6 +249,8 @@ def pool_config(
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S,
     log_format: str = "text",
     max_batch: int = 8,
+    ranks_per_gpu: int = 1,
+    collectives: str = "",
 ) -> PoolConfig:
     """The pool that the options describe.
 
@@ -258,11 +264,13 @@ def pool_config(
         parsed = tuple(int(degree) for degree in degrees.split(",") if degree.strip())
     except ValueError:
         raise ConfigError(f"degrees is {degrees!r}; write whole numbers with commas, such as 1,2,4") from None
-    num_ranks = ranks if ranks is not None else (num_gpus() or 1) if device == "cuda" else 2
+    num_ranks = ranks if ranks is not None else ranks_per_gpu * (num_gpus() or 1) if device == "cuda" else 2
     return PoolConfig(
         num_ranks=num_ranks,
         degrees=parsed,
         device=device,
+        ranks_per_gpu=ranks_per_gpu,
+        collectives=collectives,
         num_threads=threads,
         max_batch=max_batch,
         start_timeout_s=start_timeout,

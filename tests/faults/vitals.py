@@ -1,4 +1,4 @@
-"""What a server's processes hold over time: memory, threads, open files, and groups in the tensor store."""
+"""What a server's processes hold over time: memory, threads, open files, and process groups in the tensor store."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def take_sample(session: int) -> Sample:
     directory = store_directory(session)
     if directory is not None:
         names = [path.name for path in directory.iterdir()]
-        values["group files"] = sum(name.startswith("group-") for name in names)
+        values["group files"] = sum(name.startswith("team-") for name in names)
     return Sample(time.time(), dict(values))
 
 

@@ -25,7 +25,6 @@ from tetriserve.engine import GeneratedImage, Generation, LiveEngine
 from tetriserve.engine.intake import Intake
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
@@ -59,7 +58,7 @@ async def serving(card: ModelCard, profile: Profile, num_ranks: int, policy: Pol
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
     executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
-    cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(card, shape, pool.degrees))
+    cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees))
 
     def new_policy() -> Policy:
         if not isinstance(policy, str):

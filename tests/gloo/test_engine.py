@@ -41,7 +41,6 @@ from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine, Ob
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import StartProgress, launch
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost
 from tetriserve.workload.outcome import Outcome, Status
@@ -113,7 +112,7 @@ class Setup:
         assert (state.trajectories, state.in_flight, state.ranks) == ((), (), self.all_ranks)
         assert self.engine.is_ready
         left = [path.name for path in self.executor._directory.path.iterdir()]
-        assert [name for name in left if not name.startswith(("lock", "group-", ".preview-basis"))] == []
+        assert [name for name in left if not name.startswith(("lock", "team-", ".preview-basis"))] == []
 
 
 @asynccontextmanager
@@ -122,7 +121,7 @@ async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, polic
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
     executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
-    cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(card, shape, pool.degrees))
+    cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees))
     new_policy = partial(make_policy, policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),
@@ -311,7 +310,7 @@ async def test_the_event_log_replayed_through_a_new_controller_gives_the_same_co
     joined = len(setup.events) - len(log)
     assert joined == len(setup.all_ranks)
     degrees = PoolConfig(num_ranks=len(setup.all_ranks)).degrees
-    cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(bundled_card, shape, degrees))
+    cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(degrees))
     policy = make_policy("lookahead", cost, num_ranks=len(setup.all_ranks), shapes=profile.shapes)
     again = Controller(policy, cost)
     commands = [again.handle(event, now) for now, event in setup.events]

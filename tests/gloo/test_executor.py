@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.waiting import HANG_S
-from tetriserve.config import PoolConfig
+from tetriserve.config import COLLECTIVES, PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.events import Result as Left
@@ -135,10 +135,10 @@ class Driver:
             self._ended.pop(event.task_id).set_exception(RuntimeError(event.message))
 
 
-@pytest.fixture(scope="module")
-async def driver(bundled_card: ModelCard) -> AsyncIterator[Driver]:
-    """Four ranks with room for one idle group only, so that groups are dropped and formed again all the time."""
-    pool = PoolConfig(num_ranks=NUM_RANKS, max_groups=MAX_GROUPS, heartbeat_timeout_s=HANG_S)
+@pytest.fixture(scope="module", params=COLLECTIVES)
+async def driver(request: pytest.FixtureRequest, bundled_card: ModelCard) -> AsyncIterator[Driver]:
+    """Four ranks with room for one process group only, so that groups are dropped and formed again all the time."""
+    pool = PoolConfig(num_ranks=NUM_RANKS, collectives=request.param, max_groups=MAX_GROUPS, heartbeat_timeout_s=HANG_S)
     executor = LocalExecutor(bundled_card, pool)
     await executor.start(lambda text: None)
     driver = Driver(executor)
@@ -254,7 +254,7 @@ async def test_requests_that_share_their_tasks_get_the_images_that_each_gets_alo
         assert_same(driver.take(work), alone[index])
 
 
-async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Driver, alone: list[Result]) -> None:
+async def test_teams_at_work_side_by_side_do_not_disturb_each_other(driver: Driver, alone: list[Result]) -> None:
     pairs = [(ranks, tuple(sorted({0, 1, 2, 3} - set(ranks)))) for ranks in ((0, 1), (0, 2), (0, 3))]
     for pair in (*pairs, *pairs):
         results = await asyncio.gather(*(driver.carry(REQUESTS[2], [(ranks, 4)], ranks[0], ranks[0]) for ranks in pair))
@@ -262,7 +262,7 @@ async def test_groups_at_work_side_by_side_do_not_push_each_other_out(driver: Dr
             assert_same(result, alone[2])
 
 
-async def test_groups_do_not_pile_up_in_workers(driver: Driver) -> None:
+async def test_nothing_of_past_teams_piles_up_in_workers(driver: Driver) -> None:
     request = dataclasses.replace(REQUESTS[2], stages=image_stages(12))
     sets = [*itertools.combinations(range(NUM_RANKS), 2), *itertools.combinations(range(NUM_RANKS), 2)]
 
@@ -273,9 +273,8 @@ async def test_groups_do_not_pile_up_in_workers(driver: Driver) -> None:
     before = num_files()
     await driver.carry(request, [(ranks, 1) for ranks in sets])
     await driver.carry(request, [(ranks, 1) for ranks in sets])
-    assert len(driver.executor._groups._names) == MAX_GROUPS
-    assert len(list(driver.directory.glob("group-*"))) <= MAX_GROUPS
-    # 24 more groups of two ranks were formed: 12 more per rank.
+    assert len(list(driver.directory.glob("team-*"))) <= NUM_RANKS * MAX_GROUPS
+    # 24 more teams of two ranks were at work: 12 more per rank.
     assert max(now - then for now, then in zip(num_files(), before, strict=True)) < 6
 
 

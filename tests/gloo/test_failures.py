@@ -25,11 +25,11 @@ from tetriserve.core.events import FailureKind
 from tetriserve.core.states import StoreError
 from tetriserve.executor.processes import ProcessStarter, kill_process
 from tetriserve.models.card import ModelCard
+from tetriserve.models.team import PeerLost
 from tetriserve.worker import store
 from tetriserve.worker.bundle import arrays_of
 from tetriserve.worker.failures import failure_kind
 from tetriserve.worker.lifeline import hold
-from tetriserve.worker.rendezvous import PeerAbsent
 from tetriserve.worker.store import StoreDirectory, TensorStore
 
 ALLOCATOR = (
@@ -45,20 +45,19 @@ ALLOCATOR = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError(ALLOCATOR),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
 def test_memory_that_ran_out_is_nobodys_fault(error: Exception) -> None:
-    assert {failure_kind(error, is_split=is_split) for is_split in (False, True)} == {FailureKind.MEMORY}
+    assert failure_kind(error) is FailureKind.MEMORY
 
 
 def test_other_errors_are_the_requests_own_or_a_lost_peers() -> None:
-    assert failure_kind(RuntimeError("expected 3 dimensions, got 4"), is_split=True) is FailureKind.STEP
-    assert failure_kind(ValueError("a prompt about being out of memory"), is_split=False) is FailureKind.STEP
-    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
-    for error in (gloo, PeerAbsent("a peer is gone: the group was dropped")):
-        assert failure_kind(error, is_split=True) is FailureKind.LOST
-    assert failure_kind(gloo, is_split=False) is FailureKind.STEP
+    assert failure_kind(RuntimeError("expected 3 dimensions, got 4")) is FailureKind.STEP
+    assert failure_kind(ValueError("a prompt about being out of memory")) is FailureKind.STEP
+    assert failure_kind(PeerLost("a peer is gone: the task was aborted")) is FailureKind.LOST
 
 
 def test_whatever_a_starved_process_says_is_memory() -> None:
@@ -66,7 +65,7 @@ def test_whatever_a_starved_process_says_is_memory() -> None:
     num_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, before[1]))
     try:
-        kind = failure_kind(RuntimeError("could not create a primitive"), is_split=False)
+        kind = failure_kind(RuntimeError("could not create a primitive"))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert kind is FailureKind.MEMORY
@@ -95,7 +94,7 @@ def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None
     ids=lambda error: type(error).__name__,
 )
 def test_a_store_without_room_or_files_is_the_hosts_trouble(error: Exception) -> None:
-    assert {failure_kind(error, is_split=is_split) for is_split in (False, True)} == {FailureKind.STORE}
+    assert failure_kind(error) is FailureKind.STORE
 
 
 def full_disk(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""The FLUX adapter against `FluxPipeline` itself, and across two gloo ranks."""
+"""The FLUX adapter against `FluxPipeline` itself."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import timedelta
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,6 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.models.registry import load_adapter
-
-HANG_S = 600.0
-"""Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
 
 REQUEST = Request(
     request_id="r",
@@ -94,15 +87,11 @@ def call_pipeline(pipeline: Any, request: Request, output_type: str, length: int
     ).images
 
 
-def denoise(adapter: FluxAdapter, request: Request, meshes: Sequence[Any] = (None,)) -> torch.Tensor:
-    """All steps of `request`, one per mesh; the last mesh stays for the rest."""
+def denoise(adapter: FluxAdapter, request: Request) -> torch.Tensor:
     latents = adapter.initial_latents(request)
     loop = adapter.denoise_loop(request, adapter.encode(request), 0)
-    for index in range(request.num_steps):
-        if index < len(meshes):
-            adapter.use_mesh(meshes[index])
+    for _ in range(request.num_steps):
         latents = loop.step(latents)
-    adapter.use_mesh(None)
     return latents
 
 
@@ -287,80 +276,3 @@ def test_a_checkpoint_that_diffusers_cannot_load_is_a_checkpoint_error(card: Mod
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="tiny cannot be loaded: module diffusers has no attribute Other"):
         load_adapter(dataclasses.replace(card, pipeline_class="Other"), "cpu")
-
-
-Results = dict[str, dict[str, tuple[torch.Tensor, list[int]]]]
-"""Latents, and the image tokens that this rank computed in each forward, by plan and case."""
-PLANS = ("degree 2", "another group each step", "1, 2, 1", "2, 1, 2", "degree 1 again")
-SPLIT_CASES = ("square", "wide", "negative prompt")
-
-
-def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
-    """One of two ranks, a process of its own: cases under every plan, saved as `Results`."""
-    from tetriserve.worker import groups as forming
-    from tetriserve.worker.rendezvous import Rendezvous
-
-    torch.set_num_threads(1)
-    forming._MEETING_TIMEOUT_S, forming._CONNECTING_TIMEOUT = HANG_S, timedelta(seconds=HANG_S)
-    groups = forming.Groups(rank, "gloo", "cpu", directory, timeout_s=HANG_S)
-    adapter = FluxAdapter(read_card(model_dir), "cpu")
-    for name in ("first", "second"):
-        Rendezvous(directory / name).open()
-    first, second = (groups.get(name, (0, 1)).mesh for name in ("first", "second"))
-    meshes = ((first,), (second, first, second), (None, first, None), (second, None, first), (None,))
-    transformer = adapter._pipeline.transformer
-    num_tokens: list[int] = []
-    transformer.x_embedder.register_forward_pre_hook(lambda _, inputs: num_tokens.append(inputs[0].shape[1]))
-    results: Results = {plan: {} for plan in PLANS}
-    for plan, case in product(PLANS, SPLIT_CASES):
-        num_tokens.clear()
-        latents = denoise(adapter, CASES[case], meshes[PLANS.index(plan)])
-        results[plan][case] = latents, num_tokens.copy()
-    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    assert [registry.hooks for registry in registries] == [{}] * len(registries)
-    assert [processor._parallel_config for processor in transformer.attn_processors.values()] == [None] * 6
-    torch.save(results, directory / f"results{rank}")
-
-
-@pytest.fixture(scope="module")
-def two_ranks(card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    directory = tmp_path_factory.mktemp("rendezvous")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), card.path, directory]) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=HANG_S) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [torch.load(directory / f"results{rank}") for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("case", SPLIT_CASES)
-@pytest.mark.parametrize("plan", PLANS[:-1])
-def test_any_plan_of_degrees_gives_the_latents_of_degree_1(
-    adapter: FluxAdapter, two_ranks: list[Results], plan: str, case: str
-) -> None:
-    latents, other_latents = (results[plan][case][0] for results in two_ranks)
-    assert torch.equal(latents, other_latents)
-    assert (latents - denoise(adapter, CASES[case])).abs().max() < 1e-4
-
-
-def test_degree_1_after_degree_2_is_the_bare_model(adapter: FluxAdapter, two_ranks: list[Results]) -> None:
-    for case in SPLIT_CASES:
-        latents = denoise(adapter, CASES[case])
-        assert [torch.equal(results["degree 1 again"][case][0], latents) for results in two_ranks] == [True, True]
-
-
-def test_each_rank_of_degree_2_computes_half_of_the_tokens(two_ranks: list[Results]) -> None:
-    for results in two_ranks:
-        assert [results[plan]["square"][1] for plan in PLANS] == [
-            [32, 32, 32],
-            [32, 32, 32],
-            [64, 32, 64],
-            [32, 64, 32],
-            [64, 64, 64],
-        ]
-        assert results["1, 2, 1"]["negative prompt"][1] == [64, 64, 32, 32, 64, 64]
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

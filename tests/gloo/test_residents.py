@@ -16,9 +16,9 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.worker.bundle import arrays_of
-from tetriserve.worker.groups import Groups
 from tetriserve.worker.runner import Runner
 from tetriserve.worker.store import TensorStore
+from tetriserve.worker.team.shm import ShmTeam
 
 PROMPTS = {"a": "a red circle", "b": "a blue square on sand"}
 
@@ -40,15 +40,15 @@ class Rank:
 
     def __init__(self, adapter: FluxAdapter, directory: Path, resident_bytes: int) -> None:
         self.store = CountingStore(directory)
-        no_groups = cast(Groups, None)
-        self._runner = Runner(adapter, no_groups, self.store, 0, "cpu", resident_bytes)
+        no_team = cast(ShmTeam, None)
+        self._runner = Runner(adapter, no_team, self.store, 0, "cpu", resident_bytes)
         self.works = {name: Work(make_request(name), 0, 0, {}) for name in PROMPTS}
         self._num_tasks = 0
 
     def run(self, name: str, stage: str, num_steps: int = 0) -> None:
         work, self._num_tasks = self.works[name], self._num_tasks + 1
         start = StartTask(self._num_tasks, Task((name,), stage, (0,), num_steps), (work,))
-        done = self._runner.run(RunTask(start, None))
+        done = self._runner.run(RunTask(start, self._num_tasks))
         assert isinstance(done, TaskDone), done
         (result,) = done.results
         after = work.trajectory.after(result.num_steps, is_stage_over=result.is_stage_over)

@@ -1,28 +1,23 @@
-"""How far schedules may change an image at each dtype: the bound that `/v1/models` states, on two gloo ranks."""
+"""How far schedules may change an image at each dtype: the bound that `/v1/models` states, on two ranks."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-from datetime import timedelta
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.distributed.device_mesh import DeviceMesh
 
+from tests.ranks import results_of
 from tetriserve.core.execution import DTYPES, Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import TOLERANCES, ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter, step_together
-
-HANG_S = 600.0
-"""Long enough for a whole run of `run_rank` at load 10. Run as a rank, this file cannot import `tests.waiting`."""
+from tetriserve.worker.team.shm import ShmTeam
 
 PROMPTS = ("a red circle on a blue background", "a green square above a yellow circle on a black background")
 SIDES = (64, 128)
@@ -42,47 +37,35 @@ def request_of(prompt: str, side: int) -> Request:
     )  # fmt: skip
 
 
-def draw(adapter: FluxAdapter, prompt: str, side: int, meshes: list[DeviceMesh | None]) -> np.ndarray:
+def draw(adapter: FluxAdapter, prompt: str, side: int, teams: list[ShmTeam | None]) -> np.ndarray:
     request = request_of(prompt, side)
     loop, latents = adapter.denoise_loop(request, adapter.encode(request), 0), adapter.initial_latents(request)
     for step in range(NUM_STEPS):
-        adapter.use_mesh(meshes[step % len(meshes)])
+        adapter.use_team(teams[step % len(teams)])
         latents = loop.step(latents)
-    adapter.use_mesh(None)
+    adapter.use_team(None)
     return adapter.decode(request, latents)
 
 
-def run_rank(rank: int, model_dir: Path, directory: Path) -> None:
-    """One of two ranks, a process of its own; saves `Results`, those of `REPEATED` also as `again`."""
-    from tetriserve.worker import groups as forming
-    from tetriserve.worker.rendezvous import Rendezvous
-
-    torch.set_num_threads(1)
-    forming._MEETING_TIMEOUT_S, forming._CONNECTING_TIMEOUT = HANG_S, timedelta(seconds=HANG_S)
-    Rendezvous(directory / "group").open()
-    mesh = forming.Groups(rank, "gloo", "cpu", directory, timeout_s=HANG_S).get("group", (0, 1)).mesh
+def run_rank(team: ShmTeam, rank: int, end: Connection, model_dir: Path) -> Results:
+    """One of two ranks; what `REPEATED` gives is there also as `again`."""
+    team.enter((0, 1), 1)
     results: Results = {}
     for dtype in DTYPES:
         adapter = FluxAdapter(dataclasses.replace(read_card(model_dir), execution=Execution(dtype)), "cpu")
         for prompt, side, (name, degrees) in product(PROMPTS, SIDES, SCHEDULES.items()):
-            meshes = [mesh if degree == 2 else None for degree in degrees]
-            results[dtype, prompt, side, name] = draw(adapter, prompt, side, meshes)
+            teams = [team if degree == 2 else None for degree in degrees]
+            results[dtype, prompt, side, name] = draw(adapter, prompt, side, teams)
             if (prompt, side, name) == REPEATED:
-                results[dtype, prompt, side, "again"] = draw(adapter, prompt, side, meshes)
-    torch.save(results, directory / f"results{rank}")
+                results[dtype, prompt, side, "again"] = draw(adapter, prompt, side, teams)
+    return results
 
 
 def split_results(model_dir: Path, directory: Path) -> Results:
     """What two ranks draw; both of them the same."""
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), model_dir, directory]) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=HANG_S) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    first, second = (torch.load(directory / f"results{rank}", weights_only=False) for rank in (0, 1))
+    first, second = results_of(run_rank, "shm", 2, directory, model_dir)
     assert all(np.array_equal(first[key], second[key]) for key in first)
-    return first
+    return first  # type: ignore[no-any-return]
 
 
 def test_any_schedule_stays_within_the_stated_tolerance_and_the_same_degrees_give_the_same_bits(
@@ -119,7 +102,3 @@ def test_shared_steps_stay_within_the_stated_tolerance(dtype: str, bundled_card:
             levels = np.abs(adapter.decode(request, shared) - alone)
             assert levels.max() <= tolerance.max_levels, (request.prompt, side)
             assert levels.mean() <= tolerance.mean_levels, (request.prompt, side)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

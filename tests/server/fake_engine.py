@@ -204,7 +204,7 @@ MODEL = Model(CARD.name, CARD.fingerprint)
 
 def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
     """A started engine; call it on the loop that it will run on."""
-    cost = ProfileCost(PROFILE, lambda shape: FLUX.valid_degrees(CARD, shape, (1, 2)))
+    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees((1, 2)))
     new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=PROFILE.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),

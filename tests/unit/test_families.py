@@ -15,7 +15,6 @@ import pytest
 
 import tetriserve.models
 from tetriserve.config import PoolConfig
-from tetriserve.core.request import Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.executor.processes import ProcessStarter
 from tetriserve.launch import find_model
@@ -85,9 +84,7 @@ def test_a_flux_step_has_a_second_pass_with_a_negative_prompt_and_a_scale_above_
     assert FLUX.stages(find_model(None), 7, guidance) == image_stages(7, num_passes)
 
 
-def test_a_degree_of_flux_divides_heads_text_tokens_and_image_tokens() -> None:
-    card = find_model(None, 64)
-    shape = Shape(256, 512)
-    assert FLUX.shared(card, shape) == {"heads": card.num_heads, "text tokens": 64, "image tokens": 128}
-    assert FLUX.valid_degrees(card, shape, (1, 2, 3, 4, 256)) == (1, 2, 4)
-    assert FLUX.text_multiple((1, 2, 3)) == 6
+def test_a_degree_divides_the_heads() -> None:
+    card = find_model(None)
+    assert card.num_heads == 8
+    assert card.valid_degrees((1, 2, 3, 4, 16)) == (1, 2, 4)

@@ -145,9 +145,8 @@ def test_a_negative_prompt_without_a_scale_takes_effect() -> None:
         ({"true_cfg_scale": 3.0}, "true_cfg_scale", "true_cfg_scale above 1 needs a negative_prompt"),
         ({"negative_prompt": "n", "true_cfg_scale": -0.5}, "true_cfg_scale", "is -0.5; allowed: 0.0 to 100.0"),
         ({"true_cfg_scale": -0.5}, "true_cfg_scale", "true_cfg_scale above 1 needs a negative_prompt"),
-        ({"max_sequence_length": 0}, "max_sequence_length", "max_sequence_length is 0; allowed: 2 to 64 in multiples"),
-        ({"max_sequence_length": 66}, "max_sequence_length", "max_sequence_length is 66; allowed: 2 to 64 in"),
-        ({"max_sequence_length": 33}, "max_sequence_length", "of 2, for 512x512 runs at degrees 1, 2"),
+        ({"max_sequence_length": 0}, "max_sequence_length", "max_sequence_length is 0; allowed: 1 to 64"),
+        ({"max_sequence_length": 65}, "max_sequence_length", "max_sequence_length is 65; allowed: 1 to 64"),
         ({"negative_prompt": "n" * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
         ({"negative_prompt": " " * 51}, "negative_prompt", "negative_prompt has 51 characters; allowed: at most 50"),
         ({"slo_s": 0.0}, "slo_s", "slo_s is 0; allowed: above 0, at most 86400"),
@@ -201,7 +200,7 @@ def test_a_request_may_pin_its_degrees() -> None:
     assert take().degrees is None
     pinned = take(degrees=(2, 1))
     assert pinned.degrees == (1, 2)
-    assert take(degrees=(1,), max_sequence_length=63).max_sequence_length == 63  # what degree 2 would not divide
+    assert take(max_sequence_length=63).max_sequence_length == 63  # which degree 2 does not divide
     narrow = take(degrees=(2,))
     assert list(INTAKE.cost.times(narrow, narrow.stepped)) == [2]
     assert list(INTAKE.cost.times(pinned, pinned.stage_of(DENOISE))) == [1, 2]

@@ -97,7 +97,7 @@ def test_a_profile_that_lacks_a_degree_is_refused_with_both_ways_out() -> None:
     assert check_profile(PROFILE, "p.json", CARD, PoolConfig(num_ranks=4, degrees=(1, 2))) is PROFILE
 
 
-def test_a_degree_that_no_size_can_use_needs_no_row() -> None:
+def test_a_degree_that_the_model_cannot_use_needs_no_row() -> None:
     three_heads = dataclasses.replace(CARD, num_heads=6)
     assert check_profile(PROFILE, "p.json", three_heads, PoolConfig(num_ranks=4)) is PROFILE
 
@@ -141,7 +141,9 @@ def test_degrees_that_no_size_can_use_are_dropped_with_a_warning(caplog: pytest.
     pool = PoolConfig(num_ranks=6, degrees=(1, 2, 3, 4, 6))
     assert with_usable_degrees(CARD, pool).degrees == (1, 2, 4)
     (record,) = caplog.records
-    assert record.getMessage().startswith("degrees 3,6 are not used: no size of tiny can run at them (a degree must")
+    assert record.getMessage().startswith(
+        "degrees 3,6 are not used: a degree must divide the 8 attention heads of tiny"
+    )
     assert with_usable_degrees(CARD, PoolConfig(num_ranks=2)).degrees == (1, 2)
     assert len(caplog.records) == 1
 

@@ -10,7 +10,7 @@ import os
 import pickle
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,16 +39,13 @@ from tetriserve.core.events import (
 )
 from tetriserve.core.execution import Execution
 from tetriserve.core.messages import (
-    DropGroup,
     Forget,
     FromWorker,
-    GroupWarm,
     Heartbeat,
     Ready,
     RunTask,
     TaskDone,
     TaskError,
-    WarmGroup,
 )
 from tetriserve.core.plan import Task
 from tetriserve.core.request import RAW_PIXELS, Request, Shape
@@ -57,7 +54,6 @@ from tetriserve.engine.outputs import read_pixels
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
-from tetriserve.worker.rendezvous import Rendezvous
 
 CARD = ModelCard(
     name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
@@ -168,21 +164,8 @@ async def pools() -> AsyncIterator[Callable[..., Pool]]:
         await pool.executor.stop()
 
 
-async def started(pool: Pool, failing: Iterable[int] = ()) -> Pool:
-    """Start, each rank warming its groups; those of `failing` say that they could not."""
-    starting = asyncio.create_task(pool.executor.start(lambda text: None))
-
-    def answer() -> bool:
-        for rank, worker in pool.workers.items():
-            messages = worker.heard()
-            worker.unread = [message for message in messages if not isinstance(message, WarmGroup)]
-            for message in messages:
-                if isinstance(message, WarmGroup):
-                    worker.say(GroupWarm(message.group, "no one came" if rank in failing else None))
-        return starting.done()
-
-    await pool.until(answer)
-    await starting
+async def started(pool: Pool) -> Pool:
+    await asyncio.wait_for(pool.executor.start(lambda text: None), HANG_S)
     return pool
 
 
@@ -234,22 +217,38 @@ async def test_a_worker_that_dies_right_after_it_was_ready_does_not_hang_the_sta
     assert pool.executor.num_restarts == 1
 
 
-async def test_a_group_that_one_member_could_not_form_is_dropped_by_all_and_named_anew(
-    pools: Callable[..., Pool],
-) -> None:
-    pool = await started(pools(2), failing=[1])
-    await asyncio.sleep(0.05)
-    heard = {rank: worker.heard() for rank, worker in pool.workers.items()}
-    (dropped,) = {message.group for messages in heard.values() for message in messages}
-    assert heard == {0: [DropGroup(dropped)], 1: [DropGroup(dropped)]}
-    pool.start_task(1, (0, 1))
-    await asyncio.sleep(0.05)
-    for worker in pool.workers.values():
-        (run,) = worker.heard()
-        assert run.group is not None
-        assert run.group != dropped
-        worker.say(TaskDone(1, 0.5, (RESULT,)))
-    await pool.until(lambda: TaskFinished(1, 0.5, (RESULT,)) in pool.events)
+async def test_a_task_that_fails_frees_its_ranks_and_no_others(pools: Callable[..., Pool]) -> None:
+    """Tasks are aborted by their tokens, which each worker was told: a rank's next task has a higher one."""
+    pool = await started(pools(4))
+    region = pool.executor._region
+    pool.start_task(7, (0, 1))
+    pool.start_task(3, (2, 3))
+    tokens = [(await _told(pool, rank)).token for rank in range(4)]
+    assert tokens == [1, 1, 2, 2]
+    pool.workers[1].say(TaskError(7, FailureKind.STEP, "denoise failed: ValueError: no", 1.0))
+    await pool.until(lambda: region.words[region.aborted(0)] > 0)
+    assert [region.words[region.aborted(rank)] for rank in range(4)] == [1, 1, 0, 0]
+    pool.workers[0].say(TaskError(7, FailureKind.LOST, "denoise failed: PeerLost: a peer is gone", 1.1))
+    await pool.until(lambda: pool.events[-1] == TaskFailed(7, FailureKind.STEP, "denoise failed: ValueError: no"))
+    pool.start_task(8, (0, 1))
+    assert (await _told(pool, 0)).token == 3
+    pool.workers[3].kill()
+    await pool.until(lambda: region.words[region.aborted(2)] > 0)
+    # The dead rank's word is the last token of all: whatever its replacement took part in is over.
+    assert [region.words[region.aborted(rank)] for rank in range(4)] == [1, 1, 2, 3]
+
+
+async def _told(pool: Pool, rank: int) -> RunTask:
+    heard: list[Any] = []
+
+    def is_told() -> bool:
+        heard.extend(message for message in pool.workers[rank].heard() if isinstance(message, RunTask))
+        return bool(heard)
+
+    await pool.until(is_told)
+    (message,) = heard
+    assert isinstance(message, RunTask)
+    return message
 
 
 @pytest.mark.parametrize("timeouts", [{"group_timeout_s": 0.05}, {"heartbeat_timeout_s": 1.0}])
@@ -546,23 +545,6 @@ async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(
     monkeypatch.setattr(pool.executor._starter, "keep_fork_server", fail_twice)
     await pool.until(lambda: pool.workers[0] is not first)  # it has said nothing since it was ready
     assert len(failures) == 2
-
-
-async def test_a_task_without_a_place_to_meet_fails_by_the_host(
-    pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(rendezvous: Rendezvous) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    pool = await started(pools(2))
-    for ranks in ((0, 1), (1, 0)):
-        pool.executor._groups.discard(ranks)
-    monkeypatch.setattr(Rendezvous, "open", full)
-    pool.start_task(1, (0, 1))
-    await pool.until(lambda: any(isinstance(event, TaskFailed) for event in pool.events))
-    text = "denoise failed: no group: No space left on device"
-    assert pool.events[-1] == TaskFailed(1, FailureKind.STORE, text)
-    assert [*map(PlayedWorker.is_alive, pool.workers.values())] == [True, True]
 
 
 def test_restarts_wait_longer_and_longer_but_go_on_for_ever() -> None:

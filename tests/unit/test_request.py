@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tetriserve.core.cluster import aligned_groups, warm_groups
+from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.core.trajectory import Trajectory
@@ -63,8 +63,6 @@ def test_a_stage_may_be_over_before_all_its_steps_are_done() -> None:
     assert (early.stage.kind, early.steps_done, early.remaining_steps) == (DECODE, 2, 0)
 
 
-def test_warm_groups_are_the_aligned_blocks_of_every_degree_above_1_narrow_ones_first() -> None:
+def test_aligned_groups_are_disjoint_blocks_of_neighbours() -> None:
     assert aligned_groups(4, 1) == ((0,), (1,), (2,), (3,))
     assert aligned_groups(5, 2) == ((0, 1), (2, 3))
-    assert warm_groups(4, (4, 1, 2)) == ((0, 1), (2, 3), (0, 1, 2, 3))
-    assert warm_groups(1, (1,)) == ()

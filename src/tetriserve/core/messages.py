@@ -9,25 +9,10 @@ from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef
 
 @dataclass(frozen=True, slots=True)
 class RunTask:
-    """Do your part of a task. `group` names the process group of `start.task.ranks`; None for a single rank."""
+    """Do your part of a task. `token` is higher than those of all tasks before it."""
 
     start: StartTask
-    group: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WarmGroup:
-    """Form the group and run one collective in it, so that the first task pays for neither."""
-
-    group: str
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DropGroup:
-    """Nobody uses this process group any more."""
-
-    group: str
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +27,7 @@ class Stop:
     """Finish and exit."""
 
 
-ToWorker = RunTask | WarmGroup | DropGroup | Forget | Stop
+ToWorker = RunTask | Forget | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +52,6 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupWarm:
-    group: str
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class TaskDone:
     """`results` are the leader's, empty on other ranks. `cpu_s`: see `TaskFinished`."""
 
@@ -84,7 +63,7 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True)
 class TaskError:
-    """This rank's part of the task failed. LOST: a peer went away in a collective. MEMORY: this rank is not to go on.
+    """This rank's part of the task failed. LOST: a peer is gone. MEMORY: this rank is not to go on.
 
     `failed_at` is the host's monotonic clock: of several ranks' errors in one task the earliest is the cause.
     """
@@ -95,4 +74,4 @@ class TaskError:
     failed_at: float
 
 
-FromWorker = Ready | StartFailed | Heartbeat | GroupWarm | TaskDone | TaskError
+FromWorker = Ready | StartFailed | Heartbeat | TaskDone | TaskError

@@ -87,7 +87,7 @@ class Intake:
             negative_prompt=guidance.negative_prompt,
             true_cfg_scale=guidance.true_cfg_scale,
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
-            max_sequence_length=self._text_length(generation.max_sequence_length, shape, degrees),
+            max_sequence_length=self._text_length(generation.max_sequence_length),
             degrees=generation.degrees and degrees,
         )
         slo_s = generation.slo_s
@@ -144,16 +144,10 @@ class Intake:
             raise InvalidRequest(f"degrees is {list(wanted)[:8]}; {allowed}", "degrees")
         return tuple(degree for degree in served if degree in wanted)
 
-    def _text_length(self, length: int | None, shape: Shape, degrees: Sequence[int]) -> int | None:
-        if length is None:
-            return None
+    def _text_length(self, length: int | None) -> int | None:
         longest = self.card.num_text_tokens
-        multiple = family_of(self.card).text_multiple(degrees)
-        if not 1 <= length <= longest or length % multiple:
-            allowed = f"allowed: {multiple} to {longest}"
-            if multiple > 1:
-                allowed += f" in multiples of {multiple}, for {shape} runs at degrees {', '.join(map(str, degrees))}"
-            raise InvalidRequest(f"max_sequence_length is {length}; {allowed}", "max_sequence_length")
+        if length is not None and not 1 <= length <= longest:
+            raise InvalidRequest(f"max_sequence_length is {length}; allowed: 1 to {longest}", "max_sequence_length")
         return length
 
     def _short_enough(self, param: str, text: str) -> str:

@@ -12,11 +12,13 @@ from tetriserve.core.messages import TaskDone, TaskError
 class Running:
     """One task, as its members tell of it.
 
+    token: its number on this executor; every later task has a higher one.
     pending: members that have yet to answer.
     lost_reason: of a member that died, unless it was ended because others had failed before.
     """
 
     start: StartTask
+    token: int
     pending: set[int]
     done: TaskDone | None = None
     errors: list[TaskError] = field(default_factory=list)
@@ -47,11 +49,6 @@ class Running:
         if not (is_victim and self.errors):
             self.lost_reason = reason
 
-    def fail(self, kind: FailureKind, message: str, now: float) -> None:
-        """It cannot start anywhere."""
-        self.errors.append(TaskError(self.start.task_id, kind, message, now))
-        self.pending.clear()
-
     @property
     def end(self) -> TaskFinished | TaskFailed:
         """The result, once no member is pending. A lost worker is the cause of its peers' errors, else the first is."""
@@ -74,8 +71,8 @@ class Ledger:
     def __init__(self) -> None:
         self._running: dict[int, Running] = {}
 
-    def open(self, command: StartTask) -> Running:
-        running = self._running[command.task_id] = Running(command, set(command.task.ranks))
+    def open(self, command: StartTask, token: int) -> Running:
+        running = self._running[command.task_id] = Running(command, token, set(command.task.ranks))
         return running
 
     def find(self, task_id: int) -> Running | None:
@@ -98,8 +95,3 @@ class Ledger:
     @property
     def busy_ranks(self) -> set[int]:
         return {rank for running in self._running.values() for rank in running.pending}
-
-    @property
-    def groups(self) -> set[tuple[int, ...]]:
-        """The ranks of each task in flight."""
-        return {running.start.task.ranks for running in self._running.values()}

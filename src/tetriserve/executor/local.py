@@ -14,14 +14,11 @@ from multiprocessing.process import BaseProcess
 from typing import assert_never
 
 from tetriserve.config import PoolConfig
-from tetriserve.core.cluster import warm_groups
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, FailureKind, StartTask, TaskFailed, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.messages import (
-    DropGroup,
     Forget,
     FromWorker,
-    GroupWarm,
     Heartbeat,
     Ready,
     RunTask,
@@ -30,9 +27,7 @@ from tetriserve.core.messages import (
     TaskDone,
     TaskError,
     ToWorker,
-    WarmGroup,
 )
-from tetriserve.executor.groups import GroupTable
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.ledger import Ledger, Running
 from tetriserve.executor.outbox import Outbox
@@ -41,9 +36,9 @@ from tetriserve.executor.protocol import OnEvent
 from tetriserve.executor.worker import Worker
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.main import worker_main
-from tetriserve.worker.rendezvous import Rendezvous
 from tetriserve.worker.spec import WorkerSpec
 from tetriserve.worker.store import StoreDirectory, TensorStore
+from tetriserve.worker.team import SLOT_BYTES, Region
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +59,16 @@ class LocalExecutor:
         self._adapter = adapter
         self._workers: dict[int, Worker] = {}
         self._ledger = Ledger()
-        self._groups = GroupTable(pool.max_groups)
+        self._num_tasks = 0
         self._num_failed_starts: dict[int, int] = dict.fromkeys(range(pool.num_ranks), 0)
         self._restarts: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
-        self._warming: set[tuple[str, int]] = set()
-        self._warmed: asyncio.Event = asyncio.Event()
         self._on_event: OnEvent = lambda event: None
         self._is_stopping = False
         self.num_restarts = 0
         self._starter = ProcessStarter(card, pool)
+        self._region = Region(pool.num_ranks, SLOT_BYTES if pool.collectives == "shm" else 0)
         self._directory = StoreDirectory()
         self.states = TensorStore(self._directory.path)
         self.preview_basis: TensorRef | None = None
@@ -101,8 +95,6 @@ class LocalExecutor:
                 on_progress("loading the model")
                 await self._started
                 self._watch = asyncio.create_task(self._watch_heartbeats())
-                on_progress("warming groups")
-                await self._warm_groups()
         except TimeoutError:
             await self.stop()
             raise ConfigError(
@@ -119,26 +111,15 @@ class LocalExecutor:
                 self._started.exception()  # asked for, or asyncio would report it where another error came first
 
     def start_task(self, command: StartTask) -> None:
-        task = command.task
-        running = self._ledger.open(command)
-        group = None
-        if task.degree > 1:
-            try:
-                group = self._name_group(task.ranks)
-            except OSError as error:
-                text = f"{task.stage} failed: no group: {error.strerror}"
-                running.fail(FailureKind.STORE, text, time.monotonic())
-                asyncio.get_running_loop().call_soon(self._settle, running)
-                return
-            for ranks, name in self._groups.surplus(self._ledger.groups):
-                self._drop_group(ranks, name)
-        for rank in task.ranks:
+        self._num_tasks += 1
+        running = self._ledger.open(command, self._num_tasks)
+        for rank in command.task.ranks:
             worker = self._workers.get(rank)
             if worker is None:  # died between the plan and now
                 running.lose(rank, f"rank {rank} is gone")
             else:
                 worker.last_step_s = time.monotonic()
-                self._send(rank, RunTask(command, group))
+                self._send(rank, RunTask(command, running.token))
         if running.lost_reason is not None:
             self._hurry(running)
             asyncio.get_running_loop().call_soon(self._settle, running)
@@ -167,6 +148,7 @@ class LocalExecutor:
         self._workers.clear()
         await self._starter.reap()
         self._directory.remove()
+        self._region.close()
 
     async def _are_gone(self, timeout_s: float) -> None:
         """Wait until the lifelines of all workers have ended."""
@@ -208,11 +190,14 @@ class LocalExecutor:
             rank=rank,
             card=self._card,
             device=device,
+            collectives=self._pool.collectives,
+            region=self._region,
             backend=self._pool.backend,
             store=self._directory.path,
             num_threads=self._pool.num_threads,
             heartbeat_s=self._pool.heartbeat_timeout_s / 5,
             group_timeout_s=self._pool.group_timeout_s,
+            max_groups=self._pool.max_groups,
             resident_bytes=self._pool.resident_bytes,
             log_format=self._pool.log_format,
             adapter=self._adapter,
@@ -255,13 +240,6 @@ class LocalExecutor:
                     worker.num_steps, worker.last_step_s = num_steps, worker.last_sign_s
             case TaskDone() | TaskError():
                 self._answer(rank, message)
-            case GroupWarm(group, error):
-                if error is not None:
-                    logger.warning("rank %d could not warm %s: %s", rank, group, error)
-                    if ranks := self._groups.discard_named(group):
-                        self._drop_group(ranks, group)  # its members disagree on whether it exists
-                self._warming.discard((group, rank))
-                self._check_warm()
             case Ready(preview_basis):
                 worker.is_ready = True
                 self.preview_basis = preview_basis or self.preview_basis
@@ -294,10 +272,6 @@ class LocalExecutor:
         end, start = self._ledger.close(running), running.start
         if end is None:
             return
-        if isinstance(end, TaskFailed):
-            name = self._groups.discard(start.task.ranks)
-            if name is not None:
-                self._drop_group(start.task.ranks, name)
         self._tell(end)  # before anything that may fail: the ledger has forgotten the task
         if not isinstance(end, TaskFailed):
             for work in start.work:
@@ -314,16 +288,13 @@ class LocalExecutor:
         if self._started and not self._started.done():
             self._started.set_exception(ConfigError(f"worker {rank} ended while starting{exit_words(worker.process)}"))
             return
-        for ranks, name in self._groups.broken(rank):
-            self._drop_group(ranks, name)
+        self._region.abort((rank,), self._num_tasks)
         if worker.is_ready:
             self._tell(WorkerLost(rank, reason))
         for running in self._ledger.waiting_for(rank):
             running.lose(rank, f"rank {rank} was lost: {reason}", is_victim=worker.verdict is not None)
             self._hurry(running)
             self._settle(running)
-        self._warming = {(group, member) for group, member in self._warming if member != rank}
-        self._check_warm()
         restart = asyncio.create_task(self._restart(rank, worker.process))
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
@@ -348,11 +319,11 @@ class LocalExecutor:
                 return
 
     def _hurry(self, running: Running) -> None:
-        """Peers of a failed rank err within milliseconds; one that does not is stuck and gets replaced.
+        """Free the peers of a failed rank: they err at once. One that does not is stuck, and gets replaced.
 
-        Not only after the collective's own timeout: until then its task holds all that its other ranks could do, and
-        every block has a collective, so that one which merely computes comes to it before long.
+        Every block has an exchange, so that a peer which merely computes comes to it before long.
         """
+        self._region.abort(running.start.task.ranks, running.token)
         patience_s = min(self._pool.group_timeout_s, self._pool.heartbeat_timeout_s)
         asyncio.get_running_loop().call_later(patience_s, self._kill_pending, running, patience_s)
 
@@ -386,32 +357,6 @@ class LocalExecutor:
                 worker.kill(complaint)
         self._starter.keep_fork_server()
         self._directory.restore()
-
-    async def _warm_groups(self) -> None:
-        for ranks in warm_groups(self._pool.num_ranks, self._pool.degrees):
-            if not self.ranks.issuperset(ranks):
-                continue  # one died since it was ready: nobody would answer for it
-            name = self._name_group(ranks)
-            self._warming |= {(name, rank) for rank in ranks}
-            for rank in ranks:
-                self._send(rank, WarmGroup(name, ranks))
-        self._check_warm()
-        await self._warmed.wait()
-
-    def _check_warm(self) -> None:
-        if not self._warming:
-            self._warmed.set()
-
-    def _name_group(self, ranks: tuple[int, ...]) -> str:
-        name = self._groups.name(ranks)
-        self._directory.restore()
-        Rendezvous(self._directory.path / name).open()
-        return name
-
-    def _drop_group(self, ranks: tuple[int, ...], name: str) -> None:
-        Rendezvous(self._directory.path / name).close()
-        for rank in ranks:
-            self._send(rank, DropGroup(name))
 
     def _send(self, rank: int, message: ToWorker) -> None:
         worker = self._workers.get(rank)

@@ -33,6 +33,18 @@ _GRACE_S = 1.0
 """For what takes milliseconds unless somebody is stuck."""
 _ORPHANED = 255
 """What multiprocessing takes for the exit code of every process whose parent, the fork server, has died."""
+_DEFAULTS = {
+    "GLOO_SOCKET_IFNAME": "lo",  # ranks of this host meet on loopback
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",  # hundreds of MB in each group
+    "NCCL_MAX_CTAS": "8",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # it would end the process where a peer is lost; the team aborts instead
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # a thread that would ask the rendezvous, in Python, all the time
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # that of nvidia-smi
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # so that asking for CUDA does not initialise it in the fork server
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # requests of many sizes would fragment memory
+}
+"""Of what users may set themselves."""
 _lock = threading.Lock()
 
 
@@ -45,7 +57,7 @@ class ProcessStarter:
 
     def __init__(self, card: ModelCard, pool: PoolConfig) -> None:
         self._pool = pool
-        self.context = _start_context(card, pool)
+        self.context: BaseContext = _start_context(card)
         self._turn = asyncio.Lock()
         self._processes: list[BaseProcess] = []
 
@@ -114,10 +126,11 @@ class ProcessStarter:
             await self._reap([process])
 
 
-def _start_context(card: ModelCard, pool: PoolConfig) -> BaseContext:
-    """Fork from a server that has the libraries loaded (seconds and hundreds of MB cheaper); CUDA demands a spawn."""
-    if pool.device == "cuda":
-        return multiprocessing.get_context("spawn")
+def _start_context(card: ModelCard) -> ForkServerContext:
+    """Fork from a server that has the libraries loaded (seconds and hundreds of MB cheaper).
+
+    On GPUs too: loading them does not initialise CUDA, which a fork would not survive; workers look.
+    """
     context = multiprocessing.get_context("forkserver")
     adapter_module = family_of(card).adapter.partition(":")[0]
     context.set_forkserver_preload(
@@ -212,11 +225,9 @@ def _environment(pool: PoolConfig) -> Iterator[None]:
         "OMP_WAIT_POLICY": "passive",  # spinning threads steal the cores that other ranks need: up to 14x slower
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # it would tell every worker that torchvision is missing
-        # diffusers calls a collective by a name that torch is about to retire; the pinned pair works.
-        "PYTHONWARNINGS": "ignore::FutureWarning:diffusers.hooks.context_parallel",
         "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # ranks of this host meet on loopback
     }
+    wanted |= {name: os.environ.get(name, value) for name, value in _DEFAULTS.items()}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

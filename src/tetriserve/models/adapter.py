@@ -12,7 +12,8 @@ from tetriserve.core.request import Request
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch.distributed.device_mesh import DeviceMesh
+
+    from tetriserve.models.team import Team
 
 Tensors = Mapping[str, "torch.Tensor"]
 """What a stage leaves behind, by name; it moves between ranks as it is."""
@@ -59,7 +60,7 @@ class Adapter(Protocol):
 
         joins_passes: all passes of a step in one forward, by a family that can.
 
-        Every rank of the mesh returns the whole. `on_step` is called after each step. The members' states are left as
+        Every member of the team returns the whole. `on_step` is called after each step. The members' states are left as
         they were: should the task fail, it is run again from them.
 
         Raises:
@@ -67,8 +68,8 @@ class Adapter(Protocol):
         """
         ...
 
-    def use_mesh(self, mesh: DeviceMesh | None) -> None:
-        """Split the sequence over `mesh` (one dimension) from the next task on; None is degree 1, the bare model."""
+    def use_team(self, team: Team | None) -> None:
+        """Divide the sequence among the members of `team` from the next task on; None is degree 1, the bare model."""
         ...
 
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class ModelCard:
     pipeline_class: of diffusers.
     size_multiple: height and width must divide by it.
     pixels_per_token: pixels that one image token stands for, on each side.
-    num_heads: of the transformer's attention.
+    num_heads: of the transformer's attention; 1 for a model whose steps cannot be divided.
     num_text_tokens: to which texts are padded and at which they are cut: the pipeline's `max_sequence_length`.
     sizes: the default first.
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
@@ -67,6 +68,10 @@ class ModelCard:
     @property
     def tolerance(self) -> Tolerance:
         return TOLERANCES[self.execution.dtype]
+
+    def valid_degrees(self, degrees: Sequence[int]) -> tuple[int, ...]:
+        """Those of `degrees` at which steps can run: the ranks share the heads evenly, and tokens in any numbers."""
+        return tuple(degree for degree in degrees if self.num_heads % degree == 0)
 
     def is_called(self, name: str) -> bool:
         """Whether clients may write `name`: a served name, the directory's path, or `default`."""

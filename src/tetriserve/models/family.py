@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ class Family:
     read: the card, with the family's defaults, of a checkpoint whose components are whole; from its directory, pipeline
         class and `model_index.json`. Raises CheckpointError.
     num_tokens: image tokens of one step, of a shape.
-    shared: what ranks divide among themselves in a step of a shape, by name: every degree divides each number.
-    text_multiple: of which `max_sequence_length` is a multiple in a request that runs at these degrees.
     stages: what a request of so many steps goes through.
     """
 
@@ -43,11 +41,4 @@ class Family:
     max_text_tokens: int
     read: Callable[[Path, str, Mapping[str, Any]], ModelCard]
     num_tokens: Callable[[ModelCard, Shape], int]
-    shared: Callable[[ModelCard, Shape], Mapping[str, int]]
-    text_multiple: Callable[[Sequence[int]], int]
     stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
-
-    def valid_degrees(self, card: ModelCard, shape: Shape, degrees: Sequence[int]) -> tuple[int, ...]:
-        """Those of `degrees` at which steps of `shape` can run."""
-        counts = self.shared(card, shape).values()
-        return tuple(degree for degree in degrees if all(count % degree == 0 for count in counts))

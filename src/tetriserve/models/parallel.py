@@ -1,21 +1,34 @@
-"""Sequence parallelism of a diffusers transformer: the only file that touches diffusers' experimental API for it."""
+"""Sequence parallelism of a diffusers transformer (Ulysses): tokens are divided, and in attention heads are.
+
+The ranks of a step run the same forward, each on its share of the tokens. Before attention they exchange: each gets all
+tokens of some heads; after it they exchange back (`models.collectives`).
+
+The only file that touches diffusers' experimental API for it: the models' `_cp_plan`, which says what to divide, and
+`parallel_config`, by which a processor says that an attention is over divided tokens.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers.hooks.context_parallel import apply_context_parallel, remove_context_parallel
-from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from tetriserve.models import collectives
+from tetriserve.models.team import Team, shares
+
+_TOKENS = ("hidden_states", "encoder_hidden_states")
+"""The inputs that attention is over; a plan divides what belongs to them, such as positions, alike."""
 
 
-class ContextParallel:
-    """Splits a transformer's sequence over a mesh that may change between any two forwards (Ulysses).
+class SequenceParallel:
+    """Runs a transformer's forwards with a team that may be another for each of them; with none it is the bare model.
 
-    Hooks and attention processors share one config object, so a change of mesh only rewrites its fields.
+    Also `parallel_config` of its attention processors while there is a team.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -23,44 +36,114 @@ class ContextParallel:
         Args:
             transformer: a diffusers model whose class has a `_cp_plan`.
         """
-        self._transformer = transformer
-        self._processors = [
-            module.processor
-            for module in transformer.modules()
-            if hasattr(getattr(module, "processor", None), "_parallel_config")
-        ]
-        self._context = ContextParallelConfig(ulysses_degree=2)
-        self._config = ParallelConfig(context_parallel_config=self._context)
-        self._is_applied = False
+        self._lengths: dict[str, int] = {}
+        self._degree, self._index = 1, 0
+        self._processors = []
+        for module in transformer.modules():
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "_parallel_config"):
+                self._processors.append(processor)
+                sys.modules[type(processor).__module__].dispatch_attention_fn = _attend  # type: ignore[attr-defined]
+        for name, plan in transformer._cp_plan.items():
+            for module in _modules(transformer, name):
+                self._follow(module, plan)
 
-    def point(self, mesh: DeviceMesh | None) -> None:
-        """Run the next forwards over `mesh` (one dimension); None, or a mesh of one rank, is the bare model.
-
-        The mesh before is let go of: its process group can end, which releases peers that wait in it.
-        """
-        is_split = mesh is not None and mesh.size() > 1
-        if mesh is not None and is_split:
-            self._rewrite(mesh)
-        if is_split == self._is_applied:
-            return
-        if is_split:
-            apply_context_parallel(self._transformer, self._context, self._transformer._cp_plan)
-        else:
-            remove_context_parallel(self._transformer, self._transformer._cp_plan)
+    def use(self, team: Team | None) -> None:
+        """From the next forward on."""
+        collectives.set_team(team)
+        self._degree, self._index = (1, 0) if team is None else (team.degree, team.index)
+        self._lengths.clear()
         for processor in self._processors:
-            processor._parallel_config = self._config if is_split else None
-        if not is_split:
-            self._context._mesh = self._context._flattened_mesh = self._context._ulysses_mesh = None
-            self._config._mesh = None
-        self._is_applied = is_split
+            processor._parallel_config = self if self._degree > 1 else None
 
-    def _rewrite(self, mesh: DeviceMesh) -> None:
-        context = self._context
-        context.ulysses_degree = mesh.size()
-        context._mesh = context._flattened_mesh = context._ulysses_mesh = mesh
-        context._rank = context._ulysses_local_rank = mesh.get_local_rank()
-        context._world_size = mesh.size()
-        context._device = torch.device(mesh.device_type)
-        context._ring_local_rank = 0
-        self._config._mesh, self._config._rank = mesh, context._rank
-        self._config._world_size, self._config._device = context._world_size, context._device
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each member in attention."""
+        per_input = [shares(length, self._degree) for length in self._lengths.values()]
+        return tuple(map(sum, zip(*per_input, strict=True)))
+
+    def _follow(self, module: torch.nn.Module, plan: Any) -> None:
+        if isinstance(plan, Mapping):
+            parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+            inputs = {name: each for name, each in plan.items() if isinstance(name, str)}
+            outputs = {index: each for index, each in plan.items() if isinstance(index, int)}
+            if inputs:
+                module.register_forward_pre_hook(self._splitting_inputs(parameters, inputs), with_kwargs=True)
+            if outputs:
+                module.register_forward_hook(self._splitting_outputs(outputs))
+        else:
+            module.register_forward_hook(self._gathering_outputs([plan] if not isinstance(plan, Sequence) else plan))
+
+    def _splitting_inputs(
+        self, parameters: Sequence[str], plan: Mapping[str, ContextParallelInput]
+    ) -> Callable[..., Any]:
+        def split(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._degree == 1:
+                return None
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            for name, part in plan.items():
+                if (tensor := given.get(name)) is not None:
+                    if name in _TOKENS:
+                        self._lengths[name] = tensor.shape[part.split_dim]
+                    given[name] = self._share(tensor, part)
+            return (), given
+
+        return split
+
+    def _splitting_outputs(self, plan: Mapping[int, ContextParallelInput]) -> Callable[..., Any]:
+        def split(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._degree == 1:
+                return None
+            outputs = [output] if isinstance(output, torch.Tensor) else [*output]
+            for index, part in plan.items():
+                outputs[index] = self._share(outputs[index], part)
+            return outputs[0] if isinstance(output, torch.Tensor) else tuple(outputs)
+
+        return split
+
+    def _gathering_outputs(self, plan: Sequence[ContextParallelOutput | None]) -> Callable[..., Any]:
+        def gather(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._degree == 1:
+                return None
+            outputs = [output] if isinstance(output, torch.Tensor) else [*output]
+            counts = shares(self._lengths["hidden_states"], self._degree)
+            for index, part in enumerate(plan):
+                if part is not None:
+                    outputs[index] = torch.ops.tetriserve.all_gather(outputs[index], part.gather_dim, counts)
+            return outputs[0] if isinstance(output, torch.Tensor) else tuple(outputs)
+
+        return gather
+
+    def _share(self, tensor: torch.Tensor, part: ContextParallelInput) -> torch.Tensor:
+        """This member's part of the tokens."""
+        counts = shares(tensor.shape[part.split_dim], self._degree)
+        return tensor.narrow(part.split_dim, sum(counts[: self._index]), counts[self._index])
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *args: Any,
+    parallel_config: SequenceParallel | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """In place of `dispatch_attention_fn`, which it calls: with all tokens, and this member's heads."""
+    if parallel_config is None:
+        return dispatch_attention_fn(query, key, value, attn_mask, *args, **kwargs)  # type: ignore[no-any-return]
+    counts, num_local = parallel_config.counts, query.shape[1]
+    assert attn_mask is None, "no family divides a mask yet"
+    whole = torch.ops.tetriserve.all_to_all([query, key, value], counts, sum(counts), True)
+    attended = dispatch_attention_fn(*whole, attn_mask, *args, **kwargs)
+    [local] = torch.ops.tetriserve.all_to_all([attended], counts, num_local, False)
+    return local  # type: ignore[no-any-return]
+
+
+def _modules(transformer: torch.nn.Module, name: str) -> list[torch.nn.Module]:
+    """Those that a plan calls `name`, in which one part may be `*`."""
+    before, star, after = name.partition("*")
+    if not star:
+        return [transformer.get_submodule(name)]
+    children = transformer.get_submodule(before.rstrip(".")).children()
+    return [child.get_submodule(after.lstrip(".")) for child in children]

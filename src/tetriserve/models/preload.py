@@ -3,11 +3,10 @@
 It loads the adapter of the served family as well (`executor/processes.py`).
 """
 
-import diffusers.hooks.context_parallel  # noqa: F401
-import torch.distributed.device_mesh
-import torch.testing._internal.distributed.fake_pg
+import torch
 import transformers  # noqa: F401
 
+import tetriserve.models.parallel  # noqa: F401
 from tetriserve.logs import adopt_loggers
 
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Measures a profile with the same executor that serves."""
 
-from tetriserve.profiler.measure import hardware_name, measure
+from tetriserve.profiler.hardware import hardware_name
+from tetriserve.profiler.measure import measure
 
 __all__ = ["hardware_name", "measure"]

@@ -6,14 +6,10 @@ import asyncio
 import datetime
 import itertools
 import logging
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
@@ -29,6 +25,7 @@ from tetriserve.models.family import Guidance
 from tetriserve.models.registry import family_of
 from tetriserve.profile.table import Profile, Row
 from tetriserve.profiler.disturbance import disturbance, fair_share
+from tetriserve.profiler.hardware import hardware_name
 
 logger = logging.getLogger(__name__)
 
@@ -130,14 +127,6 @@ class _Count:
         self.on_progress(self.num_total, self.num_total, "done")
 
 
-def hardware_name(pool: PoolConfig) -> str:
-    """What a profile is valid for: the processor or GPU, and how many ranks share it."""
-    if pool.device == "cuda":
-        return f"{pool.num_ranks} x {next(iter(gpu_names()), 'unknown GPU')}"
-    threads = f" of {pool.num_threads} threads" if pool.num_threads > 1 else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {_cpu_name()}, {pool.num_ranks} ranks{threads}"
-
-
 async def _time_shapes(
     bench: _Bench, card: ModelCard, shapes: Sequence[Shape], pool: PoolConfig, share: float, count: _Count
 ) -> tuple[dict[Shape, _ShapeTimes], str]:
@@ -146,7 +135,7 @@ async def _time_shapes(
     waiting = list(shapes)
     for number in range(1 + _MAX_REPEATS):
         num_batches = len(_batches(pool))
-        degrees = [family_of(card).valid_degrees(card, shape, pool.degrees) for shape in waiting]
+        degrees = [card.valid_degrees(pool.degrees) for shape in waiting]
         count.expect(sum(len(each) + num_batches + 1 for each in degrees))
         for shape in waiting:
             times = await _time_shape(bench, card, shape, pool, share, count)
@@ -173,7 +162,7 @@ async def _time_shape(
         if doubt := disturbance(samples, is_local=degree == 1, fair_share=share):
             doubts.append(f"{what}: {doubt}")
 
-    for degree in family_of(card).valid_degrees(card, shape, pool.degrees):
+    for degree in card.valid_degrees(pool.degrees):
         what = f"{shape} at degree {degree}"
         count.next(what)
         groups = aligned_groups(pool.num_ranks, degree)
@@ -276,7 +265,7 @@ async def _time_decode(bench: _Bench, card: ModelCard, shape: Shape, num_ranks: 
 
 async def _time_moves(bench: _Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
     """How much longer one step takes right after a move than in place, at the narrowest degree with another group."""
-    for degree in family_of(card).valid_degrees(card, shape, pool.degrees):
+    for degree in card.valid_degrees(pool.degrees):
         groups = aligned_groups(pool.num_ranks, degree)
         if len(groups) < 2:
             continue
@@ -369,22 +358,3 @@ class _Bench:
             future.set_exception(TetriServeError(f"while measuring a profile, {event.message}"))
         else:
             future.set_result(event)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def gpu_names() -> list[str]:
-    """One name per GPU of this machine, from the driver's own tool; empty without one."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [name.strip() for name in listed.splitlines() if name.strip()]

@@ -9,20 +9,19 @@ import torch
 
 from tetriserve.core.events import FailureKind
 from tetriserve.core.states import StoreError
-from tetriserve.worker.groups import is_collective_error
+from tetriserve.models.team import PeerLost
 from tetriserve.worker.store import error_number
 
-_MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc")
+_MEMORY_MARKS = ("allocate memory", "out of memory", "bad_alloc", "alloc_failed")
 _PROBE_BYTES = 2**24
 
 
-def failure_kind(error: BaseException, *, is_split: bool) -> FailureKind:
-    """`is_split`: the task ran on several ranks."""
+def failure_kind(error: BaseException) -> FailureKind:
     if isinstance(error, StoreError) or error_number(error) == errno.ENOSPC:
         return FailureKind.STORE
     if is_memory_error(error) or is_starved():
         return FailureKind.MEMORY
-    return FailureKind.LOST if is_split and is_collective_error(error) else FailureKind.STEP
+    return FailureKind.LOST if isinstance(error, PeerLost) else FailureKind.STEP
 
 
 def is_memory_error(error: BaseException) -> bool:

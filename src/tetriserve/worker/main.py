@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.messages import (
-    DropGroup,
     Forget,
     FromWorker,
-    GroupWarm,
     Heartbeat,
     Ready,
     RunTask,
     StartFailed,
     Stop,
-    TaskError,
     ToWorker,
-    WarmGroup,
 )
 from tetriserve.core.request import Request
 from tetriserve.logs import set_up_logging
@@ -36,8 +32,8 @@ from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from tetriserve.worker.groups import Groups
     from tetriserve.worker.runner import Runner
+    from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
 
@@ -105,20 +101,20 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     import tetriserve.models.preload  # noqa: F401  a worker that was not forked has to load it
     from tetriserve.models.checkpoint import check_unchanged
     from tetriserve.models.registry import load_adapter
-    from tetriserve.worker.groups import Groups
-    from tetriserve.worker.runner import Runner
+    from tetriserve.worker.runner import DeviceLost, Runner
     from tetriserve.worker.store import TensorStore
 
     torch.set_num_threads(spec.num_threads)
     if spec.device.startswith("cuda"):
+        assert not torch.cuda._is_in_bad_fork(), "the fork server has initialised CUDA"
         torch.cuda.set_device(spec.device)
     runner: Runner | None = None
     num_steps = lambda: 0 if runner is None else runner.num_steps  # noqa: E731
     threading.Thread(target=_beat, args=(pipe, num_steps, spec.heartbeat_s), daemon=True).start()
-    groups = Groups(spec.rank, spec.backend, spec.device, spec.store, spec.group_timeout_s)
+    team = _team_of(spec)
     check_unchanged(spec.card)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
-    runner = Runner(adapter, groups, TensorStore(spec.store), spec.rank, spec.device, spec.resident_bytes)
+    runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.resident_bytes)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
     pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))
@@ -126,16 +122,11 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
         message = pipe.receive()
         match message:
             case RunTask():
-                answer = runner.run(message)
-                pipe.send(answer)
-                if isinstance(answer, TaskError) and message.group is not None:
-                    runner.leave(message.group)
-                if isinstance(answer, TaskError) and not runner.is_device_sound():
+                try:
+                    pipe.send(runner.run(message))
+                except DeviceLost as error:
+                    logger.error("the device is lost: %s", error)
                     return  # a fresh process takes this rank
-            case WarmGroup(group, ranks):
-                pipe.send(_warm(groups, group, ranks))
-            case DropGroup(group):
-                groups.drop(group)
             case Forget(request_id):
                 runner.forget(request_id)
             case Stop():
@@ -153,13 +144,13 @@ def _beat(pipe: Pipe, num_steps: Callable[[], int], every_s: float) -> None:
             os._exit(0)  # the other thread may be stuck, in a collective or a driver
 
 
-def _warm(groups: Groups, group: str, ranks: tuple[int, ...]) -> GroupWarm:
-    try:
-        groups.warm(group, ranks)
-    except RuntimeError as error:
-        groups.drop(group)
-        return GroupWarm(group, f"{type(error).__name__}: {error}".splitlines()[0])
-    return GroupWarm(group, None)
+def _team_of(spec: WorkerSpec) -> ShmTeam:
+    from tetriserve.worker.team.groups import GroupTeam
+    from tetriserve.worker.team.shm import ShmTeam
+
+    if spec.collectives == "shm":
+        return ShmTeam(spec.region, spec.rank)
+    return GroupTeam(spec.region, spec.rank, spec.backend, spec.store, spec.group_timeout_s, spec.max_groups)
 
 
 def _warm_up_request(spec: WorkerSpec) -> Request:

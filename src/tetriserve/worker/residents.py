@@ -47,6 +47,9 @@ class Residents:
     def forget(self, request_id: str) -> None:
         self._residents.pop(request_id, None)
 
+    def clear(self) -> None:
+        self._residents.clear()
+
     def evict(self, keep: Collection[str]) -> None:
         """Bring the rest within the limit; of `keep`, the members of the last task, nothing goes."""
         num_bytes = sum(resident.num_bytes for resident in self._residents.values())

@@ -14,12 +14,16 @@ from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.preview import fit_basis
-from tetriserve.worker.failures import failure_kind
-from tetriserve.worker.groups import Groups
+from tetriserve.worker.failures import failure_kind, is_memory_error, is_starved
 from tetriserve.worker.residents import Residents
 from tetriserve.worker.store import TensorStore
+from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceLost(Exception):
+    """The rank's device failed in a way that only a fresh process can mend."""
 
 
 class NonFinite(ArithmeticError):
@@ -35,14 +39,14 @@ class Runner:
     def __init__(
         self,
         adapter: Adapter,
-        groups: Groups,
+        team: ShmTeam,
         store: TensorStore,
         rank: int,
         device: str,
         resident_bytes: int,
     ) -> None:
         self._adapter = adapter
-        self._groups = groups
+        self._team = team
         self._store = store
         self._rank = rank
         self._device = device
@@ -51,34 +55,31 @@ class Runner:
         self.num_steps = 0
 
     def run(self, message: RunTask) -> TaskDone | TaskError:
-        """Do this rank's part of a task. Errors are answers: a failed task leaves the rank as it was before it."""
+        """Do this rank's part of a task. Errors are answers: a failed task leaves the rank as it was before it.
+
+        The other members are freed before the answer is given: this rank is idle from then on.
+
+        Raises:
+            DeviceLost: the process is of no more use, and the task has no answer.
+        """
         start, started_at, cpu_before_s = message.start, time.monotonic(), time.thread_time()
         try:
-            results = self._run_task(message)
+            results = self._run_recovering(message)
             elapsed_s, cpu_s = time.monotonic() - started_at, time.thread_time() - cpu_before_s
             return TaskDone(start.task_id, elapsed_s, results, None if self._is_on_gpu else cpu_s)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
-            kind = failure_kind(error, is_split=message.group is not None)
+            failed_at = time.monotonic()
+            kind = self._failure_kind(error)
             if kind is FailureKind.STEP:
                 names = ",".join(start.task.members)
                 logger.exception("request %s: %s failed", names, start.task.stage, extra=fields(image_ids=names))
             line = f"{start.task.stage} failed: {type(error).__name__}: {error}".splitlines()[0]
-            return TaskError(start.task_id, kind, line, time.monotonic())
-
-    def leave(self, group: str) -> None:
-        """Release peers that wait for this rank in a collective of `group`."""
-        self._adapter.use_mesh(None)
-        self._groups.drop(group)
-
-    def is_device_sound(self) -> bool:
-        """Whether a failure was the task's alone: some CUDA errors spoil every later call of the process."""
-        if not self._is_on_gpu:
-            return True
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return False
-        return True
+        # The error is gone by now, and with it what its frames refer to: a group's connections among them.
+        if start.task.degree > 1:
+            self._team.abort()
+        if self._is_on_gpu:
+            self._check_device(line)
+        return TaskError(start.task_id, kind, line, failed_at)
 
     def forget(self, request_id: str) -> None:
         self._residents.forget(request_id)
@@ -98,7 +99,9 @@ class Runner:
     def _run_task(self, message: RunTask) -> tuple[Result, ...]:
         """What it leaves of each member; empty if another rank leads."""
         start, task = message.start, message.start.task
-        self._adapter.use_mesh(None if message.group is None else self._groups.get(message.group, task.ranks).mesh)
+        if task.degree > 1:
+            self._team.enter(task.ranks, message.token)
+        self._adapter.use_team(self._team if task.degree > 1 else None)
         members = [self._member(work) for work in start.work]
         with torch.no_grad():
             lefts = self._adapter.run(
@@ -110,6 +113,40 @@ class Runner:
         results = [self._leave(start, work, left) for work, left in zip(start.work, lefts, strict=True)]
         self._residents.evict(keep=task.members)
         return tuple([result for result in results if result is not None])
+
+    def _run_recovering(self, message: RunTask) -> tuple[Result, ...]:
+        """Once more where the device was short of memory, after what can be computed again was freed.
+
+        With other members it is for the controller to start the task again.
+        """
+        try:
+            return self._run_task(message)
+        except Exception as error:
+            if not self._is_on_gpu or not is_memory_error(error):
+                raise
+            if message.start.task.degree > 1:
+                self._free_memory()
+                raise
+        # The error is gone by now, and with it the tensors of its frames.
+        self._free_memory()
+        logger.warning("the device was short of memory; the task is run again")
+        return self._run_task(message)
+
+    def _free_memory(self) -> None:
+        self._residents.clear()
+        torch.cuda.empty_cache()
+
+    def _failure_kind(self, error: Exception) -> FailureKind:
+        kind = failure_kind(error)
+        is_of_device = self._is_on_gpu and is_memory_error(error) and not is_starved()
+        return FailureKind.LOST if is_of_device else kind  # the process can go on, and the task be tried elsewhere
+
+    def _check_device(self, failure: str) -> None:
+        """That a failure was the task's alone: some CUDA errors spoil every later call of the process."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"{failure}; {error}".splitlines()[0]) from error
 
     def _count_step(self) -> None:
         self.num_steps += 1

@@ -58,7 +58,7 @@ class TensorStore:
         """
         from safetensors.torch import save_file
 
-        copies = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        copies = _on_host(tensors)
         give_up_at = time.monotonic() + _ROOM_TIMEOUT_S
         while True:
             try:
@@ -81,10 +81,12 @@ class TensorStore:
 
         try:
             with no_panics():
-                tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key), device=device)
+                tensors: dict[str, torch.Tensor] = load_file(self._path(ref.key))
         except FileNotFoundError as error:
             raise _gone() from error
-        return tensors
+        if device == "cpu":
+            return tensors
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
     def put(self, key: str, data: bytes) -> TensorRef:
         with self._whole_file(key) as file:
@@ -166,6 +168,21 @@ class StoreDirectory:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def _on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors of one device; from a GPU all at once, through memory that it can write to itself (pinned)."""
+    import torch
+
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if not any(tensor.is_cuda for tensor in whole.values()):
+        return whole
+    copies = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in whole.items()
+    }
+    torch.cuda.synchronize()
+    return copies
 
 
 def error_number(error: BaseException) -> int | None:

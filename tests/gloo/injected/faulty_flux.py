@@ -1,7 +1,7 @@
 """FLUX with faults to order: marks in a request's prompt say what goes wrong with it.
 
 Workers import this module by name (`adapter="faulty_flux:FaultyFlux"`); the conftest puts its directory on the path.
-In a split group it is the last member alone that misbehaves, so that the others are left waiting.
+In a team it is the last member alone that misbehaves, so that the others are left waiting.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from tetriserve.core.request import Request
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.adapter import FluxAdapter, FluxDenoiseLoop
+from tetriserve.models.team import Team
 
 FAIL_MEMORY, FAIL_RUNTIME, NAN, KILL, SLOW = "[memory]", "[runtime]", "[nan]", "[kill]", "[slow]"
 SLOW_STAGE_S, SLOW_STEP_S = 0.4, 0.05
@@ -30,9 +30,9 @@ class FaultyFlux(FluxAdapter):
 
     is_last_member = True
 
-    def use_mesh(self, mesh: DeviceMesh | None) -> None:
-        self.is_last_member = mesh is None or mesh.get_local_rank() == mesh.size() - 1
-        super().use_mesh(mesh)
+    def use_team(self, team: Team | None) -> None:
+        self.is_last_member = team is None or team.index == team.degree - 1
+        super().use_team(team)
 
     def encode(self, request: Request) -> Tensors:
         if SLOW in request.prompt:

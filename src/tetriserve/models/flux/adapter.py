@@ -20,10 +20,10 @@ from tetriserve.core.stages import DENOISE, ENCODE
 from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.loading import load_pipeline
-from tetriserve.models.parallel import ContextParallel
+from tetriserve.models.parallel import SequenceParallel
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from tetriserve.models.team import Team
 
 
 _TEXTS_TO_TELL_APART = ("a red circle", "a tan square")
@@ -48,7 +48,7 @@ class FluxAdapter:
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, card.execution.dtype)
         self._pipeline: Any = load_pipeline(card, self._dtype, self._device)
-        self._context_parallel = ContextParallel(self._pipeline.transformer)
+        self._sequence_parallel = SequenceParallel(self._pipeline.transformer)
         self._check_texts()
 
     def run(
@@ -90,11 +90,10 @@ class FluxAdapter:
         return lefts
 
     def _loop_of(self, member: Member) -> FluxDenoiseLoop:
-        loop: FluxDenoiseLoop | None = member.memo.pop(
-            "loop", None
-        )  # a failed task must not leave one behind that stands in its middle
-        if loop is None or loop.steps_done != member.steps_done:
-            loop = self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
+        loop: FluxDenoiseLoop | None = member.memo.get("loop")
+        if loop is None:
+            return self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
+        loop.go_to(member.steps_done)  # it may have stayed behind, or stand where a task failed
         return loop
 
     def _decode(self, member: Member) -> Left:
@@ -127,9 +126,9 @@ class FluxAdapter:
         img_ids_SA = self._image_ids(request.shape)
         return FluxDenoiseLoop(self._pipeline, request, embeds, img_ids_SA, steps_done)
 
-    def use_mesh(self, mesh: DeviceMesh | None) -> None:
-        """Split the sequence over `mesh` from the next step on; None is the bare model."""
-        self._context_parallel.point(mesh)
+    def use_team(self, team: Team | None) -> None:
+        """Divide the sequence among `team` from the next step on; None is the bare model."""
+        self._sequence_parallel.use(team)
 
     @torch.no_grad()
     def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
@@ -139,7 +138,9 @@ class FluxAdapter:
         latents_BCHW = pipeline._unpack_latents(latents, shape.height, shape.width, pipeline.vae_scale_factor)
         latents_BCHW = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
         image_BCHW = vae.decode(latents_BCHW, return_dict=False)[0]
-        return np.array(pipeline.image_processor.postprocess(image_BCHW, output_type="pil")[0])
+        [image_CHW] = pipeline.image_processor.postprocess(image_BCHW, output_type="pt")
+        # As numpy would, but on the device, so that only bytes are copied.
+        return image_CHW.permute(1, 2, 0).float().mul(255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
@@ -216,7 +217,6 @@ class FluxDenoiseLoop:
         sigmas_N = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
         self._scheduler: Any = type(pipeline.scheduler).from_config(config)
         self._timesteps_N, _ = retrieve_timesteps(self._scheduler, num_steps, device, sigmas=sigmas_N, mu=shift)
-        self._scheduler.set_begin_index(steps_done)
         self.transformer = pipeline.transformer
         self.embeds = embeds
         self.num_passes = request.stepped.num_passes
@@ -227,7 +227,13 @@ class FluxDenoiseLoop:
         self.guidance_B = None
         if self.transformer.config.guidance_embeds:
             self.guidance_B = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
+        self.go_to(steps_done)
+
+    def go_to(self, steps_done: int) -> None:
+        """Stand before step `steps_done`: the scheduler keeps no more than its place."""
         self.steps_done = steps_done
+        self._scheduler.set_begin_index(steps_done)
+        self._scheduler._step_index = None  # it begins anew
 
     @property
     def timestep(self) -> torch.Tensor:

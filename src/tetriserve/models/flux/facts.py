@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +83,6 @@ def num_tokens(card: ModelCard, shape: Shape) -> int:
     return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
 
 
-def shared(card: ModelCard, shape: Shape) -> dict[str, int]:
-    """See `Family.shared`. Ulysses divides the heads; text and image tokens are divided each for themselves."""
-    return {
-        "heads": card.num_heads,
-        "text tokens": card.num_text_tokens,
-        "image tokens": num_tokens(card, shape),
-    }
-
-
-def text_multiple(degrees: Sequence[int]) -> int:
-    """See `Family.text_multiple`. Which of the degrees a step gets is known only then, so that each must divide."""
-    return math.lcm(*degrees)
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. Guidance by a negative prompt takes a second pass at each step; the scale is an input."""
     has_second_pass = guidance.negative_prompt is not None and guidance.true_cfg_scale > 1
@@ -168,7 +153,5 @@ FLUX = Family(
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
     num_tokens=num_tokens,
-    shared=shared,
-    text_multiple=text_multiple,
     stages=stages,
 )
