@@ -66,9 +66,9 @@ class PoolConfig:
         check_range("ranks", self.num_ranks, 1, MAX_RANKS)
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}; allowed: {', '.join(DEVICES)}")
-        if self.ranks_per_gpu != 1 and self.device != "cuda":
-            raise ConfigError(f"ranks-per-gpu is {self.ranks_per_gpu}, but device is {self.device}; use --device cuda")
         check_range("ranks-per-gpu", self.ranks_per_gpu, 1, self.num_ranks)
+        if self.ranks_per_gpu > 1 and self.device != "cuda":
+            raise ConfigError(f"ranks-per-gpu is {self.ranks_per_gpu}, but device is {self.device}; use --device cuda")
         if self.collectives not in ("", *COLLECTIVES):
             raise ConfigError(f"collectives is {self.collectives!r}; allowed: {', '.join(COLLECTIVES)}")
         object.__setattr__(self, "collectives", self.collectives or self.usual_collectives)

@@ -34,6 +34,9 @@ _GRACE_S = 1.0
 _ORPHANED = 255
 """What multiprocessing takes for the exit code of every process whose parent, the fork server, has died."""
 _DEFAULTS = {
+    # Of glibc, which would give activations back after each layer and have them faulted in again: a tenth of a step.
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),
     "GLOO_SOCKET_IFNAME": "lo",  # ranks of this host meet on loopback
     "NCCL_SOCKET_IFNAME": "lo",
     "NCCL_NVLS_ENABLE": "0",  # hundreds of MB in each group
