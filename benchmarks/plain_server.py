@@ -1,6 +1,6 @@
 """What one would write instead of TetriServe: a diffusers pipeline behind FastAPI, one request at a time.
 
-python benchmarks/plain_server.py MODEL_DIR [--port 8001] [--threads 2] [--text-tokens 64]
+python benchmarks/plain_server.py MODEL_DIR [--port 8001] [--threads 2] [--text-tokens 64] [--device cuda]
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def main() -> None:
     parser.add_argument("model", help="directory of a diffusers checkpoint")
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of torch")
     parser.add_argument("--text-tokens", type=int, default=64, help="length of the prompt's embedding")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(options.model, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     uvicorn.run(make_app(pipeline, options.text_tokens), port=options.port, log_level="warning")
 
