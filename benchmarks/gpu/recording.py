@@ -84,7 +84,7 @@ class Recording:
             signal.setitimer(signal.ITIMER_REAL, left_s)
             yield True
         except OutOfTime:
-            self.row("section", error=f"ended after its {left_s:.0f} s")
+            self.row("section", error=f"ended after its {left_s:.3g} s")
         except Exception as error:  # the other sections may still tell something
             self.row("section", error=one_line(error))
         finally:
