@@ -232,6 +232,15 @@ def test_a_task_that_fails_in_the_middle_leaves_its_members_as_they_were(adapter
     assert torch.equal(member.states[DENOISE]["latents"], denoise(adapter, request))
 
 
+def test_what_an_earlier_request_of_the_same_id_left_on_a_rank_is_not_taken_up(adapter: FluxAdapter) -> None:
+    earlier = dataclasses.replace(REQUEST, shape=Shape(64, 64))
+    memo: dict[str, Any] = {}
+    for request in (earlier, dataclasses.replace(earlier, prompt="a tan square"), REQUEST):
+        member = Member(request, 0, {ENCODE: adapter.encode(request)}, memo)
+        run_task(adapter, [member], 3)
+        assert torch.equal(member.states[DENOISE]["latents"], denoise(adapter, request))
+
+
 def test_a_step_leaves_its_argument_as_it_was_and_returns_an_ordinary_tensor(adapter: FluxAdapter) -> None:
     before = adapter.initial_latents(REQUEST)
     copy = before.clone()

@@ -91,7 +91,7 @@ class FluxAdapter:
 
     def _loop_of(self, member: Member) -> FluxDenoiseLoop:
         loop: FluxDenoiseLoop | None = member.memo.get("loop")
-        if loop is None:
+        if loop is None or loop.request != member.request:
             return self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
         loop.go_to(member.steps_done)  # it may have stayed behind, or stand where a task failed
         return loop
@@ -219,8 +219,8 @@ class FluxDenoiseLoop:
         self._timesteps_N, _ = retrieve_timesteps(self._scheduler, num_steps, device, sigmas=sigmas_N, mu=shift)
         self.transformer = pipeline.transformer
         self.embeds = embeds
+        self.request = request
         self.num_passes = request.stepped.num_passes
-        self._true_cfg_scale = request.true_cfg_scale
         self.img_ids_SA = img_ids_SA
         num_text_tokens = embeds["prompt_embeds"].shape[1]
         self.txt_ids_LA = torch.zeros(num_text_tokens, 3, device=device, dtype=img_ids_SA.dtype)
@@ -250,7 +250,7 @@ class FluxDenoiseLoop:
         """The latents (B, S, 4C) after the step whose passes gave `velocities`: of the prompt, and of the negative."""
         velocity_BSC = velocities[0]
         if len(velocities) == 2:
-            velocity_BSC = velocities[1] + self._true_cfg_scale * (velocity_BSC - velocities[1])
+            velocity_BSC = velocities[1] + self.request.true_cfg_scale * (velocity_BSC - velocities[1])
         timestep = self.timestep
         self.steps_done += 1
         return self._scheduler.step(velocity_BSC, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
