@@ -1,0 +1,100 @@
+"""Single tasks on an executor, for what measures or warms it up before an engine drives it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tetriserve.core.errors import TetriServeError
+from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
+from tetriserve.core.plan import Task
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.executor.protocol import Executor
+from tetriserve.models.card import ModelCard
+from tetriserve.models.family import Guidance
+from tetriserve.models.registry import family_of
+
+
+@dataclass
+class Bench:
+    """Runs single tasks on an executor and waits for them; it becomes the executor's subscriber.
+
+    purpose: for what, as the error of a task that fails says it.
+    encode_s, switch_s: what each encode took, and each task beyond its own time.
+    """
+
+    executor: Executor
+    purpose: str
+    encode_s: list[float] = field(default_factory=list)
+    switch_s: list[float] = field(default_factory=list)
+    _waiting: dict[int, asyncio.Future[TaskFinished]] = field(default_factory=dict)
+    _work: dict[str, Work] = field(default_factory=dict)
+    _ids: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.executor.subscribe(self._on_event)
+
+    def request(self, card: ModelCard, shape: Shape, num_steps: int) -> Request:
+        guidance = Guidance(card.default_guidance_scale)
+        request = Request(
+            request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
+            stages=family_of(card).stages(card, num_steps, guidance), seed=0, arrival_s=0.0, deadline_s=0.0,
+            guidance_scale=guidance.scale,
+        )  # fmt: skip
+        self._work[request.request_id] = Work(request, 0, 0, {})
+        return request
+
+    async def encode(self, request: Request, rank: int) -> None:
+        finished = await self._run([request], ENCODE, (rank,))
+        self.encode_s.append(finished.elapsed_s)
+
+    async def denoise(self, requests: Sequence[Request], ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
+        return await self._run(requests, DENOISE, ranks, num_steps)
+
+    async def decode(self, request: Request, rank: int) -> TaskFinished:
+        return await self._run([request], DECODE, (rank,))
+
+    def forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.executor.forget(request.request_id)
+
+    async def _run(
+        self, requests: Sequence[Request], stage: str, ranks: tuple[int, ...], num_steps: int = 0
+    ) -> TaskFinished:
+        """The next task of a stage, whether those before it went all their way or not."""
+        task_id = next(self._ids)
+        task = Task(tuple(request.request_id for request in requests), stage, ranks, num_steps)
+        work = tuple(self._next_work(request, stage) for request in requests)
+        future: asyncio.Future[TaskFinished] = asyncio.get_running_loop().create_future()
+        self._waiting[task_id] = future
+        started_at = time.monotonic()
+        self.executor.start_task(StartTask(task_id, task, work))
+        finished = await future
+        for part, result in zip(work, finished.results, strict=True):
+            after = part.trajectory.after(num_steps, is_stage_over=result.is_stage_over)
+            states = {**part.states, stage: result.left}
+            self._work[part.request.request_id] = Work(part.request, after.stage_index, after.stage_steps_done, states)
+        self.switch_s.append(time.monotonic() - started_at - finished.elapsed_s)
+        return finished
+
+    def _next_work(self, request: Request, stage: str) -> Work:
+        work = self._work[request.request_id]
+        stage_index = [one.kind for one in request.stages].index(stage)
+        return work if stage_index == work.stage_index else Work(request, stage_index, 0, work.states)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case TaskFinished(task_id) | TaskFailed(task_id):
+                future = self._waiting.pop(task_id)
+            case _:
+                return
+        if future.done():
+            return  # who waited for it was cancelled
+        if isinstance(event, TaskFailed):
+            future.set_exception(TetriServeError(f"while {self.purpose}, {event.message}"))
+        else:
+            future.set_result(event)
