@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_REQUESTS, MAX_TIME_S, SLO_SCALES, check_range
 from tetriserve.core.errors import ConfigError
-from tetriserve.core.execution import Execution
+from tetriserve.core.execution import DEFAULT, REGIONAL, TEXT_ENCODERS, VAE, Execution
 from tetriserve.core.plan import LATE_SHARE
 
 DEVICES = ("cpu", "cuda")
@@ -220,6 +220,46 @@ class JournalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How to run the model, where not as its directory says and as diffusers does it. See `core.execution.Execution`.
+
+    dtype: None is as its directory says.
+    attention, quantization: a value of `Execution`.
+    compile: compile the transformer's repeated blocks, one graph for each shape.
+    vae_tiling: decode large pictures in tiles.
+    offload_text_encoders: keep them in the CPU's memory between encodes.
+
+    Raises:
+        ConfigError: a value that is not implemented; the message lists those that are.
+    """
+
+    dtype: str | None = None
+    attention: str = DEFAULT
+    compile: bool = False
+    quantization: str = DEFAULT
+    vae_tiling: bool = False
+    offload_text_encoders: bool = False
+
+    def __post_init__(self) -> None:
+        self.of("bfloat16")  # which goes with every other value
+
+    def of(self, own_dtype: str) -> Execution:
+        """The execution of a model whose directory says `own_dtype`.
+
+        Raises:
+            ConfigError: the values do not go together.
+        """
+        return Execution(
+            dtype=self.dtype or own_dtype,
+            attention=self.attention,
+            compile=REGIONAL if self.compile else DEFAULT,
+            quantization=self.quantization,
+            tiling=VAE if self.vae_tiling else DEFAULT,
+            offload=TEXT_ENCODERS if self.offload_text_encoders else DEFAULT,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
 
@@ -228,7 +268,7 @@ class EngineConfig:
     remeasure: measure a profile even if one is found.
     served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
-    execution: how the model is run; None is as its directory says.
+    execution: how the model is run.
     journal: None keeps nothing.
     """
 
@@ -237,7 +277,7 @@ class EngineConfig:
     remeasure: bool = False
     served_model_names: tuple[str, ...] = ()
     max_sequence_length: int | None = None
-    execution: Execution | None = None
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.models.execution import apply, check_machine, loading_options, place
 from tetriserve.models.files import find_weights, read_json
 
 if TYPE_CHECKING:
@@ -26,11 +27,20 @@ _PROBLEMS = (
 
 
 def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline, each of its models loaded alone: only then the libraries tell what they filled in or left out.
+    """The pipeline on `device`, such that it runs as the card's execution says.
 
     Raises:
         CheckpointError: the model cannot be loaded; one line says why.
+        ConfigError: this machine cannot run it so; one line names the value, and what is allowed.
     """
+    check_machine(card.execution, device)
+    pipeline = _load(card, dtype, device)
+    apply(card.execution, pipeline, dtype, device)
+    return pipeline
+
+
+def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
+    """Each model is loaded alone: only then the libraries tell what they filled in or left out."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     folder = card.path
@@ -39,13 +49,15 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> 
         for component, entry in read_json(card.path / "model_index.json").items():
             if isinstance(entry, list) and entry != [None, None]:
                 folder, (library, class_name) = card.path / component, entry
-                model = _load_model(folder, library, class_name, dtype)
+                options = loading_options(card.execution, device) if component == "transformer" else {}
+                model = _load_model(folder, library, class_name, dtype, options)
                 if model is not None:
                     models[component] = model
         folder = card.path
         pipeline_class = getattr(diffusers, card.pipeline_class)
         pipeline = pipeline_class.from_pretrained(str(card.path), local_files_only=True, dtype=dtype, **models)
-        return pipeline.to(device)
+        place(card.execution, pipeline, device)
+        return pipeline
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise of every kind; a panic of safetensors is no Exception
@@ -53,8 +65,8 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> 
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
 
 
-def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
-    """The model in `folder`; None if it is a tokenizer or a scheduler."""
+def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype, more: dict[str, Any]) -> Any:
+    """The model in `folder`, with `more` options; None if it is a tokenizer or a scheduler."""
     model_class = getattr(import_module(library), class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
         return None
@@ -68,6 +80,7 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype)
         local_files_only=True,
         output_loading_info=True,
         **options,
+        **more,
     )
     for problem, verb in _PROBLEMS:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in report[problem])

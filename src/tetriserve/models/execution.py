@@ -1,0 +1,139 @@
+"""Applies an `Execution` to a diffusers pipeline, each part by diffusers' own feature for it.
+
+In this order: what the machine lacks is refused, weights are quantised as they are loaded, models are placed, then
+come attention, tiling and compilation.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import platformdirs
+import torch
+from diffusers import TorchAoConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+from tetriserve.core.errors import ConfigError
+from tetriserve.core.execution import ATTENTIONS, DEFAULT, FP8, REGIONAL, TEXT_ENCODERS, VAE, Execution
+
+_FP8_CAPABILITY = (8, 9)
+_MAX_GRAPHS = 100_000
+"""Dynamo fails beyond 8. Each size, degree, batch and length of texts has a graph."""
+BACKENDS = {backend.value.lstrip("_"): backend for backend in AttentionBackendName}
+"""By the names in `ATTENTIONS`."""
+_PROBE_TOKENS = 64
+
+
+def check_machine(execution: Execution, device: torch.device) -> None:
+    """That what does not depend on the model works here, before any weights are read.
+
+    Raises:
+        ConfigError: it does not; one line names the value.
+    """
+    execution.check_device(device.type)
+    if execution.quantization == FP8:
+        if find_spec("torchao") is None:
+            raise ConfigError("quantization is 'fp8', but torchao is not installed; pip install 'tetriserve[fp8]'")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise ConfigError(
+                f"quantization is 'fp8', which takes compute capability {_dotted(_FP8_CAPABILITY)}, but {device} has "
+                f"{_dotted(capability)}; allowed there: {DEFAULT}"
+            )
+    if execution.compile == REGIONAL:
+        # Torch's own default is a directory in /tmp that another user may have made.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(platformdirs.user_cache_path("tetriserve") / "compiled"))
+        try:
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+        except Exception as error:  # of many kinds: no compiler, no Triton, no room
+            raise ConfigError(
+                f"compile is 'regional', but torch cannot compile here: {_line(error)}; allowed: {DEFAULT}"
+            ) from error
+
+
+def loading_options(execution: Execution, device: torch.device) -> dict[str, Any]:
+    """For `from_pretrained` of the transformer."""
+    if execution.quantization != FP8:
+        return {}
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    # Scaled by row, a token's activations do not depend on the others, hence not on the degree or on the batch. Torchao
+    # would otherwise tune inductor for the whole process.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    return {"quantization_config": TorchAoConfig(config), "device_map": str(device)}
+
+
+def place(execution: Execution, pipeline: Any, device: torch.device) -> None:
+    """Move the models of `pipeline` to `device`. Offloaded ones follow, layer by layer, whenever they are used."""
+    if execution.offload != TEXT_ENCODERS:
+        pipeline.to(device)
+        return
+    pipeline.enable_group_offload(
+        device,
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+        exclude_modules=[name for name in pipeline.components if not name.startswith("text_encoder")],
+    )
+
+
+def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Have a loaded and placed `pipeline` run as told.
+
+    Raises:
+        ConfigError: the attention backend cannot run here; one line names it and those that can.
+    """
+    if execution.attention != DEFAULT:
+        _set_attention(pipeline.transformer, execution.attention, dtype, device)
+    if execution.tiling == VAE:
+        pipeline.vae.enable_tiling()
+    if execution.compile == REGIONAL:
+        compile_blocks(pipeline.transformer)
+
+
+def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile the repeated blocks, statically: a graph for each shape, whatever came before it."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+
+
+def _set_attention(transformer: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    config = transformer.config
+    probe = torch.zeros(
+        1, _PROBE_TOKENS, config.num_attention_heads, config.attention_head_dim, dtype=dtype, device=device
+    )
+    try:
+        transformer.set_attention_backend(BACKENDS[name].value)
+        _attend(name, probe)
+    except Exception as error:  # each backend has errors of its own
+        can_run = [DEFAULT, *(other for other in ATTENTIONS[1:] if other != name and _can_attend(other, probe))]
+        raise ConfigError(
+            f"attention is {name!r}, which cannot run here: {_line(error)}; allowed: {', '.join(can_run)}"
+        ) from error
+
+
+def _can_attend(name: str, probe: torch.Tensor) -> bool:
+    """Whether a backend runs as it is installed; nothing is downloaded."""
+    try:
+        _attend(name, probe)
+    except Exception:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _attend(name: str, probe: torch.Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of each kernel that it cannot take
+        dispatch_attention_fn(probe, probe, probe, backend=BACKENDS[name]).sum().item()
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
