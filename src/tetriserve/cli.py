@@ -16,6 +16,7 @@ from rich.console import Console
 from tetriserve import options
 from tetriserve.bench_command import bench
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.execution import DEFAULT
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.evaluate_command import evaluate
 from tetriserve.options import ENV, FORMATS, LOG_LEVELS, one_line_errors, option
@@ -56,6 +57,11 @@ def serve(
     remeasure: options.Remeasure = False,
     served_model_name: options.ServedModelNames = None,
     max_sequence_length: options.MaxSequenceLength = None,
+    compile: options.Compile = False,
+    attention: options.Attention = DEFAULT,
+    quantization: options.Quantization = DEFAULT,
+    vae_tiling: options.VaeTiling = False,
+    offload_text_encoders: options.OffloadTextEncoders = False,
     default_slo_scale: Annotated[
         float,
         option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
@@ -86,7 +92,14 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's images API, each request by its deadline."""
     with one_line_errors():
-        from tetriserve.config import AccessConfig, EngineConfig, JournalConfig, SchedulingConfig, ServerConfig
+        from tetriserve.config import (
+            AccessConfig,
+            EngineConfig,
+            ExecutionConfig,
+            JournalConfig,
+            SchedulingConfig,
+            ServerConfig,
+        )
         from tetriserve.launch import StartProgress, launch
         from tetriserve.server.run import run_server
 
@@ -99,6 +112,13 @@ def serve(
             remeasure=remeasure,
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
+            execution=ExecutionConfig(
+                compile=compile,
+                attention=attention,
+                quantization=quantization,
+                vae_tiling=vae_tiling,
+                offload_text_encoders=offload_text_encoders,
+            ),
             pool=options.pool_config(
                 ranks,
                 degrees,
@@ -161,12 +181,18 @@ def profile(
         Path | None, option("out", "File to write. Default: <model>.profile.json in the working directory.")
     ] = None,
     max_sequence_length: options.MaxSequenceLength = None,
+    compile: options.Compile = False,
+    attention: options.Attention = DEFAULT,
+    quantization: options.Quantization = DEFAULT,
+    vae_tiling: options.VaeTiling = False,
+    offload_text_encoders: options.OffloadTextEncoders = False,
     threads: options.Threads = 1,
     start_timeout: options.StartTimeout = 300.0,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Measure how long each stage takes at each size and degree, and write a profile."""
     with one_line_errors():
+        from tetriserve.config import ExecutionConfig
         from tetriserve.core.request import Shape
         from tetriserve.launch import measure_profile
         from tetriserve.profile.table import save_profile
@@ -186,12 +212,21 @@ def profile(
             ranks_per_gpu=ranks_per_gpu,
             collectives=collectives,
         )
+        execution = ExecutionConfig(
+            compile=compile,
+            attention=attention,
+            quantization=quantization,
+            vae_tiling=vae_tiling,
+            offload_text_encoders=offload_text_encoders,
+        )
         with _progress() as progress:
-            card, measured = run_until_signal(measure_profile(model, pool, shapes, progress, max_sequence_length))
+            measuring = measure_profile(model, pool, shapes, progress, max_sequence_length, execution)
+            card, measured = run_until_signal(measuring)
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)
         _print_profile(measured)
-        console.print(f"written to {path}; serve with: tetriserve serve {model or ''} --profile {path}")
+        same = "" if execution == ExecutionConfig() else f" and the options of {card.execution}"
+        console.print(f"written to {path}; serve with: tetriserve serve {model or ''} --profile {path}{same}")
 
 
 @app.command()
@@ -368,7 +403,7 @@ def _set_up_logging(level: str, log_format: str = "text") -> None:
 
 @contextmanager
 def _progress() -> Iterator[StartProgress]:
-    """What happens during the start: a line per step, a bar while a profile is measured."""
+    """What happens during the start: a line per step, a bar while sizes are measured or warmed."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
@@ -380,7 +415,7 @@ def _progress() -> Iterator[StartProgress]:
     )  # fmt: skip
     task = bar.add_task("", visible=False)
 
-    def on_measured(done: int, total: int, text: str) -> None:
+    def on_counted(done: int, total: int, text: str) -> None:
         if not bar.live.is_started:
             bar.start()
         bar.update(task, completed=done, total=total, description=text, visible=done < total)
@@ -388,7 +423,7 @@ def _progress() -> Iterator[StartProgress]:
             bar.stop()
 
     try:
-        yield StartProgress(step=lambda text: console.print(f"  {text}"), measured=on_measured)
+        yield StartProgress(step=lambda text: console.print(f"  {text}"), counted=on_counted)
     finally:
         if bar.live.is_started:  # stopping one that never started prints an empty line
             bar.stop()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import platformdirs
 
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
-from tetriserve.core.execution import Execution
+from tetriserve.core.execution import DEFAULT
 from tetriserve.core.request import Shape
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.jobs import Jobs
@@ -39,6 +39,7 @@ from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.hardware import hardware_name, visible_gpus
 from tetriserve.profiler.measure import measure
+from tetriserve.profiler.warmup import warm_up
 from tetriserve.workload.slo import MultipleRule, slack_s
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ _BUSY = "the machine was busy while the profile was measured: its times, and def
 
 @dataclass(frozen=True)
 class StartProgress:
-    """Who hears how the start goes: `step` names what happens now, `measured` counts a profile's measurements."""
+    """Who hears how the start goes: `step` names what happens now, `counted` counts what is measured or warmed."""
 
     step: Callable[[str], None] = lambda text: logger.info("%s", text)
-    measured: Callable[[int, int, str], None] = lambda done, total, text: None
+    counted: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
 async def launch(
@@ -72,6 +73,7 @@ async def launch(
     _check_interpreter()
     _check_device(pool)
     card = find_model(config.model, config.max_sequence_length, config.execution)
+    card.execution.check_device(pool.device)
     if config.served_model_names:
         name, *aliases = config.served_model_names
         card = replace(card, name=name, aliases=tuple(aliases))
@@ -100,6 +102,16 @@ async def launch(
             new_policy, cost = planned or plan_with(
                 await measure_and_keep(executor, card, pool, progress), Corrections()
             )
+            policy = new_policy()
+            intake = Intake(
+                card=card,
+                cost=cost,
+                default_slo_scale=config.scheduling.default_slo_scale,
+                max_degree=policy.degree if isinstance(policy, FixedDegree) else None,
+            )
+            if pool.device == "cuda" or card.execution.compile != DEFAULT:
+                progress.step("running every size once")
+                await warm_up(executor, card, pool, cost, intake.sizes, progress.counted)
         except BaseException:
             await executor.stop()
             raise
@@ -108,13 +120,6 @@ async def launch(
             journal.close()
         raise
     scheduling = config.scheduling
-    policy = new_policy()
-    intake = Intake(
-        card=card,
-        cost=cost,
-        default_slo_scale=scheduling.default_slo_scale,
-        max_degree=policy.degree if isinstance(policy, FixedDegree) else None,
-    )
     engine = LiveEngine(
         Controller(policy, cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
         executor,
@@ -145,20 +150,20 @@ def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
 
 
 def find_model(
-    model: str | None, max_sequence_length: int | None = None, execution: Execution | None = None
+    model: str | None, max_sequence_length: int | None = None, execution: ExecutionConfig | None = None
 ) -> ModelCard:
     """The card of a checkpoint directory; None is the bundled model.
 
     max_sequence_length: replaces the model's own; step times change with it, so that a profile belongs to one.
-    execution: replaces what its directory says.
+    execution: None is as its directory says.
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
-        ConfigError: `max_sequence_length` is out of range.
+        ConfigError: `max_sequence_length` is out of range, or the execution does not go with the model's dtype.
     """
     card = read_card(BUNDLED_MODEL if model is None else Path(model))
     if execution is not None:
-        card = replace(card, execution=execution)
+        card = replace(card, execution=execution.of(card.execution.dtype))
     if max_sequence_length in (None, card.num_text_tokens):
         return card
     longest = family_of(card).max_text_tokens
@@ -267,11 +272,17 @@ async def measure_profile(
     shapes: tuple[Shape, ...],
     progress: StartProgress,
     max_sequence_length: int | None = None,
+    execution: ExecutionConfig | None = None,
 ) -> tuple[ModelCard, Profile]:
-    """Start workers, measure `shapes` (empty: the model's own sizes), stop them again."""
+    """Start workers, measure `shapes` (empty: the model's own sizes), stop them again.
+
+    Raises:
+        ConfigError: as `launch`.
+    """
     _check_interpreter()
     _check_device(pool)
-    card = find_model(model, max_sequence_length)
+    card = find_model(model, max_sequence_length, execution)
+    card.execution.check_device(pool.device)
     pool = with_usable_degrees(card, pool)
     for shape in shapes:
         if shape.height % card.size_multiple or shape.width % card.size_multiple:
@@ -279,7 +290,7 @@ async def measure_profile(
     executor = LocalExecutor(card, pool)
     await executor.start(progress.step)
     try:
-        profile = await measure(executor, card, pool, shapes or card.sizes, progress.measured)
+        profile = await measure(executor, card, pool, shapes or card.sizes, progress.counted)
     finally:
         await executor.stop()
     if profile.doubt:
@@ -312,7 +323,7 @@ def corrections_path(card: ModelCard, pool: PoolConfig) -> Path:
 async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig, progress: StartProgress) -> Profile:
     """A profile of the model's own sizes, kept for later starts."""
     progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
-    profile = await measure(executor, card, pool, card.sizes, progress.measured)
+    profile = await measure(executor, card, pool, card.sizes, progress.counted)
     if profile.doubt:
         logger.warning("%s (%s); the next start measures again, unless --profile names one", _BUSY, profile.doubt)
     path = cached_profile_path(card, pool)

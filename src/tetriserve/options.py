@@ -14,6 +14,7 @@ import typer
 
 from tetriserve.core.bounds import shown
 from tetriserve.core.errors import ConfigError, TetriServeError
+from tetriserve.core.execution import ATTENTIONS
 from tetriserve.files import read_text
 from tetriserve.logs import writes_json
 from tetriserve.stopping import Interrupted
@@ -183,6 +184,22 @@ MaxSequenceLength = Annotated[
     int | None,
     option("max-sequence-length", "Text tokens, to which prompts are padded and at which they are cut. Default: the "
            "model's own number, 512 for FLUX."),
+]  # fmt: skip
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", envvar=ENV + "COMPILE", help="Compile the transformer's repeated blocks, for each shape."
+    ),
+]
+Attention = Annotated[str, option("attention", f"Kernel of attention: {', '.join(ATTENTIONS)}.")]
+Quantization = Annotated[str, option("quantization", "fp8: the transformer's linear layers; it takes a GPU.")]
+VaeTiling = Annotated[
+    bool, typer.Option("--vae-tiling", envvar=ENV + "VAE_TILING", help="Decode large pictures in tiles.")
+]
+OffloadTextEncoders = Annotated[
+    bool,
+    typer.Option("--offload-text-encoders", envvar=ENV + "OFFLOAD_TEXT_ENCODERS",
+                 help="Keep text encoders in the CPU's memory, and move them to the GPU for each prompt."),
 ]  # fmt: skip
 Threads = Annotated[int, option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
 LogLevel = Annotated[str, option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
@@ -125,6 +126,7 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
         dtype=card.execution.dtype,
+        execution=asdict(card.execution),
         reproducibility=Reproducibility(
             same_degrees="identical", max_levels=card.tolerance.max_levels, mean_levels=card.tolerance.mean_levels
         ),

@@ -220,7 +220,7 @@ class Reproducibility(BaseModel):
     same_degrees: Literal["identical"] = Field(
         description="Two images whose steps ran at the same degrees and were shared with no other image (as those of "
         "requests that name one degree), on the same machine and libraries. At degree 1 they are also those of the "
-        "diffusers pipeline.",
+        "diffusers pipeline, run as `execution` says.",
     )
     max_levels: int = Field(description="Largest difference of a subpixel between images at degree 1 and at others.")
     mean_levels: float = Field(description="Mean difference of all subpixels.")
@@ -243,6 +243,10 @@ class ModelObject(BaseModel):
     has_guidance: bool
     has_negative_prompt: bool
     dtype: str
+    execution: dict[str, str] = Field(
+        description="How the model is run: dtype, attention, compile, quantization, tiling, offload. `default` is as "
+        "diffusers does it."
+    )
     reproducibility: Reproducibility
     policy: str
     num_ranks: int = Field(description="Ranks that are up.")
