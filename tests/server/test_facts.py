@@ -40,6 +40,10 @@ async def test_models_lists_what_can_be_asked(client):
     assert model["max_sequence_length"] == 64
     assert model["reproducibility"] == {"same_degrees": "identical", "max_levels": 1, "mean_levels": 0.01}
     assert model["has_negative_prompt"] is True
+    assert model["execution"] == {
+        "dtype": "float32", "attention": "default", "compile": "default", "quantization": "default",
+        "tiling": "default", "offload": "default",
+    }  # fmt: skip
     assert model["num_ranks"] == 2
     assert model["policy"]
 

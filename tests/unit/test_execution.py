@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
 from tetriserve.core.errors import ConfigError, ProfileError
-from tetriserve.core.execution import DTYPES, Execution
-from tetriserve.launch import cached_profile_path, find_model, find_profile
+from tetriserve.core.execution import ATTENTIONS, DTYPES, Execution
+from tetriserve.launch import StartProgress, cached_profile_path, find_model, find_profile, launch, measure_profile
 from tetriserve.models.card import TOLERANCES
 from tetriserve.profile.table import Profile, Row, load_profile, save_profile
 from tetriserve.profiler import hardware_name
@@ -31,6 +31,16 @@ PROFILE = Profile(
     ),
 )  # fmt: skip
 HALF = Execution("bfloat16")
+LISTED = ", ".join(ATTENTIONS)
+OTHERS = {
+    "dtype": ExecutionConfig(dtype="bfloat16"),
+    "attention": ExecutionConfig(attention="native_math"),
+    "compile": ExecutionConfig(compile=True),
+    "quantization": ExecutionConfig(dtype="bfloat16", quantization="fp8"),
+    "tiling": ExecutionConfig(vae_tiling=True),
+    "offload": ExecutionConfig(offload_text_encoders=True),
+}
+"""Differ from the model's own, one for each field."""
 
 
 @pytest.mark.parametrize(
@@ -39,10 +49,12 @@ HALF = Execution("bfloat16")
         ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32, bfloat16, float16"),
         ({"dtype": None}, "dtype is None; allowed: float32, bfloat16, float16"),
         ({"dtype": ["float32"]}, "dtype is ['float32']; allowed: float32, bfloat16, float16"),
-        ({"attention": "sage"}, "attention is 'sage'; allowed: default"),
-        ({"compile": "max-autotune"}, "compile is 'max-autotune'; allowed: default"),
-        ({"quantization": "a\nb"}, "quantization is 'a\\nb'; allowed: default"),
-        ({"tiling": 10**400}, "tiling is a number of 1329 bits; allowed: default"),
+        ({"attention": "_native_math"}, f"attention is '_native_math'; allowed: {LISTED}"),
+        ({"compile": "max-autotune"}, "compile is 'max-autotune'; allowed: default, regional"),
+        ({"quantization": "a\nb"}, "quantization is 'a\\nb'; allowed: default, fp8"),
+        ({"quantization": "fp8"}, "quantization is 'fp8' with dtype 'float32'; allowed with it: bfloat16"),
+        ({"tiling": 10**400}, "tiling is a number of 1329 bits; allowed: default, vae"),
+        ({"offload": "vae"}, "offload is 'vae'; allowed: default, text_encoders"),
     ],
 )
 def test_a_value_that_is_not_implemented_is_one_line_in_python_and_in_a_profile(
@@ -66,6 +78,48 @@ def test_every_dtype_has_a_tolerance() -> None:
 
 def test_an_execution_is_written_as_its_dtype_where_all_else_is_the_default() -> None:
     assert str(HALF) == "bfloat16"
+    every = ExecutionConfig(
+        attention="sage", compile=True, quantization="fp8", vae_tiling=True, offload_text_encoders=True
+    ).of("bfloat16")
+    assert str(every) == ("bfloat16,attention=sage,compile=regional,quantization=fp8,tiling=vae,offload=text_encoders")
+
+
+def test_a_configuration_keeps_the_models_dtype_unless_it_names_one() -> None:
+    assert find_model(None).execution == find_model(None, execution=ExecutionConfig()).execution == Execution("float32")
+    assert find_model(None, execution=ExecutionConfig(compile=True)).execution == Execution(
+        "float32", compile="regional"
+    )
+    assert find_model(None, execution=ExecutionConfig(dtype="float16")).execution == Execution("float16")
+    with pytest.raises(ConfigError, match="quantization is 'fp8' with dtype 'float32'; allowed with it: bfloat16"):
+        find_model(None, execution=ExecutionConfig(quantization="fp8"))
+    with pytest.raises(ConfigError, match=re.escape(f"attention is 'fa'; allowed: {LISTED}")):
+        ExecutionConfig(attention="fa")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OTHERS["quantization"], "quantization is 'fp8', which takes a GPU, but device is cpu; allowed there: default"),
+        (
+            OTHERS["offload"],
+            "offload-text-encoders is set, but device is cpu, where there is nothing to offload; leave it out",
+        ),
+    ],
+)
+async def test_what_takes_a_gpu_is_refused_on_a_cpu_before_any_worker_starts(
+    config: ExecutionConfig, message: str
+) -> None:
+    steps: list[str] = []
+    progress = StartProgress(step=steps.append)
+    for start in (
+        launch(EngineConfig(execution=config), progress),
+        measure_profile(None, PoolConfig(), (), progress, execution=config),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            await start
+        assert str(caught.value) == message
+    assert steps == []
+    config.of("bfloat16").check_device("cuda")
 
 
 def test_a_profile_keeps_its_execution(tmp_path: Path) -> None:
@@ -73,7 +127,7 @@ def test_a_profile_keeps_its_execution(tmp_path: Path) -> None:
     save_profile(dataclasses.replace(PROFILE, execution=HALF), path)
     assert json.loads(path.read_text())["execution"] == {
         "dtype": "bfloat16", "attention": "default", "compile": "default", "quantization": "default",
-        "tiling": "default",
+        "tiling": "default", "offload": "default",
     }  # fmt: skip
     assert load_profile(path).execution == HALF
 
@@ -109,18 +163,21 @@ def test_the_dtype_of_a_profile_of_the_first_format_is_its_execution(tmp_path: P
         load_profile(path)
 
 
+@pytest.mark.parametrize("field", OTHERS)
 def test_a_profile_of_another_execution_is_neither_taken_from_the_cache_nor_from_the_bundled_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("tetriserve.launch.BUNDLED_PROFILES", tmp_path / "bundled")
-    in_half = find_model(None, execution=HALF)
-    assert cached_profile_path(CARD, CONFIG.pool) != cached_profile_path(in_half, CONFIG.pool)
-    for path in (cached_profile_path(in_half, CONFIG.pool), tmp_path / "bundled/p.json"):
+    other = find_model(None, execution=OTHERS[field])
+    assert getattr(other.execution, field) != getattr(CARD.execution, field)
+    assert cached_profile_path(CARD, CONFIG.pool) != cached_profile_path(other, CONFIG.pool)
+    others_profile = dataclasses.replace(PROFILE, execution=other.execution)
+    for path in (cached_profile_path(other, CONFIG.pool), tmp_path / "bundled/p.json"):
         save_profile(PROFILE, path)
-        assert find_profile(CONFIG, in_half) is None
-        save_profile(dataclasses.replace(PROFILE, execution=HALF), path)
-        assert find_profile(CONFIG, in_half) == dataclasses.replace(PROFILE, execution=HALF)
+        assert find_profile(CONFIG, other) is None
+        save_profile(others_profile, path)
+        assert find_profile(CONFIG, other) == others_profile
         path.unlink()
 
 
@@ -133,5 +190,5 @@ def test_a_named_profile_of_another_execution_is_taken_with_a_warning(
     assert find_profile(config, CARD) == PROFILE
     assert caplog.messages == []
     caplog.set_level(logging.WARNING)
-    assert find_profile(config, find_model(None, execution=HALF)) == PROFILE
-    assert caplog.messages == [f"profile {path} is of float32, but tetriserve-tiny runs in bfloat16"]
+    assert find_profile(config, find_model(None, execution=OTHERS["compile"])) == PROFILE
+    assert caplog.messages == [f"profile {path} is of float32, but tetriserve-tiny runs in float32,compile=regional"]

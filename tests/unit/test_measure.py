@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,27 @@ async def test_on_a_quiet_machine_every_shape_is_measured_once() -> None:
     )
     assert [row.seconds for row in profile.rows_of(DECODE)] == [DECODE_S, DECODE_S]
     assert [row.seconds for row in profile.rows_of(ENCODE)] == [ENCODE_S]
+
+
+async def test_a_first_run_that_compiles_is_neither_a_sample_nor_a_reason_for_fewer() -> None:
+    seen: set[tuple[Shape, str, int]] = set()
+    counts: Counter[tuple[str, int]] = Counter()
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        counts[task.stage, task.degree] += 1
+        key = shape, task.stage, task.degree
+        if task.stage == ENCODE or key in seen:
+            return quiet(shape, task, go)
+        seen.add(key)
+        return 60.0, 60.0
+
+    executor = MeasuredExecutor(took, num_ranks=1)
+    pool = PoolConfig(num_ranks=1, max_batch=1)
+    profile = await measure(executor, CARD, pool, [SMALL], lambda done, total, text: None, share=1.0)
+    assert [row.seconds for row in profile.rows_of(DENOISE)] == pytest.approx([STEP_S[1]])
+    assert [row.seconds for row in profile.rows_of(DECODE)] == [DECODE_S]
+    steps_before_decode = 1
+    assert counts == {(ENCODE, 1): 2, (DENOISE, 1): 1 + 1 + 5 + steps_before_decode, (DECODE, 1): 1 + 1}
 
 
 async def test_a_shape_that_was_disturbed_is_measured_again_and_the_disturbed_times_are_dropped() -> None:

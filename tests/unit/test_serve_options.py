@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tetriserve.cli import app
-from tetriserve.config import AccessConfig, EngineConfig, JournalConfig, ServerConfig
+from tetriserve.config import AccessConfig, EngineConfig, ExecutionConfig, JournalConfig, ServerConfig
+from tetriserve.core.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,8 @@ def test_a_key_set_to_nothing_in_a_file_does_not_open_the_server(tmp_path: Path,
         (["--served-model-name", "a\nb"], "served-model-name is 'a\\nb'; allowed: 1 to 200 printable characters"),
         (["--journal", "j", "--result-ttl", "0"], "result-ttl is 0; allowed: 0.001 to 3.16224e+07"),
         (["--otlp-traces-endpoint", "https://c/v1/traces?token=secret"], "otlp-traces-endpoint has a query, which"),
+        (["--attention", "fa2"], "attention is 'fa2'; allowed: default, native, native_flash, native_cudnn, "),
+        (["--quantization", "int4"], "quantization is 'int4'; allowed: default, fp8"),
         (["--log-format", "xml"], "log-format is 'xml'; allowed: text, json"),
         (
             ["--otlp-traces-endpoint", "grpc://user:secret@collector:4318"],
@@ -186,3 +189,43 @@ def test_the_journal_comes_from_options_environment_or_file(tmp_path: Path, monk
     assert [engine.journal for engine in engines] == [
         None, JournalConfig(directory="/var/lib/j", result_ttl_s=3600.0), kept, kept, kept
     ]  # fmt: skip
+
+
+def test_how_the_model_is_run_comes_from_options_environment_or_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[EngineConfig] = []
+
+    def run_server(config: ServerConfig, launch: Callable[[], Any], **settings: Any) -> int:
+        launch()
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+    monkeypatch.setattr("tetriserve.launch.launch", lambda config, progress: engines.append(config))
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "compile: true\nattention: sage\nquantization: fp8\nvae-tiling: true\noffload-text-encoders: true\n"
+    )
+    options = ["--compile", "--attention", "sage", "--quantization", "fp8", "--vae-tiling", "--offload-text-encoders"]
+    environment = {"TETRISERVE_COMPILE": "1", "TETRISERVE_ATTENTION": "sage", "TETRISERVE_QUANTIZATION": "fp8"}
+    environment |= {"TETRISERVE_VAE_TILING": "1", "TETRISERVE_OFFLOAD_TEXT_ENCODERS": "1"}
+    assert run().exit_code == run(*options).exit_code == run("--config", file).exit_code == 0
+    assert run(env=environment).exit_code == 0
+    told = ExecutionConfig(
+        attention="sage", compile=True, quantization="fp8", vae_tiling=True, offload_text_encoders=True
+    )
+    assert [engine.execution for engine in engines] == [ExecutionConfig(), told, told, told]
+
+
+def test_a_profile_is_measured_of_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    async def measure_profile(*arguments: Any) -> None:
+        told.append(arguments[-1])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("tetriserve.launch.measure_profile", measure_profile)
+    arguments = ["profile", "--compile", "--attention", "native_math", "--vae-tiling"]
+    result = CliRunner().invoke(app, arguments)
+    assert only_line(result) == "enough"
+    assert told == [ExecutionConfig(compile=True, attention="native_math", vae_tiling=True)]
