@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.modeling_utils import ModelMixin
 
 import tetriserve.models.preload  # noqa: F401  as in workers, the libraries' warnings are silent
 from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
@@ -36,7 +37,6 @@ REQUEST = Request(
 WIDE = dataclasses.replace(
     REQUEST, shape=Shape(64, 96), stages=image_stages(2, 2), negative_prompt="blurry", true_cfg_scale=3.0
 )
-REQUESTS = (REQUEST, WIDE)
 
 
 @pytest.fixture(autouse=True)
@@ -81,36 +81,47 @@ def denoise(adapter: FluxAdapter, request: Request) -> torch.Tensor:
 
 
 def test_a_compiled_model_gives_the_bits_of_the_pipeline_compiled_alike_and_nearly_those_of_the_eager_one(
-    bundled_card: ModelCard, reference: FluxAdapter
+    bundled_card: ModelCard, reference: FluxAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = adapter_of(bundled_card, compile="regional")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    latents = denoise(adapter_of(bundled_card, compile="regional"), REQUEST)
     pipeline = plain_pipeline(bundled_card)
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    torch._dynamo.utils.counters.clear()
-    for request in REQUESTS:
-        latents = denoise(adapter, request)
-        assert torch.equal(latents, call(pipeline, request))
-        eager = denoise(reference, request)
-        assert not torch.equal(latents, eager), "this would not notice that nothing was compiled"
-        assert (latents - eager).abs().max().item() < 1e-5
+    assert torch.equal(latents, call(pipeline, REQUEST))
+    eager = denoise(reference, REQUEST)
+    assert not torch.equal(latents, eager), "this would not notice that nothing was compiled"
+    assert (latents - eager).abs().max().item() < 1e-5
 
 
-def test_as_many_shapes_as_clients_ask_for_are_compiled(bundled_card: ModelCard) -> None:
-    """Dynamo's own limit is 8 graphs; beyond it a step would fail."""
+class Block(torch.nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+class TwoBlocks(ModelMixin):
+    _repeated_blocks = ["Block"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(tensor))
+
+
+def test_each_shape_is_compiled_once_for_all_blocks_beyond_what_dynamo_allows_by_itself() -> None:
     compiled: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
         compiled.append(inputs)
         return graph.forward
 
-    pipeline = plain_pipeline(bundled_card)
-    compile_blocks(pipeline.transformer, backend)
-    shapes = [Shape(32, 32 * columns) for columns in range(1, 12)]
-    requests = [dataclasses.replace(REQUEST, shape=shape, stages=image_stages(1)) for shape in shapes]
-    for request in (*requests, *requests):
-        call(pipeline, request)
-    num_kinds_of_blocks = 2
-    assert len(compiled) == num_kinds_of_blocks * len(shapes)
+    model = TwoBlocks()
+    compile_blocks(model, backend)
+    sides = range(1, 261)  # beyond both of its limits, 8 and 256
+    for side in (*sides, *sides):
+        assert model(torch.ones(side)).sum().item() == 4 * side
+    assert len(compiled) == len(sides)
 
 
 def test_tiling_changes_only_pictures_that_are_larger_than_a_tile_and_as_the_pipelines_own_does(

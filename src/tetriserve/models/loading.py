@@ -49,8 +49,8 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
         for component, entry in read_json(card.path / "model_index.json").items():
             if isinstance(entry, list) and entry != [None, None]:
                 folder, (library, class_name) = card.path / component, entry
-                options = loading_options(card.execution, device) if component == "transformer" else {}
-                model = _load_model(folder, library, class_name, dtype, options)
+                more = loading_options(card.execution, device) if component == "transformer" else {}
+                model = _load_model(folder, library, class_name, dtype, more)
                 if model is not None:
                     models[component] = model
         folder = card.path
