@@ -7,6 +7,7 @@ come attention, tiling and compilation.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ import platformdirs
 import torch
 from diffusers import TorchAoConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from tqdm import tqdm
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import ATTENTIONS, DEFAULT, FP8, REGIONAL, TEXT_ENCODERS, VAE, Execution
@@ -26,6 +29,8 @@ _MAX_GRAPHS = 100_000
 BACKENDS = {backend.value.lstrip("_"): backend for backend in AttentionBackendName}
 """By the names in `ATTENTIONS`."""
 _PROBE_TOKENS = 64
+_LEAST_ACTIVATION = 1e-12
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_machine(execution: Execution, device: torch.device) -> None:
@@ -45,8 +50,8 @@ def check_machine(execution: Execution, device: torch.device) -> None:
                 f"{_dotted(capability)}; allowed there: {DEFAULT}"
             )
     if execution.compile == REGIONAL:
-        # Torch's own default is a directory in /tmp that another user may have made.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(platformdirs.user_cache_path("tetriserve") / "compiled"))
+        _keep_compiled()
+        tqdm.set_lock(threading.RLock())  # inductor's bars would make a semaphore, which a killed worker leaves behind
         try:
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
         except Exception as error:  # of many kinds: no compiler, no Triton, no room
@@ -62,8 +67,10 @@ def loading_options(execution: Execution, device: torch.device) -> dict[str, Any
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     # Scaled by row, a token's activations do not depend on the others, hence not on the degree or on the batch. Torchao
-    # would otherwise tune inductor for the whole process.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    # would divide a row of zeros by its scale, zero, and tune inductor for the whole process.
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), activation_value_lb=_LEAST_ACTIVATION, set_inductor_config=False
+    )
     return {"quantization_config": TorchAoConfig(config), "device_map": str(device)}
 
 
@@ -86,6 +93,8 @@ def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch
     Raises:
         ConfigError: the attention backend cannot run here; one line names it and those that can.
     """
+    if execution.quantization == FP8:
+        _fill_empty_rows(pipeline.transformer)
     if execution.attention != DEFAULT:
         _set_attention(pipeline.transformer, execution.attention, dtype, device)
     if execution.tiling == VAE:
@@ -98,6 +107,26 @@ def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "induct
     """Compile the repeated blocks, statically: a graph for each shape, whatever came before it."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+
+
+def _fill_empty_rows(transformer: Any) -> None:
+    """Rows of zeros, which torchao has divided by their scale, zero: they are NaN."""
+    from torchao.quantization import Float8Tensor
+
+    for weight in transformer.parameters():
+        if isinstance(weight.data, Float8Tensor):
+            is_empty = weight.scale == 0
+            weight.qdata.view(torch.uint8).masked_fill_(is_empty, 0)
+            weight.scale.masked_fill_(is_empty, 1)
+
+
+def _keep_compiled() -> None:
+    """Have inductor write to the user's cache folder, unless the user names another.
+
+    Torch's default is one in /tmp, which another user may have made; torch sets the variable when it is loaded.
+    """
+    if os.environ.get(_CACHE_DIR) in (None, default_cache_dir()):
+        os.environ[_CACHE_DIR] = str(platformdirs.user_cache_path("tetriserve") / "compiled")
 
 
 def _set_attention(transformer: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
