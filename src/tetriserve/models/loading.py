@@ -85,8 +85,8 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype,
     for problem, verb in _PROBLEMS:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in report[problem])
         if names:
-            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            others = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{folder}: the weights {verb} {names[0]!r}{more}, against config.json; download the checkpoint again"
+                f"{folder}: the weights {verb} {names[0]!r}{others}, against config.json; download the checkpoint again"
             )
     return model
