@@ -185,6 +185,11 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         profile = check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
         if profile.doubt:
             logger.warning("the times of profile %s may be too long: %s", config.profile, profile.doubt)
+        if not _knows_teams(profile, config.pool):
+            logger.warning(
+                "profile %s has no team_s, the seconds that a new set of ranks costs: requests run on any sets, "
+                "and torch forms a group for each", config.profile,
+            )  # fmt: skip
         if profile.execution != card.execution:
             logger.warning(
                 "profile %s is of %s, but %s runs in %s", config.profile, profile.execution, card.name, card.execution
@@ -205,6 +210,7 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         wanted = (hardware_name(config.pool), card.fingerprint, card.execution)
         # Sizes may have been added since it was kept, and larger batches be allowed.
         is_enough = path != kept or profile.max_batch >= config.pool.max_batch
+        is_enough = is_enough and _knows_teams(profile, config.pool)
         if known == wanted and set(profile.shapes) >= set(card.sizes) and is_enough:
             if profile.doubt:
                 logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
@@ -234,6 +240,11 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
                 f"{','.join(map(str, pool.degrees))}, or serve with --degrees {','.join(map(str, sorted(measured)))}"
             )
     return profile
+
+
+def _knows_teams(profile: Profile, pool: PoolConfig) -> bool:
+    """Whether `team_s` is right where groups of torch are formed, which takes time; earlier versions wrote none."""
+    return pool.collectives == "shm" or profile.team_s > 0
 
 
 def find_corrections(profile: Profile, card: ModelCard, pool: PoolConfig) -> Corrections:

@@ -137,6 +137,28 @@ def test_a_kept_profile_is_not_used_where_larger_batches_are_allowed_than_it_tri
     assert found == [True, True, False]
 
 
+def test_a_kept_profile_that_does_not_say_what_groups_of_torch_cost_is_not_used_with_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for collectives, team_s, is_used in (("shm", 0.0, True), ("torch", 0.0, False), ("torch", 0.5, True)):
+        pool = PoolConfig(num_ranks=2, collectives=collectives)
+        kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool), team_s=team_s)
+        save_profile(kept, cached_profile_path(CARD, pool))
+        assert find_profile(EngineConfig(pool=pool), CARD) == (kept if is_used else None)
+
+
+def test_a_named_profile_that_does_not_say_what_groups_of_torch_cost_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.json"
+    save_profile(PROFILE, path)
+    config = EngineConfig(profile=str(path), pool=PoolConfig(num_ranks=2, collectives="torch"))
+    assert find_profile(config, CARD) == PROFILE
+    (warning,) = caplog.messages
+    assert warning.startswith(f"profile {path} has no team_s")
+
+
 def test_degrees_that_no_size_can_use_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     pool = PoolConfig(num_ranks=6, degrees=(1, 2, 3, 4, 6))
     assert with_usable_degrees(CARD, pool).degrees == (1, 2, 4)

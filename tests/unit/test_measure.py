@@ -10,12 +10,14 @@ import pytest
 
 from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, batch_factor, quiet_s
 from tetriserve.config import PoolConfig
+from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import Profile
+from tetriserve.profile.table import MIN_TIME_S
 from tetriserve.profiler import measure
 from tetriserve.profiler.disturbance import fair_share, num_cores
 
@@ -163,6 +165,30 @@ async def test_a_larger_batch_that_seemed_quicker_counts_as_long_as_the_smaller(
     profile = await measure(MeasuredExecutor(took), CARD, pool, [SMALL], lambda done, total, text: None, share=0.0)
     by_batch = {row.batch: row.seconds for row in profile.rows_of(DENOISE) if row.degree == 1}
     assert by_batch[4] == by_batch[2] == pytest.approx(STEP_S[1] * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("collectives", "num_ranks", "team_s"),
+    [
+        ("shm", 4, 0.0),
+        ("torch", 4, 0.8),
+        ("torch", 2, MIN_TIME_S),  # the only set of two ranks, an aligned one, has worked together before
+    ],
+)
+async def test_what_it_costs_to_form_a_set_of_ranks_is_measured_for_torch_and_nothing_over_shared_memory(
+    collectives: str, num_ranks: int, team_s: float
+) -> None:
+    formed = {ranks for degree in (1, 2) for ranks in aligned_groups(num_ranks, degree)}
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        forming_s = 0.0 if task.ranks in formed else 0.8
+        formed.add(task.ranks)
+        return quiet_s(task) + forming_s, None
+
+    pool = PoolConfig(num_ranks=num_ranks, degrees=(1, 2), collectives=collectives, max_batch=1)
+    executor = MeasuredExecutor(took, num_ranks)
+    profile = await measure(executor, CARD, pool, [SMALL], lambda done, total, text: None, share=0.0)
+    assert profile.team_s == pytest.approx(team_s)
 
 
 def test_a_container_quota_counts_as_so_many_processors(tmp_path: Path) -> None:

@@ -152,6 +152,10 @@ READABLE = "this version reads 'tetriserve-profile/2' and 'tetriserve-profile/1'
         (["encode_s"], -0.5, "encode_s is -0.5; it must be a number of seconds from 1e-06"),
         (["switch_s"], 0, "switch_s is 0; it must be a number of seconds from 1e-06"),
         (["move_s"], -0.1, "move_s is -0.1; it must be a number of seconds from 1e-06"),
+        (["team_s"], -0.1, "team_s is -0.1; it must be a number of seconds from 1e-06"),
+        (["team_s"], float("nan"), "team_s is nan; it must be a number of seconds from 1e-06"),
+        (["team_s"], "slow", "team_s is 'slow'; it must be a number of seconds from 1e-06"),
+        (["team_s"], 1e5, "team_s is 100000; it must be a number of seconds from 1e-06 to 10000"),
         (["switch_s"], True, "switch_s is True; it must be a number of seconds from 1e-06"),
         (["switch_s"], float("nan"), "switch_s is nan; it must be a number of seconds from 1e-06"),
         (["switch_s"], float("inf"), "switch_s is inf; it must be a number of seconds from 1e-06"),
@@ -300,7 +304,8 @@ def test_measured_shapes_are_looked_up_exactly() -> None:
     cost = ProfileCost(PROFILE)
     assert dict(times(cost, request(256, 256), DENOISE)) == {1: 0.1, 2: 0.06}
     assert dict(times(cost, request(1024, 1024), DENOISE)) == {1: 2.8, 2: 1.5}
-    assert (times(cost, request(256, 256), ENCODE)[1], cost.switch_s) == (0.02, 0.001)
+    assert (times(cost, request(256, 256), ENCODE)[1], cost.switch_s, cost.team_s) == (0.02, 0.001, 0.0)
+    assert ProfileCost(dataclasses.replace(PROFILE, team_s=0.7)).team_s == 0.7
     assert [times(cost, request(side, side), DECODE)[1] for side in (256, 512, 1024)] == [0.2, 0.8, 3.5]
 
 

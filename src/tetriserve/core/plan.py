@@ -79,6 +79,11 @@ class CostModel(Protocol):
         """What a task costs on top of that on other ranks than the request's last: change of group, hand-over."""
         ...
 
+    @property
+    def team_s(self) -> float:
+        """What a task costs on top of that on ranks that have not worked together before; 0: any set will do."""
+        ...
+
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         """The same model corrected by what a task took that `request` is a member of; `self` is unchanged."""
         ...

@@ -22,8 +22,8 @@ _Question = tuple[str, Shape, int, tuple[int, ...] | None, int]
 class ProfileCost:
     """The `CostModel` of a profile, corrected online.
 
-    `corrections` are what observed times of tasks taught. `switch_s` and `move_s` stay as profiled: on a loaded machine
-    they grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
+    `corrections` are what observed times of tasks taught. `switch_s`, `move_s` and `team_s` stay as profiled: on a
+    loaded machine the first two grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
     `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
     `batch_limit` bounds batches beyond what was measured.
@@ -95,6 +95,10 @@ class ProfileCost:
     @property
     def move_s(self) -> float:
         return self.profile.move_s
+
+    @property
+    def team_s(self) -> float:
+        return self.profile.team_s
 
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""

@@ -3,7 +3,7 @@
 ```
 {"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ...,
  "execution": {"dtype": "bfloat16", "attention": "default", ...}, "source": ..., "created": "2026-11-20", "doubt": "",
- "max_batch": 8, "switch_s": 0.001, "move_s": 0.001,
+ "max_batch": 8, "switch_s": 0.001, "move_s": 0.001, "team_s": 0.0,
  "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
 
@@ -73,6 +73,8 @@ class Profile:
 
     switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
         0 where nobody measured it, or where there is only one rank.
+    team_s: on top of that, to start one on a set of ranks that has not worked together before; 0 where any set will do,
+        as over shared memory.
     fingerprint: ties it to an architecture; empty means any.
     doubt: why its times may be too long; empty if nothing is known against them.
     max_batch: batches up to this were tried; there are rows of those that pay, and of the first that does not.
@@ -87,13 +89,15 @@ class Profile:
     rows: tuple[Row, ...]
     fingerprint: str = ""
     move_s: float = 0.0
+    team_s: float = 0.0
     doubt: str = ""
     max_batch: int = 1
 
     def __post_init__(self) -> None:
         _check_seconds(self.switch_s, "switch_s")
-        if self.move_s != 0:
-            _check_seconds(self.move_s, "move_s")
+        for name in ("move_s", "team_s"):
+            if getattr(self, name) != 0:
+                _check_seconds(getattr(self, name), name)
         _check_positive("max_batch", self.max_batch)
         for number, row in enumerate(self.rows):
             _check_row(f"rows[{number}]", row)

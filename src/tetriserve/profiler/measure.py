@@ -18,7 +18,7 @@ from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
 from tetriserve.models.registry import family_of
-from tetriserve.profile.table import Profile, Row
+from tetriserve.profile.table import MIN_TIME_S, Profile, Row
 from tetriserve.profiler.bench import Bench
 from tetriserve.profiler.disturbance import disturbance, fair_share
 from tetriserve.profiler.hardware import hardware_name
@@ -65,6 +65,7 @@ async def measure(
     bench, count = Bench(executor, "measuring a profile"), _Count(on_progress)
     best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
+    team_s = await _time_team(bench, card, shapes[0], pool)
     count.end()
     return Profile(
         model=card.name,
@@ -73,8 +74,9 @@ async def measure(
         execution=card.execution,
         source="measured by tetriserve, all ranks at work",
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), 1e-6),
+        switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), MIN_TIME_S),
         move_s=move_s,
+        team_s=team_s,
         rows=(
             Row(stage=ENCODE, seconds=statistics.median(s for times in best.values() for s in times.encode_s)),
             *(row for shape in shapes for row in best[shape].denoise),
@@ -278,5 +280,25 @@ async def _time_moves(bench: Bench, card: ModelCard, shape: Shape, pool: PoolCon
             stayed = await bench.denoise([request], group, 1)
             differences.append(moved.elapsed_s - stayed.elapsed_s)
         bench.forget([request])
-        return max(statistics.median(differences), 1e-6)
+        return max(statistics.median(differences), MIN_TIME_S)
     return 0.0
+
+
+async def _time_team(bench: Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:
+    """How much longer one step takes on ranks that have not worked together before than right after it.
+
+    Aligned groups have, so the ranks are those of an aligned group of the narrowest degree, each plus one. One sample:
+    what counts is whether it is next to nothing. Over shared memory it is nothing, for torch never, so that a pool with
+    only one set of ranks, where it cannot be measured, keeps to that one as well.
+    """
+    if pool.collectives == "shm":
+        return 0.0
+    degree = next((degree for degree in card.valid_degrees(pool.degrees) if 1 < degree < pool.num_ranks), None)
+    if degree is None:
+        return MIN_TIME_S
+    request = bench.request(card, shape, 2)
+    group = tuple(range(1, degree + 1))
+    await bench.encode(request, group[0])
+    first, second = [await bench.denoise([request], group, 1) for _ in range(2)]
+    bench.forget([request])
+    return max(first.elapsed_s - second.elapsed_s, MIN_TIME_S)

@@ -12,7 +12,7 @@ from tetriserve.config import EngineConfig, PoolConfig
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.models.card import ModelCard
-from tetriserve.profile.bundled import open_profile
+from tetriserve.profile.bundled import bundled_profiles, open_profile
 
 CARD = ModelCard(
     name="FLUX.1-dev", path=Path("/models/flux"), family="flux", pipeline_class="FluxPipeline",
@@ -32,3 +32,8 @@ def test_figures_that_were_not_measured_on_this_machine_do_not_plan_for_it(
     card = dataclasses.replace(CARD, name=profile.model)
     pool = PoolConfig(num_ranks=profile.degrees[-1], degrees=profile.degrees)
     assert launch.find_profile(EngineConfig(pool=pool), card) is None
+
+
+def test_a_new_set_of_ranks_costs_what_an_nccl_group_does_on_gpus_and_nothing_on_processors() -> None:
+    team_s = {name: open_profile(name).team_s for name in bundled_profiles()}
+    assert team_s == {name: 0.0 if "cores" in name else 0.778 for name in bundled_profiles()}
