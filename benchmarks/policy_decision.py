@@ -18,7 +18,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tetriserve.control import Controller
@@ -40,6 +40,7 @@ from tetriserve.core.stages import image_stages
 from tetriserve.policies import Policy, make_policy
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.table import Profile
 
 PROFILE = "flux.1-dev-8xh100"
 NUM_STEPS = 28
@@ -90,9 +91,8 @@ class Overload:
     """
 
     def __init__(
-        self, spec: str, num_ranks: int, num_requests: int, deadline: Deadline, seed: int, profile_name: str = PROFILE
+        self, spec: str, num_ranks: int, num_requests: int, deadline: Deadline, seed: int, profile: Profile
     ) -> None:
-        profile = open_profile(profile_name)
         self._heights = [shape.height for shape in profile.shapes]
         self.cost = ProfileCost(profile)
         self.timed = Timed(make_policy(spec, self.cost, num_ranks=num_ranks, shapes=profile.shapes))
@@ -213,7 +213,10 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def measure(spec: str, num_ranks: int, num_requests: int, deadlines: str, options: argparse.Namespace) -> Measured:
-    overload = Overload(spec, num_ranks, num_requests, DEADLINES[deadlines], options.seed, options.profile)
+    profile = open_profile(options.profile)
+    if options.team_s is not None:
+        profile = replace(profile, team_s=options.team_s)
+    overload = Overload(spec, num_ranks, num_requests, DEADLINES[deadlines], options.seed, profile)
     overload.run_for(options.warm_up)
     timed = overload.timed
     first = len(timed.plan_s)
@@ -276,6 +279,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=1.0, help="seconds of the virtual clock before that")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--profile", default=PROFILE, help="qwen-image-h200 has batches")
+    parser.add_argument("--team-s", type=float, help="instead of the profile's; 0: any set of ranks will do")
     parser.add_argument("--plot", type=Path, help="PNG of the growth curve")
     options = parser.parse_args()
     print(f"{'policy':>12} {'ranks':>5} {'queue':>6}  {'deadline':>8} {'in time':>7}  plan p50 / p99 / max, ms", end="")
