@@ -34,7 +34,9 @@ class LeastSlack:
                 spare -= degree
             elif slack >= 0:
                 break  # whoever went past it would take the ranks that it waits for
-        placed = place([(trajectory, degree) for trajectory, degree, _ in chosen], state.idle_ranks)
+        placed = place(
+            [(trajectory, degree) for trajectory, degree, _ in chosen], state.idle_ranks, team_s=state.cost.team_s
+        )
         return Plan(
             tuple(
                 Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps)

@@ -322,18 +322,18 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
     lost = bench.start(Task(("a",), DENOISE, (0, 1), 2))
     bench.send(Submitted(make_request("b")))
     assert bench.send(WorkerLost(1, "killed")) == []
-    encode_b = Task(("b",), ENCODE, (0,))
+    encode_b = Task(("b",), ENCODE, (3,))
     again, other = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "rank 1 died"), plan=[encode_b])
     assert again == StartTask(
         lost.task_id + 1,
-        Task(("a",), DENOISE, (2, 3), 1),
+        Task(("a",), DENOISE, (0, 2), 1),  # rank 0 still holds the state
         (Work(bench.request, 1, 2, {ENCODE: embeds, DENOISE: latents}),),
     )
     assert isinstance(other, StartTask)
     assert other.task == encode_b
     seen, _ = bench.policy.seen[-1]
     assert [trajectory.request_id for trajectory in seen.waiting] == ["b"]
-    assert seen.idle_ranks == (0,)
+    assert seen.idle_ranks == (3,)
 
 
 def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:

@@ -15,7 +15,7 @@ from tetriserve.core.trajectory import Trajectory
 
 def state(*trajectories: Trajectory, ranks: int, degrees: tuple[int, ...] = (1, 2, 4)) -> State:
     cost: Any = SimpleNamespace(
-        times=lambda request, stage: dict.fromkeys(degrees, 0.1) if stage.kind == DENOISE else {1: 0.1}
+        times=lambda request, stage: dict.fromkeys(degrees, 0.1) if stage.kind == DENOISE else {1: 0.1}, team_s=0.0
     )
     return State(trajectories, (), tuple(range(ranks)), cast(CostModel, cost))
 

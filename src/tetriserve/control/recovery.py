@@ -20,9 +20,12 @@ def lost_tasks(state: State) -> list[Task]:
         if degree:
             wanted.append((trajectory, degree))
             num_idle -= degree
+    if not wanted:
+        return []
+    placed = place(wanted, state.idle_ranks, team_s=state.cost.team_s)
     return [
         Task((trajectory.request_id,), trajectory.stage.kind, ranks, int(not trajectory.is_short))
-        for (trajectory, _), ranks in zip(wanted, place(wanted, state.idle_ranks), strict=True)
+        for (trajectory, _), ranks in zip(wanted, placed, strict=True)
     ]
 
 

@@ -38,7 +38,9 @@ class Exhaustive:
             if start.degree <= spare:
                 starts.append(start)
                 spare -= start.degree
-        placed = place([(waiting[start.request_id], start.degree) for start in starts], state.idle_ranks)
+        placed = place(
+            [(waiting[start.request_id], start.degree) for start in starts], state.idle_ranks, team_s=state.cost.team_s
+        )
         return Plan(
             tuple(
                 Task((start.request_id,), waiting[start.request_id].stage.kind, ranks, start.num_steps)

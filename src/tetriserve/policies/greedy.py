@@ -65,13 +65,13 @@ class ListScheduler:
         if self.best_fit:
             chosen = _widen(chosen, spare)
         free = set(state.idle_ranks)
-        placed = place([(choice.trajectory, choice.degree) for choice in chosen], free)
+        placed = place([(choice.trajectory, choice.degree) for choice in chosen], free, team_s=cost.team_s)
         tasks = []
         for (trajectory, times, degree), ranks in zip(chosen, placed, strict=True):
             num_steps = min(trajectory.remaining_steps, max(1, int(TASK_S / times[degree])))
             tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
             free.difference_update(ranks)
-        return Plan((*tasks, *place_short_stages(short, free)))
+        return Plan((*tasks, *place_short_stages(short, free, team_s=cost.team_s)))
 
 
 def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostModel, now: float) -> int:

@@ -368,12 +368,13 @@ class _Start:
         """Everything started, on ranks."""
         free = set(state.idle_ranks)
         tasks = []
-        placed = place([(wanted.members[0], wanted.degree) for wanted in self._wanted], free)
+        team_s = state.cost.team_s
+        placed = place([(wanted.members[0], wanted.degree) for wanted in self._wanted], free, team_s=team_s)
         for wanted, ranks in zip(self._wanted, placed, strict=True):
             names = tuple([trajectory.request_id for trajectory in wanted.members])
             tasks.append(Task(names, wanted.members[0].stage.kind, ranks, wanted.num_steps))
             free.difference_update(ranks)
-        return (*tasks, *place_short_stages(self.short, free))
+        return (*tasks, *place_short_stages(self.short, free, team_s=team_s))
 
     def _claim(self, duration_s: float, num_ranks: int) -> None:
         self._claim_until(self._ready_s + duration_s, num_ranks)

@@ -4,38 +4,99 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from heapq import nsmallest
+from itertools import islice
 from typing import NamedTuple
 
 from tetriserve.core.trajectory import Trajectory
 
+_Wanted = Sequence[tuple[Sequence[int], int]]
+"""For each request, the ranks that hold its state, and the degree that it gets."""
+
 
 def place(
-    wanted: Sequence[tuple[Trajectory, int]], idle: Iterable[int], *, preserve: bool = True
+    wanted: Sequence[tuple[Trajectory, int]], idle: Iterable[int], *, team_s: float, preserve: bool = True
 ) -> list[tuple[int, ...]]:
     """Disjoint sets of idle ranks for `wanted`, pairs of a trajectory and its degree; answers in the same order.
 
-    Wide sets are chosen first, so that narrow ones do not break up the blocks they need. Placement preservation
-    (TetriServe, section 4.2.3): a request keeps exactly the ranks that hold its state when the degree stays, takes some
-    of them when it narrows and ranks around them when it widens, so that little or nothing moves. Every set is
-    ascending: process groups are keyed by it, and one set must not appear twice.
+    Placement preservation (TetriServe, section 4.2.3): a request keeps the ranks that hold its state when the degree
+    stays, takes some of them when it narrows and others with them when it widens, so that little or nothing moves.
+    Every set is ascending: process groups are keyed by it, and one set must not appear twice.
 
     Args:
         idle: free ranks, at least as many as the degrees sum to.
+        team_s: what a set costs that has not worked together before (`CostModel.team_s`). Unless it is 0, few sets
+            are used: aligned blocks go before ranks that hold a state, except where a request keeps its set.
         preserve: False ignores where states are held (ablation).
     """
     if not wanted:
         return []
+    sets = [(trajectory.holders if preserve else (), degree) for trajectory, degree in wanted]
+    return _place_in_blocks(sets, idle) if team_s else _place_anywhere(sets, idle)
+
+
+def _place_anywhere(wanted: _Wanted, idle: Iterable[int]) -> list[tuple[int, ...]]:
+    """As many ranks as possible stay with a request whose state they hold, which is a bipartite matching.
+
+    Where not all can, requests whose set may stay the same go first, then those that narrow, then by their order. The
+    other ranks are those that fewest requests have their states on, of these the lowest.
+    """
+    num_holding = _tally(rank for holders, _ in wanted for rank in holders)
+    free = sorted(idle, key=lambda rank: (num_holding.get(rank, 0), rank))
+    order = {rank: number for number, rank in enumerate(free)}
+    held = [sorted(order.keys() & holders, key=order.__getitem__) for holders, _ in wanted]
+
+    def claim(index: int) -> tuple[bool, bool]:
+        holders, degree = wanted[index]
+        return len(held[index]) < degree, len(holders) != degree
+
+    keeper: dict[int, int] = {}  # index of the request that keeps a rank, by rank
+    for index in sorted(range(len(wanted)), key=claim):
+        for _ in range(wanted[index][1]):
+            if not _keep_one_more(index, held, keeper):
+                break
+    kept: list[list[int]] = [[] for _ in wanted]
+    for rank, index in keeper.items():
+        kept[index].append(rank)
+    others = (rank for rank in free if rank not in keeper)
+    return [
+        tuple(sorted([*ranks, *islice(others, degree - len(ranks))]))
+        for ranks, (_, degree) in zip(kept, wanted, strict=True)
+    ]
+
+
+def _keep_one_more(index: int, held: Sequence[Sequence[int]], keeper: dict[int, int]) -> bool:
+    """Let request `index` keep one more of the ranks that it `held`, if need be by having others keep other ranks than
+    they do, but as many (an augmenting path); False if that is not possible."""
+    reached: dict[int, tuple[int, int]] = {}  # rank that a request would give up, and the request that would get it
+    queue = [index]
+    for taker in queue:
+        for rank in held[taker]:
+            owner = keeper.get(rank)
+            if owner is None:
+                while taker != index:
+                    keeper[rank] = taker
+                    rank, taker = reached[taker]
+                keeper[rank] = index
+                return True
+            if owner != index and owner not in reached:
+                reached[owner] = rank, taker
+                queue.append(owner)
+    return False
+
+
+def _place_in_blocks(wanted: _Wanted, idle: Iterable[int]) -> list[tuple[int, ...]]:
+    """Wide sets are chosen first, so that narrow ones do not break up the blocks they need."""
     free = FreeRanks(idle)
     keeping = {
-        index: tuple(sorted(trajectory.holders))
-        for index, (trajectory, degree) in enumerate(wanted)
-        if preserve and len(trajectory.holders) == degree and free.has(trajectory.holders)
+        index: tuple(sorted(holders))
+        for index, (holders, degree) in enumerate(wanted)
+        if len(holders) == degree and free.has(holders)
     }
     for ranks in keeping.values():
         free.reserve(ranks)
     placed: dict[int, tuple[int, ...]] = {}
     for index in sorted(range(len(wanted)), key=lambda index: (-wanted[index][1], index not in keeping)):
-        trajectory, degree = wanted[index]
+        holders, degree = wanted[index]
         kept = keeping.get(index)
         if kept is not None:
             free.give_up(kept)
@@ -43,7 +104,7 @@ def place(
             free.remove(kept)
             placed[index] = kept
         else:
-            placed[index] = free.take(degree, trajectory.holders if preserve else ())
+            placed[index] = free.take(degree, holders)
     return [placed[index] for index in range(len(wanted))]
 
 
@@ -60,7 +121,7 @@ class _Fit(NamedTuple):
 
 
 class FreeRanks:
-    """Free ranks, handed out one set at a time.
+    """Free ranks, handed out one set at a time, in aligned blocks where there are any.
 
     Taking sets one after the other costs time in proportion to the free blocks of that size, not to the pool: the fits
     of one size are worked out once, and renewed only around what is taken.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.placement import FreeRanks
+from tetriserve.policies.placement import place
 
 
 def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
@@ -58,21 +58,19 @@ def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
     return tuple(found)
 
 
-def place_short_stages(trajectories: Sequence[Trajectory], free: set[int], *, preserve: bool = True) -> list[Task]:
+def place_short_stages(
+    trajectories: Sequence[Trajectory], free: set[int], *, team_s: float, preserve: bool = True
+) -> list[Task]:
     """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
 
     They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
     waiting for two rounds to end. They run where the state is when that rank is free. One rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
-    if not trajectories:
-        return []
-    tasks = []
-    available = FreeRanks(free)
-    for trajectory in trajectories:
-        if not free:
-            break
-        ranks = available.take(1, trajectory.holders if preserve else ())
-        free.difference_update(ranks)
-        tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks))
-    return tasks
+    started = trajectories[: len(free)]
+    placed = place([(trajectory, 1) for trajectory in started], free, team_s=team_s, preserve=preserve)
+    free.difference_update(rank for ranks in placed for rank in ranks)
+    return [
+        Task((trajectory.request_id,), trajectory.stage.kind, ranks)
+        for trajectory, ranks in zip(started, placed, strict=True)
+    ]

@@ -89,7 +89,10 @@ class TetriServe:
                 waiting = sorter.triage(state, now)
         window = Window(clock, this, now, state.cost.switch_s)
         started = waiting.short[: len(free)]
-        tasks = place_short_stages([stage.trajectory for stage in started], free, preserve=self.placement)
+        team_s = state.cost.team_s
+        tasks = place_short_stages(
+            [stage.trajectory for stage in started], free, team_s=team_s, preserve=self.placement
+        )
         if (waiting.on_time or waiting.late) and _is_assembling(state, started, window):
             return Plan(tuple(tasks), wake_at=clock.grace_end_s(this))
 
@@ -114,11 +117,12 @@ class TetriServe:
         if self.batching and state.cost.max_batch > 1:
             shares = _share(shares, waiting, spare, window, state.cost)
         wanted = [(share.members[0], share.degree) for share in shares]
-        for share, ranks in zip(shares, place(wanted, free, preserve=self.placement), strict=True):
+        placed = place(wanted, free, team_s=team_s, preserve=self.placement)
+        for share, ranks in zip(shares, placed, strict=True):
             names = tuple(trajectory.request_id for trajectory in share.members)
             tasks.append(Task(names, share.members[0].stage.kind, ranks, share.num_steps))
             free.difference_update(ranks)
-        tasks += place_short_stages(late_short, free, preserve=self.placement)
+        tasks += place_short_stages(late_short, free, team_s=team_s, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=this.end_s)
 
     def _sorter_for(self, on_time: Sequence[Candidate], state: State, now: float) -> Sorter:

@@ -30,6 +30,9 @@ def simulate(
 ) -> Iterator[Outcome]:
     """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
 
+    A task on other ranks than its request's last takes `move_s` longer. `team_s` decides which ranks a policy chooses,
+    but is not charged: which sets have worked together before is not modelled.
+
     noise: standard deviation of a task's duration as a fraction of it; 0 is what the cost model says, exactly.
     """
     simulation = Simulation(policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share)

@@ -28,6 +28,7 @@ class TableCost:
     decode: float = 0.0
     switch_s: float = 0.0
     move_s: float = 0.0
+    team_s: float = 0.0
     max_batch: int = 1
 
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
