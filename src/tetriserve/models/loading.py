@@ -49,8 +49,8 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
         for component, entry in read_json(card.path / "model_index.json").items():
             if isinstance(entry, list) and entry != [None, None]:
                 folder, (library, class_name) = card.path / component, entry
-                more = loading_options(card.execution, device) if component == "transformer" else {}
-                model = _load_model(folder, library, class_name, dtype, more)
+                extra = loading_options(card.execution, device) if component == "transformer" else {}
+                model = _load_model(folder, library, class_name, dtype, extra)
                 if model is not None:
                     models[component] = model
         folder = card.path
@@ -65,8 +65,8 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
 
 
-def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype, more: dict[str, Any]) -> Any:
-    """The model in `folder`, with `more` options; None if it is a tokenizer or a scheduler."""
+def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype, extra: dict[str, Any]) -> Any:
+    """The model in `folder`, with `extra` options; None if it is a tokenizer or a scheduler."""
     model_class = getattr(import_module(library), class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
         return None
@@ -80,7 +80,7 @@ def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype,
         local_files_only=True,
         output_loading_info=True,
         **options,
-        **more,
+        **extra,
     )
     for problem, verb in _PROBLEMS:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in report[problem])
