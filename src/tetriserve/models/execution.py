@@ -161,7 +161,7 @@ def _attend(name: str, probe: torch.Tensor) -> None:
 
 
 def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
 
 
 def _dotted(capability: tuple[int, int]) -> str:
