@@ -547,5 +547,11 @@ async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(
     assert len(failures) == 2
 
 
+def test_a_step_that_compiles_may_take_as_long_as_a_start() -> None:
+    pool = PoolConfig(device="cuda", num_ranks=1)
+    compiled = replace(CARD, execution=Execution("bfloat16", compile="regional"))
+    assert [LocalExecutor(card, pool)._pool.step_timeout_s for card in (CARD, compiled)] == [60.0, 300.0]
+
+
 def test_restarts_wait_longer_and_longer_but_go_on_for_ever() -> None:
     assert [restart_delay_s(num_failed) for num_failed in (0, 1, 2, 4, 5, 5000)] == [0.0, 2.0, 4.0, 16.0, 30.0, 30.0]

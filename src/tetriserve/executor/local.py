@@ -10,12 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from typing import assert_never
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, FailureKind, StartTask, TaskFailed, TensorRef, WorkerJoined, WorkerLost
+from tetriserve.core.execution import DEFAULT
 from tetriserve.core.messages import (
     Forget,
     FromWorker,
@@ -55,7 +57,9 @@ class LocalExecutor:
 
     def __init__(self, card: ModelCard, pool: PoolConfig, *, adapter: str | None = None) -> None:
         self._card = card
-        self._pool = pool
+        # A step that compiles takes as long as a start may.
+        step_timeout_s = max(pool.step_timeout_s, pool.start_timeout_s if card.execution.compile != DEFAULT else 0.0)
+        self._pool = pool = replace(pool, step_timeout_s=step_timeout_s)
         self._adapter = adapter
         self._workers: dict[int, Worker] = {}
         self._ledger = Ledger()
