@@ -130,13 +130,15 @@ class Target:
             head, _ = await self._exchange("GET /ready", b"")
         except OSError:
             return False
+        if not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 503")):
+            raise SystemExit(f"/ready answered {head[:40]!r}")
         return head.startswith(b"HTTP/1.1 200")
 
     async def _exchange(self, line: str, body: bytes) -> tuple[bytes, bytes]:
         """Head and content of an answer, over a connection of its own."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
-            head = f"{line} HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+            head = f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
             writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             answer = await reader.read(-1)
         finally:

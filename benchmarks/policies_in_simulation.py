@@ -83,13 +83,14 @@ def print_cells(cells: Sequence[Cell], console: Console) -> None:
 
 def print_sizes(cells: Sequence[Cell], console: Console) -> None:
     """Attainment by size, mean over the cells of each mix: what is given up to attain the rest."""
-    shapes = sorted(cells[0].comparison.results[0].sar_by_shape)
+    shapes = sorted({shape for cell in cells for shape in cell.comparison.results[0].sar_by_shape})
     table = Table(title="SLO attainment in percent by size, mean over cells")
     for heading in ("mix", "policy", *map(str, shapes)):
         table.add_column(heading, justify="right")
     for mix, policy in product(MIXES, (*BASELINES, *OURS)):
         of_mix = [cell.results[policy].sar_by_shape for cell in cells if cell.scenario.mix == mix]
-        table.add_row(mix, policy, *(f"{100 * fmean(by_shape[shape] for by_shape in of_mix):.1f}" for shape in shapes))
+        sars = [[by_shape[shape] for by_shape in of_mix if shape in by_shape] for shape in shapes]
+        table.add_row(mix, policy, *(f"{100 * fmean(of_shape):.1f}" if of_shape else "-" for of_shape in sars))
     console.print(table)
 
 

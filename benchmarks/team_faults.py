@@ -120,7 +120,8 @@ async def hurt(pool: Pool, work: Work, rng: random.Random, outcome: Outcome) -> 
     await asyncio.sleep(rng.uniform(0.005, 0.12))
     if end.done():
         outcome.num_missed += 1
-        return after(work, DENOISE, end.result()) if isinstance(end.result(), TaskFinished) else work
+        ended = end.result()
+        return after(work, DENOISE, ended) if isinstance(ended, TaskFinished) else work
     os.kill(pid, signal.SIGKILL if is_kill else signal.SIGSTOP)
     hurt_at = time.monotonic()
     ended = await asyncio.wait_for(end, HANG_S)
@@ -191,16 +192,18 @@ def main() -> None:
         model = make_model(Path(directory) / "model")
         outcome = asyncio.run(campaign(model, arguments.faults, arguments.seed, arguments.collectives))
     kills, stops = sorted(outcome.kill_back_s), sorted(outcome.stop_back_s)
-    soon = sum(back_s <= BACK_BAR_S for back_s in kills) / len(kills)
-    print(
-        f"{len(kills)} kills: survivors back for work after {1000 * statistics.median(kills):.1f} ms (median), "
-        f"{1000 * kills[-1]:.0f} ms at most;\n"
-        f"  within {1000 * BACK_BAR_S:.0f} ms in {soon:.1%} (bar {BACK_BAR_SHARE:.0%})"
-    )
-    print(
-        f"{len(stops)} stops, found after {HEARTBEAT_S:g} s of silence: back after {statistics.median(stops):.2f} s "
-        f"(median), {stops[-1]:.2f} s at most"
-    )
+    if kills:
+        soon = sum(back_s <= BACK_BAR_S for back_s in kills) / len(kills)
+        print(
+            f"{len(kills)} kills: survivors back for work after {1000 * statistics.median(kills):.1f} ms (median), "
+            f"{1000 * kills[-1]:.0f} ms at most;\n"
+            f"  within {1000 * BACK_BAR_S:.0f} ms in {soon:.1%} (bar {BACK_BAR_SHARE:.0%})"
+        )
+    if stops:
+        print(
+            f"{len(stops)} stops, found after {HEARTBEAT_S:g} s of silence: back after "
+            f"{statistics.median(stops):.2f} s (median), {stops[-1]:.2f} s at most"
+        )
     print(
         f"{outcome.num_images} images, {outcome.num_wrong} wrong; {outcome.num_missed} faults came too late to matter"
     )

@@ -355,11 +355,14 @@ async def compare_with_bare_loop(
 async def switch(recording: Recording, tasks: Tasks, side: int) -> None:
     """A step at degree 2 that comes from degree 1, beside one that stays; see `benchmarks/execution.py`."""
     stays, switches = [], []
-    await asyncio.gather(tasks.begin("a", side, 0), tasks.begin("b", side, 1))
+    a, b = f"a-{side}", f"b-{side}"
+    await asyncio.gather(tasks.begin(a, side, 0), tasks.begin(b, side, 1))
     for _ in range(1 + NUM_TASKS):
-        await asyncio.gather(tasks.run("a", (0,), 1), tasks.run("b", (1,), 1))
-        switches.append(await tasks.run("a", (0, 1), 1))
-        stays.append(await tasks.run("a", (0, 1), 1))
+        await asyncio.gather(tasks.run(a, (0,), 1), tasks.run(b, (1,), 1))
+        switches.append(await tasks.run(a, (0, 1), 1))
+        stays.append(await tasks.run(a, (0, 1), 1))
+    tasks.end(a)
+    tasks.end(b)
     stay_s, switch_s = statistics.median(stays[1:]), statistics.median(switches[1:])
     recording.row(f"switch to degree 2, {side}", stay_ms=stay_s * 1e3, more_ms=(switch_s - stay_s) * 1e3)
 
