@@ -14,7 +14,7 @@ import io
 import json
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 
@@ -34,13 +34,14 @@ SERVICE_S = 0.05
 BODY = json.dumps({"created": 0, "data": [{"b64_json": "A" * 4096}]}).encode()
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 
-Post = Callable[[bytes], Awaitable[int]]
+Post = Callable[[bytes], Coroutine[None, None, int]]
 
 
 class Stub(asyncio.Protocol):
     """Answers every request with the same picture after `SERVICE_S`."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.received = b""
 
@@ -111,7 +112,7 @@ async def with_aiohttp(url: str) -> AsyncIterator[Post]:
         async def post(body: bytes) -> int:
             async with client.post(f"{url}/v1/images/generations", data=body) as answer:
                 await answer.read()
-                return answer.status
+                return int(answer.status)
 
         yield post
 

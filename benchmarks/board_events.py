@@ -123,7 +123,7 @@ class Load:
                 for degree in degrees
             ), *tuple(Row(stage=DECODE, height=s.height, width=s.width, seconds=0.003 * self.slow) for s in shapes)),
         )  # fmt: skip
-        cost = ProfileCost(profile, lambda shape: FLUX.valid_degrees(card, shape, degrees))
+        cost = ProfileCost(profile, lambda shape: card.valid_degrees(degrees))
         new_policy = partial(make_policy, self.policy, cost, num_ranks=self.num_ranks, shapes=shapes)
         engine = LiveEngine(
             Controller(new_policy(), cost), TimerExecutor(self.num_ranks, cost), Intake(card=card, cost=cost),

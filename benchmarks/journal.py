@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tetriserve.core.events import Checkpoint, TensorRef
+from tetriserve.core.events import Checkpoint
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DENOISE, ENCODE, image_stages
 from tetriserve.journal import Entry, Journal, Key, Model
 from tetriserve.workload.outcome import Outcome, Status
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tests.states import MemoryStates  # noqa: E402
 
 SIZES = {"bundled, 512x512": (512, 40 * 64 * 4, 2**16), "FLUX.1, 1024x1024": (1024, 512 * 4096 * 2, 2**19)}
 """Side, and bytes of embeddings and latents."""
@@ -44,6 +49,7 @@ def measure(directory: Path, side: int, num_embeds: int, num_latents: int, repea
     journal = Journal(directory, Model("m", "f"))
     pixels = bytes(side * side * 3)
     state = {ENCODE: bytes(num_embeds), DENOISE: bytes(num_latents)}
+    store = MemoryStates()
     times: dict[str, list[float]] = {"accept": [], "checkpoint": [], "image": []}
 
     def timed(name: str, start: float) -> None:
@@ -58,9 +64,8 @@ def measure(directory: Path, side: int, num_embeds: int, num_latents: int, repea
         journal.accept(entry).result()
         timed("accept", start)
         start = time.perf_counter()
-        states = {stage: TensorRef(f"{request.request_id}.{stage}.1.1", len(data)) for stage, data in state.items()}
-        checkpoint = Checkpoint(1, 1, states, ())
-        journal.advance(request.request_id, 0, checkpoint, lambda ref: state[ref.key.split(".")[1]])
+        states = {stage: store.put(f"{request.request_id}.{stage}.1.1", data) for stage, data in state.items()}
+        journal.advance(request.request_id, 0, Checkpoint(1, 1, states, ()), store)
         while journal.num_waiting:
             time.sleep(0.0002)
         timed("checkpoint", start)

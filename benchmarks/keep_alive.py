@@ -114,6 +114,12 @@ def draw_for(url: str, seconds: float) -> float:
     return sum(counts) / seconds
 
 
+def line_of(server: subprocess.Popen[str]) -> str:
+    """The next that it prints."""
+    assert server.stdout is not None
+    return server.stdout.readline().strip()
+
+
 def compare(rounds: int, seconds: float, num_tasks: int) -> None:
     probes: dict[str, list[float]] = {name: [] for name in VARIANTS}
     rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -124,7 +130,7 @@ def compare(rounds: int, seconds: float, num_tasks: int) -> None:
             command = [sys.executable, __file__, "--serve", *options]
             servers[name] = running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             running.callback(servers[name].terminate)
-        urls = {name: server.stdout.readline().strip() for name, server in servers.items()}
+        urls = {name: line_of(server) for name, server in servers.items()}
         for _ in range(rounds):
             for name, url in urls.items():
                 client = Client(url)
@@ -136,7 +142,7 @@ def compare(rounds: int, seconds: float, num_tasks: int) -> None:
                 drawn += draw_for(url, seconds) * seconds
         for name, server in servers.items():
             server.terminate()
-            pauses[name] = server.stdout.readline()
+            pauses[name] = line_of(server)
     first = next(iter(VARIANTS))
     for name in VARIANTS:
         p50, rate = statistics.median(probes[name]), statistics.median(rates[name])

@@ -38,6 +38,7 @@ from tetriserve.bench.summary import Summary, summarise
 from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import image_stages
 from tetriserve.launch import StartProgress, find_model, measure_profile
 from tetriserve.models.card import ModelCard
 from tetriserve.profile.cost import ProfileCost
@@ -69,8 +70,12 @@ def make_load(profile: Profile, options: argparse.Namespace) -> Load:
 def alone_times(profile: Profile, shapes: Sequence[Shape], num_steps: int) -> dict[Shape, float]:
     """Seconds that each size takes alone at degree 1, encode and decode included."""
     rule = MultipleRule(1.0, ProfileCost(profile))
-    common = {"request_id": "", "prompt": "", "num_steps": num_steps, "seed": 0, "arrival_s": 0.0, "deadline_s": 0.0}
-    return {shape: rule.slo_s(Request(shape=shape, **common)) for shape in shapes}
+
+    def request_of(shape: Shape) -> Request:
+        stages = image_stages(num_steps)
+        return Request(request_id="", prompt="", shape=shape, stages=stages, seed=0, arrival_s=0.0, deadline_s=0.0)
+
+    return {shape: rule.slo_s(request_of(shape)) for shape in shapes}
 
 
 def free_port() -> int:

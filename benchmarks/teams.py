@@ -158,7 +158,8 @@ def exchange_s(kind: str) -> float:
             processes[-1].start()
             ends.append(ours)
         try:
-            return statistics.median(ends[0].recv())
+            exchange_s: list[float] = ends[0].recv()
+            return statistics.median(exchange_s)
         finally:
             for process in processes:
                 process.kill()

@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--policy", required=True)
     parser.add_argument("--max-queue", type=int, required=True)
     options = parser.parse_args()
-    cost = ProfileCost(PROFILE, lambda shape: FLUX.valid_degrees(CARD, shape, tuple(SPEEDUPS)))
+    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees(tuple(SPEEDUPS)))
     new_policy = partial(make_policy, options.policy, cost, num_ranks=2, shapes=PROFILE.shapes)
 
     async def launch() -> Jobs:

@@ -43,6 +43,6 @@ class MemoryStates:
         return tuple([TensorRef(key, len(self.bundles[key])) for key in keys])
 
 
-def bundle_of(**arrays: np.ndarray) -> bytes:
+def bundle_of(**arrays: np.ndarray | np.generic) -> bytes:
     """As a worker leaves tensors."""
-    return save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    return bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))

@@ -15,9 +15,10 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Stopwatch:
             work()
             elapsed_s = time.perf_counter() - started_at
             return elapsed_s, elapsed_s
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         started_at = time.perf_counter()
         begun.record()
@@ -87,7 +88,7 @@ def measure_ceilings(recording: Recording, stopwatch: Stopwatch, device: torch.d
     best = 0.0
     for side in (256, 512) if is_dry_run else (4096, 8192, 16384):
         a, b = (torch.randn(side, side, device=device, dtype=flux.DTYPE) for _ in range(2))
-        times = stopwatch.time(lambda a=a, b=b: a @ b)
+        times = stopwatch.time(partial(torch.matmul, a, b))
         best = max(best, 2 * side**3 / times.seconds)
         recording.row(f"product, {side}", tflops=2 * side**3 / times.seconds / 1e12, **times.figures)
     source = torch.randint(256, (2**22 if is_dry_run else 2**32,), device=device, dtype=torch.uint8)
@@ -120,9 +121,13 @@ class Steps:
                 started_at = time.perf_counter()
                 is_finite = bool(self.transformer(**inputs)[0].isfinite().all())
                 first_s = time.perf_counter() - started_at
-                times = self._stopwatch.time(lambda inputs=inputs: self.transformer(**inputs))
+                times = self._stopwatch.time(partial(self.transformer, **inputs))
                 figures = {**times.figures, **self._mfu(side, times), "first_s": median([first_s])}
                 self._recording.row(f"{name}, {side}", **figures, **({} if is_finite else {"note": "not finite"}))
+
+    def _step(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        output: torch.Tensor = self.transformer(**inputs)[0]
+        return output
 
     def _mfu(self, side: int, times: Times) -> dict[str, float]:
         if self._ceiling is None:
@@ -134,11 +139,11 @@ class Steps:
         for side in self.scale.sides[:SMALL_SIDES]:
             with self._recording.case(f"{name}, {side}"):
                 inputs = flux.step_inputs(self.transformer, self.scale, side)
-                replay, output = capture(lambda inputs=inputs: self.transformer(**inputs)[0], self.transformer.device)
+                replay, output = capture(partial(self._step, inputs), self.transformer.device)
                 times = self._stopwatch.time(replay)
                 inputs["hidden_states"].normal_()
                 replay()
-                difference = (output - self.transformer(**inputs)[0]).abs().max().item()
+                difference = (output - self._step(inputs)).abs().max().item()
                 self._recording.row(f"{name}, {side}", **times.figures, difference=difference)
 
     @contextmanager
@@ -158,7 +163,7 @@ def capture(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[Cal
     if device.type != "cuda":
         output = work()
         return lambda: output.copy_(work()), output
-    aside = torch.cuda.Stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(NUM_WARM_UPS):
@@ -211,7 +216,7 @@ def measure_decode(recording: Recording, stopwatch: Stopwatch, scale: flux.Scale
         for side in scale.sides:
             with recording.case(f"{way}, {side}"):
                 latents = torch.randn(1, 16, side // 8, side // 8, device=device, dtype=flux.DTYPE)
-                times = stopwatch.time(lambda vae=vae, latents=latents: vae.decode(latents, return_dict=False))
+                times = stopwatch.time(partial(vae.decode, latents, return_dict=False))
                 recording.row(f"{way}, {side}", **times.figures)
 
 

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import combinations, product
-from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
 from exchange import STATUS_NAMES, WAITED
-from members import Members, gathered
+from members import Context, Members, gathered
 from recording import Recording, add_options, begin, median
 
 LIMIT_S = 400.0
@@ -39,7 +38,7 @@ class Setting:
     """sizes: bytes that a rank puts into an exchange, divisible by 2, 3 and 4."""
 
     device: torch.device
-    context: BaseContext
+    context: Context
     region_bytes: int
     sizes: tuple[int, ...]
     num_times: int
@@ -52,13 +51,13 @@ class Setting:
 
 def setting_of(*, is_dry_run: bool) -> Setting:
     if is_dry_run:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["members", "torch._dynamo"])
-        return Setting(torch.device("cpu"), context, 2**21, (12 * 2**10,), 5, "aot_eager", 16)
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload(["members", "torch._dynamo"])
+        return Setting(torch.device("cpu"), forking, 2**21, (12 * 2**10,), 5, "aot_eager", 16)
     sizes = tuple(12 * 2**power for power in (12, 16, 20))
     # Not forked: what CUDA has begun in a process, its children cannot use.
-    context = multiprocessing.get_context("spawn")
-    return Setting(torch.device("cuda:0"), context, 2**26, sizes, 20, "inductor", 1024)
+    spawning = multiprocessing.get_context("spawn")
+    return Setting(torch.device("cuda:0"), spawning, 2**26, sizes, 20, "inductor", 1024)
 
 
 def name_of(ranks: Sequence[int]) -> str:

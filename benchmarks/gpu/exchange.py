@@ -209,10 +209,10 @@ def build(architecture: str, nvrtc: Any) -> bytes:
     options = [f"--gpu-architecture={architecture}".encode()]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(code) != 0:
-        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * int(checked(nvrtc.nvrtcGetProgramLogSize(program)))
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(log.decode())
-    binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary = b" " * int(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, binary))
     return binary
 

@@ -159,7 +159,7 @@ def num_flop(transformer: Any, scale: Scale, side: int) -> float:
     width = config.num_attention_heads * config.attention_head_dim
     num_blocks = config.num_layers + config.num_single_layers
     num_tokens = scale.num_text_tokens + (side // PIXELS_PER_TOKEN) ** 2
-    return num_blocks * (24 * width**2 * num_tokens + 4 * width * num_tokens**2)
+    return float(num_blocks * (24 * width**2 * num_tokens + 4 * width * num_tokens**2))
 
 
 def write_checkpoint(path: Path, scale: Scale, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -25,6 +25,7 @@ from regions import Region, make_region, map_region
 WORDS_BYTES = 4096
 CALL_LIMIT_S = 90.0
 _SYMMETRIC_LIMIT_MS = 20_000
+Context = SpawnContext | ForkServerContext
 _present: list[Exchange] = []
 """The exchange that `team_all_to_all` goes through: where the compiler does not see it."""
 
@@ -42,7 +43,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 def _block(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As a block of a transformer, whose attention stands between two exchanges."""
     there = team_all_to_all(torch.nn.functional.silu(x @ weights))
-    return x + team_all_to_all(there @ weights)
+    return x + team_all_to_all(there @ weights)  # type: ignore[no-any-return]
 
 
 class Member:
@@ -112,7 +113,7 @@ class Member:
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sets}
 
     def _meet(self, store: Path, num_ranks: int) -> None:
-        meeting = dist.FileStore(str(store), num_ranks)
+        meeting = dist.FileStore(str(store), num_ranks)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=meeting, rank=self._rank, world_size=num_ranks)
 
     def exchange_with_gloo(self, ranks: tuple[int, ...], num_bytes: int, num_times: int) -> tuple[str, float]:
@@ -138,6 +139,7 @@ class Member:
         self._meet(store, num_ranks)
         symmetric.set_backend("CUDA")
         staged = symmetric.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        assert dist.group.WORLD is not None
         handle = symmetric.rendezvous(staged, dist.group.WORLD)
         for number, ranks in enumerate(sets):
             if self._rank not in ranks:
@@ -235,7 +237,12 @@ class Member:
         """What runs `work`, and where its result is then. Capturing does not run it; on a CPU nothing is captured."""
         if self._device.type == "cpu":
             output = torch.empty(0, dtype=torch.uint8)
-            return lambda: output.set_(work()), output
+
+            def run() -> None:
+                result = work()
+                output.resize_(result.shape).copy_(result)
+
+            return run, output
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = work()
@@ -292,7 +299,7 @@ class MemberFailed(RuntimeError):
 class Process:
     """The other end of a member."""
 
-    def __init__(self, context: BaseContext, rank: int, device: torch.device) -> None:
+    def __init__(self, context: Context, rank: int, device: torch.device) -> None:
         self.rank = rank
         self._num_calls = 0
         self._connection, theirs = context.Pipe()
@@ -339,7 +346,7 @@ class Process:
 class Members:
     """Processes of ranks 0 to `num_ranks` - 1 on one device, each with a region that all have mapped."""
 
-    def __init__(self, context: BaseContext, num_ranks: int, device: torch.device, num_bytes: int) -> None:
+    def __init__(self, context: Context, num_ranks: int, device: torch.device, num_bytes: int) -> None:
         self._context = context
         self._device = device
         self._num_bytes = num_bytes
@@ -412,7 +419,7 @@ class Members:
 
 
 @contextmanager
-def gathered(context: BaseContext, num_ranks: int, device: torch.device, num_bytes: int) -> Iterator[Members]:
+def gathered(context: Context, num_ranks: int, device: torch.device, num_bytes: int) -> Iterator[Members]:
     members = Members(context, num_ranks, device, num_bytes)
     try:
         yield members

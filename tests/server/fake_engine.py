@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ class FakeExecutor:
         self.failure_kind: FailureKind | None = FailureKind.STEP
         self.has_previews = True
         self._tasks: set[asyncio.Task[None]] = set()
-        self.started: list[StartTask] = []
+        self.started: MutableSequence[StartTask] = []
         self.states = MemoryStates()
         basis = np.zeros((2, PATCH * PATCH * 3), np.float32)
         self.preview_basis: TensorRef | None = self.states.put(".preview-basis", bundle_of(basis=basis))
@@ -196,7 +196,8 @@ def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
     corners = generator.uniform(0, 255, (2, 2, 3))
     rows, columns = np.linspace(0, 1, shape.height)[:, None, None], np.linspace(0, 1, shape.width)[None, :, None]
     top, bottom = (corners[i, 0] * (1 - columns) + corners[i, 1] * columns for i in (0, 1))
-    return (top * (1 - rows) + bottom * rows).astype(np.uint8)
+    pixels: np.ndarray = (top * (1 - rows) + bottom * rows).astype(np.uint8)
+    return pixels
 
 
 MODEL = Model(CARD.name, CARD.fingerprint)
