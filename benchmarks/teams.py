@@ -105,23 +105,19 @@ class Times:
 
 
 async def through_executors(card: ModelCard, num_rounds: int) -> dict[str, Times]:
-    """Both kinds in turn, each on workers of its own, so that drift hits both."""
-    pools = {kind: Pool(LocalExecutor(card, PoolConfig(num_ranks=2, collectives=kind))) for kind in COLLECTIVES}
+    """Both kinds in turn, twice, so that drift hits both; only the workers of one are there at a time."""
     times = {kind: Times() for kind in COLLECTIVES}
-    try:
-        for pool in pools.values():
+    for kind in (*COLLECTIVES, *COLLECTIVES):
+        pool = Pool(LocalExecutor(card, PoolConfig(num_ranks=2, collectives=kind)))
+        try:
             await pool.start()
-        for number in range(-1, num_rounds):  # one round of warm-up
-            for (shape, ranks), (kind, pool) in itertools.product(
-                itertools.product(STEPS, ((0,), BOTH)), pools.items()
-            ):
-                step_s = await pool.step_s(shape, ranks)
-                if number >= 0:
-                    times[kind].step_s.setdefault((shape, len(ranks)), []).append(step_s)
-            for kind, pool in pools.items():
-                times[kind].switch_s += [await pool.switch_s() for _ in range(8)][2:]
-    finally:
-        for pool in pools.values():
+            for number in range(-1, num_rounds):  # one round of warm-up
+                for shape, ranks in itertools.product(STEPS, ((0,), BOTH)):
+                    step_s = await pool.step_s(shape, ranks)
+                    if number >= 0:
+                        times[kind].step_s.setdefault((shape, len(ranks)), []).append(step_s)
+            times[kind].switch_s += [await pool.switch_s() for _ in range(10 * num_rounds)]
+        finally:
             await pool.executor.stop()
     return times
 
@@ -169,7 +165,7 @@ def exchange_s(kind: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of each kind and size, in each of two turns")
     arguments = parser.parse_args()
     times = asyncio.run(through_executors(find_model(None), arguments.rounds))
     shm, gloo = times["shm"], times["torch"]

@@ -22,8 +22,17 @@ def set_team(team: Team | None) -> None:
     _team = team
 
 
+def all_to_all(
+    tensors: list[torch.Tensor], counts: Sequence[int], num_tokens: int, *, gathers_tokens: bool
+) -> list[torch.Tensor]:
+    """See `_all_to_all`: the op where a graph is made, else what it calls, which spares 10 us of dispatch."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tetriserve.all_to_all(tensors, counts, num_tokens, gathers_tokens)  # type: ignore[no-any-return]
+    return _all_to_all(tensors, counts, num_tokens, gathers_tokens)
+
+
 def _all_to_all(
-    tensors: list[torch.Tensor], counts: list[int], num_tokens: int, gathers_tokens: bool
+    tensors: list[torch.Tensor], counts: Sequence[int], num_tokens: int, gathers_tokens: bool
 ) -> list[torch.Tensor]:
     """Ulysses' two exchanges, of several tensors at once; `counts` are the tokens of each member.
 
@@ -34,7 +43,7 @@ def _all_to_all(
     results = _fake_all_to_all(tensors, counts, num_tokens, gathers_tokens)
     wide, narrow = (tensors, results) if gathers_tokens else (results, tensors)
     by_heads = [*zip(*(torch.split(each, narrow[0].shape[2], 2) for each in wide), strict=True)]
-    by_tokens = [*zip(*(torch.split(each, counts, 1) for each in narrow), strict=True)]
+    by_tokens = [*zip(*(torch.split(each, [*counts], 1) for each in narrow), strict=True)]
     sends, receives = (by_heads, by_tokens) if gathers_tokens else (by_tokens, by_heads)
     _team.exchange(sends, receives, max(counts) * sum(map(_token_bytes, narrow)))
     return results

@@ -28,7 +28,8 @@ _TOKENS = ("hidden_states", "encoder_hidden_states")
 class SequenceParallel:
     """Runs a transformer's forwards with a team that may be another for each of them; with none it is the bare model.
 
-    Also `parallel_config` of its attention processors while there is a team.
+    Also `parallel_config` of its attention processors while there is a team; `counts` are the tokens that each member
+    has in attention.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -37,6 +38,7 @@ class SequenceParallel:
             transformer: a diffusers model whose class has a `_cp_plan`.
         """
         self._lengths: dict[str, int] = {}
+        self.counts: tuple[int, ...] = ()
         self._degree, self._index = 1, 0
         self._processors = []
         for module in transformer.modules():
@@ -55,12 +57,6 @@ class SequenceParallel:
         self._lengths.clear()
         for processor in self._processors:
             processor._parallel_config = self if self._degree > 1 else None
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Tokens of each member in attention."""
-        per_input = [shares(length, self._degree) for length in self._lengths.values()]
-        return tuple(map(sum, zip(*per_input, strict=True)))
 
     def _follow(self, module: torch.nn.Module, plan: Any) -> None:
         if isinstance(plan, Mapping):
@@ -86,6 +82,8 @@ class SequenceParallel:
                     if name in _TOKENS:
                         self._lengths[name] = tensor.shape[part.split_dim]
                     given[name] = self._share(tensor, part)
+            per_input = [shares(length, self._degree) for length in self._lengths.values()]
+            self.counts = tuple(map(sum, zip(*per_input, strict=True)))
             return (), given
 
         return split
@@ -134,10 +132,10 @@ def _attend(
         return dispatch_attention_fn(query, key, value, attn_mask, *args, **kwargs)  # type: ignore[no-any-return]
     counts, num_local = parallel_config.counts, query.shape[1]
     assert attn_mask is None, "no family divides a mask yet"
-    whole = torch.ops.tetriserve.all_to_all([query, key, value], counts, sum(counts), True)
+    whole = collectives.all_to_all([query, key, value], counts, sum(counts), gathers_tokens=True)
     attended = dispatch_attention_fn(*whole, attn_mask, *args, **kwargs)
-    [local] = torch.ops.tetriserve.all_to_all([attended], counts, num_local, False)
-    return local  # type: ignore[no-any-return]
+    [local] = collectives.all_to_all([attended], counts, num_local, gathers_tokens=False)
+    return local
 
 
 def _modules(transformer: torch.nn.Module, name: str) -> list[torch.nn.Module]:
