@@ -133,11 +133,11 @@ def exchange_all(kind: str, region: Region, rank: int, directory: Path, end: Con
     team = ShmTeam(region, rank) if kind == "shm" else GroupTeam(region, rank, "gloo", directory, 60.0, 1)
     team.enter(BOTH, 1)
     part = torch.ones(1, EXCHANGE_BYTES // 8)  # two parts of float32
-    received = [[torch.empty_like(part)] for _ in BOTH]
+    received = [torch.empty_like(part) for _ in BOTH]
     exchange_s = []
     for _ in range(NUM_EXCHANGES):
         started_at = time.perf_counter()
-        team.exchange([[part], [part]], received, part.nbytes)
+        team.exchange([part, part], received, part.nbytes)
         exchange_s.append(time.perf_counter() - started_at)
     end.send(exchange_s[NUM_EXCHANGES // 4 :])
     end.recv()

@@ -24,12 +24,9 @@ class Echo:
     degree: int
     index: int
 
-    def exchange(
-        self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]], largest_bytes: int
-    ) -> None:
+    def exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], largest_bytes: int) -> None:
         for sent, received in zip(sends, receives, strict=True):
-            for source, target in zip(sent, received, strict=True):
-                target.copy_(source)
+            received.copy_(sent)
 
 
 def inputs(num_text: int, side: int) -> dict[str, Any]:

@@ -48,14 +48,12 @@ def exchange_and_check(team: ShmTeam, members: tuple[int, ...], token: int, numb
     dtype = (torch.float32, torch.bfloat16, torch.uint8)[number % 3]
     whole = tokens_of(members, token, number, dtype)
     counts, mine, degree = [each.shape[1] for each in whole], whole[team.index], len(members)
-    query, key = torch.ops.tetriserve.all_to_all(
-        [mine, mine.transpose(2, 3).contiguous().transpose(2, 3)], counts, sum(counts), True
-    )
+    strided = mine.transpose(2, 3).contiguous().transpose(2, 3)
     heads = slice(team.index * HEADS // degree, (team.index + 1) * HEADS // degree)
-    assert torch.equal(query, torch.cat(whole, 1)[:, :, heads])
-    assert torch.equal(key, query)
-    [back] = torch.ops.tetriserve.all_to_all([query], counts, mine.shape[1], False)
-    assert torch.equal(back, mine)
+    for tensor in (mine, strided):
+        gathered = torch.ops.tetriserve.all_to_all(tensor, counts, sum(counts), True)
+        assert torch.equal(gathered, torch.cat(whole, 1)[:, :, heads])
+    assert torch.equal(torch.ops.tetriserve.all_to_all(gathered, counts, mine.shape[1], False), mine)
     assert torch.equal(torch.ops.tetriserve.all_gather(mine, 1, counts), torch.cat(whole, 1))
     assert torch.equal(torch.ops.tetriserve.all_gather(mine[0], 0, counts), torch.cat(whole, 1)[0])
 

@@ -22,44 +22,36 @@ def set_team(team: Team | None) -> None:
     _team = team
 
 
-def all_to_all(
-    tensors: list[torch.Tensor], counts: Sequence[int], num_tokens: int, *, gathers_tokens: bool
-) -> list[torch.Tensor]:
-    """See `_all_to_all`: the op where a graph is made, else what it calls, which spares 10 us of dispatch."""
-    if torch.compiler.is_compiling():
-        return torch.ops.tetriserve.all_to_all(tensors, counts, num_tokens, gathers_tokens)  # type: ignore[no-any-return]
-    return _all_to_all(tensors, counts, num_tokens, gathers_tokens)
+def all_to_all(tensor: torch.Tensor, counts: Sequence[int], num_tokens: int, *, gathers_tokens: bool) -> torch.Tensor:
+    """Ulysses' two exchanges; `counts` are the tokens of each member. What goes together is concatenated along B.
 
-
-def _all_to_all(
-    tensors: list[torch.Tensor], counts: Sequence[int], num_tokens: int, gathers_tokens: bool
-) -> list[torch.Tensor]:
-    """Ulysses' two exchanges, of several tensors at once; `counts` are the tokens of each member.
+    It is the op where a graph is made, else what the op calls, which spares 10 us of dispatch.
 
     gathers_tokens: (B, own tokens, H, D) becomes (B, all tokens, H / degree, D); otherwise the other way.
     num_tokens: of the result.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.tetriserve.all_to_all(tensor, counts, num_tokens, gathers_tokens)  # type: ignore[no-any-return]
+    return _all_to_all(tensor, counts, num_tokens, gathers_tokens)
+
+
+def _all_to_all(tensor: torch.Tensor, counts: Sequence[int], num_tokens: int, gathers_tokens: bool) -> torch.Tensor:
     assert _team is not None
-    results = _fake_all_to_all(tensors, counts, num_tokens, gathers_tokens)
-    wide, narrow = (tensors, results) if gathers_tokens else (results, tensors)
-    by_heads = [*zip(*(torch.split(each, narrow[0].shape[2], 2) for each in wide), strict=True)]
-    by_tokens = [*zip(*(torch.split(each, [*counts], 1) for each in narrow), strict=True)]
+    result = _fake_all_to_all(tensor, counts, num_tokens, gathers_tokens)
+    wide, narrow = (tensor, result) if gathers_tokens else (result, tensor)
+    by_heads, by_tokens = torch.split(wide, narrow.shape[2], 2), torch.split(narrow, [*counts], 1)
     sends, receives = (by_heads, by_tokens) if gathers_tokens else (by_tokens, by_heads)
-    _team.exchange(sends, receives, max(counts) * sum(map(_token_bytes, narrow)))
-    return results
+    _team.exchange(sends, receives, max(counts) * _token_bytes(narrow))
+    return result
 
 
 def _fake_all_to_all(
-    tensors: list[torch.Tensor], counts: Sequence[int], num_tokens: int, gathers_tokens: bool
-) -> list[torch.Tensor]:
+    tensor: torch.Tensor, counts: Sequence[int], num_tokens: int, gathers_tokens: bool
+) -> torch.Tensor:
     """What `_all_to_all` returns, empty."""
-    degree = len(counts)
-    results = []
-    for tensor in tensors:
-        batch, _, num_heads, width = tensor.shape
-        num_heads = num_heads // degree if gathers_tokens else num_heads * degree
-        results.append(tensor.new_empty(batch, num_tokens, num_heads, width))
-    return results
+    batch, _, num_heads, width = tensor.shape
+    num_heads = num_heads // len(counts) if gathers_tokens else num_heads * len(counts)
+    return tensor.new_empty(batch, num_tokens, num_heads, width)
 
 
 def _all_gather(tensor: torch.Tensor, dim: int, counts: list[int]) -> torch.Tensor:
@@ -67,7 +59,7 @@ def _all_gather(tensor: torch.Tensor, dim: int, counts: list[int]) -> torch.Tens
     assert _team is not None
     part, whole = tensor.movedim(dim, 1), _fake_all_gather(tensor, dim, counts)
     parts = torch.split(whole.movedim(dim, 1), counts, 1)
-    _team.exchange([[part]] * len(counts), [[each] for each in parts], max(counts) * _token_bytes(part))
+    _team.exchange([part] * len(counts), parts, max(counts) * _token_bytes(part))
     return whole
 
 
@@ -86,7 +78,7 @@ def _token_bytes(tensor: torch.Tensor) -> int:
 _library = torch.library.Library("tetriserve", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _kernel, _fake in (
     (
-        "all_to_all(Tensor[] tensors, SymInt[] counts, SymInt num_tokens, bool gathers_tokens) -> Tensor[]",
+        "all_to_all(Tensor tensor, SymInt[] counts, SymInt num_tokens, bool gathers_tokens) -> Tensor",
         _all_to_all,
         _fake_all_to_all,
     ),

@@ -132,10 +132,10 @@ def _attend(
         return dispatch_attention_fn(query, key, value, attn_mask, *args, **kwargs)  # type: ignore[no-any-return]
     counts, num_local = parallel_config.counts, query.shape[1]
     assert attn_mask is None, "no family divides a mask yet"
-    whole = collectives.all_to_all([query, key, value], counts, sum(counts), gathers_tokens=True)
-    attended = dispatch_attention_fn(*whole, attn_mask, *args, **kwargs)
-    [local] = collectives.all_to_all([attended], counts, num_local, gathers_tokens=False)
-    return local
+    local = torch.cat([query, key, value])
+    query, key, value = collectives.all_to_all(local, counts, sum(counts), gathers_tokens=True).chunk(3)
+    attended = dispatch_attention_fn(query, key, value, attn_mask, *args, **kwargs)
+    return collectives.all_to_all(attended, counts, num_local, gathers_tokens=False)
 
 
 def _modules(transformer: torch.nn.Module, name: str) -> list[torch.nn.Module]:

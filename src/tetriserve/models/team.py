@@ -26,14 +26,12 @@ class Team(Protocol):
     @property
     def index(self) -> int: ...
 
-    def exchange(
-        self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]], largest_bytes: int
-    ) -> None:
+    def exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], largest_bytes: int) -> None:
         """All-to-all: copy `sends[i]` to member i, and what member i sends to this rank into `receives[i]`.
 
         Args:
-            sends: per member the same number of tensors (B, tokens, ...), views at any strides; this rank's own too.
-            receives: views to fill, of the shapes and dtypes that the members send.
+            sends: (B, tokens, ...) for each member, this one too; views at any strides.
+            receives: views to fill, of the shapes and the dtype that the members send.
             largest_bytes: of what any member sends to any other; the same on all members.
 
         Raises:

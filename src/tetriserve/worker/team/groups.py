@@ -83,13 +83,10 @@ class GroupTeam(ShmTeam):
         super().abort()
         self._drop(self._ranks)
 
-    def exchange(
-        self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]], largest_bytes: int
-    ) -> None:
+    def exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], largest_bytes: int) -> None:
         """See `Team.exchange`. Raises PeerLost."""
-        num_sent = [sum(tensor.numel() for tensor in tensors) for tensors in sends]
-        num_received = [sum(tensor.numel() for tensor in tensors) for tensors in receives]
-        outgoing = torch.cat([tensor.reshape(-1) for tensors in sends for tensor in tensors])
+        num_sent, num_received = ([tensor.numel() for tensor in tensors] for tensors in (sends, receives))
+        outgoing = torch.cat([tensor.reshape(-1) for tensor in sends])
         incoming = outgoing.new_empty(sum(num_received))
         try:
             group = self._groups[self._ranks].process_group
@@ -98,10 +95,8 @@ class GroupTeam(ShmTeam):
             if self._is_over() or _is_collective_error(error):
                 raise PeerLost(f"{type(error).__name__}: {error}") from error
             raise
-        start = 0
-        for target in (tensor for tensors in receives for tensor in tensors):
-            target.copy_(incoming[start : start + target.numel()].view(target.shape))
-            start += target.numel()
+        for target, part in zip(receives, torch.split(incoming, num_received), strict=True):
+            target.copy_(part.view(target.shape))
 
     def _is_whole(self, ranks: tuple[int, ...], group: _Group) -> bool:
         """Whether every member still has it: none left its last task, died or dropped it since."""

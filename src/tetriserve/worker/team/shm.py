@@ -57,48 +57,40 @@ class ShmTeam:
         self._region.abort(self._ranks, self._token)
 
     def meet(self) -> None:
-        """Wait for all members: an exchange of nothing. Raises PeerLost."""
-        nothing: list[list[torch.Tensor]] = [[] for _ in self._ranks]
-        self._exchange_piece(nothing, nothing, 0)
+        """Wait for all members. Raises PeerLost."""
+        self._give(())
+        for rank in self._ranks:
+            self._wait(rank)
 
-    def exchange(
-        self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]], largest_bytes: int
-    ) -> None:
+    def exchange(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], largest_bytes: int) -> None:
         """See `Team.exchange`. Raises PeerLost."""
         part_bytes = self._region.slot_bytes // self.degree // _ALIGNMENT * _ALIGNMENT
-        if largest_bytes + _ALIGNMENT * len(sends[0]) <= part_bytes:
+        if largest_bytes <= part_bytes:
             self._exchange_piece(sends, receives, part_bytes)
             return
         num_pieces = 1 + 2 * largest_bytes // part_bytes  # whole tokens, so that some are larger than others
         for piece in range(num_pieces):
             self._exchange_piece(_cut(sends, num_pieces, piece), _cut(receives, num_pieces, piece), part_bytes)
 
-    def _exchange_piece(
-        self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]], part_bytes: int
-    ) -> None:
-        self._count += 1
-        parity, value = self._count % 2, mark(self._token, self._count)
-        ours = self._region.slot(self._rank, parity)
-        for index, tensors in enumerate(sends):
+    def _exchange_piece(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], part_bytes: int) -> None:
+        self._give(sends, part_bytes)
+        receives[self.index].copy_(sends[self.index])
+        for index, rank in enumerate(self._ranks):
             if index != self.index:
-                _copy(tensors, self._views(tensors, ours + index * part_bytes, part_bytes))
-        self._fence()
-        self._words[self._region.progress(self._rank)] = value
-        _copy(sends[self.index], receives[self.index])
-        for index, (rank, tensors) in enumerate(zip(self._ranks, receives, strict=True)):
-            if index != self.index:
-                self._wait(rank, value)
-                theirs = self._region.slot(rank, parity) + self.index * part_bytes
-                _copy(self._views(tensors, theirs, part_bytes), tensors)
+                self._wait(rank)
+                target, slot = receives[index], self._region.slot(rank, self._count % 2)
+                target.copy_(self._view(slot + self.index * part_bytes, target.shape, target.dtype))
 
-    def _views(self, tensors: Sequence[torch.Tensor], start: int, part_bytes: int) -> list[torch.Tensor]:
-        """The shared memory from `start`, as tensors of these shapes and dtypes one after the other."""
-        views, end = [], start
-        for tensor in tensors:
-            views.append(self._view(end, tensor.shape, tensor.dtype))
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        assert end <= start + part_bytes, f"{end - start} bytes for a part of {part_bytes}"
-        return views
+    def _give(self, sends: Sequence[torch.Tensor], part_bytes: int = 0) -> None:
+        """Leave every member its part, and say so."""
+        self._count += 1
+        slot = self._region.slot(self._rank, self._count % 2)
+        for index, tensor in enumerate(sends):
+            if index != self.index:
+                assert tensor.nbytes <= part_bytes, f"{tensor.nbytes} bytes for a part of {part_bytes}"
+                self._view(slot + index * part_bytes, tensor.shape, tensor.dtype).copy_(tensor)
+        self._fence()
+        self._words[self._region.progress(self._rank)] = mark(self._token, self._count)
 
     def _view(self, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """One view of the shared memory; those of a step are the same at the next."""
@@ -111,13 +103,13 @@ class ShmTeam:
             view = self._known[key] = self._bytes[start:end].view(dtype).view(shape)
         return view
 
-    def _wait(self, rank: int, value: int) -> None:
-        """Until `rank` has given its part of the exchange that `value` marks.
+    def _wait(self, rank: int) -> None:
+        """Until `rank` has given its part of this exchange.
 
         Raises:
             PeerLost: the task is aborted.
         """
-        words, progress = self._words, self._region.progress(rank)
+        words, progress, value = self._words, self._region.progress(rank), mark(self._token, self._count)
         spin_until, sleep_s = 0.0, _FIRST_SLEEP_S
         while words[progress] < value:
             for _ in range(_SPINS_PER_LOOK):
@@ -149,16 +141,10 @@ class ShmTeam:
             pass
 
 
-def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
-
-
-def _cut(parties: Sequence[Sequence[torch.Tensor]], num_pieces: int, piece: int) -> list[list[torch.Tensor]]:
-    """One of so many pieces of every tensor, along its tokens."""
-    return [[_piece(tensor, num_pieces, piece) for tensor in tensors] for tensors in parties]
-
-
-def _piece(tensor: torch.Tensor, num_pieces: int, piece: int) -> torch.Tensor:
-    lengths = shares(tensor.shape[1], num_pieces)
-    return tensor.narrow(1, sum(lengths[:piece]), lengths[piece])
+def _cut(tensors: Sequence[torch.Tensor], num_pieces: int, piece: int) -> list[torch.Tensor]:
+    """One of so many pieces of each, along its tokens."""
+    pieces = []
+    for tensor in tensors:
+        lengths = shares(tensor.shape[1], num_pieces)
+        pieces.append(tensor.narrow(1, sum(lengths[:piece]), lengths[piece]))
+    return pieces
