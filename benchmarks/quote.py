@@ -40,7 +40,7 @@ from tetriserve.workload.slo import MultipleRule
 from tetriserve.workload.synthesis import Synthesis
 
 POLICIES = ("tetriserve", "lookahead", "fixed:1", "fixed:2", "fcfs", "rssp", "sjf", "srtf", "edf", "edf-best-fit")
-POOLS = (("flux.1-dev-8xh100", 16, 28, 1.0), ("tetriserve-tiny.2-xeon-cores.2-ranks", 2, 20, 3.0))
+POOLS = (("flux.1-dev-8xh100", 16, 28, 1.0), ("tetriserve-tiny.2-epyc-cores.2-ranks", 2, 20, 3.0))
 """Profile, ranks, steps, and deadlines of the calibration as a multiple of the time alone on one rank."""
 SLO_S = {"tight": (1.0, 6.0), "wide": (5.0, 300.0)}
 """Deadlines after arrival, uniform."""

@@ -38,7 +38,7 @@ from rich.table import Table
 from tetriserve.launch import BUNDLED_PROFILES
 from tetriserve.server.run import listen
 
-PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-xeon-cores.2-ranks.json"
+PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-epyc-cores.2-ranks.json"
 PROMPTS = ("a red circle", "a blue square", "a green triangle above a yellow circle", "two red squares")
 TOLERANCE = 1
 READY_S = 120.0

@@ -20,7 +20,7 @@ from tetriserve.launch import BUNDLED_PROFILES
 
 HEARTBEAT_TIMEOUT_S = 2.0
 MAX_QUEUE = 12
-_PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-xeon-cores.4-ranks.json"
+_PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-epyc-cores.4-ranks.json"
 
 
 @dataclass(frozen=True, kw_only=True)
