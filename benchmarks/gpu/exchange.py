@@ -55,7 +55,7 @@ extern "C" __global__ void wait(
 
 
 class Words(Protocol):
-    """How a rank tells its peers that it has come, and waits for them."""
+    """A barrier: a rank stores its sequence number, and waits for those of its peers."""
 
     def enter(self, token: int) -> None: ...
 

@@ -1,4 +1,4 @@
-"""FLUX.1-dev by its configuration, with random weights: as large and as fast as the real one, and nobody's secret.
+"""FLUX.1-dev by its configuration, with random weights: of the size and the speed of the published model.
 
 Run as a program it writes a whole checkpoint, which `serving.py` serves:
 

@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_utils import ModelMixin
 
 import tetriserve.models.preload  # noqa: F401  as in workers, the libraries' warnings are silent
+from tests.gloo.test_flux_adapter import call_pipeline, denoise
 from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import ATTENTIONS, Execution
@@ -57,29 +58,6 @@ def plain_pipeline(card: ModelCard) -> Any:
     return pipeline
 
 
-def call(pipeline: Any, request: Request, output_type: str = "latent") -> Any:
-    return pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.true_cfg_scale,
-        height=request.shape.height,
-        width=request.shape.width,
-        num_inference_steps=request.num_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=40,
-        output_type=output_type,
-    ).images
-
-
-def denoise(adapter: FluxAdapter, request: Request) -> torch.Tensor:
-    latents = adapter.initial_latents(request)
-    loop = adapter.denoise_loop(request, adapter.encode(request), 0)
-    for _ in range(request.num_steps):
-        latents = loop.step(latents)
-    return latents
-
-
 def test_a_compiled_model_gives_the_bits_of_the_pipeline_compiled_alike_and_nearly_those_of_the_eager_one(
     bundled_card: ModelCard, reference: FluxAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +65,7 @@ def test_a_compiled_model_gives_the_bits_of_the_pipeline_compiled_alike_and_near
     latents = denoise(adapter_of(bundled_card, compile="regional"), REQUEST)
     pipeline = plain_pipeline(bundled_card)
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    assert torch.equal(latents, call(pipeline, REQUEST))
+    assert torch.equal(latents, call_pipeline(pipeline, REQUEST, "latent"))
     eager = denoise(reference, REQUEST)
     assert not torch.equal(latents, eager), "this would not notice that nothing was compiled"
     assert (latents - eager).abs().max().item() < 1e-5
@@ -134,7 +112,7 @@ def test_tiling_changes_only_pictures_that_are_larger_than_a_tile_and_as_the_pip
         request = dataclasses.replace(REQUEST, shape=Shape(side, side), stages=image_stages(1))
         latents = denoise(adapter, request)
         pixels = adapter.decode(request, latents)
-        assert np.array_equal(pixels, np.asarray(call(pipeline, request, "pil")[0]))
+        assert np.array_equal(pixels, np.asarray(call_pipeline(pipeline, request, "pil")[0]))
         assert np.array_equal(pixels, reference.decode(request, latents)) != is_changed
 
 
@@ -146,7 +124,7 @@ def test_another_kernel_of_attention_gives_the_bits_of_the_pipeline_with_it(
     pipeline = plain_pipeline(bundled_card)
     pipeline.transformer.set_attention_backend(BACKENDS[name].value)
     latents = denoise(adapter_of(bundled_card, attention=name), WIDE)
-    assert torch.equal(latents, call(pipeline, WIDE))
+    assert torch.equal(latents, call_pipeline(pipeline, WIDE, "latent"))
     assert (latents - default).abs().max().item() < 1e-4
 
 

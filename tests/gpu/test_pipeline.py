@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.gloo.test_flux_adapter import call_pipeline
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
@@ -33,21 +33,6 @@ CASES = {
 }
 
 
-def draw_with_pipeline(pipeline: Any, card: ModelCard, request: Request, output_type: str) -> Any:
-    return pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.true_cfg_scale,
-        height=request.shape.height,
-        width=request.shape.width,
-        num_inference_steps=request.num_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=card.num_text_tokens,
-        output_type=output_type,
-    ).images
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_latents_and_pixels_are_those_of_the_pipeline_on_the_same_device(
     card: ModelCard, device: str, dtype: str
@@ -63,6 +48,6 @@ def test_latents_and_pixels_are_those_of_the_pipeline_on_the_same_device(
         for _ in range(request.num_steps):
             latents = loop.step(latents)
         assert latents.device.type == device
-        assert torch.equal(latents, draw_with_pipeline(pipeline, card, request, "latent")), name
-        pixels = draw_with_pipeline(pipeline, card, request, "pil")[0]
+        assert torch.equal(latents, call_pipeline(pipeline, request, "latent", card.num_text_tokens)), name
+        pixels = call_pipeline(pipeline, request, "pil", card.num_text_tokens)[0]
         assert np.array_equal(adapter.decode(request, latents), np.asarray(pixels)), name

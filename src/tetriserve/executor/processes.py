@@ -42,7 +42,7 @@ _DEFAULTS = {
     "NCCL_NVLS_ENABLE": "0",  # hundreds of MB in each group
     "NCCL_MAX_CTAS": "8",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # it would end the process where a peer is lost; the team aborts instead
-    "TORCH_NCCL_ENABLE_MONITORING": "0",  # a thread that would ask the rendezvous, in Python, all the time
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # a thread that asks the store of the group all the time
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # that of nvidia-smi
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # so that asking for CUDA does not initialise it in the fork server
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # requests of many sizes would fragment memory

@@ -104,7 +104,7 @@ def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the repeated blocks, statically: a graph for each shape, whatever came before it."""
+    """Compile the repeated blocks, statically: each shape gets its own graph, also after other shapes were compiled."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
 
@@ -148,7 +148,7 @@ def _can_attend(name: str, probe: torch.Tensor) -> bool:
     """Whether a backend runs as it is installed; nothing is downloaded."""
     try:
         _attend(name, probe)
-    except Exception:
+    except Exception:  # each backend has errors of its own, for a missing package, a wrong dtype or device
         return False
     return True
 

@@ -3,7 +3,7 @@
 The one file that uses torch's private group construction (pinned torch, tested in tests/gloo). `dist.new_group` will
 not do: its names hash a count local to each process, and it hangs when members have formed different numbers of
 groups. Here the world is a `fake` default group, large and never used for communication, so that a replacement takes
-a dead rank's id and nobody re-initialises.
+a dead rank's id and no other rank initialises again.
 
 Whether the group of these ranks is there is for all members to know alike, or some would wait for others: it is there
 when they were in a task together, and no word that they share says that it ended badly, or that one has dropped it.

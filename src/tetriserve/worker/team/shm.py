@@ -2,7 +2,7 @@
 
 There are no groups: to enter a team is to remember who its members are. Each rank has one counter, which only grows,
 and two slots, used in turn. A member waits once per exchange, for the others' counters. It may then overwrite the slot
-of the exchange before: the others have counted this one, hence have read that one. Between tasks nobody waits: the
+of the exchange before: the others have counted this one, so they have read that one. Between tasks no rank waits: the
 executor gives ranks their next task when all members have answered the last.
 
 The order of stores is the processor's on x86; where it is not (ARM), `_fence` keeps it.
@@ -24,7 +24,7 @@ _ALIGNMENT = 64
 _MAX_VIEWS = 4096
 _SPINS_PER_LOOK = 64
 _SPIN_S = 0.002
-"""About as long as members of a team differ, where each has a core; then the core is given to whoever needs it."""
+"""Members that have a core each differ by about this long. After it, a waiting member sleeps and frees its core."""
 _FIRST_SLEEP_S = 0.00005
 _LONGEST_SLEEP_S = 0.001
 
