@@ -129,6 +129,6 @@ def test_weights_stored_as_a_variant_are_loaded(checkpoint: Path, bundled_dir: P
     adapter = load_adapter(read_card(checkpoint), "cpu")
     reference = load_adapter(dataclasses.replace(read_card(bundled_dir)), "cpu")
     for component in MODELS:
-        ours, theirs = (getattr(each._pipeline, component).state_dict() for each in (adapter, reference))
+        ours, theirs = (getattr(each.pipeline, component).state_dict() for each in (adapter, reference))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -21,7 +21,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
-from tetriserve.models.flux.adapter import FluxAdapter, step_together
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.worker.team.shm import ShmTeam
 
 TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ def denoise_together(adapter: FluxAdapter, requests: Sequence[Request], teams: A
     for step in range(requests[0].num_steps):
         if teams is not None:
             adapter.use_team(teams(step))
-        latents = step_together(loops, latents)
+        latents = adapter.step_together(loops, latents)
     adapter.use_team(None)
     return latents
 
@@ -74,7 +74,7 @@ def denoise_together(adapter: FluxAdapter, requests: Sequence[Request], teams: A
 def run_plans(team: ShmTeam, rank: int, end: Connection, model_dir: Path) -> Results:
     """One of two ranks: every request under every plan."""
     adapter = FluxAdapter(read_card(model_dir), "cpu")
-    transformer = adapter._pipeline.transformer
+    transformer = adapter.pipeline.transformer
     num_tokens: list[int] = []
     transformer.x_embedder.register_forward_pre_hook(lambda _, inputs: num_tokens.append(inputs[0].shape[1]))
     results: Results = {plan: {} for plan in PLANS}

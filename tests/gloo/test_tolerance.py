@@ -16,7 +16,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import TOLERANCES, ModelCard
 from tetriserve.models.checkpoint import read_card
-from tetriserve.models.flux.adapter import FluxAdapter, step_together
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.worker.team.shm import ShmTeam
 
 PROMPTS = ("a red circle on a blue background", "a green square above a yellow circle on a black background")
@@ -96,7 +96,7 @@ def test_shared_steps_stay_within_the_stated_tolerance(dtype: str, bundled_card:
         loops = [adapter.denoise_loop(request, adapter.encode(request), 0) for request in requests]
         latents = [adapter.initial_latents(request) for request in requests]
         for _ in range(NUM_STEPS):
-            latents = step_together(loops, latents)
+            latents = adapter.step_together(loops, latents)
         for request, shared in zip(requests, latents, strict=True):
             alone = draw(adapter, request.prompt, side, [None]).astype(int)
             levels = np.abs(adapter.decode(request, shared) - alone)

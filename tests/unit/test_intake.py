@@ -177,10 +177,28 @@ def test_a_bad_value_is_refused_with_its_field_and_what_is_allowed(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"negative_prompt": "n"}, {"true_cfg_scale": 2.0}])
-def test_a_model_without_a_negative_prompt_refuses_it(options: dict[str, Any]) -> None:
-    plain = dataclasses.replace(INTAKE, card=dataclasses.replace(CARD, has_negative_prompt=False))
-    with pytest.raises(InvalidRequest, match="tiny has no negative prompt") as caught:
+@pytest.mark.parametrize(
+    ("facts", "options", "message"),
+    [
+        ({"has_negative_prompt": False}, {"negative_prompt": "n"}, "tiny has no negative prompt"),
+        ({"has_negative_prompt": False}, {"true_cfg_scale": 2.0}, "tiny takes guidance_scale, not true_cfg_scale"),
+        (
+            {"has_negative_prompt": False, "has_guidance": False},
+            {"true_cfg_scale": 2.0},
+            "tiny takes no scale of guidance, not true_cfg_scale",
+        ),
+        (
+            {"guides_by_passes": True},
+            {"negative_prompt": "n", "true_cfg_scale": 2.0},
+            "tiny takes guidance_scale, not true_cfg_scale",
+        ),
+    ],
+)
+def test_a_model_refuses_guidance_that_it_does_not_have(
+    facts: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    plain = dataclasses.replace(INTAKE, card=dataclasses.replace(CARD, **facts))
+    with pytest.raises(InvalidRequest, match=message) as caught:
         take(plain, **options)
     assert caught.value.param in options
 

@@ -62,7 +62,9 @@ class Request:
     `stages` come from the model's family, each of another kind. Times are seconds since the engine started. `priority`
     orders classes, lower is earlier. Texts are padded to `max_sequence_length` tokens and cut at it; None is the
     model's own number. Steps run at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are
-    in no `repr`, which logs and tracebacks quote. `media_type` is that of what the last stage leaves.
+    in no `repr`, which logs and tracebacks quote. `media_type` is that of what the last stage leaves. `skipped_steps`
+    are those of its schedule that are not made, because the latents start from a picture. `images` are the sizes of the
+    pictures that came with the prompt.
     """
 
     request_id: str
@@ -79,11 +81,18 @@ class Request:
     max_sequence_length: int | None = None
     degrees: tuple[int, ...] | None = None
     media_type: str = RAW_PIXELS
+    skipped_steps: int = 0
+    images: tuple[Shape, ...] = ()
 
     @property
     def num_steps(self) -> int:
         """Of all stages together."""
         return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def num_schedule_steps(self) -> int:
+        """Between which the schedule of noise levels is divided: those that are made, and those that are skipped."""
+        return self.num_steps + self.skipped_steps
 
     def stage_of(self, kind: str) -> Stage:
         """Its stage of this kind, which it must have."""
@@ -104,7 +113,7 @@ class Request:
         Only they may share a task.
         """
         passes = [(stage.kind, stage.num_passes) for stage in self.stages]
-        return self.shape, self.degrees, self.max_sequence_length, *passes
+        return self.shape, self.images, self.degrees, self.max_sequence_length, *passes
 
     @property
     def is_exact(self) -> bool:

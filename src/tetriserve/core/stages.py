@@ -5,6 +5,8 @@ from __future__ import annotations
 from tetriserve.core.request import Stage
 
 ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
+INPUT = "input"
+"""No stage: the name of the state that a request brings along, the pictures that came with its prompt."""
 
 
 def image_stages(num_steps: int, num_passes: int = 1) -> tuple[Stage, ...]:

@@ -117,8 +117,8 @@ class Intake:
                 "size",
             )
         longest = max(max(measured.height, measured.width) for measured in self.shapes)
-        if max(shape.height, shape.width) > 2 * longest:
-            raise InvalidRequest(f"size {size!r}: no side may be longer than {2 * longest}", "size")
+        if max(shape.height, shape.width) > (most := min(2 * longest, self.card.max_side)):
+            raise InvalidRequest(f"size {size!r}: no side may be longer than {most}", "size")
         return shape
 
     @property
@@ -161,16 +161,20 @@ class Intake:
 
     def _guidance(self, generation: Generation) -> Guidance:
         """Guidance by a negative prompt takes one, and a scale above 1. A scale up to 1 turns it off."""
-        strength = _in_range("guidance_scale", generation.guidance_scale, self.card.default_guidance_scale, 0.0, 100.0)
-        negative, scale = generation.negative_prompt, generation.true_cfg_scale
+        card, negative, scale = self.card, generation.negative_prompt, generation.true_cfg_scale
+        strength = _in_range("guidance_scale", generation.guidance_scale, card.default_guidance_scale, 0.0, 100.0)
         if negative is None and (scale is None or 0 <= scale <= 1):
             return Guidance(strength)
-        if not self.card.has_negative_prompt:
-            param = "true_cfg_scale" if negative is None else "negative_prompt"
-            raise InvalidRequest(f"{self.card.name} has no negative prompt", param)
+        if negative is not None and not card.has_negative_prompt:
+            raise InvalidRequest(f"{card.name} has no negative prompt", "negative_prompt")
+        if scale is not None and (card.guides_by_passes or not card.has_negative_prompt):
+            allowed = "guidance_scale" if card.guides_by_passes or card.has_guidance else "no scale of guidance"
+            raise InvalidRequest(f"{card.name} takes {allowed}, not true_cfg_scale", "true_cfg_scale")
         if negative is None:
             raise InvalidRequest("true_cfg_scale above 1 needs a negative_prompt", "true_cfg_scale")
         negative = self._short_enough("negative_prompt", negative)
+        if card.guides_by_passes:
+            return Guidance(strength, negative)
         return Guidance(strength, negative, _in_range("true_cfg_scale", scale, DEFAULT_TRUE_CFG_SCALE, 0.0, 100.0))
 
 

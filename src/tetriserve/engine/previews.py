@@ -47,6 +47,6 @@ class PreviewReader:
             tensors = arrays_of(states.get(latents))
         except OSError:
             return None  # the next task has ended meanwhile, and its result has taken the place of this one's
-        now = Latents(tensors["latents"][0].astype("float32"), float(tensors["noise_level"]))
         num_rows, num_columns = request.shape.height // self._side, request.shape.width // self._side
+        now = Latents.of(tensors["latents"], float(tensors["noise_level"]), num_rows)
         return Preview(project(basis, now, before, num_rows, num_columns), now)

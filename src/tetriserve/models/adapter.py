@@ -73,5 +73,5 @@ class Adapter(Protocol):
         ...
 
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
-        """The latents that decode to `pixels`, as nearly as the model can; (1, tokens, channels)."""
+        """The latents that decode to `pixels`, as nearly as the model can: (1, S, C) by token, or (1, C, H, W)."""
         ...

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.core.execution import Execution
-from tetriserve.core.request import Shape
+from tetriserve.core.request import MAX_SIDE, Shape
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class ModelCard:
     num_heads: of the transformer's attention; 1 for a model whose steps cannot be divided.
     num_text_tokens: to which texts are padded and at which they are cut: the pipeline's `max_sequence_length`.
     sizes: the default first.
+    guides_by_passes: whether `guidance_scale` above 1 takes a second pass at each step, for the negative prompt or an
+        empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
+    max_side: the longest height or width, in pixels.
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
     stamp: changes whenever a file of the checkpoint does.
     """
@@ -62,12 +65,19 @@ class ModelCard:
     has_negative_prompt: bool
     sizes: tuple[Shape, ...]
     fingerprint: str
+    guides_by_passes: bool = False
+    max_side: int = MAX_SIDE
     aliases: tuple[str, ...] = ()
     stamp: str = ""
 
     @property
     def tolerance(self) -> Tolerance:
         return TOLERANCES[self.execution.dtype]
+
+    @property
+    def one_pass_scale(self) -> float:
+        """A `guidance_scale` at which each step is one pass, as profiles measure it."""
+        return 1.0 if self.guides_by_passes else self.default_guidance_scale
 
     def valid_degrees(self, degrees: Sequence[int]) -> tuple[int, ...]:
         """Those of `degrees` at which steps can run: the ranks share the heads evenly, and tokens in any numbers."""

@@ -60,6 +60,11 @@ def check_machine(execution: Execution, device: torch.device) -> None:
             ) from error
 
 
+def backend_of(execution: Execution) -> AttentionBackendName | None:
+    """The attention that was asked for, for processors that diffusers itself gives no choice; None is the default."""
+    return None if execution.attention == DEFAULT else BACKENDS[execution.attention]
+
+
 def loading_options(execution: Execution, device: torch.device) -> dict[str, Any]:
     """For `from_pretrained` of the transformer."""
     if execution.quantization != FP8:

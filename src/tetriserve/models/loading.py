@@ -45,9 +45,11 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
     transformers.utils.logging.disable_progress_bar()
     folder = card.path
     try:
-        models = {}
+        models: dict[str, Any] = {}
         for component, entry in read_json(card.path / "model_index.json").items():
-            if isinstance(entry, list) and entry != [None, None]:
+            if entry == [None, None]:
+                models[component] = None  # a pipeline may insist on being told
+            elif isinstance(entry, list):
                 folder, (library, class_name) = card.path / component, entry
                 extra = loading_options(card.execution, device) if component == "transformer" else {}
                 model = _load_model(folder, library, class_name, dtype, extra)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,38 +26,45 @@ _TOKENS = ("hidden_states", "encoder_hidden_states")
 """The inputs that attention is over; a plan divides what belongs to them, such as positions, alike."""
 
 
+@dataclass
+class Attention:
+    """The `parallel_config` of attention processors while there is a team; `counts`: each member's tokens in it."""
+
+    counts: tuple[int, ...] = ()
+
+
 class SequenceParallel:
-    """Runs a transformer's forwards with a team that may be another for each of them; with none it is the bare model.
+    """Runs a transformer's forwards with a team, which may change before each of them; without one, the bare model."""
 
-    Also `parallel_config` of its attention processors while there is a team; `counts` are the tokens that each member
-    has in attention.
-    """
-
-    def __init__(self, transformer: Any) -> None:
+    def __init__(
+        self, transformer: Any, plan: Mapping[str, Any] | None = None, over_image: Collection[Any] = ()
+    ) -> None:
         """
         Args:
-            transformer: a diffusers model whose class has a `_cp_plan`.
+            transformer: a diffusers model.
+            plan: what of it to divide, in the form of diffusers' `_cp_plan`; None is that of its class.
+            over_image: attention processors that see image tokens alone, not text.
         """
         self._lengths: dict[str, int] = {}
-        self.counts: tuple[int, ...] = ()
         self._degree, self._index = 1, 0
+        self._over_all, self._over_image = Attention(), Attention()
         self._processors = []
         for module in transformer.modules():
             processor: Any = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):
-                self._processors.append(processor)
+                self._processors.append((processor, self._over_image if processor in over_image else self._over_all))
                 sys.modules[type(processor).__module__].dispatch_attention_fn = _attend  # type: ignore[attr-defined]
-        for name, plan in transformer._cp_plan.items():
+        for name, part in (transformer._cp_plan if plan is None else plan).items():
             for module in _modules(transformer, name):
-                self._follow(module, plan)
+                self._follow(module, part)
 
     def use(self, team: Team | None) -> None:
         """From the next forward on."""
         collectives.set_team(team)
         self._degree, self._index = (1, 0) if team is None else (team.degree, team.index)
         self._lengths.clear()
-        for processor in self._processors:
-            processor._parallel_config = self if self._degree > 1 else None
+        for processor, attention in self._processors:
+            processor._parallel_config = attention if self._degree > 1 else None
 
     def _follow(self, module: torch.nn.Module, plan: Any) -> None:
         if isinstance(plan, Mapping):
@@ -82,8 +90,9 @@ class SequenceParallel:
                     if name in _TOKENS:
                         self._lengths[name] = tensor.shape[part.split_dim]
                     given[name] = self._share(tensor, part)
-            per_input = [shares(length, self._degree) for length in self._lengths.values()]
-            self.counts = tuple(map(sum, zip(*per_input, strict=True)))
+            per_input = {name: shares(length, self._degree) for name, length in self._lengths.items()}
+            self._over_all.counts = tuple(map(sum, zip(*per_input.values(), strict=True)))
+            self._over_image.counts = per_input[_TOKENS[0]]
             return (), given
 
         return split
@@ -124,7 +133,7 @@ def _attend(
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
     *args: Any,
-    parallel_config: SequenceParallel | None = None,
+    parallel_config: Attention | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """In place of `dispatch_attention_fn`, which it calls: with all tokens, and this member's heads."""

@@ -38,6 +38,16 @@ class Latents:
     tokens: Floats
     noise_level: float
 
+    @classmethod
+    def of(cls, latents: Floats, noise_level: float, num_rows: int) -> Latents:
+        """Of what a task leaves, (1, S, C) or (1, C, H, W), for an image of `num_rows` rows of tokens."""
+        if latents.ndim == 3:
+            return cls(latents[0].astype(np.float32), noise_level)
+        num_channels, height, _ = latents.shape[1:]
+        side = height // num_rows
+        squares = latents[0].reshape(num_channels, num_rows, side, -1, side).transpose(1, 3, 0, 2, 4)
+        return cls(squares.reshape(-1, num_channels * side * side).astype(np.float32), noise_level)
+
 
 def fit_basis(adapter: Adapter, card: ModelCard) -> Floats:
     """The matrix (C + 1, PATCH * PATCH * 3) from a token and 1 to the colours of its square, 0 to 1.
@@ -46,7 +56,7 @@ def fit_basis(adapter: Adapter, card: ModelCard) -> Floats:
     """
     tokens, colours = [], []
     for pixels in _simple_pictures(card.pixels_per_token * _TOKENS_PER_SIDE):
-        tokens.append(adapter.latents_of(pixels)[0].float().cpu().numpy())
+        tokens.append(Latents.of(adapter.latents_of(pixels).float().cpu().numpy(), 0.0, _TOKENS_PER_SIDE).tokens)
         colours.append(_colours(pixels, card.pixels_per_token // PATCH))
     basis, *_ = np.linalg.lstsq(_with_one(np.concatenate(tokens)), np.concatenate(colours), rcond=1e-4)
     return np.asarray(basis, dtype=np.float32)

@@ -9,13 +9,14 @@ from tetriserve.core.errors import CheckpointError
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Family
 from tetriserve.models.flux.facts import FLUX
+from tetriserve.models.sd3.facts import SD3
 
 if TYPE_CHECKING:
     import torch
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX,)
+FAMILIES = (FLUX, SD3)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 

@@ -39,7 +39,7 @@ class Bench:
         self.executor.subscribe(self._on_event)
 
     def request(self, card: ModelCard, shape: Shape, num_steps: int) -> Request:
-        guidance = Guidance(card.default_guidance_scale)
+        guidance = Guidance(card.one_pass_scale)
         request = Request(
             request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
             stages=family_of(card).stages(card, num_steps, guidance), seed=0, arrival_s=0.0, deadline_s=0.0,

@@ -156,7 +156,7 @@ def _team_of(spec: WorkerSpec) -> ShmTeam:
 def _warm_up_request(spec: WorkerSpec) -> Request:
     card = spec.card
     smallest = min(card.sizes, key=lambda shape: shape.num_pixels)
-    guidance = Guidance(card.default_guidance_scale)
+    guidance = Guidance(card.one_pass_scale)
     return Request(
         request_id="warm-up", prompt="warm-up", shape=smallest, seed=0, arrival_s=0.0, deadline_s=0.0,
         stages=family_of(card).stages(card, 1, guidance), guidance_scale=guidance.scale,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 from tetriserve.core.request import Request
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.flux.adapter import FluxAdapter, FluxDenoiseLoop
+from tetriserve.models.diffusion import DenoiseLoop
+from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.models.team import Team
 
 FAIL_MEMORY, FAIL_RUNTIME, NAN, KILL, SLOW = "[memory]", "[runtime]", "[nan]", "[kill]", "[slow]"
@@ -34,10 +34,10 @@ class FaultyFlux(FluxAdapter):
         self.is_last_member = team is None or team.index == team.degree - 1
         super().use_team(team)
 
-    def encode(self, request: Request) -> Tensors:
+    def encode(self, request: Request, images: Tensors | None = None) -> Tensors:
         if SLOW in request.prompt:
             time.sleep(SLOW_STAGE_S)
-        return super().encode(request)
+        return super().encode(request, images)
 
     def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> Any:
         return FaultyLoop(self, request, super().denoise_loop(request, embeds, steps_done))
@@ -51,7 +51,7 @@ class FaultyFlux(FluxAdapter):
 class FaultyLoop:
     """A loop whose timestep, the first that a step asks for, comes late or not at all."""
 
-    def __init__(self, adapter: FaultyFlux, request: Request, loop: FluxDenoiseLoop) -> None:
+    def __init__(self, adapter: FaultyFlux, request: Request, loop: DenoiseLoop) -> None:
         self._adapter = adapter
         self._prompt = request.prompt
         self._loop = loop
@@ -72,8 +72,8 @@ class FaultyLoop:
                 os.kill(os.getpid(), signal.SIGKILL)
         return self._loop.timestep
 
-    def advance(self, latents: torch.Tensor, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
-        after = self._loop.advance(latents, velocities)
+    def advance(self, latents: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        after = self._loop.advance(latents, prediction)
         if NAN in self._prompt and self._adapter.is_last_member:
             after = after.clone()
             after[0, 0, 0] = torch.nan

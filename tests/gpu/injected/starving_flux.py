@@ -12,13 +12,14 @@ import torch
 
 from tetriserve.core.request import Request
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.flux.adapter import FluxAdapter, FluxDenoiseLoop
+from tetriserve.models.diffusion import DenoiseLoop
+from tetriserve.models.flux.adapter import FluxAdapter
 
 _MARK = re.compile(r"\[starve (.+)\]")
 
 
 class StarvingFlux(FluxAdapter):
-    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> FluxDenoiseLoop:
+    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> DenoiseLoop:
         if mark := _MARK.search(request.prompt):
             try:
                 Path(mark[1]).touch(exist_ok=False)
@@ -30,8 +31,8 @@ class StarvingFlux(FluxAdapter):
 
     def _starve(self) -> torch.Tensor:
         """Ask the allocator for more than it may have, which on a GPU is next to nothing from here on."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return torch.empty(2**60, dtype=torch.uint8)
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-6)
-        return torch.empty(2**26, dtype=torch.uint8, device=self._device)
+        return torch.empty(2**26, dtype=torch.uint8, device=self.device)

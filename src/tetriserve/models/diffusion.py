@@ -1,0 +1,352 @@
+"""What the families share that denoise latents: stages, steps, batches. A family adds its own pipeline's parts.
+
+Suffixes of tensor names: B batch (1 of what one request keeps), L text tokens, S image tokens, C channels, D embedding
+width, A position axes, N steps, H height, W width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tetriserve.core.errors import CheckpointError
+from tetriserve.core.events import TextCount
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, INPUT
+from tetriserve.models.adapter import Left, Member, Tensors
+from tetriserve.models.card import ModelCard
+from tetriserve.models.loading import load_pipeline
+from tetriserve.models.parallel import SequenceParallel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tetriserve.models.team import Team
+
+PROMPT, NEGATIVE = "", "negative_"
+"""Passes of a step, by the prefix of their embeddings' names."""
+_TEXTS_TO_TELL_APART = ("a red circle", "a tan square")
+"""As many letters in each word of one as of the other: a vocabulary of unknown tokens alone makes the same of both."""
+_SHORT_TEXT_TOKENS = 16
+
+
+class DenoiseLoop:
+    """One request's steps, with a scheduler of its own.
+
+    inputs: what all its forwards take, besides latents, time and embeddings; see `DiffusionAdapter.inputs`.
+    """
+
+    def __init__(self, adapter: DiffusionAdapter, request: Request, encoded: Tensors, steps_done: int) -> None:
+        scheduler = adapter.pipeline.scheduler
+        self._adapter = adapter
+        self._scheduler: Any = type(scheduler).from_config(scheduler.config)
+        self._timesteps_N = adapter.set_timesteps(self._scheduler, request)
+        self.request = request
+        self.encoded = encoded
+        self.inputs = adapter.inputs(request, encoded)
+        self.go_to(steps_done)
+
+    def go_to(self, steps_done: int) -> None:
+        """Stand before step `steps_done`: the scheduler keeps no more than its place."""
+        self.steps_done = steps_done
+        self._scheduler.set_begin_index(self._place)
+        self._scheduler._step_index = None  # it begins anew
+
+    @property
+    def _place(self) -> int:
+        """Of the next step in the schedule."""
+        return self.request.skipped_steps + self.steps_done
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """Of the next step; a scalar."""
+        return self._timesteps_N[self._place]
+
+    @property
+    def noise_level(self) -> float:
+        """Sigma of the flow matching schedule."""
+        return float(self._scheduler.sigmas[self._place])
+
+    @torch.no_grad()
+    def step(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after one more step, in the same shape and dtype."""
+        [after] = self._adapter.step_together([self], [latents])
+        return after
+
+    def advance(self, latents: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The latents after the step for which the model, guided, says `prediction`."""
+        timestep = self.timestep
+        self.steps_done += 1
+        return self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One request's part of a forward: its latents, of batch 1, for the prompt or the negative prompt."""
+
+    loop: DenoiseLoop
+    latents: torch.Tensor
+    prefix: str
+
+    def embeds(self, name: str = "prompt_embeds") -> torch.Tensor:
+        return self.loop.encoded[self.prefix + name]
+
+    @property
+    def alike(self) -> Hashable:
+        """Only branches that agree in it go through one forward."""
+        return self.latents.shape, self.embeds().shape
+
+
+class DiffusionAdapter(ABC):
+    """A loaded checkpoint. At degree 1 a single request is bit-identical to its pipeline with a CPU generator.
+
+    Everything runs under `no_grad`, not `inference_mode`: what is returned may be written to in place, saved and
+    sent through collectives by the caller.
+
+    passes: in the order in which the pipeline makes them.
+    joins_passes: the pipeline itself makes both passes of a step in one forward.
+    """
+
+    passes: ClassVar[tuple[str, str]] = (PROMPT, NEGATIVE)
+    joins_passes: ClassVar[bool] = False
+
+    def __init__(self, card: ModelCard, device: torch.device | str) -> None:
+        """
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded, not as its files say, or does not tell texts apart; the
+                message is one line.
+        """
+        self.card = card
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, card.execution.dtype)
+        self.pipeline: Any = load_pipeline(card, self.dtype, self.device)
+        self._sequence_parallel = self.sequence_parallel()
+        self._check_texts()
+
+    # What a family says.
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str, length: int) -> dict[str, torch.Tensor]:
+        """The embeddings of one text of at most `length` tokens, by the name that `Branch.embeds` finds them under."""
+
+    @abstractmethod
+    def text_parts(self, embeds: Tensors) -> Mapping[str, torch.Tensor]:
+        """What each text encoder made of a text, by its component's name."""
+
+    @abstractmethod
+    def count_text(self, request: Request) -> TextCount:
+        """How many tokens the prompt has, those that mark its ends included, and whether an encoder cuts it."""
+
+    @abstractmethod
+    def initial_latents(self, request: Request) -> torch.Tensor:
+        """Noise, from the request's seed alone."""
+
+    def encode_images(self, request: Request, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of pictures (H, W, 3), uint8: `initial_latents` to start from, or what else the forwards need of them.
+
+        Raises:
+            ValueError: the family takes no pictures.
+        """
+        raise ValueError(f"{self.card.name} takes no pictures")
+
+    @abstractmethod
+    def set_timesteps(self, scheduler: Any, request: Request) -> torch.Tensor:
+        """Prepare a fresh scheduler for the request; returns the timesteps (N,), of its `num_schedule_steps`."""
+
+    def inputs(self, request: Request, encoded: Tensors) -> Any:
+        """What all forwards of a request take, besides latents, time and embeddings."""
+        return None
+
+    @abstractmethod
+    def forward(self, branches: Sequence[Branch]) -> Sequence[torch.Tensor]:
+        """What the transformer says of each branch, in one forward, in the form of its latents. All are alike."""
+
+    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+        """What the scheduler is given, of the passes' predictions."""
+        if negative is None:
+            return prediction
+        return negative + request.true_cfg_scale * (prediction - negative)
+
+    @abstractmethod
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """The image (B, 3, H, W) as the VAE draws it, -1 to 1."""
+
+    @abstractmethod
+    def encode_pixels(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Latents without noise, of an image (B, 3, H, W) from -1 to 1."""
+
+    def sequence_parallel(self) -> SequenceParallel:
+        """How the transformer's steps are divided among ranks."""
+        return SequenceParallel(self.pipeline.transformer)
+
+    # What follows for all.
+
+    def run(
+        self,
+        stage: str,
+        members: Sequence[Member],
+        num_steps: int,
+        on_step: Callable[[], None],
+        *,
+        joins_passes: bool = False,
+    ) -> list[Left]:
+        """See `Adapter.run`. Latents come with their `noise_level`; decode leaves `pixels` (H, W, 3)."""
+        if stage == ENCODE:
+            return [
+                Left(self.encode(one.request, one.states.get(INPUT, {})), text=self.count_text(one.request))
+                for one in members
+            ]
+        if stage == DENOISE:
+            return self._denoise(members, num_steps, on_step, joins_passes)
+        if stage == DECODE:
+            return [self._decode(one) for one in members]
+        raise ValueError(f"this model has no stage {stage!r}")
+
+    @torch.no_grad()
+    def encode(self, request: Request, images: Tensors | None = None) -> Tensors:
+        """The embeddings of the prompt, and with two passes those of the negative prompt as `negative_...`.
+
+        With `images`, (H, W, 3) uint8 by number, also what `encode_images` makes of them.
+        """
+        length = request.max_sequence_length or self.card.num_text_tokens
+        embeds = self.encode_prompt(request.prompt, length)
+        if request.stepped.num_passes == 2:
+            negative = self.encode_prompt(request.negative_prompt or "", length)
+            embeds |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
+        if images:
+            embeds |= self.encode_images(request, [images[str(number)] for number in range(len(images))])
+        return embeds
+
+    def denoise_loop(self, request: Request, encoded: Tensors, steps_done: int) -> DenoiseLoop:
+        """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps)."""
+        return DenoiseLoop(self, request, encoded, steps_done)
+
+    @torch.no_grad()
+    def step_together(
+        self, loops: Sequence[DenoiseLoop], latents: Sequence[torch.Tensor], *, joins_passes: bool = False
+    ) -> list[torch.Tensor]:
+        """One step of each loop, all in one forward for each pass where they are alike; with `joins_passes`, in one.
+
+        They may stand at different steps, but are of one shape and one number of passes.
+        """
+        used = self.passes if loops[0].request.stepped.num_passes == 2 else (PROMPT,)
+        by_pass = [[Branch(loop, each, prefix) for loop, each in zip(loops, latents, strict=True)] for prefix in used]
+        predictions: dict[str, Sequence[torch.Tensor]]
+        if joins_passes or self.joins_passes:
+            joined = self._forward([branch for branches in by_pass for branch in branches])
+            parts = [joined[start : start + len(loops)] for start in range(0, len(joined), len(loops))]
+            predictions = dict(zip(used, parts, strict=True))
+        else:
+            predictions = {prefix: self._forward(branches) for prefix, branches in zip(used, by_pass, strict=True)}
+        negatives: Sequence[torch.Tensor | None] = predictions.get(NEGATIVE) or [None] * len(loops)
+        return [
+            loop.advance(before, self.guide(loop.request, prediction, negative))
+            for loop, before, prediction, negative in zip(loops, latents, predictions[PROMPT], negatives, strict=True)
+        ]
+
+    @torch.no_grad()
+    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
+        """Pixels (H, W, 3), uint8, exactly those of the pipeline's PIL image."""
+        image_BCHW = self.decode_latents(latents, request.shape)
+        [image_CHW] = self.pipeline.image_processor.postprocess(image_BCHW, output_type="pt")
+        # As numpy would, but on the device, so that only bytes are copied.
+        return image_CHW.permute(1, 2, 0).float().mul(255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
+        """Latents without noise, of pixels (H, W, 3), uint8."""
+        image_HWC = torch.from_numpy(pixels).to(torch.float32) / 255
+        image_BCHW = image_HWC.permute(2, 0, 1)[None] * 2 - 1
+        return self.encode_pixels(image_BCHW.to(self.device, self.dtype))
+
+    def use_team(self, team: Team | None) -> None:
+        """Divide the sequence among `team` from the next step on; None is the bare model."""
+        self._sequence_parallel.use(team)
+
+    def generator(self, request: Request) -> torch.Generator:
+        """As it stands before the request's first draw."""
+        return torch.Generator("cpu").manual_seed(request.seed)
+
+    def _forward(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
+        """By as many forwards as there are kinds of branches."""
+        kinds: dict[Hashable, list[int]] = {}
+        for index, branch in enumerate(branches):
+            kinds.setdefault(branch.alike, []).append(index)
+        results: dict[int, torch.Tensor] = {}
+        for indices in kinds.values():
+            results |= dict(zip(indices, self.forward([branches[index] for index in indices]), strict=True))
+        return [results[index] for index in range(len(branches))]
+
+    def _denoise(
+        self, members: Sequence[Member], num_steps: int, on_step: Callable[[], None], joins_passes: bool
+    ) -> list[Left]:
+        loops = [self._loop_of(member) for member in members]
+        latents = [self._latents_of(one) for one in members]
+        for _ in range(num_steps):
+            latents = self.step_together(loops, latents, joins_passes=joins_passes)
+            on_step()
+        lefts = []
+        for member, loop, after in zip(members, loops, latents, strict=True):
+            member.memo["loop"] = loop
+            tensors = {"latents": after, "noise_level": torch.tensor(loop.noise_level)}
+            is_over = loop.steps_done == member.request.num_steps
+            lefts.append(Left(tensors, num_steps, is_stage_over=is_over))
+        return lefts
+
+    def _latents_of(self, member: Member) -> torch.Tensor:
+        if member.steps_done:
+            return member.states[DENOISE]["latents"]
+        initial = member.states[ENCODE].get("initial_latents")
+        return self.initial_latents(member.request) if initial is None else initial
+
+    def _loop_of(self, member: Member) -> DenoiseLoop:
+        loop: DenoiseLoop | None = member.memo.get("loop")
+        if loop is None or loop.request != member.request:
+            return self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
+        loop.go_to(member.steps_done)  # it may have stayed behind, or stand where a task failed
+        return loop
+
+    def _decode(self, member: Member) -> Left:
+        pixels = self.decode(member.request, member.states[DENOISE]["latents"])
+        return Left({"pixels": torch.from_numpy(pixels)})
+
+    @torch.no_grad()
+    def _check_texts(self) -> None:
+        """That all tokenizers and encoders tell two texts of equal length apart.
+
+        Raises:
+            CheckpointError: a vocabulary is empty or another model's, or an encoder's weights are void.
+        """
+        length = min(_SHORT_TEXT_TOKENS, self.card.num_text_tokens)
+        components = self.pipeline.components
+        encoders = [name for name in components if name.startswith("text_encoder") and components[name] is not None]
+        for encoder in encoders:
+            tokenizer = encoder.replace("text_encoder", "tokenizer")
+            num_tokens, config = len(getattr(self.pipeline, tokenizer)), getattr(self.pipeline, encoder).config
+            if num_tokens > (num_known := config.get_text_config().vocab_size):
+                raise CheckpointError(
+                    f"{self.card.path / tokenizer} has {num_tokens} tokens, but "
+                    f"{encoder} knows {num_known}; they are of different checkpoints"
+                )
+        first, second = (self.text_parts(self.encode_prompt(text, length)) for text in _TEXTS_TO_TELL_APART)
+        for encoder in encoders:
+            tokenizer = encoder.replace("text_encoder", "tokenizer")
+            if first[encoder].shape == second[encoder].shape:
+                distance = (first[encoder].float() - second[encoder].float()).abs().max().item()
+                if 0 < distance < float("inf"):
+                    continue
+            elif first[encoder].isfinite().all() and second[encoder].isfinite().all():
+                continue
+            raise CheckpointError(
+                f"{self.card.path}: {tokenizer} and {encoder} do not tell "
+                f"{' and '.join(map(repr, _TEXTS_TO_TELL_APART))} apart; download them again"
+            )
+
+
+def num_text_tokens(tokenizer: Any, text: str) -> int:
+    """Those that mark its ends included. The tokenizer's warning of long texts, which quotes none, is left out."""
+    return len(tokenizer(text, verbose=False).input_ids)

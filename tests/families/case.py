@@ -1,0 +1,96 @@
+"""What the suite of all families must know of one: how to build a tiny checkpoint, and how to call its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tetriserve.core.request import Request
+from tetriserve.launch import BUNDLED_MODEL
+
+Call = Callable[[Any, Request, int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FamilyCase:
+    """
+    build: write a tiny random checkpoint into a folder, laid out as the published ones are; components of the real
+        classes.
+    call: keyword arguments of the pipeline's own call, of a request and its text length, but for those that
+        `call_pipeline` gives to all.
+    guided: fields of a request whose steps have two passes; None for a family that has one pass only.
+    degrees: those that its heads allow, of 1 to 4.
+    """
+
+    name: str
+    build: Callable[[Path], None]
+    call: Call
+    guided: Mapping[str, Any] | None
+    degrees: tuple[int, ...] = (1, 2, 4)
+    as_latents: Callable[[Any, Request, torch.Tensor], torch.Tensor] = lambda adapter, request, latents: latents
+    """Of the last step's latents what the pipeline returns as `output_type="latent"`."""
+    absent: tuple[str, ...] = ()
+    """Components that the checkpoint leaves out; diffusers insists on being told."""
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """More requests to try, as fields, by name."""
+
+
+def call_pipeline(case: FamilyCase, pipeline: Any, request: Request, length: int, output_type: str) -> Any:
+    """What the pipeline itself makes of a request: latents (1, ...), or a picture."""
+    images = pipeline(
+        **case.call(pipeline, request, length),
+        num_inference_steps=request.num_schedule_steps,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        output_type=output_type,
+    ).images
+    return images if output_type == "latent" else images[0]
+
+
+def bundled_tokenizer(name: str) -> Any:
+    """`tokenizer` is CLIP's, `tokenizer_2` T5's."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    kind: Any = CLIPTokenizer if name == "tokenizer" else AutoTokenizer
+    return kind.from_pretrained(BUNDLED_MODEL / name)
+
+
+def randomised(module: Any, scale: float = 0.3) -> Any:
+    """The model in evaluation mode, all of its parameters random: zero-initialised outputs would hide faults."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.copy_(noise / max(fan_in, 1) ** 0.5)
+            elif name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            else:
+                parameter.copy_(scale * 0.1 * noise)
+    return module.eval()
+
+
+def tiny_vae(latent_channels: int = 4, **options: Any) -> Any:
+    """An `AutoencoderKL` with 8 pixels along each side of a latent."""
+    from diffusers import AutoencoderKL
+
+    return randomised(
+        AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            sample_size=64,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            **options,
+        )
+    )

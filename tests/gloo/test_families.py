@@ -1,0 +1,350 @@
+"""Every family against its pipeline: one suite; a new family is a module in `tests/families` and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
+from tests.families.case import FamilyCase, call_pipeline
+from tests.families.flux import FLUX
+from tests.families.sd3 import SD3, SD3_WITHOUT_T5
+from tests.ranks import meet, results_of
+from tetriserve.core.errors import CheckpointError
+from tetriserve.core.execution import Execution
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import DENOISE, ENCODE
+from tetriserve.models.adapter import Member
+from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
+from tetriserve.models.diffusion import DiffusionAdapter
+from tetriserve.models.family import Guidance
+from tetriserve.models.preview import PATCH, Latents, fit_basis, project
+from tetriserve.models.registry import family_of, load_adapter
+from tetriserve.worker.team.shm import ShmTeam
+
+CASES = {case.name: case for case in (FLUX, SD3, SD3_WITHOUT_T5)}
+NAMES = list(CASES)
+SMALL = Shape(64, 96)
+TOLERANCE = 1e-4
+PROMPT = "a red circle on a blue background"
+NUM_RANKS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiny:
+    """A family's checkpoint as it was built, and its adapter in float32."""
+
+    case: FamilyCase
+    card: ModelCard
+
+    def with_dtype(self, dtype: str) -> ModelCard:
+        return dataclasses.replace(self.card, execution=Execution(dtype))
+
+    @cache  # noqa: B019  the suite has few, and for all of its time
+    def adapter(self, dtype: str = "float32") -> DiffusionAdapter:
+        adapter = load_adapter(self.with_dtype(dtype), "cpu")
+        assert isinstance(adapter, DiffusionAdapter)
+        return adapter
+
+    @cache  # noqa: B019
+    def pipeline(self, dtype: str = "float32") -> Any:
+        pipeline_class = getattr(diffusers, self.card.pipeline_class)
+        pipeline: Any = pipeline_class.from_pretrained(
+            self.card.path, dtype=getattr(torch, dtype), **dict.fromkeys(self.case.absent)
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def request(self, *, num_steps: int = 3, **fields: Any) -> Request:
+        return request_of(self.card, num_steps=num_steps, **fields)
+
+    def guided(self, **fields: Any) -> Request:
+        assert self.case.guided is not None
+        return self.request(**{**self.case.guided, **fields})
+
+    def requests(self, **fields: Any) -> list[Request]:
+        """One of one pass and, where the family has them, one of two."""
+        requests = [self.request(**fields)]
+        return requests if self.case.guided is None else [*requests, self.guided(**fields)]
+
+    def called(self, request: Request, output_type: str, dtype: str = "float32") -> Any:
+        length = request.max_sequence_length or self.card.num_text_tokens
+        return call_pipeline(self.case, self.pipeline(dtype), request, length, output_type)
+
+
+def request_of(card: ModelCard, *, num_steps: int = 3, **fields: Any) -> Request:
+    guidance = Guidance(
+        fields.setdefault("guidance_scale", card.one_pass_scale),
+        fields.get("negative_prompt"),
+        fields.get("true_cfg_scale", 1.0),
+    )
+    fields = {"request_id": "r", "prompt": PROMPT, "shape": SMALL, "seed": 7, **fields}
+    stages = family_of(card).stages(card, num_steps, guidance)
+    return Request(**fields, stages=stages, arrival_s=0.0, deadline_s=10.0)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return built(CASES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def built(case: FamilyCase, path: Path) -> Tiny:
+    case.build(path)
+    (path / "tetriserve.json").write_text(json.dumps({"dtype": "float32"}))
+    return Tiny(case, read_card(path))
+
+
+def denoise(adapter: DiffusionAdapter, request: Request) -> torch.Tensor:
+    latents = adapter.initial_latents(request)
+    loop = adapter.denoise_loop(request, adapter.encode(request), 0)
+    for _ in range(request.num_steps):
+        latents = loop.step(latents)
+    return latents
+
+
+def variety(tiny: Tiny) -> dict[str, Request]:
+    default = {"num_steps": tiny.card.default_num_steps}
+    requests = {
+        "one step": tiny.request(num_steps=1, seed=123456789),
+        "default steps": tiny.request(**default),
+        "no prompt": tiny.request(prompt=""),
+        "long prompt": tiny.request(prompt="red " * 700),
+        "odd prompt": tiny.request(prompt="東京\n\x00\U0001f600 %s {x}"),
+        "odd size": tiny.request(shape=Shape(80, 112)),
+    }
+    if tiny.case.guided is not None:
+        requests |= {
+            "guided": tiny.guided(),
+            "guided, default steps": tiny.guided(**default),
+            "guided, odd size, no prompt": tiny.guided(shape=Shape(80, 112), prompt=""),
+        }
+        if tiny.card.has_negative_prompt:
+            requests["guided, empty negative prompt"] = tiny.guided(negative_prompt="")
+            requests["guided, longer negative prompt"] = tiny.guided(negative_prompt="rain on a window " * 3)
+    return requests | {name: tiny.request(**fields) for name, fields in tiny.case.extra.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_degree_1_has_the_bits_of_the_pipeline(tiny: Tiny, dtype: str) -> None:
+    adapter = tiny.adapter(dtype)
+    for name, request in variety(tiny).items():
+        latents = denoise(adapter, request)
+        pixels = adapter.decode(request, latents)
+        with torch.no_grad():
+            theirs = tiny.case.as_latents(adapter, request, latents)
+        assert latents.isfinite().all(), name
+        assert torch.equal(theirs, tiny.called(request, "latent", dtype)), name
+        assert (pixels.shape, pixels.dtype) == ((request.shape.height, request.shape.width, 3), np.uint8)
+        assert np.array_equal(pixels, np.asarray(tiny.called(request, "pil", dtype))), name
+        assert pixels.std() > 1, f"{name}: a picture of one colour shows nothing"
+
+
+def test_prompts_seeds_and_guidance_matter(tiny: Tiny) -> None:
+    requests = [tiny.request(), tiny.request(prompt="a tan square"), tiny.request(seed=8)]
+    if tiny.case.guided is not None:
+        requests.append(tiny.guided())
+        if tiny.card.has_negative_prompt:
+            requests.append(tiny.guided(negative_prompt="a picture of nothing at all"))
+    results = [denoise(tiny.adapter(), request) for request in requests]
+    for first, second in combinations(results, 2):
+        assert (first - second).abs().max() > 1e-4
+
+
+def test_a_request_resumed_before_any_step_ends_as_the_undisturbed_one(tiny: Tiny) -> None:
+    adapter = tiny.adapter()
+    for request in tiny.requests(num_steps=4):
+        encoded = adapter.encode(request)
+        states = [adapter.initial_latents(request)]
+        loop = adapter.denoise_loop(request, encoded, 0)
+        for _ in range(request.num_steps):
+            states.append(loop.step(states[-1]))
+        for steps_done in range(request.num_steps):
+            latents = states[steps_done].clone()
+            resumed = adapter.denoise_loop(request, encoded, steps_done)
+            for _ in range(request.num_steps - steps_done):
+                latents = resumed.step(latents)
+            assert torch.equal(latents, states[-1]), steps_done
+
+
+def test_members_that_join_and_leave_a_batch_at_any_step_get_the_latents_of_a_single_run(tiny: Tiny) -> None:
+    adapter = tiny.adapter()
+    for base in tiny.requests():
+        texts = ("a red circle", "blue", "a green square beside a tan triangle", "")
+        requests = [
+            dataclasses.replace(
+                base,
+                prompt=text,
+                seed=seed,
+                stages=tuple(dataclasses.replace(s, num_steps=s.num_steps and 3 + seed) for s in base.stages),
+            )
+            for seed, text in enumerate(texts)
+        ]
+        members = [Member(request, 0, {ENCODE: adapter.encode(request)}) for request in requests]
+        dice = random.Random(3)
+        while still := [member for member in members if member.steps_done < member.request.num_steps]:
+            together = dice.sample(still, dice.randint(1, len(still)))
+            if dice.random() < 0.2:
+                together[0].memo.clear()  # as on a rank that has not seen it yet
+            most = min(member.request.num_steps - member.steps_done for member in together)
+            joins = dice.random() < 0.5
+            lefts = adapter.run(DENOISE, together, dice.randint(1, most), lambda: None, joins_passes=joins)
+            for member, left in zip(together, lefts, strict=True):
+                member.states = {**member.states, DENOISE: left.tensors}
+                member.steps_done += left.num_steps
+        for member in members:
+            difference = (member.states[DENOISE]["latents"] - denoise(adapter, member.request)).abs().max().item()
+            assert difference < TOLERANCE, difference
+
+
+def plan_of(number: int, degrees: Sequence[int]) -> list[tuple[int, ...]]:
+    """The ranks of each of three steps; of one rank, that is rank 0."""
+    dice = random.Random(number)
+    sets = [each for degree in degrees for each in combinations(range(NUM_RANKS), degree) if degree > 1 or each == (0,)]
+    return [dice.choice(sets) for _ in range(3)]
+
+
+def batches_of(card: ModelCard, guided: dict[str, Any] | None) -> list[list[Request]]:
+    """Text lengths that ranks cannot share evenly, too; the last batch has two members."""
+    one = [request_of(card), request_of(card, prompt="red", shape=Shape(80, 112))]
+    two = [request_of(card, **guided), request_of(card, **guided, prompt="", shape=Shape(80, 112))] if guided else []
+    base = {} if guided is None else guided
+    pair = [request_of(card, **base, prompt=text, seed=seed) for seed, text in enumerate(("red", "a tan square"))]
+    return [*([each] for each in one + two), pair]
+
+
+def run_plans(
+    team: ShmTeam, rank: int, end: Connection, path: Path, guided: dict[str, Any] | None, degrees: tuple[int, ...]
+) -> list[list[torch.Tensor]]:
+    """The latents of each batch, on each rank; a rank that had no part in the last step has the start of it."""
+    card = read_card(path)
+    adapter = load_adapter(card, "cpu")
+    assert isinstance(adapter, DiffusionAdapter)
+    results = []
+    token = 0
+    for number, batch in enumerate(batches_of(card, guided)):
+        encoded = [adapter.encode(request) for request in batch]
+        latents = [adapter.initial_latents(request) for request in batch]
+        for step, ranks in enumerate(plan_of(number, degrees)):
+            meet(end)
+            token += 1
+            if rank in ranks:
+                if len(ranks) > 1:
+                    team.enter(ranks, token)
+                adapter.use_team(team if len(ranks) > 1 else None)
+                loops = [adapter.denoise_loop(*each, step) for each in zip(batch, encoded, strict=True)]
+                latents = adapter.step_together(loops, latents)
+            meet(end)
+            latents = [_from(ranks[0], rank, token, path, latent, index) for index, latent in enumerate(latents)]
+            meet(end)
+        results.append(latents)
+    return results
+
+
+def _from(leader: int, rank: int, token: int, path: Path, latents: torch.Tensor, index: int) -> torch.Tensor:
+    """The leader's latents, which it leaves in a file as a worker leaves them in the store."""
+    file = path.parent / f"{path.name}-latents-{token}-{index}.pt"
+    if rank == leader:
+        torch.save(latents, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+        return latents
+    while not file.exists():
+        time.sleep(0.001)
+    return torch.load(file)  # type: ignore[no-any-return]
+
+
+def test_any_plan_of_degrees_and_ranks_gives_the_latents_of_degree_1(tiny: Tiny, tmp_path: Path) -> None:
+    guided = None if tiny.case.guided is None else dict(tiny.case.guided)
+    adapter = tiny.adapter()
+    by_rank = results_of(run_plans, "shm", NUM_RANKS, tmp_path, tiny.card.path, guided, tiny.case.degrees)
+    for number, batch in enumerate(batches_of(tiny.card, guided)):
+        for index, request in enumerate(batch):
+            expected = denoise(adapter, request)
+            for latents in by_rank:
+                difference = (latents[number][index] - expected).abs().max().item()
+                assert difference < TOLERANCE, (plan_of(number, tiny.case.degrees), index, difference)
+
+
+def test_degrees_are_those_that_divide_the_heads(tiny: Tiny) -> None:
+    assert tiny.card.valid_degrees((1, 2, 3, 4)) == tiny.case.degrees
+
+
+def test_previews_are_fit_to_the_latents_of_the_family(tiny: Tiny) -> None:
+    adapter, card = tiny.adapter(), tiny.card
+    request = tiny.request()
+    basis = fit_basis(adapter, card)
+    member = Member(request, 0, {ENCODE: adapter.encode(request)})
+    [left] = adapter.run(DENOISE, [member], 2, lambda: None)
+    rows, columns = (side // card.pixels_per_token for side in (request.shape.height, request.shape.width))
+    latents = Latents.of(left.tensors["latents"].numpy(), float(left.tensors["noise_level"]), rows)
+    assert len(latents.tokens) == family_of(card).num_tokens(card, request.shape)
+    assert project(basis, latents, None, rows, columns).shape == (rows * PATCH, columns * PATCH, 3)
+    assert 0 < latents.noise_level < 1
+
+
+def test_text_is_counted_and_what_is_cut_is_told(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = tiny.adapter()
+    short, long = tiny.request(prompt="red"), tiny.request(prompt="red " * 700)
+    assert 0 < adapter.count_text(short).num_tokens < tiny.card.num_text_tokens
+    assert not adapter.count_text(short).is_truncated
+    assert adapter.count_text(long).is_truncated
+    adapter.encode(long)
+    assert "red" not in caplog.text
+
+
+def test_each_missing_component_ends_the_start_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    for component in family_of(tiny.card).components:
+        index = json.loads((tiny.card.path / "model_index.json").read_text())
+        path = linked(tiny.card.path, tmp_path / component)
+        (path / component).unlink()
+        with pytest.raises(CheckpointError, match=component) as caught:
+            read_card(path)
+        assert "\n" not in str(caught.value)
+        (path / "model_index.json").unlink()
+        (path / "model_index.json").write_text(json.dumps(index | {component: [None, None]}))
+        with pytest.raises(CheckpointError, match=f"{component} is .null, null.; .* needs it") as caught:
+            read_card(path)
+
+
+def test_truncated_weights_and_other_schedulers_end_the_start_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    index = json.loads((tiny.card.path / "model_index.json").read_text())
+    for component in (tiny.card.path / name for name in index if not name.startswith("_")):
+        for file in component.glob("*.safetensors"):
+            path = linked(tiny.card.path, tmp_path / component.name)
+            folder = linked(component, path / "own")
+            (path / component.name).unlink()
+            folder.rename(path / component.name)
+            spoilt = path / component.name / file.name
+            spoilt.unlink()
+            spoilt.write_bytes(file.read_bytes()[:-1])
+            with pytest.raises(CheckpointError, match=f"{component.name}.*is truncated") as caught:
+                read_card(path)
+            assert "\n" not in str(caught.value)
+    path = linked(tiny.card.path, tmp_path / "scheduler")
+    (path / "scheduler").unlink()
+    (path / "scheduler").mkdir()
+    (path / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    with pytest.raises(CheckpointError, match="scheduler DDPMScheduler keeps state or draws noise"):
+        read_card(path)
+
+
+def linked(source: Path, target: Path) -> Path:
+    """A folder with links to all that is in `source`."""
+    target.mkdir(exist_ok=True)
+    for each in source.iterdir():
+        if not (target / each.name).exists():
+            (target / each.name).symlink_to(each)
+    return target
