@@ -35,6 +35,7 @@ from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy, warn_of_long_rounds
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.estimate import with_largest
 from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.hardware import hardware_name, visible_gpus
@@ -81,7 +82,13 @@ async def launch(
     profile = profile or find_profile(replace(config, pool=pool), card)
 
     def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
-        cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees), corrections, pool.max_batch)
+        cost = ProfileCost(
+            profile,
+            lambda shape: card.valid_degrees(pool.degrees),
+            corrections,
+            pool.max_batch,
+            with_largest(profile, card.size_multiple),
+        )
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
         new_policy = partial(

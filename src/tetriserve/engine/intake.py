@@ -108,12 +108,12 @@ class Intake:
         if shape.height % multiple or shape.width % multiple:
             raise InvalidRequest(f"size {size!r}: width and height must be multiples of {multiple}", "size")
         tokens, low, high = (
-            family_of(self.card).num_tokens(self.card, each) for each in (shape, self.shapes[0], self.shapes[-1])
+            family_of(self.card).num_tokens(self.card, each) for each in (shape, self.shapes[0], self.largest)
         )
         if not low <= tokens <= high:
             raise InvalidRequest(
                 f"size {size!r} has {shape.num_pixels} pixels; allowed: {self.shapes[0].num_pixels} "
-                f"({self.shapes[0]}) to {self.shapes[-1].num_pixels} ({self.shapes[-1]})",
+                f"({self.shapes[0]}) to {self.largest.num_pixels} ({self.largest})",
                 "size",
             )
         longest = max(max(measured.height, measured.width) for measured in self.shapes)
@@ -124,6 +124,11 @@ class Intake:
     @property
     def shapes(self) -> tuple[Shape, ...]:
         return self.cost.profile.shapes
+
+    @property
+    def largest(self) -> Shape:
+        """Of as many pixels as a request may ask for."""
+        return self.cost.largest
 
     @property
     def sizes(self) -> tuple[Shape, ...]:

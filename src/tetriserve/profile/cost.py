@@ -26,7 +26,8 @@ class ProfileCost:
     loaded machine the first two grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
     `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
-    `batch_limit` bounds batches beyond what was measured.
+    `batch_limit` bounds batches beyond what was measured. `estimates` is the profile with rows of sizes that were not
+    measured; None for none.
 
     **Batches.** Between two measured batch sizes times are interpolated; beyond the largest, and where none was
     measured, requests cost as much each as in the largest that was: without measured batches, a batch costs the sum.
@@ -36,6 +37,7 @@ class ProfileCost:
     degrees_of: Callable[[Shape], Sequence[int]] | None = None
     corrections: Corrections = field(default_factory=Corrections)
     batch_limit: int | None = None
+    estimates: Profile | None = None
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
     _known_cases: dict[tuple[str, Shape], list[Case]] = field(default_factory=dict, repr=False, compare=False)
@@ -89,6 +91,15 @@ class ProfileCost:
         return largest if self.batch_limit is None else min(self.batch_limit, largest)
 
     @property
+    def largest(self) -> Shape:
+        """The size up to which times are known or estimated."""
+        return self._table.shapes[-1]
+
+    @property
+    def _table(self) -> Profile:
+        return self.estimates or self.profile
+
+    @property
     def switch_s(self) -> float:
         return self.profile.switch_s
 
@@ -112,7 +123,14 @@ class ProfileCost:
             if known[0] != case.stage or (case.shape is not None and known[1] != case.shape)
         }
         return ProfileCost(
-            self.profile, self.degrees_of, corrections, self.batch_limit, memo, self._profiled, self._known_cases
+            self.profile,
+            self.degrees_of,
+            corrections,
+            self.batch_limit,
+            self.estimates,
+            memo,
+            self._profiled,
+            self._known_cases,
         )
 
     def _cases(self, kind: str, shape: Shape, batch: int = 1) -> list[Case]:
@@ -125,7 +143,7 @@ class ProfileCost:
         return known if batch == 1 else [case._replace(batch=batch) for case in known]
 
     def _find_cases(self, kind: str, shape: Shape) -> list[Case]:
-        rows = self.profile.rows_of(kind)
+        rows = self._table.rows_of(kind)
         if not rows:
             raise ProfileError(f"profile has no stage {kind!r}; it has {', '.join(self.profile.stages)}")
         measured: Sequence[int] = sorted({row.degree for row in rows})
@@ -165,7 +183,7 @@ class ProfileCost:
         return _covers(_of_batch(self._rows(kind, degree), 1), shape)
 
     def _rows(self, kind: str, degree: int | None = None) -> list[Row]:
-        rows = [row for row in self.profile.rows_of(kind) if degree is None or row.degree == degree]
+        rows = [row for row in self._table.rows_of(kind) if degree is None or row.degree == degree]
         if not rows:
             raise ProfileError(f"profile has no row at degree {degree}; it has {list(self.profile.degrees)}")
         return rows
