@@ -84,6 +84,9 @@ def serve(
     max_concurrency: options.MaxConcurrency = None,
     guard_metrics: options.GuardMetrics = False,
     cors_origin: options.CorsOrigins = None,
+    compat: options.Compat = "lenient",
+    url_ttl: options.UrlTtl = 3600.0,
+    preview_size: options.PreviewSize = 256,
     journal: options.Journal = None,
     result_ttl: options.ResultTtl = 3600.0,
     log_level: options.LogLevel = "info",
@@ -94,6 +97,7 @@ def serve(
     with one_line_errors():
         from tetriserve.config import (
             AccessConfig,
+            ApiConfig,
             EngineConfig,
             ExecutionConfig,
             JournalConfig,
@@ -152,6 +156,7 @@ def serve(
             port=port,
             shutdown_timeout_s=shutdown_timeout,
             access=access_config,
+            api=ApiConfig(compat=compat, url_ttl_s=url_ttl, preview_side=preview_size),
             otlp_traces_endpoint=otlp_traces_endpoint,
         )
         if log_format == "json":  # then stderr is a machine's: progress and the greeting are log lines too

@@ -14,6 +14,8 @@ DEVICES = ("cpu", "cuda")
 COLLECTIVES = ("shm", "torch")
 MAX_BATCH = 64
 LOG_FORMATS = ("text", "json")
+LENIENT, STRICT = "lenient", "strict"
+COMPATS = (LENIENT, STRICT)
 
 MODEL_NAMES = "1 to 200 printable characters without spaces around them"
 _MAX_TTL_S = 366 * 24 * 3600.0
@@ -180,6 +182,27 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """How requests are read, and what answers look like.
+
+    compat: what becomes of parameters that are not served and that no picture depends on: `lenient` ignores them and
+        says so in the answer's `warnings`, `strict` refuses them.
+    url_ttl_s: how long the images of `response_format: url` can be fetched; 0: that format is refused.
+    preview_side: the longer side of previews in pixels at most.
+    """
+
+    compat: str = LENIENT
+    url_ttl_s: float = 3600.0
+    preview_side: int = 256
+
+    def __post_init__(self) -> None:
+        if self.compat not in COMPATS:
+            raise ConfigError(f"compat is {self.compat!r}; allowed: {', '.join(COMPATS)}")
+        check_range("url-ttl", self.url_ttl_s, 0, MAX_TIME_S)
+        check_range("preview-size", self.preview_side, 16, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """The HTTP side.
 
@@ -191,6 +214,7 @@ class ServerConfig:
     port: int = 8000
     shutdown_timeout_s: float = 60.0
     access: AccessConfig = field(default_factory=AccessConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
     otlp_traces_endpoint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -220,6 +220,15 @@ CorsOrigins = Annotated[
     option("cors-origin", "Origin whose pages may call the server from a browser, or * (repeatable).",
            show_default=False),
 ]  # fmt: skip
+Compat = Annotated[
+    str,
+    option("compat", "Parameters that are not served and change no picture: lenient ignores them with a warning in the "
+           "answer, strict refuses them."),
+]  # fmt: skip
+UrlTtl = Annotated[
+    float, option("url-ttl", "Seconds for which images asked for by response_format url are served; 0: not at all.")
+]
+PreviewSize = Annotated[int, option("preview-size", "Longer side of previews in streams, in pixels at most.")]
 Journal = Annotated[
     Path | None,
     option("journal", "Keep requests with an Idempotency-Key in this directory: a restarted server finishes them."),

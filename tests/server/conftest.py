@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tetriserve.config import AccessConfig
+from tetriserve.config import AccessConfig, ApiConfig
 from tetriserve.engine import LiveEngine
 from tetriserve.server import EngineSlot, create_app, run
 
@@ -49,8 +49,10 @@ async def engine(executor: FakeExecutor) -> AsyncIterator[LiveEngine]:
 def connect() -> Connect:
     """A client of an app, without a socket between them. `settings` are those of `AccessConfig`."""
 
-    def connect(slot: EngineSlot, tracing: Tracing | None = None, **settings: Any) -> httpx.AsyncClient:
-        app = create_app(slot, AccessConfig(**settings), tracing)
+    def connect(
+        slot: EngineSlot, tracing: Tracing | None = None, api: ApiConfig | None = None, **settings: Any
+    ) -> httpx.AsyncClient:
+        app = create_app(slot, AccessConfig(**settings), tracing, api)
         return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
     return connect

@@ -75,7 +75,14 @@ async def test_the_description_says_where_a_key_is_needed(guarded, client):
     described = (await guarded.get("/openapi.json")).json()
     assert described["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
     needs_key = {path for path, item in described["paths"].items() if any("security" in each for each in item.values())}
-    assert needs_key == {URL, "/v1/models", "/v1/models/{model_id}", "/v1/quotes", "/debug/trace"}
+    assert needs_key == {
+        URL,
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/v1/quotes",
+        "/debug/trace",
+    }
     assert "securitySchemes" not in (await client.get("/openapi.json")).json()["components"]
 
 

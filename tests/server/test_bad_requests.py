@@ -51,7 +51,7 @@ BAD_FIELDS = [
     ("size", "999999x999999", "16"),
     ("size", 512, "string"),
     ("size", [64, 64], "string"),
-    ("seed", -1, "0 to 9223372036854775807"),
+    ("seed", -2, "0 to 9223372036854775807, or -1"),
     ("seed", 2**63, "0 to 9223372036854775807"),
     ("seed", 10**400, "0 to 9223372036854775807"),
     ("seed", "7", "integer"),
@@ -71,11 +71,15 @@ BAD_FIELDS = [
     ("max_sequence_length", 0, "1 to 64"),
     ("max_sequence_length", 65, "1 to 64"),
     ("max_sequence_length", "8", "integer"),
-    ("response_format", "url", "b64_json"),
+    ("response_format", "file", "'b64_json' or 'url'"),
     ("output_format", "gif", "png"),
+    ("output_format", "svg", "png"),
     ("output_compression", 101, "100"),
     ("output_compression", -1, "0"),
-    ("output_compression", 80, "png"),
+    ("width", 64, "height is required beside width"),
+    ("height", 64, "width is required beside height"),
+    ("width", 0, "1"),
+    ("width", "64", "integer"),
     ("slo_ms", 0, "above 0"),
     ("slo_ms", -5, "above 0"),
     ("slo_ms", 1e12, "8.64e+07"),
@@ -91,10 +95,25 @@ BAD_FIELDS = [
     ("request_id", 5, "string"),
     ("user", 5, "string"),
     ("user", "\ud83d", "surrogate"),
-    ("quality", "hd", "auto"),
-    ("style", "vivid", "auto"),
+    ("quality", "ultra", "auto"),
+    ("quality", 1, "auto"),
+    ("style", "anime", "vivid"),
     ("background", "transparent", "opaque"),
-    ("moderation", "low", "auto"),
+    ("moderation", "high", "low"),
+    ("complexity", "max", "low"),
+    ("frame_count", 2, "one frame"),
+    ("frame_duration_ms", 100, "one frame"),
+    ("svg", {"model": "x"}, "png, jpeg or webp"),
+    ("num_frames", 5, "1"),
+    ("fps", "24", "number"),
+    ("guidance_scale_2", "4", "number"),
+    ("extra_args", "{", "JSON object"),
+    ("extra_args", "[]", "JSON object"),
+    ("extra_args", "[" * 100_000, "JSON object"),
+    ("extra_args", {"cache": True}, "latent_seq_len"),
+    ("extra_args", {"runtime_v2_deadline_ms": 5}, "numbers"),
+    ("extra_args", {"runtime_v2_deadline_ms": "5", "runtime_v2_arrival_ms": 1}, "numbers"),
+    ("safety_identifier", 5, "string"),
     ("stream", "yes", "boolean"),
     ("partial_images", 4, "3"),
     ("partial_images", 2, "stream"),
@@ -107,7 +126,8 @@ BAD_FIELDS = [
 async def test_a_bad_field_is_named_with_what_is_allowed(client, field, value, hint):
     body = {"prompt": "a lighthouse", "size": "64x64", field: value}
     response = await client.post(URL, content=json.dumps(body), headers=JSON)
-    param = None if field == "\ud800" else field
+    missing = {"width": "height", "height": "width"}.get(field) if value == 64 else None
+    param = None if field == "\ud800" else missing or field
     assert hint in error_of(response, 400, param)
 
 
@@ -117,7 +137,7 @@ async def test_a_prompt_is_required(client):
 
 async def test_an_unknown_model_is_named_beside_the_served_one(client):
     response = await client.post(URL, json={"prompt": "a lighthouse", "model": "dall-e-3"})
-    message = error_of(response, 400, "model", "model_not_found")
+    message = error_of(response, 404, "model", "model_not_found")
     assert "dall-e-3" in message
     assert "tiny/flux" in message
 
@@ -222,7 +242,7 @@ json_values = st.recursive(
 )
 likely_values = st.sampled_from(
     [1, 0, 3, 10, 11, 2**31, 2**63 - 2, 10**310, 0.5, 1.0, "64x64", "80x48", "256x256", "auto", "png", "webp", "jpeg",
-     "b64_json", "reject", "best_effort", "a lighthouse", False, None, ""]
+     "b64_json", "url", -1, "high", "reject", "best_effort", "a lighthouse", False, None, ""]
 )  # fmt: skip
 surrogates = st.text(st.characters(categories=["Cs", "Cc", "Ll"]), max_size=4)
 fields = st.sampled_from(sorted(ImagesRequest.model_fields)) | st.text(max_size=5) | surrogates
@@ -237,7 +257,7 @@ async def test_no_json_body_is_the_servers_fault(connect, body, has_prompt):
     engine = make_engine(FakeExecutor(takes_time=False))
     async with connect(EngineSlot(engine)) as client:
         response = await client.post(URL, content=json.dumps(body), headers=JSON)
-    assert response.status_code in (200, 400, 429), response.text
+    assert response.status_code in (200, 400, 404, 429), response.text
     if response.status_code != 200:
         assert set(response.json()["error"]) >= {"message", "type", "param", "code"}
     await engine.stop()

@@ -57,7 +57,7 @@ async def test_a_model_is_listed_and_served_under_each_of_its_names(client, engi
         assert (response.status_code, response.json().get("model")) == (200, "flux")
     for name in ("flux-dev", "b/c", "default"):
         assert (await client.get(f"/v1/models/{name}")).json()["id"] == "flux"
-    assert (await draw(model="tiny/flux")).status_code == 400
+    assert (await draw(model="tiny/flux")).status_code == 404
 
 
 async def test_another_model_is_a_404(client):

@@ -26,7 +26,9 @@ async def test_the_answer_holds_the_picture_and_what_was_asked(draw):
 
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"id", "created", "model", "size", "output_format", "data", "user"}
+    assert set(answer) == {
+        "id", "created", "model", "size", "output_format", "background", "data", "usage", "user"
+    }  # fmt: skip
     assert before <= answer["created"] <= time.time()
     assert (answer["model"], answer["size"], answer["output_format"]) == (CARD.name, "128x64", "png")
     assert answer["user"] == "ada"
@@ -35,6 +37,43 @@ async def test_the_answer_holds_the_picture_and_what_was_asked(draw):
     image = decoded(item)
     assert image.format == "PNG"
     np.testing.assert_array_equal(np.asarray(image), picture("a lighthouse", 7, Shape(height=64, width=128)))
+
+
+async def test_usage_is_that_of_all_images_together(draw):
+    usage = (await draw(n=3, max_sequence_length=8)).json()["usage"]
+    assert usage == {
+        "input_tokens": 24,
+        "input_tokens_details": {"text_tokens": 24, "image_tokens": 0},
+        "output_tokens": 48,
+        "total_tokens": 72,
+    }
+
+
+@pytest.mark.parametrize("size", [None, "auto", "128x64"])
+async def test_width_and_height_are_a_size(draw, size):
+    answer = (await draw(size=size, width=128, height=64)).json()
+    assert answer["size"] == "128x64"
+
+
+async def test_another_size_beside_width_and_height_is_refused(draw):
+    response = await draw(size="64x128", width=128, height=64)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["message"]) == (
+        "size", "size is '64x128', and width and height are 128x64; leave one out"
+    )  # fmt: skip
+
+
+async def test_a_size_as_width_and_height_is_in_the_log(draw, caplog):
+    caplog.set_level("INFO")
+    await draw(size=None, width=128, height=64)
+    assert "size=128x64" in caplog.text
+
+
+async def test_seed_minus_one_is_any_seed(draw):
+    first, second = [(await draw(seed=-1)).json()["data"][0]["seed"] for _ in range(2)]
+    assert first >= 0
+    assert first != second
 
 
 async def test_the_schedule_says_what_happened_in_seconds_after_arrival(draw):

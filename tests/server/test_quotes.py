@@ -69,7 +69,7 @@ async def test_a_quote_is_refused_as_the_generation_would_be(client, engine):
     bad = await client.post(URL, json={**BODY, "size": "3x3"})
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "size")
     other = await client.post(URL, json={**BODY, "model": "dall-e-3"})
-    assert (other.status_code, other.json()["error"]["code"]) == (400, "model_not_found")
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
     await engine.stop()
     gone = await client.post(URL, json=BODY)
     assert (gone.status_code, gone.json()["error"]["code"]) == (503, "shutting_down")

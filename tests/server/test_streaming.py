@@ -8,16 +8,23 @@ import io
 import json
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from fake_engine import CARD, FAILING, outcomes_of
 from PIL import Image
 
+from tests.states import bundle_of
 from tests.waiting import HANG_S, until
+from tetriserve.config import ApiConfig
 from tetriserve.core.stages import DENOISE
+from tetriserve.models.preview import PATCH
+from tetriserve.server import EngineSlot
 
 URL = "/v1/images/generations"
 BODY = {"prompt": "a lighthouse", "size": "64x64", "stream": True}
+NUM_STEPS = 60
+"""Of 256x256: more than one task does."""
 
 
 def events_of(response):
@@ -78,17 +85,61 @@ async def test_several_images_interleave_by_index(client):
     assert {data["image_index"] for data in events[first_done:]} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("num_wanted", "num_steps"), [(1, 40), (3, 40), (3, 2)])
-async def test_previews_come_as_tasks_end_and_never_more_than_asked_for(client, executor, num_wanted, num_steps):
-    body = {**BODY, "size": "256x256", "partial_images": num_wanted, "num_inference_steps": num_steps}
-    events = [data for _, data in events_of(await client.post(URL, json={**body, "output_format": "jpeg"}))]
-    previews = [data for data in events if data["type"] == "image_generation.partial_image"]
+def noisy_basis(executor):
+    """Previews of many colours, as a real model's: one of a single colour takes no bytes in any format."""
+    basis = np.random.default_rng(0).uniform(0, 1, (2, PATCH * PATCH * 3)).astype(np.float32)
+    executor.preview_basis = executor.states.put(".noisy-basis", bundle_of(basis=basis))
+
+
+def previews_of(response):
+    events = [data for _, data in events_of(response)]
+    return [data for data in events if data["type"] == "image_generation.partial_image"], events[-1]
+
+
+@pytest.mark.parametrize("num_wanted", [1, 2, 3])
+async def test_previews_come_as_tasks_end_and_never_more_than_asked_for(client, num_wanted):
+    body = {**BODY, "size": "256x256", "partial_images": num_wanted, "num_inference_steps": NUM_STEPS}
+    previews, _ = previews_of(await client.post(URL, json=body))
     assert [data["partial_image_index"] for data in previews] == list(range(len(previews)))
     assert 1 <= len(previews) <= num_wanted
+    assert {data["image_index"] for data in previews} == {0}
+
+
+@pytest.mark.parametrize(
+    ("output_format", "preview_format"), [(None, "jpeg"), ("png", "jpeg"), ("jpeg", "jpeg"), ("webp", "webp")]
+)
+async def test_previews_are_small_files_of_the_images_proportions(
+    connect, engine, executor, output_format, preview_format
+):
+    noisy_basis(executor)
+    body = {
+        **BODY, "size": "256x128", "partial_images": 3, "num_inference_steps": 2 * NUM_STEPS,
+        "output_format": output_format,
+    }  # fmt: skip
+    async with connect(EngineSlot(engine), api=ApiConfig(preview_side=64)) as client:
+        previews, image = previews_of(await client.post(URL, json=body))
+    assert previews
     for preview in previews:
         picture = picture_of(preview)
-        assert (picture.size, picture.format) == ((256, 256), "JPEG")
-        assert (preview["size"], preview["output_format"], preview["image_index"]) == ("256x256", "jpeg", 0)
+        assert (picture.size, picture.format.lower()) == ((64, 32), preview_format)
+        assert (preview["size"], preview["output_format"]) == ("64x32", preview_format)
+    assert picture_of(image).size == (256, 128)
+    assert image["output_format"] == output_format or "png"
+    assert sum(len(preview["b64_json"]) for preview in previews) < len(image["b64_json"])
+
+
+async def test_no_preview_is_larger_than_the_image(connect, engine):
+    body = {**BODY, "size": "256x128", "partial_images": 3, "num_inference_steps": 2 * NUM_STEPS}
+    async with connect(EngineSlot(engine), api=ApiConfig(preview_side=1024)) as client:
+        previews, _ = previews_of(await client.post(URL, json=body))
+    assert {preview["size"] for preview in previews} == {"256x128"}
+
+
+async def test_no_preview_comes_after_the_last_step(client, executor):
+    """One task does all of a few steps: what it leaves is the picture, which follows at once."""
+    previews, _ = previews_of(await client.post(URL, json={**BODY, "partial_images": 3, "num_inference_steps": 2}))
+    assert previews == []
+    assert not [key for key in executor.states.gotten if f".{DENOISE}." in key]
 
 
 async def test_without_previews_asked_for_none_come(client, executor):
@@ -126,8 +177,6 @@ async def test_an_error_on_the_way_is_the_last_event_and_the_log_and_metrics_kno
 
 
 async def test_a_stream_counts_as_pending_until_it_ends(connect, engine, executor):
-    from tetriserve.server import EngineSlot
-
     async with connect(EngineSlot(engine), max_concurrency=1) as client:
         executor.gate.clear()
         streaming = asyncio.create_task(client.post(URL, json=BODY))
@@ -157,15 +206,15 @@ async def test_the_openai_package_streams(live):
     async with openai.AsyncOpenAI(base_url=f"{await live.url}/v1", api_key="none", max_retries=0) as ai:
         stream = await ai.images.generate(
             prompt="a lighthouse", model=CARD.name, size="256x256", stream=True, partial_images=2,
-            extra_body={"num_inference_steps": 60, "slo_ms": 60_000},
+            extra_body={"num_inference_steps": NUM_STEPS, "slo_ms": 60_000},
         )  # fmt: skip
         events = [event async for event in stream]
     kinds = [event.type for event in events]
     assert kinds[-1] == "image_generation.completed"
     assert "image_generation.progress" in kinds
     previews = [event for event in events if event.type == "image_generation.partial_image"]
-    assert [event.partial_image_index for event in previews] == [0, 1]
-    assert base64.b64decode(previews[0].b64_json)[:4] == b"\x89PNG"
+    assert [event.partial_image_index for event in previews] == [*range(len(previews))] != []
+    assert base64.b64decode(previews[0].b64_json)[:2] == b"\xff\xd8"
     completed = events[-1]
     assert base64.b64decode(completed.b64_json)[:4] == b"\x89PNG"
     assert completed.usage.total_tokens == 64 + 256

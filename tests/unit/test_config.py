@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig, ServerConfig
+from tetriserve.config import ApiConfig, EngineConfig, PoolConfig, SchedulingConfig, ServerConfig
 from tetriserve.core.errors import ConfigError
 
 
@@ -57,6 +57,10 @@ def test_an_impossible_pool_is_refused(settings: dict[str, Any], message: str) -
         (SchedulingConfig, {"default_slo_scale": float("nan")}, "default-slo-scale is nan; allowed: 0.001 to 1e+06"),
         (SchedulingConfig, {"max_queue": 0}, "max-queue is 0; allowed: 1 to 1000000"),
         (SchedulingConfig, {"max_losses": -1}, "max-losses is -1; allowed: 0 to 1000"),
+        (ApiConfig, {"compat": "loose"}, "compat is 'loose'; allowed: lenient, strict"),
+        (ApiConfig, {"url_ttl_s": -1.0}, "url-ttl is -1; allowed: 0 to 604800"),
+        (ApiConfig, {"url_ttl_s": float("nan")}, "url-ttl is nan; allowed: 0 to 604800"),
+        (ApiConfig, {"preview_side": 8}, "preview-size is 8; allowed: 16 to 4096"),
         (ServerConfig, {"port": 65536}, "port is 65536; allowed: 0 to 65535"),
         (ServerConfig, {"port": -1}, "port is -1; allowed: 0 to 65535"),
         (ServerConfig, {"shutdown_timeout_s": -0.5}, "shutdown-timeout is -0.5; allowed: 0 to 604800"),

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tetriserve.cli import app
-from tetriserve.config import AccessConfig, EngineConfig, ExecutionConfig, JournalConfig, ServerConfig
+from tetriserve.config import AccessConfig, ApiConfig, EngineConfig, ExecutionConfig, JournalConfig, ServerConfig
 from tetriserve.core.errors import ConfigError
 
 
@@ -74,6 +74,18 @@ def test_keys_come_from_options_environment_or_file(tmp_path: Path, configured: 
 def test_limits_reach_the_server(configured: Callable[..., ServerConfig]) -> None:
     access = configured("--rate-limit", "60", env={"TETRISERVE_MAX_CONCURRENCY": "4"}).access
     assert (access.rate_limit, access.max_concurrency) == (60, 4)
+
+
+def test_how_requests_are_read_comes_from_options_environment_or_file(
+    tmp_path: Path, configured: Callable[..., ServerConfig]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("compat: strict\nurl-ttl: 60\npreview_size: 128\n")
+    assert configured().api == ApiConfig(compat="lenient", url_ttl_s=3600.0, preview_side=256)
+    assert configured("--config", file).api == ApiConfig(compat="strict", url_ttl_s=60.0, preview_side=128)
+    api = configured("--config", file, "--compat", "lenient", env={"TETRISERVE_URL_TTL": "0"}).api
+    assert api == ApiConfig(compat="lenient", url_ttl_s=0.0, preview_side=128)
+    assert only_line(run("--compat", "loose")) == "compat is 'loose'; allowed: lenient, strict"
 
 
 @pytest.mark.parametrize("value", ["", "  "])

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tetriserve.config import AccessConfig
+from tetriserve.server import links
 from tetriserve.server.board.pages import OPEN_PATHS
 from tetriserve.server.errors import envelope
 from tetriserve.server.exchange import Exchange
@@ -37,7 +38,8 @@ class Caller:
 class AccessMiddleware:
     """Lets through whoever shows a key, before a byte of the body is read. With no key configured: everyone.
 
-    Everything is guarded unless it is listed as open, so that a new route is never open by accident. The handler finds
+    Everything is guarded unless it is listed as open, so that a new route is never open by accident; a link is guarded
+    by its name, which only the client who asked for the image was told. The handler finds
     the client as `request.state.client`.
 
     is_local: the server listens on loopback. Without keys it then answers to names of loopback alone: a page of another
@@ -65,7 +67,7 @@ class AccessMiddleware:
             exchange.note_error(response)
             await response(scope, receive, send)
             return
-        if scope["path"] in self._open:
+        if scope["path"] in self._open or scope["path"].startswith(links.PREFIX):
             await self._app(scope, receive, send)
             return
         client = self._identify(scope) if self._has_keys else self._clients[0]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +25,8 @@ from tetriserve.core.errors import (
     UnknownModel,
 )
 from tetriserve.core.events import FailureKind
+from tetriserve.server import chat_schemas, schemas
+from tetriserve.server.chat_schemas import ChatRequest
 from tetriserve.server.limits import OverLimit
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
@@ -65,7 +67,18 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _HTTP_NAMES = {"num_steps": "num_inference_steps"}
 """Of fields that Python names otherwise (`engine.intake.Generation`)."""
-_LOGGED_PARAMS = frozenset((*ImagesRequest.model_fields, "Idempotency-Key", "X-Request-Id", "X-SLO-Ms", "seconds"))
+_UNSERVED = schemas.UNSERVED | chat_schemas.UNSERVED
+_LOGGED_PARAMS = frozenset(
+    (
+        *ImagesRequest.model_fields,
+        *ChatRequest.model_fields,
+        *_UNSERVED,
+        "Idempotency-Key",
+        "X-Request-Id",
+        "X-SLO-Ms",
+        "seconds",
+    )
+)
 _FAILURE_CODES = {
     FailureKind.STEP: "generation_failed",
     FailureKind.MEMORY: "out_of_memory",
@@ -89,6 +102,8 @@ def install(app: FastAPI) -> None:
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         message, param = _explain(error.errors()[0])
+        if message.startswith("unknown field"):
+            message += f"; allowed: {', '.join(_fields_of(request))}"
         return _noted(request, envelope(400, message, "invalid_value", param))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
@@ -161,7 +176,7 @@ def response_to(error: TetriServeError) -> ErrorResponse:
     message = str(error)
     match error:
         case UnknownModel():
-            return envelope(400, message, "model_not_found", error.param)
+            return envelope(404, message, "model_not_found", error.param)
         case KeyReused():
             return envelope(422, message, "idempotency_key_reused", "Idempotency-Key")
         case InvalidRequest(param=param):
@@ -197,6 +212,12 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             return envelope(500, message, "internal_error")
 
 
+def _fields_of(request: Request) -> Collection[str]:
+    """What the body of a request to this route may hold."""
+    chat = request.url.path.endswith("/chat/completions")
+    return (ChatRequest if chat else ImagesRequest).model_fields
+
+
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
@@ -210,16 +231,21 @@ def _explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
         if isinstance(value, bytes):
             return "send the body as JSON, with the header Content-Type: application/json", None
         return "the body must be a JSON object", None
-    param = str(location[1])
+    is_nested = location[1] == "extra_body" and len(location) > 2
+    param = str(location[2 if is_nested else 1])
     match kind:
         case "missing":
             return f"{param} is required", param
+        case "extra_forbidden" if param in _UNSERVED:
+            return f"{param} is not served: {_UNSERVED[param]}", param
         case "extra_forbidden":
-            return f"unknown field {_repr.repr(param)}; allowed: {', '.join(ImagesRequest.model_fields)}", param
+            return f"unknown field {_repr.repr(param)}", param
         case "literal_error":
             return f"{param} is {_repr.repr(value)}; served: {error['ctx']['expected']}", param
         case "string_pattern_mismatch":
             return f"{param} is {_repr.repr(value)}; allowed: 1 to 128 printable ASCII characters", param
+        case "too_long" if error["ctx"]["max_length"] == 0:
+            return f"{param} is not served: the answer is an image", param
         case _:
             reason = error["msg"][0].lower() + error["msg"][1:]
             return f"{param} is {_repr.repr(value)}; {reason}", param

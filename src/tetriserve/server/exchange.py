@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tetriserve.logs import MAX_FIELD_CHARS, fields
 from tetriserve.server.errors import ErrorResponse, envelope
+from tetriserve.server.links import shown_path
 from tetriserve.server.metrics import Metrics
 from tetriserve.workload.outcome import Outcome
 
@@ -102,19 +103,20 @@ class ExchangeMiddleware:
         route = getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.count_exchange(route, method, status, exchange.error_code)
+        path = shown_path(scope["path"])
         logger.log(
-            _level(scope["path"], status),
+            _level(path, status),
             "%s %s %s %d in %.3f s%s",
             exchange.request_id,
             method,
-            _one_line(scope["path"]),
+            _one_line(path),
             status,
             elapsed_s,
             "".join(f" {name}={_one_line(value)}" for name, value in exchange.facts.items()),
             extra=fields(
                 request_id=exchange.request_id,
                 method=method,
-                path=scope["path"],
+                path=path,
                 status=status,
                 elapsed_s=round(elapsed_s, 6),
                 **exchange.facts,

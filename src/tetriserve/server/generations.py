@@ -7,18 +7,49 @@ import uuid
 from tetriserve.core.errors import InvalidRequest, UnknownModel
 from tetriserve.core.request import Shape
 from tetriserve.engine import Generation, LiveEngine
-from tetriserve.engine.intake import MAX_SLO_S
-from tetriserve.server.schemas import ImagesRequest
+from tetriserve.engine.intake import MAX_SEED, MAX_SLO_S
+from tetriserve.models.card import ModelCard
+from tetriserve.server.compat import deadline_of
+from tetriserve.server.schemas import ImagesRequest, PictureOptions
+
+RANDOM_SEED = -1
+"""What many servers take for "choose one"."""
 
 
-def size_for_log(size: str | None) -> str:
+def size_for_log(body: PictureOptions) -> str:
     """The size as a log line says it: what a client wrote there may be any text."""
-    if size is None or size == "auto":
-        return "auto"
     try:
-        return str(Shape.parse(size))
-    except ValueError:
+        size = size_of(body)
+        return "auto" if size is None or size == "auto" else str(Shape.parse(size))
+    except (InvalidRequest, ValueError):
         return "invalid"
+
+
+def check_model(name: str, card: ModelCard) -> None:
+    """
+    Raises:
+        UnknownModel: `name` is none of `card`'s.
+    """
+    if not card.is_called(name):
+        raise UnknownModel(f"model {name[:200]!r} is not served; served: {card.name!r}", "model")
+
+
+def size_of(body: PictureOptions) -> str | None:
+    """The size that is asked for, in whichever way.
+
+    Raises:
+        InvalidRequest: half of one, or two.
+    """
+    width, height = body.width, body.height
+    if width is None and height is None:
+        return body.size
+    if width is None or height is None:
+        missing, given = ("width", "height") if width is None else ("height", "width")
+        raise InvalidRequest(f"{missing} is required beside {given}", missing)
+    size = f"{width}x{height}"
+    if body.size not in (None, "auto", size):
+        raise InvalidRequest(f"size is {body.size[:80]!r}, and width and height are {size}; leave one out", "size")
+    return size
 
 
 def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float | None) -> list[Generation]:
@@ -29,25 +60,28 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
         InvalidRequest: fields contradict each other.
     """
     card = engine.intake.card
-    if body.model is not None and not card.is_called(body.model):
-        raise UnknownModel(f"model {body.model[:200]!r} is not served; served: {card.name!r}", "model")
-    if body.output_format in (None, "png") and body.output_compression not in (None, 100):
-        raise InvalidRequest(
-            "output_compression is the quality of a jpeg or webp image, and output_format is png", "output_compression"
-        )
+    if body.model is not None:
+        check_model(body.model, card)
+    if body.stream and body.response_format == "url":
+        raise InvalidRequest("response_format is 'url'; with stream: true served: 'b64_json'", "response_format")
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images needs stream: true", "partial_images")
     degrees: tuple[int, ...] | None = None
     if body.degrees is not None:
         degrees = (body.degrees,) if isinstance(body.degrees, int) else tuple(body.degrees)
-    slo_ms = header_slo_ms if body.slo_ms is None else body.slo_ms
+    deadline_ms = deadline_of(body.extra_args)
+    slo_ms = next((each for each in (body.slo_ms, header_slo_ms, deadline_ms) if each is not None), None)
     if slo_ms is not None and not 0 < slo_ms <= MAX_SLO_S * 1000:
         raise InvalidRequest(f"slo_ms is {slo_ms:g}; allowed: above 0, at most {MAX_SLO_S * 1000:g}", "slo_ms")
+    seed = None if body.seed == RANDOM_SEED else body.seed
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest(f"seed is {seed}; allowed: 0 to {MAX_SEED}, or {RANDOM_SEED} for any", "seed")
+    size = size_of(body)
     return [
         Generation(
             prompt=body.prompt,
-            size=body.size,
-            seed=None if body.seed is None else body.seed + number,
+            size=size,
+            seed=None if seed is None else seed + number,
             num_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
             negative_prompt=body.negative_prompt,

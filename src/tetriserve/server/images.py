@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from PIL import Image
 
 from tetriserve.engine import GeneratedImage
-from tetriserve.server.schemas import ImageData, ImagesRequest, Schedule, TaskRun
+from tetriserve.models.card import ModelCard
+from tetriserve.models.registry import family_of
+from tetriserve.server.schemas import PictureOptions, Schedule, TaskRun, Usage, UsageDetails
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -19,30 +22,60 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 _PNG_LEVEL = 1
 """zlib's fastest: its default takes about three times as long for a file a fifth smaller, and a client waits."""
+_PREVIEW_QUALITY = 75
 
 
-def encoding_of(body: ImagesRequest) -> tuple[OutputFormat, int]:
-    """The file format that the client wants, and its quality."""
-    return body.output_format or "png", 100 if body.output_compression is None else body.output_compression
+class Encoding(NamedTuple):
+    """A file format, and the quality of one that loses something: 0 to 100."""
+
+    format: OutputFormat
+    quality: int = 100
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.format}"
 
 
-def image_data(image: GeneratedImage, output_format: OutputFormat, quality: int) -> ImageData:
-    """One item of the answer. Takes tens of milliseconds for a large image: call it off the event loop."""
-    return ImageData(
-        b64_json=base64.b64encode(encode(image.pixels, output_format, quality)).decode("ascii"),
-        seed=image.outcome.request.seed,
-        schedule=schedule(image.outcome),
+def encoding_of(body: PictureOptions) -> Encoding:
+    """What the client wants."""
+    return Encoding(body.output_format or "png", 100 if body.output_compression is None else body.output_compression)
+
+
+def preview_encoding(wanted: Encoding) -> Encoding:
+    """A preview's, for an image of `wanted`: png of what is enlarged takes ten times the bytes."""
+    return Encoding("webp" if wanted.format == "webp" else "jpeg", _PREVIEW_QUALITY)
+
+
+def encode_all(images: Sequence[GeneratedImage], encoding: Encoding) -> list[bytes]:
+    """Files. Takes tens of milliseconds for a large image: call it off the event loop."""
+    return [encode(image.pixels, encoding) for image in images]
+
+
+def base64_of(file: bytes) -> str:
+    return base64.b64encode(file).decode("ascii")
+
+
+def usage_of(card: ModelCard, images: Sequence[GeneratedImage]) -> Usage:
+    """Tokens that the model worked on for `images`."""
+    requests = [image.outcome.request for image in images]
+    num_text = sum(request.max_sequence_length or card.num_text_tokens for request in requests)
+    num_image = sum(family_of(card).num_tokens(card, request.shape) for request in requests)
+    return Usage(
+        input_tokens=num_text,
+        input_tokens_details=UsageDetails(text_tokens=num_text),
+        output_tokens=num_image,
+        total_tokens=num_text + num_image,
     )
 
 
-def encode(pixels: np.ndarray, output_format: OutputFormat, quality: int) -> bytes:
-    """The file's bytes. `pixels` are uint8, (height, width, 3); `quality` is 0 to 100, for jpeg and webp."""
+def encode(pixels: np.ndarray, encoding: Encoding) -> bytes:
+    """The file's bytes. `pixels` are uint8, (height, width, 3)."""
     file = io.BytesIO()
     picture = Image.fromarray(pixels)
-    if output_format == "png":
+    if encoding.format == "png":
         picture.save(file, "png", compress_level=_PNG_LEVEL)
     else:
-        picture.save(file, output_format, quality=max(quality, 1))  # to libjpeg's wrapper 0 means "no wish"
+        picture.save(file, encoding.format, quality=max(encoding.quality, 1))  # to libjpeg's wrapper 0 means "no wish"
     return file.getvalue()
 
 

@@ -10,39 +10,35 @@ from fastapi import APIRouter, Request
 from tetriserve.core.forecast import Quote
 from tetriserve.server.access import Caller
 from tetriserve.server.errors import RESPONSES
-from tetriserve.server.exchange import Exchange
-from tetriserve.server.generations import generations_of, size_for_log
-from tetriserve.server.openai import IdHeader, SloHeader
 from tetriserve.server.schemas import ImagesRequest, QuotedImage, QuoteResponse
-from tetriserve.server.slot import EngineSlot
+from tetriserve.server.work import IdHeader, Service, SloHeader
 
 
-def quote_router(slot: EngineSlot) -> APIRouter:
+def quote_router(service: Service) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
 
-    @router.post("/v1/quotes")
+    @router.post("/v1/quotes", response_model_exclude_unset=True)
     async def quote_images(
         request: Request, body: ImagesRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
     ) -> QuoteResponse:
         """Could these images be made by their deadline, and when would they be done? Takes the body of a generation."""
-        exchange: Exchange = request.state.exchange
-        exchange.request_id = body.request_id or exchange.request_id
-        engine = slot.require()
-        generations = generations_of(body, engine, x_slo_ms)
+        work = service.work_of(request, body, x_slo_ms)
         client: Caller = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
-        quote = await engine.quote(generations)
-        exchange.facts |= {"size": size_for_log(body.size), "n": len(generations), "feasible": quote.is_feasible}
-        return _response(quote)
+        quote = await work.engine.quote(work.generations)
+        work.exchange.facts["feasible"] = quote.is_feasible
+        return _response(quote, work.warnings)
 
     return router
 
 
-def _response(quote: Quote) -> QuoteResponse:
+def _response(quote: Quote, warnings: list[str]) -> QuoteResponse:
     def milliseconds(time_s: float) -> float | None:
         return None if math.isinf(time_s) else round((time_s - quote.arrival_s) * 1000, 3)
 
+    said = {"warnings": warnings} if warnings else {}
     return QuoteResponse(
+        **said,
         feasible=quote.is_feasible,
         slo_ms=round((quote.deadline_s - quote.arrival_s) * 1000, 3),
         predicted_finish_ms=milliseconds(quote.finish_s),

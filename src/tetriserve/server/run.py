@@ -71,7 +71,7 @@ async def serve(
     slot = EngineSlot()
     server = _Server(
         uvicorn.Config(
-            create_app(slot, config.access, tracing, is_local=is_local),
+            create_app(slot, config.access, tracing, config.api, is_local=is_local),
             log_config=None,
             log_level=logging.WARNING,
             access_log=False,

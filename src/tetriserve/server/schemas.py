@@ -6,7 +6,7 @@ checked by `engine.intake`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
@@ -24,21 +24,30 @@ def _check_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_text)]
 ClientId = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,128}$")]
 """A client's own name for a request: 1 to 128 printable ASCII characters."""
+Side = Annotated[int, Field(ge=1, le=100_000)]
+"""Pixels."""
+Warnings = Annotated[
+    list[str] | None,
+    Field(description="Parameters that were ignored, and why: one sentence each. Absent if there are none."),
+]
 
 
-class ImagesRequest(BaseModel):
-    """Body of `POST /v1/images/generations`. A field that is null is a field that is absent."""
+class PictureOptions(BaseModel):
+    """What may be asked of pictures beside what to draw. A field that is null is a field that is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text = Field(description="What to draw.", repr=False)
     model: str | None = Field(
         None,
         description="A name that `/v1/models` lists, `default`, or the directory that the server was started with.",
     )
     n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto": the model\'s first size.')
-    seed: int | None = Field(None, description="Seed of the first image; the others take the numbers after it.")
+    width: Side | None = Field(None, description="With `height`, instead of `size`.")
+    height: Side | None = Field(None, description="With `width`, instead of `size`.")
+    seed: int | None = Field(
+        None, description="Seed of the first image; the others take the numbers after it. -1, as none: random."
+    )
     num_inference_steps: int | None = Field(None, description="Denoise steps; the model's own number by default.")
     guidance_scale: float | None = Field(None, description="Distilled guidance; the model's own by default.")
     negative_prompt: Text | None = Field(
@@ -53,7 +62,10 @@ class ImagesRequest(BaseModel):
         description="Degrees of sequence parallelism that its steps may run at: one, or a list. By default the "
         "scheduler chooses among those of the size. One degree makes the image reproducible bit by bit.",
     )
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None,
+        description="`url`: the server keeps the image for a while, and the answer says where; b64_json by default.",
+    )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
         None, description="Quality of a jpeg or webp image, 0 to 100 (the default)."
@@ -73,14 +85,41 @@ class ImagesRequest(BaseModel):
         None, description="The client's own id, echoed in `id` and X-Request-Id; wins over the header X-Request-Id."
     )
     user: Text | None = Field(None, description="Echoed.")
-    quality: Literal["auto", "standard"] | None = Field(None, description="One quality is served.")
-    style: Literal["auto"] | None = Field(None, description="Not served.")
+    safety_identifier: Text | None = Field(None, description="Echoed.")
+    quality: Literal["auto", "standard", "low", "medium", "high", "xhigh", "max", "hd"] | None = Field(
+        None, description="One quality is served; others than auto and standard are ignored."
+    )
+    style: Literal["auto", "vivid", "natural"] | None = Field(None, description="Ignored, but for auto.")
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description="Ignored.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Backgrounds are opaque.")
-    moderation: Literal["auto"] | None = Field(None, description="Not served.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Images are not moderated; low is ignored.")
     stream: bool | None = Field(None, description="Answer with server-sent events: progress, previews, images.")
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
         None, description="At most so many previews of each image, with `stream`; 0 by default."
     )
+    num_frames: Literal[1] | None = Field(None, description="Of other servers: an image is one frame.")
+    fps: float | None = Field(None, description="Of other servers: frames per second of a video. Ignored.")
+    guidance_scale_2: float | None = Field(None, description="Of other servers: for a second transformer. Ignored.")
+    extra_args: dict[str, Any] | str | None = Field(
+        None,
+        description="Of GF-DiT's load generator: an object, or one as text. Its deadline is that of the request if "
+        "there is no other; the rest is ignored.",
+        repr=False,
+    )
+
+
+class ImagesRequest(PictureOptions):
+    """Body of `POST /v1/images/generations`."""
+
+    prompt: Text = Field(description="What to draw.", repr=False)
+
+
+UNSERVED = {
+    "frame_count": "an image is one frame",
+    "frame_duration_ms": "an image is one frame",
+    "svg": "images are png, jpeg or webp",
+}
+"""Documented parameters of OpenAI's `images.generate` that would change what is drawn: why they are refused."""
 
 
 class TaskRun(BaseModel):
@@ -114,9 +153,24 @@ class Schedule(BaseModel):
 
 
 class ImageData(BaseModel):
-    b64_json: str
+    b64_json: str | None = Field(None, description="The file; absent with `response_format: url`.")
+    url: str | None = Field(None, description="Where the file can be fetched for a while, with `response_format: url`.")
     seed: int
     schedule: Schedule
+
+
+class UsageDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens that the model works on: the text's, padding included, and the image's."""
+
+    input_tokens: int
+    input_tokens_details: UsageDetails
+    output_tokens: int
+    total_tokens: int
 
 
 class ImagesResponse(BaseModel):
@@ -125,8 +179,12 @@ class ImagesResponse(BaseModel):
     model: str
     size: str
     output_format: Literal["png", "jpeg", "webp"]
+    background: Literal["opaque"] = "opaque"
     data: list[ImageData]
+    usage: Usage = Field(description="Of all images together.")
     user: str | None = None
+    safety_identifier: str | None = None
+    warnings: Warnings = None
 
 
 class ProgressEvent(BaseModel):
@@ -154,24 +212,10 @@ class _PictureEvent(BaseModel):
 
 
 class PartialImageEvent(_PictureEvent):
-    """A preview."""
+    """A preview: small, and a jpeg or webp file whatever the image will be; `size` and `output_format` are its own."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
-
-
-class UsageDetails(BaseModel):
-    text_tokens: int
-    image_tokens: int = 0
-
-
-class Usage(BaseModel):
-    """Tokens that the model works on: the text's, padding included, and the image's."""
-
-    input_tokens: int
-    input_tokens_details: UsageDetails
-    output_tokens: int
-    total_tokens: int
 
 
 class CompletedEvent(_PictureEvent):
@@ -181,6 +225,7 @@ class CompletedEvent(_PictureEvent):
     usage: Usage
     seed: int
     schedule: Schedule
+    warnings: Warnings = None
 
 
 class QuotedImage(BaseModel):
@@ -204,6 +249,7 @@ class QuoteResponse(BaseModel):
     )
     queue_position: int = Field(description="Images now waiting that would go first.")
     data: list[QuotedImage]
+    warnings: Warnings = None
 
 
 class SizeRange(BaseModel):

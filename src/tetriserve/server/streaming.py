@@ -6,7 +6,6 @@ An error before the first event is an ordinary answer; afterwards it is an event
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,22 +16,15 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from tetriserve.core.errors import TetriServeError
-from tetriserve.engine import GeneratedImage, LiveEngine, Progress
-from tetriserve.models.registry import family_of
+from tetriserve.engine import GeneratedImage, Progress
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import response_to
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from tetriserve.server.idempotency import MakeImages
-from tetriserve.server.images import encode, encoding_of, image_data
+from tetriserve.server.images import base64_of, encode, encoding_of, preview_encoding, schedule, usage_of
 from tetriserve.server.previews import PreviewMaker
-from tetriserve.server.schemas import (
-    CompletedEvent,
-    ImagesRequest,
-    PartialImageEvent,
-    ProgressEvent,
-    Usage,
-    UsageDetails,
-)
+from tetriserve.server.schemas import CompletedEvent, PartialImageEvent, ProgressEvent
+from tetriserve.server.work import Work
 from tetriserve.workload.outcome import Outcome
 
 MEDIA_TYPE = "text/event-stream"
@@ -100,10 +92,13 @@ class Updates:
 class ImageEvents:
     """Updates of one call's images as events."""
 
-    def __init__(self, body: ImagesRequest, engine: LiveEngine) -> None:
-        self._body = body
-        self._engine = engine
-        self._format, self._quality = encoding_of(body)
+    def __init__(self, work: Work) -> None:
+        self._engine = work.engine
+        self._encoding = encoding_of(work.body)
+        self._preview_encoding = preview_encoding(self._encoding)
+        self._num_previews_wanted = work.body.partial_images or 0
+        self._max_side = work.service.api.preview_side
+        self._warnings = work.warnings
         self._makers: dict[int, PreviewMaker] = {}
         self._num_previews: Counter[int] = Counter()
 
@@ -113,7 +108,7 @@ class ImageEvents:
             yield await asyncio.to_thread(self._completed, number, update)
             return
         yield await self._progress(number, update)
-        if update.latents is not None and self._body.partial_images:
+        if update.latents is not None and self._num_previews_wanted:
             preview = await asyncio.to_thread(self._preview, number, update)
             if preview is not None:
                 yield preview
@@ -132,39 +127,31 @@ class ImageEvents:
 
     def _preview(self, number: int, update: Progress) -> PartialImageEvent | None:
         if number not in self._makers:
-            self._makers[number] = PreviewMaker(self._engine, update.request, self._body.partial_images or 0)
+            self._makers[number] = PreviewMaker(self._engine, update.request, self._num_previews_wanted, self._max_side)
         pixels = self._makers[number].make(update)
         if pixels is None:
             return None
         self._num_previews[number] += 1
         return PartialImageEvent(
-            b64_json=base64.b64encode(encode(pixels, self._format, self._quality)).decode("ascii"),
+            b64_json=base64_of(encode(pixels, self._preview_encoding)),
             partial_image_index=self._num_previews[number] - 1,
             image_index=number,
             created_at=int(time.time()),
-            size=str(update.request.shape),
-            output_format=self._format,
+            size=f"{pixels.shape[1]}x{pixels.shape[0]}",
+            output_format=self._preview_encoding.format,
         )
 
     def _completed(self, number: int, image: GeneratedImage) -> CompletedEvent:
-        card, shape = self._engine.intake.card, image.outcome.request.shape
-        data = image_data(image, self._format, self._quality)
-        num_text = image.outcome.request.max_sequence_length or card.num_text_tokens
-        num_image = family_of(card).num_tokens(card, shape)
         return CompletedEvent(
-            b64_json=data.b64_json,
-            seed=data.seed,
-            schedule=data.schedule,
+            b64_json=base64_of(encode(image.pixels, self._encoding)),
+            seed=image.outcome.request.seed,
+            schedule=schedule(image.outcome),
             image_index=number,
             created_at=int(time.time()),
-            size=str(shape),
-            output_format=self._format,
-            usage=Usage(
-                input_tokens=num_text,
-                input_tokens_details=UsageDetails(text_tokens=num_text),
-                output_tokens=num_image,
-                total_tokens=num_text + num_image,
-            ),
+            size=str(image.outcome.request.shape),
+            output_format=self._encoding.format,
+            usage=usage_of(self._engine.intake.card, [image]),
+            warnings=self._warnings or None,
         )
 
 
@@ -199,7 +186,7 @@ class ImageStream(Response):
                 if isinstance(update, GeneratedImage):
                     outcomes.append(update.outcome)
                 async for event in self._events.of(number, update):
-                    await _send_event(send, event.type, event.model_dump_json())
+                    await _send_event(send, event.type, _json_of(event))
             self._exchange.note_outcomes(outcomes)
         except TetriServeError as error:
             response = response_to(error)
@@ -207,6 +194,11 @@ class ImageStream(Response):
             self._exchange.status = response.status_code
             await _send_event(send, "error", bytes(response.body).decode())
         await send({"type": "http.response.body", "body": b""})
+
+
+def _json_of(event: StreamEvent) -> str:
+    """A finished image leaves out what is null, as plain answers do; in progress a null is a fact."""
+    return event.model_dump_json(exclude_none=isinstance(event, CompletedEvent))
 
 
 async def _send_event(send: Send, name: str, data: str) -> None:
