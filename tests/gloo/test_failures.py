@@ -121,13 +121,28 @@ def test_a_copy_that_waits_for_room_in_vain_is_a_store_error(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("num_bytes", [4, store._MAPPED_BYTES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_state_is_loaded_as_it_was_saved_whatever_its_size(
+    tmp_path: Path, num_bytes: int, dtype: torch.dtype
+) -> None:
+    saved = {"latents": torch.arange(num_bytes // dtype.itemsize).to(dtype)[None], "noise_level": torch.tensor(0.5)}
+    states = TensorStore(tmp_path)
+    ref = states.save("a.denoise.1.1", saved)
+    loaded = states.load(ref, "cpu")
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    loaded["latents"].zero_()
+    assert torch.equal(states.load(ref, "cpu")["latents"], saved["latents"]), "what a rank writes stays its own"
+
+
 def test_a_store_that_was_removed_says_so_and_can_be_restored() -> None:
     directory = StoreDirectory()
     store = TensorStore(directory.path)
-    ref = store.save("a.encode.0.0", {"embeds": torch.ones(5)})
+    refs = [store.save(f"a.encode.0.{size}", {"embeds": torch.ones(size)}) for size in (5, 2**20)]
     shutil.rmtree(directory.path)
-    with pytest.raises(StoreError, match="a copy was removed"):
-        store.load(ref, "cpu")
+    for ref in refs:
+        with pytest.raises(StoreError, match="a copy was removed"):
+            store.load(ref, "cpu")
     with pytest.raises(StoreError, match="the tensor store was removed"):
         store.save("a.encode.0.0", {"embeds": torch.ones(5)})
     directory.restore()

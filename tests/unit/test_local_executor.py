@@ -185,6 +185,16 @@ async def test_a_worker_that_reads_nothing_does_not_stop_the_event_loop(pools: C
     assert isinstance(heard[-1], RunTask)
 
 
+async def test_the_leader_is_told_of_a_task_last(pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may have to read the state that the leader has, and do so while it is told."""
+    pool = await started(pools(3))
+    told: list[int] = []
+    for rank, worker in pool.executor._workers.items():
+        monkeypatch.setattr(worker.outbox, "send", lambda message, rank=rank: told.append(rank))
+    pool.start_task(1, (1, 2, 0))
+    assert told == [0, 2, 1]
+
+
 async def test_what_waited_for_a_dead_worker_does_not_reach_its_replacement(pools: Callable[..., Pool]) -> None:
     pool = await started(pools(1))
     first = pool.workers[0]

@@ -117,7 +117,7 @@ class LocalExecutor:
     def start_task(self, command: StartTask) -> None:
         self._num_tasks += 1
         running = self._ledger.open(command, self._num_tasks)
-        for rank in command.task.ranks:
+        for rank in reversed(command.task.ranks):  # the leader has the state more often than those that begin first
             worker = self._workers.get(rank)
             if worker is None:  # died between the plan and now
                 running.lose(rank, f"rank {rank} is gone")
