@@ -180,6 +180,21 @@ def random_plan(rng: random.Random, num_steps: int) -> Plan:
     return plan
 
 
+def test_workers_map_one_copy_of_the_weights(driver: Driver, reference: FluxAdapter) -> None:
+    num_bytes = sum(weight.nbytes for weight in reference.weights)
+    for pid in driver.executor.pids.values():
+        regions = Path(f"/proc/{pid}/smaps").read_text().split("VmFlags:")
+        [mapped] = [
+            text for text in regions if "memfd:tetriserve-team" in text and _kilobytes(text, "Size") * 1024 >= num_bytes
+        ]
+        assert _kilobytes(mapped, "Private_Dirty") == 0, "no worker has written to it, which would give it a copy"
+
+
+def _kilobytes(text: str, name: str) -> int:
+    """Of one mapping in `smaps`."""
+    return int(text.partition(f"\n{name}:")[2].split()[0])
+
+
 async def test_degree_1_is_bit_identical_to_the_pipeline(driver: Driver, bundled_dir: Path) -> None:
     from diffusers import FluxPipeline
 

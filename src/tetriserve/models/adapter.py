@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +46,11 @@ class Left:
 
 class Adapter(Protocol):
     """One loaded checkpoint on one rank. Degree 1 is bit-identical to calling the diffusers pipeline."""
+
+    @property
+    def weights(self) -> Iterable[torch.Tensor]:
+        """Of all its models, in the same order on every rank; their memory may be replaced before the first task."""
+        ...
 
     def run(
         self,

@@ -185,6 +185,14 @@ class DiffusionAdapter(ABC):
 
     # What follows for all.
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """See `Adapter.weights`. Text encoders come last: ranks without them have the others at the same places."""
+        components = self.pipeline.components.items()
+        models = [(name, model) for name, model in components if isinstance(model, torch.nn.Module)]
+        models.sort(key=lambda each: each[0].startswith("text_encoder"))
+        return [weight for _, model in models for weight in model.parameters()]
+
     def run(
         self,
         stage: str,

@@ -103,6 +103,7 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     from tetriserve.models.registry import load_adapter
     from tetriserve.worker.runner import DeviceLost, Runner
     from tetriserve.worker.store import TensorStore
+    from tetriserve.worker.weights import share_weights
 
     torch.set_num_threads(spec.num_threads)
     if spec.device.startswith("cuda"):
@@ -114,6 +115,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     team = _team_of(spec)
     check_unchanged(spec.card)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
+    if spec.device == "cpu":
+        share_weights(adapter.weights, spec.region)
     runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.resident_bytes)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))

@@ -2,7 +2,7 @@
 
 Each rank has a word in which tasks are aborted, one that counts its exchanges, one for `worker.team.groups`, and two
 slots for what it sends. An anonymous file (memfd) holds it: no name, no mount whose size limits it, and it is gone with
-the last process that maps it.
+the last process that maps it. Behind the region, the file holds the weights of the model (`worker.weights`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,14 @@ class Region:
             ) from error
 
     @property
+    def file(self) -> int:
+        """Its descriptor in this process."""
+        return self._file
+
+    @property
     def num_bytes(self) -> int:
-        return self._slots_start + 2 * self._num_ranks * self.slot_bytes
+        """Whole pages."""
+        return _whole_pages(self._slots_start + 2 * self._num_ranks * self.slot_bytes)
 
     @property
     def words(self) -> memoryview:
@@ -101,7 +107,7 @@ class Region:
 
     @property
     def _slots_start(self) -> int:
-        return -(-3 * self._num_ranks * _LINE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        return _whole_pages(3 * self._num_ranks * _LINE_BYTES)
 
     def _map(self) -> None:
         self._memory = mmap.mmap(self._file, self.num_bytes)
@@ -115,3 +121,7 @@ def mark(token: int, count: int) -> int:
 
 def token_of(word: int) -> int:
     return word >> _COUNT_BITS
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
