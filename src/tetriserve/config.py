@@ -116,6 +116,11 @@ class PoolConfig:
         return "nccl" if self.has_own_gpus else "gloo"
 
     @property
+    def heartbeat_s(self) -> float:
+        """Between two signs of life of a worker."""
+        return self.heartbeat_timeout_s / 5
+
+    @property
     def num_gpus(self) -> int:
         """As many as the ranks need; 0 on a CPU."""
         return -(-self.num_ranks // self.ranks_per_gpu) if self.device == "cuda" else 0

@@ -163,8 +163,12 @@ class LocalExecutor:
     async def _spawn(self, rank: int, *, patience: float = 1.0) -> None:
         ours, theirs = self._starter.context.Pipe()
         lifeline, held = self._starter.context.Pipe(duplex=False)
+        spec = WorkerSpec(
+            rank=rank, card=self._card, pool=self._pool, region=self._region, store=self._directory.path,
+            adapter=self._adapter,
+        )  # fmt: skip
         process = self._starter.context.Process(  # type: ignore[attr-defined]
-            target=worker_main, args=(self._spec(rank), theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
+            target=worker_main, args=(spec, theirs, held), name=f"tetriserve-rank-{rank}", daemon=True
         )
         try:
             await self._starter.start(process, patience=patience)
@@ -187,25 +191,6 @@ class LocalExecutor:
         except Exception as error:
             context = {"message": f"{type(event).__name__} could not be handled", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-
-    def _spec(self, rank: int) -> WorkerSpec:
-        device = self._pool.device_of(rank)
-        return WorkerSpec(
-            rank=rank,
-            card=self._card,
-            device=device,
-            collectives=self._pool.collectives,
-            region=self._region,
-            backend=self._pool.backend,
-            store=self._directory.path,
-            num_threads=self._pool.num_threads,
-            heartbeat_s=self._pool.heartbeat_timeout_s / 5,
-            group_timeout_s=self._pool.group_timeout_s,
-            max_groups=self._pool.max_groups,
-            resident_bytes=self._pool.resident_bytes,
-            log_format=self._pool.log_format,
-            adapter=self._adapter,
-        )
 
     def _read(self, rank: int) -> None:
         """Take in what a worker wrote; end-of-file is its death."""
@@ -337,7 +322,7 @@ class LocalExecutor:
                 self._workers[rank].kill(f"stuck after a peer failed, for {patience_s:g} s")
 
     async def _watch_heartbeats(self) -> None:
-        every_s = self._pool.heartbeat_timeout_s / 5
+        every_s = self._pool.heartbeat_s
         looked_at = time.monotonic()
         while True:
             await asyncio.sleep(every_s)

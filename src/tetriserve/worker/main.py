@@ -32,7 +32,6 @@ from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from tetriserve.worker.runner import Runner
     from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def worker_main(spec: WorkerSpec, connection: Connection, lifeline: Connection) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the server decides what it means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _name_process(spec.rank)
-    set_up_logging("info", spec.log_format, rank=spec.rank)
+    set_up_logging("info", spec.pool.log_format, rank=spec.rank)
     pipe = Pipe(connection)
     try:
         _serve(spec, pipe)
@@ -105,19 +104,19 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     from tetriserve.worker.store import TensorStore
     from tetriserve.worker.weights import share_weights
 
-    torch.set_num_threads(spec.num_threads)
+    torch.set_num_threads(spec.pool.num_threads)
     if spec.device.startswith("cuda"):
         assert not torch.cuda._is_in_bad_fork(), "the fork server has initialised CUDA"
         torch.cuda.set_device(spec.device)
     runner: Runner | None = None
     num_steps = lambda: 0 if runner is None else runner.num_steps  # noqa: E731
-    threading.Thread(target=_beat, args=(pipe, num_steps, spec.heartbeat_s), daemon=True).start()
+    threading.Thread(target=_beat, args=(pipe, num_steps, spec.pool.heartbeat_s), daemon=True).start()
     team = _team_of(spec)
     check_unchanged(spec.card)
     adapter = load_adapter(spec.card, spec.device, spec.adapter)
     if spec.device == "cpu":
         share_weights(adapter.weights, spec.region)
-    runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.resident_bytes)
+    runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
     with torch.no_grad():
         runner.warm(_warm_up_request(spec))
     pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))
@@ -151,9 +150,10 @@ def _team_of(spec: WorkerSpec) -> ShmTeam:
     from tetriserve.worker.team.groups import GroupTeam
     from tetriserve.worker.team.shm import ShmTeam
 
-    if spec.collectives == "shm":
+    pool = spec.pool
+    if pool.collectives == "shm":
         return ShmTeam(spec.region, spec.rank)
-    return GroupTeam(spec.region, spec.rank, spec.backend, spec.store, spec.group_timeout_s, spec.max_groups)
+    return GroupTeam(spec.region, spec.rank, pool.backend, spec.store, pool.group_timeout_s, pool.max_groups)
 
 
 def _warm_up_request(spec: WorkerSpec) -> Request:
