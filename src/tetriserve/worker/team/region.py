@@ -28,6 +28,10 @@ class Region:
 
     Words only grow, and each is written whole. `aborted[rank]` has several writers, which agree: see `abort`.
 
+    file: its descriptor in this process.
+    memory: the whole region.
+    words: all its 64-bit words, by index.
+
     Raises:
         ConfigError: there is not enough memory for it; the message says how much is needed.
     """
@@ -36,8 +40,8 @@ class Region:
         """slot_bytes: 0 where the ranks exchange their tensors by other means."""
         self._num_ranks, self.slot_bytes = num_ranks, slot_bytes
         try:
-            self._file = os.memfd_create("tetriserve-team", os.MFD_CLOEXEC)
-            os.posix_fallocate(self._file, 0, self.num_bytes)  # now, and not by a signal when it is first used
+            self.file = os.memfd_create("tetriserve-team", os.MFD_CLOEXEC)
+            os.posix_fallocate(self.file, 0, self.num_bytes)  # now, and not by a signal when it is first used
             self._map()
         except OSError as error:
             raise ConfigError(
@@ -46,23 +50,9 @@ class Region:
             ) from error
 
     @property
-    def file(self) -> int:
-        """Its descriptor in this process."""
-        return self._file
-
-    @property
     def num_bytes(self) -> int:
         """Whole pages."""
         return _whole_pages(self._slots_start + 2 * self._num_ranks * self.slot_bytes)
-
-    @property
-    def words(self) -> memoryview:
-        """All 64-bit words of the region, by index."""
-        return self._words
-
-    @property
-    def memory(self) -> mmap.mmap:
-        return self._memory
 
     def aborted(self, rank: int) -> int:
         """Index of the word with the highest token that is aborted for `rank`."""
@@ -88,21 +78,21 @@ class Region:
         """
         for rank in ranks:
             word = self.aborted(rank)
-            self._words[word] = max(self._words[word], token)
+            self.words[word] = max(self.words[word], token)
 
     def close(self) -> None:
         """Let go of it, here; once more does nothing."""
-        if not self._memory.closed:
-            self._words.release()
-            self._memory.close()
-            os.close(self._file)
+        if not self.memory.closed:
+            self.words.release()
+            self.memory.close()
+            os.close(self.file)
 
     def __getstate__(self) -> tuple[int, int, Any]:
-        return self._num_ranks, self.slot_bytes, DupFd(self._file)
+        return self._num_ranks, self.slot_bytes, DupFd(self.file)
 
     def __setstate__(self, state: tuple[int, int, Any]) -> None:
-        self._num_ranks, self.slot_bytes, file = state
-        self._file = file.detach()
+        self._num_ranks, self.slot_bytes, duplicate = state
+        self.file = duplicate.detach()
         self._map()
 
     @property
@@ -110,8 +100,8 @@ class Region:
         return _whole_pages(3 * self._num_ranks * _LINE_BYTES)
 
     def _map(self) -> None:
-        self._memory = mmap.mmap(self._file, self.num_bytes)
-        self._words = memoryview(self._memory).cast("Q")
+        self.memory = mmap.mmap(self.file, self.num_bytes)
+        self.words = memoryview(self.memory).cast("Q")
 
 
 def mark(token: int, count: int) -> int:
