@@ -11,6 +11,7 @@ from tetriserve.control.admission import earliest_finish
 from tetriserve.control.overdue import LateAccount
 from tetriserve.control.recovery import lost_tasks
 from tetriserve.control.tracker import Record, Tracker
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.cost import stage_s, task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import (
@@ -36,6 +37,7 @@ from tetriserve.core.plan import LATE_SHARE, CostModel, State, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.policy import Policy
+from tetriserve.policies.room import within_limits
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +51,25 @@ class Controller:
 
     `cost` is corrected by every task that finishes. A request whose workers die or run out of memory more than
     `max_losses` times in a row is failed alone: it may be what kills them. `late_share` of the pool's rank time is owed
-    to the request longest overdue, for as long as there is one.
+    to the request longest overdue, for as long as there is one. `stage_ranks` says which ranks may run which stages;
+    a plan that does not know of it is changed so that it keeps to it (`policies.room.within_limits`).
     """
 
-    def __init__(self, policy: Policy, cost: CostModel, *, max_losses: int = 5, late_share: float = LATE_SHARE) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        cost: CostModel,
+        *,
+        max_losses: int = 5,
+        late_share: float = LATE_SHARE,
+        stage_ranks: StageRanks = ANYWHERE,
+    ) -> None:
         self.policy = policy
         self.cost = cost
         self._max_losses = max_losses
         self._late = LateAccount(late_share)
         self._first_deadline_s = math.inf
-        self._tracker = Tracker()
+        self._tracker = Tracker(stage_ranks)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, which happened at `now` (seconds since the engine started).
@@ -77,7 +88,7 @@ class Controller:
         if again := [self._start(task, now) for task in lost_tasks(state)]:
             commands += again
             state = self.state
-        plan = self.policy.plan(state, now)
+        plan = within_limits(self.policy.plan(state, now), state)
         commands += [self._start(task, now) for task in plan.tasks]
         if plan.wake_at is not None:
             commands.append(WakeAt(plan.wake_at))
@@ -103,11 +114,15 @@ class Controller:
         return forked
 
     def skip_first_stages(self) -> dict[str, float]:
-        """Take short first stages that wait to begin for over; what each would have taken, by request id."""
+        """Take short first stages that wait to begin for over; what each would have taken, by request id.
+
+        Those that only some ranks may run are left: what follows may run beside them.
+        """
+        limited = self._tracker.stage_ranks.by_kind
         return {
             record.request.request_id: stage_s(self.cost, record.request, skipped, 1)
             for record in self._tracker.records.values()
-            if (skipped := record.skip_first_stage()) is not None
+            if record.trajectory.stage.kind not in limited and (skipped := record.skip_first_stage()) is not None
         }
 
     def earliest_finish(self, request: Request, now: float) -> float:

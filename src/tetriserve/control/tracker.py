@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.events import Checkpoint, Result, Run, States, Work
-from tetriserve.core.plan import CostModel, InFlight, State, Task
+from tetriserve.core.plan import CostModel, InFlight, State, Task, can_serve
 from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
@@ -73,9 +74,13 @@ class Record:
 
 
 class Tracker:
-    """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks."""
+    """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks.
 
-    def __init__(self) -> None:
+    stage_ranks: which ranks may run which kinds of stage, living or not.
+    """
+
+    def __init__(self, stage_ranks: StageRanks = ANYWHERE) -> None:
+        self.stage_ranks = stage_ranks
         self.records: dict[str, Record] = {}
         self.in_flight: dict[int, InFlight] = {}
         self.ranks: set[int] = set()
@@ -84,7 +89,7 @@ class Tracker:
 
     def fork(self) -> Tracker:
         """An equal tracker that is changed on its own; records start without the history of their runs."""
-        forked = Tracker()
+        forked = Tracker(self.stage_ranks)
         forked.records = {name: replace(record, runs=[]) for name, record in self.records.items()}
         forked.in_flight = dict(self.in_flight)
         forked.ranks = set(self.ranks)
@@ -99,16 +104,21 @@ class Tracker:
             ranks=tuple(sorted(self.ranks)),
             cost=cost,
             late_credit_s=late_credit_s,
+            stage_ranks=self.stage_ranks,
         )
 
     @property
     def first_deadline_s(self) -> float:
         """The earliest deadline of what is unfinished and can run on the living ranks; infinity for none."""
-        num_ranks, first_s = len(self.ranks), math.inf
+        first_s = math.inf
         for record in self.records.values():
-            request = record.trajectory.request
-            if request.deadline_s < first_s and not record.is_cancelled and request.can_run_on(num_ranks):
-                first_s = request.deadline_s
+            deadline_s = record.trajectory.request.deadline_s
+            if (
+                deadline_s < first_s
+                and not record.is_cancelled
+                and can_serve(record.trajectory, self.ranks, self.stage_ranks)
+            ):
+                first_s = deadline_s
         return first_s
 
     @property

@@ -185,8 +185,10 @@ def _closing(state: State) -> tuple[Task, ...]:
         leader = next(iter(trajectory.holders), None)
         is_last = trajectory.stage_index == len(trajectory.request.stages) - 1
         if is_last and trajectory.is_short and leader in idle:
-            idle.discard(leader)
-            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, (leader,)))
+            task = Task((trajectory.request_id,), trajectory.stage.kind, (leader,))
+            if state.stage_ranks.allows(task.stage, task.ranks):
+                idle.discard(leader)
+                tasks.append(task)
     return tuple(tasks)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
@@ -97,6 +98,7 @@ class State:
     ranks: the living ranks, ascending; ranks busy with `in_flight` tasks included.
     late_credit_s: rank-seconds that the pool owes to the request longest overdue; while it is positive, that one may
         start before requests that can still be in time (`policies.overdue`).
+    stage_ranks: which ranks may run which kinds of stage.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -104,6 +106,7 @@ class State:
     ranks: tuple[int, ...]
     cost: CostModel
     late_credit_s: float = 0.0
+    stage_ranks: StageRanks = ANYWHERE
 
     @cached_property
     def idle_ranks(self) -> tuple[int, ...]:
@@ -119,6 +122,24 @@ class State:
     def waiting(self) -> tuple[Trajectory, ...]:
         """Trajectories that no task runs for, in order of arrival."""
         return tuple(trajectory for trajectory in self.trajectories if not trajectory.is_running)
+
+    def num_ranks_for(self, kind: str) -> int:
+        """Living ranks that may run a stage of this kind."""
+        return len(self.stage_ranks.among(kind, self.ranks)) if self.stage_ranks else len(self.ranks)
+
+    def can_serve(self, trajectory: Trajectory) -> bool:
+        """Whether living ranks may run its present stage, and its steps at one of its degrees."""
+        return can_serve(trajectory, self.ranks, self.stage_ranks)
+
+
+def can_serve(trajectory: Trajectory, ranks: Collection[int], stage_ranks: StageRanks) -> bool:
+    """See `State.can_serve`."""
+    request = trajectory.request
+    if not stage_ranks:
+        return request.can_run_on(len(ranks))
+    num_for_steps = len(stage_ranks.among(request.stepped.kind, ranks))
+    can_go_on = trajectory.is_over or bool(stage_ranks.among(trajectory.stage.kind, ranks))
+    return can_go_on and num_for_steps > 0 and request.can_run_on(num_for_steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,12 @@ class Trajectory:
         return self.request.stages[self.stage_index]
 
     @property
+    def last_kind(self) -> str:
+        """Kind of the stage that its last finished task was of; empty if there was none."""
+        index = self.stage_index if self.stage_steps_done else self.stage_index - 1
+        return self.request.stages[index].kind if index >= 0 else ""
+
+    @property
     def is_over(self) -> bool:
         return self.stage_index == len(self.request.stages)
 

@@ -5,6 +5,9 @@ length at any degree, every task charged with its start as the simulator does. T
 or now if that is past; nothing more arrives; ranks are alike, and priority classes count alike. The best schedule
 attains the most deadlines and, of those that do, has the least sum of finish times over all requests, late ones too.
 
+Where only some ranks may run a stage (`State.stage_ranks`) a request waits for the first of them that is free; from
+then on the search takes any rank to do, so that its schedule may be better than one that there is.
+
 A task of another degree than its request's last one costs a move. One of the same degree is taken to find its ranks
 free, which placement tries to bring about; where it does not, the schedule takes a move longer than was searched. With
 moves that cost nothing, nothing is taken for granted.
@@ -209,8 +212,10 @@ def _jobs(state: State, now: float) -> tuple[_Job, ...]:
 
 def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: float) -> _Job | None:
     request, cost = trajectory.request, state.cost
-    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= len(state.ranks)}
-    if not times:
+    num_ranks = state.num_ranks_for(request.stepped.kind)
+    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= num_ranks}
+    first_free_s = now if flight is not None else _first_free_s(trajectory.stage.kind, state, now)
+    if not times or first_free_s is None:
         return None
     useful = [degree for degree in times if all(times[degree] < times[less] for less in times if less < degree)]
     passed = request.stages[: trajectory.stage_index]
@@ -221,7 +226,7 @@ def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: flo
         request=request,
         progress=progress,
         degree=len(trajectory.holders) if flight is None else flight.task.degree,
-        ready_s=now if flight is None else max(now, flight.end_s),
+        ready_s=first_free_s if flight is None else max(now, flight.end_s),
         switch_s=cost.switch_s,
         move_s=cost.move_s,
         steps_left=tuple(
@@ -235,6 +240,14 @@ def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: flo
         step_times={degree: times[degree] for degree in sorted(useful, key=lambda degree: times[degree])},
         left_s=_left_s(request, cost, times[fastest_degree(times)]),
     )
+
+
+def _first_free_s(kind: str, state: State, now: float) -> float | None:
+    """When the first rank that may run a stage of this kind is free; None where none lives."""
+    if not state.stage_ranks:
+        return now
+    ends_s = {rank: max(now, flight.end_s) for flight in state.in_flight for rank in flight.task.ranks}
+    return min((ends_s.get(rank, now) for rank in state.stage_ranks.among(kind, state.ranks)), default=None)
 
 
 def _left_s(request: Request, cost: CostModel, step_s: float) -> tuple[float, ...]:

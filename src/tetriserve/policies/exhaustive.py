@@ -6,7 +6,7 @@ import logging
 
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.policies.exact import BestSchedule, find_best_schedule
-from tetriserve.policies.placement import place
+from tetriserve.policies.room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,15 @@ class Exhaustive:
         if not state.waiting or not state.idle_ranks:
             return Plan()
         waiting = {trajectory.request_id: trajectory for trajectory in state.waiting}
-        starts, spare = [], len(state.idle_ranks)
+        starts, room = [], Room.of(state)
         best = [start for start in self.search(state, now).starts if start.request_id in waiting]
-        # Of tasks that end at one moment the controller hears one by one, so a start may have to wait for the next.
-        # Those that go on where they are come first: nobody else shall take their ranks.
+        # Of tasks that end at one moment the controller hears one by one, so a start may have to wait for the next. So
+        # may one for which the search took any rank to do. Those that go on where they are come first: nobody else
+        # shall take their ranks.
         for start in sorted(best, key=lambda start: len(waiting[start.request_id].holders) != start.degree):
-            if start.degree <= spare:
+            if room.take(waiting[start.request_id].stage.kind, start.degree):
                 starts.append(start)
-                spare -= start.degree
-        placed = place(
-            [(waiting[start.request_id], start.degree) for start in starts], state.idle_ranks, team_s=state.cost.team_s
-        )
+        placed = room.place([(waiting[start.request_id], start.degree) for start in starts], team_s=state.cost.team_s)
         return Plan(
             tuple(
                 Task((start.request_id,), waiting[start.request_id].stage.kind, ranks, start.num_steps)

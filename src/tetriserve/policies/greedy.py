@@ -10,7 +10,7 @@ from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import fastest_degree, least_gpu_s
 from tetriserve.policies.overdue import owed
-from tetriserve.policies.placement import place
+from tetriserve.policies.room import Room
 from tetriserve.policies.stages import place_short_stages, urgency_order
 
 TASK_S = 0.25
@@ -42,7 +42,7 @@ class ListScheduler:
 
     def plan(self, state: State, now: float) -> Plan:
         cost = state.cost
-        spare = len(state.idle_ranks)
+        room = Room.of(state)
         short: list[Trajectory] = []
         chosen: list[_Choice] = []
         head = owed(state, now)
@@ -50,28 +50,28 @@ class ListScheduler:
             state.waiting, key=lambda t: (t is not head, t.request.priority, self.order(t, cost), urgency_order(t))
         )
         for trajectory in keyed:
-            if not spare:
+            if not room.num_free:
                 break
+            kind = trajectory.stage.kind
             if trajectory.is_short:
-                short.append(trajectory)
-                spare -= 1
+                if room.take(kind):
+                    short.append(trajectory)
                 continue
             times = times_per_step(cost, trajectory.request)
+            spare = room.free_for(kind)
             fitting = {degree: step_s for degree, step_s in times.items() if degree <= spare}
             if fitting:
                 degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
                 chosen.append(_Choice(trajectory, times, degree))
-                spare -= degree
+                room.take(kind, degree)
         if self.best_fit:
-            chosen = _widen(chosen, spare)
-        free = set(state.idle_ranks)
-        placed = place([(choice.trajectory, choice.degree) for choice in chosen], free, team_s=cost.team_s)
+            chosen = _widen(chosen, room)
+        placed = room.place([(choice.trajectory, choice.degree) for choice in chosen], team_s=cost.team_s)
         tasks = []
         for (trajectory, times, degree), ranks in zip(chosen, placed, strict=True):
             num_steps = min(trajectory.remaining_steps, max(1, int(TASK_S / times[degree])))
             tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
-            free.difference_update(ranks)
-        return Plan((*tasks, *place_short_stages(short, free, team_s=cost.team_s)))
+        return Plan((*tasks, *place_short_stages(short, room, team_s=cost.team_s)))
 
 
 def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostModel, now: float) -> int:
@@ -82,12 +82,14 @@ def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostMo
     return min(enough) if enough else fastest_degree(fitting)
 
 
-def _widen(chosen: list[_Choice], spare: int) -> list[_Choice]:
+def _widen(chosen: list[_Choice], room: Room) -> list[_Choice]:
     widened = []
     for choice in chosen:
+        kind = choice.trajectory.stage.kind
+        spare = room.free_for(kind)
         reachable = {degree: step_s for degree, step_s in choice.times.items() if 0 <= degree - choice.degree <= spare}
         degree = fastest_degree(reachable)
-        spare -= degree - choice.degree
+        room.take(kind, degree - choice.degree)
         widened.append(choice._replace(degree=degree))
     return widened
 

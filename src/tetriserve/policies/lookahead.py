@@ -11,8 +11,8 @@ from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
-from tetriserve.policies.placement import place
 from tetriserve.policies.reservation import JobBook, PendingJob, expected_end_s, num_reserved, reserve
+from tetriserve.policies.room import Room, unions
 from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
@@ -98,12 +98,7 @@ class Lookahead:
         if not state.waiting or not state.idle_ranks:
             return Plan()
         jobs = self._book.jobs(state, now)
-        timeline = Timeline.of(
-            now,
-            len(state.idle_ranks),
-            [(expected_end_s(flight, now), flight.task.degree) for flight in state.in_flight],
-            resolution=RESOLUTION if len(state.ranks) > EXACT_RANKS else 0.0,
-        )
+        timeline = _timeline_of(state, now)
         in_time = [job for job in jobs if job.latest_s >= now - EPSILON_S]
         late = [job for job in jobs if job.is_waiting and job.latest_s < now - EPSILON_S]
         late.sort(key=attrgetter("deadline_s"))
@@ -137,6 +132,25 @@ class Lookahead:
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
 
+def _timeline_of(state: State, now: float) -> Timeline:
+    """What is idle and what will be, of all ranks and of those alone that may run what not every rank may."""
+    resolution = RESOLUTION if len(state.ranks) > EXACT_RANKS else 0.0
+    ends = [(expected_end_s(flight, now), flight.task) for flight in state.in_flight]
+    timeline = Timeline.of(
+        now, len(state.idle_ranks), [(end_s, task.degree) for end_s, task in ends], resolution=resolution
+    )
+    timeline.narrower = {
+        kinds: Timeline.of(
+            now,
+            len(ranks.intersection(state.idle_ranks)),
+            [(end_s, len(ranks.intersection(task.ranks))) for end_s, task in ends],
+            resolution=resolution,
+        )
+        for kinds, ranks in unions(state.stage_ranks).items()
+    }
+    return timeline
+
+
 def _ahead(
     late: Sequence[PendingJob], in_time: Sequence[PendingJob], state: State, timeline: Timeline, now: float
 ) -> list[tuple[PendingJob, Piece]]:
@@ -167,15 +181,16 @@ def _ahead(
 def _late_piece(job: PendingJob, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
     if job.here.is_short:
-        duration_s = job.here.short_s
-        start_s = timeline.earliest(duration_s, now)
-        return Piece(start_s, start_s + duration_s, 1)
+        duration_s, kind = job.here.short_s, job.short_kind if timeline.narrower else ""
+        start_s = timeline.of_kind(kind).earliest(duration_s, now)
+        return Piece(start_s, start_s + duration_s, 1, kind=timeline.limited(kind))
     times = job.speeds.times
     degree = next(degree for degree, step_s in times.items() if step_s <= max(longest_s, job.speeds.fastest_s))
     num_steps = min(job.num_steps, _steps_in(TASK_S, times[degree]))
     duration_s = switch_s + num_steps * times[degree]
-    start_s = timeline.earliest(duration_s, now, degree)
-    return Piece(start_s, start_s + duration_s, degree, num_steps)
+    kind = job.trajectory.request.stepped.kind
+    start_s = timeline.of_kind(kind).earliest(duration_s, now, degree)
+    return Piece(start_s, start_s + duration_s, degree, num_steps, timeline.limited(kind))
 
 
 class _Wanted(NamedTuple):
@@ -212,6 +227,7 @@ class _Start:
         self._widest = widest
         self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
+        self._free_until_for: dict[str, list[float]] = {}  # by kind of stage that not every rank may run
         self._sharing = sharing
         self.riders: Mapping[int, Sequence[PendingJob]] = {}
         self._started: set[int] = set()
@@ -225,16 +241,18 @@ class _Start:
         piece, times = pieces[0], job.speeds.times
         most = min([part.num_steps for part in job.parts])
         degree, num_steps = piece.degree, min(piece.num_steps, most, _steps_in(task_s, times[piece.degree]))
+        kind = job.trajectory.request.stepped.kind
         if widen:
+            free_until = self._until(kind)
             for wider, step_s in times.items():
                 added = wider - piece.degree
                 if added > 0 and step_s < times[degree] and self._leaves_headroom(added, step_s):
-                    hole_s = min(self._free_until[added], piece.end_s) - self._ready_s
+                    hole_s = min(free_until[added], piece.end_s) - self._ready_s
                     fitting = min(most, int(hole_s / step_s), _steps_in(task_s, step_s))
                     if fitting > 0:
                         degree, num_steps = wider, fitting
             if degree > piece.degree:
-                self._claim(num_steps * times[degree], degree - piece.degree)
+                self._claim(num_steps * times[degree], degree - piece.degree, kind)
         members = self._with_riders(job, degree, num_steps, job.deadline_s - pieces[-1].end_s)
         self._want(members, degree, num_steps)
 
@@ -299,10 +317,11 @@ class _Start:
 
     def _fill_short(self, job: PendingJob) -> bool:
         duration_s = job.here.short_s
-        is_fitting = self.now + duration_s <= self._free_until[1] + EPSILON_S
+        kind = job.short_kind if self.timeline.narrower else ""
+        is_fitting = self.now + duration_s <= self._until(kind)[1] + EPSILON_S
         if not (is_fitting and self._leaves_headroom(1, duration_s)):
             return False
-        self._claim_until(self.now + duration_s, 1)
+        self._claim_until(self.now + duration_s, 1, kind)
         self.short.append(job.trajectory)
         self._started.add(id(job))
         return True
@@ -342,8 +361,10 @@ class _Start:
         most = min([each.num_steps for each in jobs])
         longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
         degree = num_steps = 0
+        kind = job.trajectory.request.stepped.kind
+        free_until = self._until(kind)
         for wider, step_s in times.items():
-            hole_s = self._free_until[wider] - self._ready_s
+            hole_s = free_until[wider] - self._ready_s
             if step_s > min(hole_s, longest_s) or (degree and step_s >= times[degree]):
                 continue
             if not self._leaves_headroom(wider, step_s, narrowest=min(times)):
@@ -352,7 +373,7 @@ class _Start:
             if is_patient or step_s <= FILL_TASK_S:
                 break
         if degree:
-            self._claim(num_steps * times[degree], degree)
+            self._claim(num_steps * times[degree], degree, kind)
             self._want(jobs, degree, num_steps)
         return degree > 0
 
@@ -366,22 +387,31 @@ class _Start:
 
     def tasks(self, state: State) -> tuple[Task, ...]:
         """Everything started, on ranks."""
-        free = set(state.idle_ranks)
+        room, team_s = Room.of(state), state.cost.team_s
+        started = [each for each in self._wanted if room.take(each.members[0].stage.kind, each.degree)]
+        short = [trajectory for trajectory in self.short if room.take(trajectory.stage.kind)]
         tasks = []
-        team_s = state.cost.team_s
-        placed = place([(wanted.members[0], wanted.degree) for wanted in self._wanted], free, team_s=team_s)
-        for wanted, ranks in zip(self._wanted, placed, strict=True):
+        placed = room.place([(wanted.members[0], wanted.degree) for wanted in started], team_s=team_s)
+        for wanted, ranks in zip(started, placed, strict=True):
             names = tuple([trajectory.request_id for trajectory in wanted.members])
             tasks.append(Task(names, wanted.members[0].stage.kind, ranks, wanted.num_steps))
-            free.difference_update(ranks)
-        return (*tasks, *place_short_stages(self.short, free, team_s=team_s))
+        return (*tasks, *place_short_stages(short, room, team_s=team_s))
 
-    def _claim(self, duration_s: float, num_ranks: int) -> None:
-        self._claim_until(self._ready_s + duration_s, num_ranks)
+    def _until(self, kind: str) -> list[float]:
+        """Until when so many ranks are free for stages of this kind, by their number; see `Timeline.free_until`."""
+        if not self.timeline.limited(kind):
+            return self._free_until
+        if kind not in self._free_until_for:
+            self._free_until_for[kind] = self.timeline.of_kind(kind).free_until(self._widest)
+        return self._free_until_for[kind]
 
-    def _claim_until(self, end_s: float, num_ranks: int) -> None:
-        self.timeline.claim([Piece(self.now, end_s, num_ranks)])
+    def _claim(self, duration_s: float, num_ranks: int, kind: str) -> None:
+        self._claim_until(self._ready_s + duration_s, num_ranks, kind)
+
+    def _claim_until(self, end_s: float, num_ranks: int, kind: str) -> None:
+        self.timeline.claim([Piece(self.now, end_s, num_ranks, kind=self.timeline.limited(kind))])
         self._free_until = self.timeline.free_until(self._widest)
+        self._free_until_for.clear()
 
 
 def _by_kind(jobs: Iterable[PendingJob]) -> dict[int, list[PendingJob]]:

@@ -25,14 +25,15 @@ IN_HAND_S = 5.0
 def owed(state: State, now: float) -> Trajectory | None:
     """The waiting request that may start before all others now: the one longest overdue, once it can run to its end.
 
-    One whose degrees the living ranks do not allow is passed over, or it would keep the share from all others.
+    One that the living ranks cannot serve, for its degrees or its present stage, is passed over, or it would keep the
+    share from all others.
 
     What is owed is served in one go, because a task now and then delays all others each time. One that needs more than
     `INSTALMENT_S` is served in parts.
     """
     if state.late_credit_s <= 0:
         return None
-    servable = [each for each in state.trajectories if each.request.can_run_on(len(state.ranks))]
+    servable = [each for each in state.trajectories if state.can_serve(each)]
     head = min(servable, key=lambda trajectory: trajectory.request.deadline_s, default=None)
     if head is None or head.is_running or head.request.deadline_s + OVERDUE_S >= now:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from heapq import nsmallest
 from itertools import islice
 from typing import NamedTuple
@@ -14,7 +14,12 @@ _Wanted = Sequence[tuple[Sequence[int], int]]
 
 
 def place(
-    wanted: Sequence[tuple[Trajectory, int]], idle: Iterable[int], *, team_s: float, preserve: bool = True
+    wanted: Sequence[tuple[Trajectory, int]],
+    idle: Iterable[int],
+    *,
+    team_s: float,
+    preserve: bool = True,
+    spared: Set[int] = frozenset(),
 ) -> list[tuple[int, ...]]:
     """Disjoint sets of idle ranks for `wanted`, pairs of a trajectory and its degree; answers in the same order.
 
@@ -27,21 +32,36 @@ def place(
         team_s: what a set costs that has not worked together before (`CostModel.team_s`). Unless it is 0, few sets
             are used: aligned blocks go before ranks that hold a state, except where a request keeps its set.
         preserve: False ignores where states are held (ablation).
+        spared: ranks that other stages depend on: used where no others will do or, if a new set of ranks costs time,
+            by a request that keeps its set.
     """
     if not wanted:
         return []
     sets = [(trajectory.holders if preserve else (), degree) for trajectory, degree in wanted]
-    return _place_in_blocks(sets, idle) if team_s else _place_anywhere(sets, idle)
+    if team_s:
+        if spared:
+            sets = [(() if _is_drawn_to(spared, *wish) else wish[0], wish[1]) for wish in sets]
+        return _place_in_blocks(sets, idle, spared)
+    if spared:
+        others = frozenset(idle) - spared
+        if len(others) >= sum(degree for _, degree in wanted):
+            idle = others
+    return _place_anywhere(sets, idle, spared)
 
 
-def _place_anywhere(wanted: _Wanted, idle: Iterable[int]) -> list[tuple[int, ...]]:
+def _is_drawn_to(spared: Set[int], holders: Sequence[int], degree: int) -> bool:
+    """Whether a request would come to ranks to be spared for no more than a state that they hold."""
+    return spared >= set(holders) and not len(holders) == degree > 1
+
+
+def _place_anywhere(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> list[tuple[int, ...]]:
     """As many ranks as possible stay with a request whose state they hold, which is a bipartite matching.
 
     Where not all can, requests whose set may stay the same go first, then those that narrow, then by their order. The
     other ranks are those that fewest requests have their states on, of these the lowest.
     """
     num_holding = _tally(rank for holders, _ in wanted for rank in holders)
-    free = sorted(idle, key=lambda rank: (num_holding.get(rank, 0), rank))
+    free = sorted(idle, key=lambda rank: (rank in spared, num_holding.get(rank, 0), rank))
     order = {rank: number for number, rank in enumerate(free)}
     held = [sorted(order.keys() & holders, key=order.__getitem__) for holders, _ in wanted]
 
@@ -84,9 +104,10 @@ def _keep_one_more(index: int, held: Sequence[Sequence[int]], keeper: dict[int, 
     return False
 
 
-def _place_in_blocks(wanted: _Wanted, idle: Iterable[int]) -> list[tuple[int, ...]]:
+def _place_in_blocks(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> list[tuple[int, ...]]:
     """Wide sets are chosen first, so that narrow ones do not break up the blocks they need."""
     free = FreeRanks(idle)
+    free.reserve(spared)
     keeping = {
         index: tuple(sorted(holders))
         for index, (holders, degree) in enumerate(wanted)

@@ -110,6 +110,18 @@ class PendingJob:
         return len(self.members) or 1
 
     @property
+    def short_kind(self) -> str:
+        """Of the short stage that comes next; empty at steps."""
+        first = next((part for part in self.parts if part.here.is_short), None)
+        return first.trajectory.request.stages[first.stage_index].kind if first is not None else ""
+
+    @property
+    def last_kind(self) -> str:
+        """Of the stage that follows the steps; empty if none does."""
+        request = self.trajectory.request
+        return next((stage.kind for stage in request.stages[request.stages.index(request.stepped) + 1 :]), "")
+
+    @property
     def parts(self) -> tuple[PendingJob, ...]:
         """The jobs of single requests that it stands for."""
         return self.members or (self,)
@@ -180,7 +192,8 @@ class JobBook:
 
     def _terms_of(self, request: Request, state: State) -> JobTerms:
         step_times = tuple(times_per_step(state.cost, request).items())
-        speeds = speeds_of(step_times, len(state.ranks), state.cost.switch_s, self._task_s)
+        num_ranks = state.num_ranks_for(request.stepped.kind)
+        speeds = speeds_of(step_times, num_ranks, state.cost.switch_s, self._task_s)
         return JobTerms(speeds, ahead_of(request, state.cost))
 
 
@@ -284,24 +297,28 @@ def fit(job: PendingJob, timeline: Timeline) -> list[Piece] | None:
     from_s = max(job.ready_s, timeline.times[0])
     before_s, after_s = job.here.before_s, job.here.after_s
     if job.here.is_short:
-        from_s = timeline.earliest(before_s, from_s)
-        pieces.append(Piece(from_s, from_s + before_s, 1))
+        kind = job.short_kind if timeline.narrower else ""
+        from_s = timeline.of_kind(kind).earliest(before_s, from_s)
+        pieces.append(Piece(from_s, from_s + before_s, 1, kind=timeline.limited(kind)))
         from_s += before_s
     if job.num_steps:
         steps_by_s = job.deadline_s - after_s
         steps = None
+        kind = job.trajectory.request.stepped.kind
+        free = timeline.of_kind(kind) if timeline.narrower else timeline
         for degree, step_s, _ in job.speeds.efficient:
             if from_s + job.num_steps * step_s <= steps_by_s + EPSILON_S:
-                steps = step_pieces(timeline, job.speeds, job.num_steps, from_s, steps_by_s, degree)
+                steps = step_pieces(free, job.speeds, job.num_steps, from_s, steps_by_s, degree)
                 if steps:
                     break
         if not steps:
             return None
-        pieces += steps
+        pieces += [piece._replace(kind=kind) for piece in steps] if free is not timeline else steps
         from_s = steps[-1].end_s
     if job.here.is_followed:
-        from_s = timeline.earliest(after_s, from_s)
-        pieces.append(Piece(from_s, from_s + after_s, 1))
+        kind = job.last_kind if timeline.narrower else ""
+        from_s = timeline.of_kind(kind).earliest(after_s, from_s)
+        pieces.append(Piece(from_s, from_s + after_s, 1, kind=timeline.limited(kind)))
         from_s += after_s
     return None if from_s > job.deadline_s + EPSILON_S else pieces
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 
 from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.fixed import CHUNK_S, Block, whole_blocks
+from tetriserve.policies.fixed import (
+    CHUNK_S,
+    Block,
+    afloat,
+    by_spare,
+    float_tasks,
+    is_afloat,
+    leader_of,
+    whole_blocks,
+)
 
 MIN_EFFICIENCY = 0.7
 """GPU time at the cheapest degree over GPU time at the chosen one. On FLUX.1-dev and 8 H100 it gives the degrees of
@@ -24,10 +34,11 @@ def efficient_enough_degree(step_times: Mapping[int, float], min_efficiency: flo
 class ResolutionSpecific:
     """`rssp`: first come first served, non-preemptive, each request on an aligned block as wide as its shape's degree.
 
-    A request holds its block from its first stage to its last, although short stages run on the block's first rank
-    alone. The request at the head waits until its block is free and everyone waits behind it; with `backfill` those
-    behind take what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves,
-    ahead of those that have not started; degrees wider than the largest living block are left out.
+    A request holds its block from its first stage to its last, although short stages run on one rank of it alone. The
+    request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
+    what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of
+    those that have not started; degrees wider than the largest living block are left out. A stage that not every rank
+    may run may be afloat, as in `BlockPolicy`.
     """
 
     def __init__(self, *, backfill: bool = False) -> None:
@@ -35,6 +46,7 @@ class ResolutionSpecific:
 
     def plan(self, state: State, now: float) -> Plan:
         held: dict[str, Block] = {}
+        floats: list[Trajectory] = []
         moving: list[Trajectory] = []
         new: list[Trajectory] = []
         taken = {rank for flight in state.in_flight for rank in flight.task.ranks}
@@ -46,7 +58,17 @@ class ResolutionSpecific:
                 continue
             leader = leaders.get(trajectory.request_id, next(iter(trajectory.holders), None))
             degree = self._degree(trajectory, state)
-            block = next((block for block in _blocks(state, degree) if leader in block), None)
+            blocks = self._blocks(trajectory, degree, state)
+            floating = afloat(state, blocks)
+            if is_afloat(trajectory, floating):
+                if trajectory.remaining_steps:
+                    moving.append(trajectory)  # it holds no block: it has the next
+                    continue
+                if trajectory.stage.kind in floating:
+                    if not trajectory.is_running:
+                        floats.append(trajectory)
+                    continue
+            block = next((block for block in blocks if leader in block), None)
             if trajectory.is_running:
                 taken.update(block or ())
             elif block is None or taken.intersection(block):
@@ -56,37 +78,47 @@ class ResolutionSpecific:
                 taken.update(block)
         for trajectory in moving + new:
             degree = self._degree(trajectory, state)
-            block = next((block for block in _blocks(state, degree) if not taken.intersection(block)), None)
+            blocks = self._blocks(trajectory, degree, state)
+            block = next((block for block in by_spare(blocks, state) if not taken.intersection(block)), None)
             if block is not None:
-                held[trajectory.request_id] = block
+                if trajectory.stage.kind in afloat(state, blocks):
+                    floats += [trajectory] if not trajectory.is_running else []
+                else:
+                    held[trajectory.request_id] = block
                 taken.update(block)
             elif degree and not self.backfill:
                 break
-        return Plan(
-            tuple(
-                _next_task(trajectory, held[trajectory.request_id], state)
-                for trajectory in state.waiting
-                if trajectory.request_id in held
-            )
-        )
+        tasks = float_tasks(floats, state, frozenset(chain.from_iterable(held.values()))) if floats else []
+        used = {rank for task in tasks for rank in task.ranks}
+        tasks += [
+            _next_task(trajectory, held[trajectory.request_id], state)
+            for trajectory in state.waiting
+            if trajectory.request_id in held and used.isdisjoint(held[trajectory.request_id])
+        ]
+        return Plan(tuple(tasks))
 
     def _degree(self, trajectory: Trajectory, state: State) -> int:
         """The degree of the shape among those for which a whole block lives; 0 for none."""
+        ranks = _ranks_for_steps(trajectory, state)
         step_times = {
             degree: step_s
             for degree, step_s in times_per_step(state.cost, trajectory.request).items()
-            if any(True for _ in whole_blocks(state.ranks, degree))
+            if any(True for _ in whole_blocks(ranks, degree))
         }
         return efficient_enough_degree(step_times) if step_times else 0
 
+    @staticmethod
+    def _blocks(trajectory: Trajectory, degree: int, state: State) -> list[Block]:
+        return list(whole_blocks(_ranks_for_steps(trajectory, state), degree)) if degree else []
 
-def _blocks(state: State, degree: int) -> Iterator[Block]:
-    return whole_blocks(state.ranks, degree) if degree else iter(())
+
+def _ranks_for_steps(trajectory: Trajectory, state: State) -> Block:
+    return state.stage_ranks.among(trajectory.request.stepped.kind, state.ranks)
 
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:
     if trajectory.is_short:
-        return Task((trajectory.request_id,), trajectory.stage.kind, block[:1])
+        return Task((trajectory.request_id,), trajectory.stage.kind, leader_of(trajectory, block, block, state))
     step_s = times_per_step(state.cost, trajectory.request)[len(block)]
     num_steps = min(trajectory.remaining_steps, max(1, int(CHUNK_S / step_s)))
     return Task((trajectory.request_id,), trajectory.stage.kind, block, num_steps)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.placement import place
+from tetriserve.policies.room import Room
 
 
 def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
@@ -59,18 +59,16 @@ def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
 
 
 def place_short_stages(
-    trajectories: Sequence[Trajectory], free: set[int], *, team_s: float, preserve: bool = True
+    trajectories: Sequence[Trajectory], room: Room, *, team_s: float, preserve: bool = True
 ) -> list[Task]:
-    """One task per trajectory, in the order given, for as long as ranks are free; takes them out of `free`.
+    """One task per trajectory, on the ranks of `room` that were taken for it.
 
     They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
     waiting for two rounds to end. They run where the state is when that rank is free. One rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
-    started = trajectories[: len(free)]
-    placed = place([(trajectory, 1) for trajectory in started], free, team_s=team_s, preserve=preserve)
-    free.difference_update(rank for ranks in placed for rank in ranks)
+    placed = room.place([(trajectory, 1) for trajectory in trajectories], team_s=team_s, preserve=preserve)
     return [
         Task((trajectory.request_id,), trajectory.stage.kind, ranks)
-        for trajectory, ranks in zip(started, placed, strict=True)
+        for trajectory, ranks in zip(trajectories, placed, strict=True)
     ]

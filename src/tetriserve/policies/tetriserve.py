@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from heapq import nsmallest
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import may_share, sizes_that_pay
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Option, OptionGroup, pack_round
-from tetriserve.policies.placement import place
+from tetriserve.policies.room import Room
 from tetriserve.policies.rounds import Round, RoundClock, Window
 from tetriserve.policies.scale_up import Choice, scale_up
 from tetriserve.policies.stages import place_short_stages
@@ -77,8 +77,8 @@ class TetriServe:
             return Plan()
         clock = self.clock
         this = clock.round_at(state.in_flight, now)
-        free = set(state.idle_ranks)
-        if not free:
+        room = Room.of(state)
+        if not room.num_free:
             return Plan(wake_at=this.end_s)
         waiting = self._sorters[0].triage(state, now)
         if this.is_open:
@@ -88,41 +88,34 @@ class TetriServe:
                 this = Round(this.start_s, this.start_s + clock.round_s, is_open=True)
                 waiting = sorter.triage(state, now)
         window = Window(clock, this, now, state.cost.switch_s)
-        started = waiting.short[: len(free)]
         team_s = state.cost.team_s
+        started = room.take_each(waiting.short)
         tasks = place_short_stages(
-            [stage.trajectory for stage in started], free, team_s=team_s, preserve=self.placement
+            [stage.trajectory for stage in started], room, team_s=team_s, preserve=self.placement
         )
         if (waiting.on_time or waiting.late) and _is_assembling(state, started, window):
             return Plan(tuple(tasks), wake_at=clock.grace_end_s(this))
 
-        late_short, late_choices = _choose_ahead(waiting, state, len(free), window)
-        spare = len(free) - len(late_short) - sum(choice.degree for choice in late_choices)
-        choices = self._choose_on_time(_startable(waiting.on_time, window), spare, window)
-        spare -= sum(choice.degree for choice in choices)
+        late_short, late_choices = _choose_ahead(waiting, state, room, window)
+        choices = self._choose_on_time(_startable(waiting.on_time, window), room, window)
         served = {id(trajectory) for trajectory in late_short} | {id(choice.trajectory) for choice in late_choices}
-        more_short = _choose_late_short(
-            [s for s in waiting.late_short if id(s.trajectory) not in served], spare, window
+        late_short += _choose_late_short(
+            [s for s in waiting.late_short if id(s.trajectory) not in served], room, window
         )
-        spare -= len(more_short)
-        more = _choose_late([late for late in waiting.late if id(late.trajectory) not in served], spare, window)
-        spare -= sum(choice.degree for choice in more)
-        late_short += more_short
-        late_choices += more
+        late_choices += _choose_late([late for late in waiting.late if id(late.trajectory) not in served], room, window)
         if self.scale_up:
-            choices, spare = scale_up(choices, spare, window.steps_that_fit)
-            late_choices, spare = scale_up(late_choices, spare, window.steps_that_fit)
+            choices = _widened(choices, room, window)
+            late_choices = _widened(late_choices, room, window)
 
         shares = [TaskShare.of(choice) for choice in choices + late_choices]
         if self.batching and state.cost.max_batch > 1:
-            shares = _share(shares, waiting, spare, window, state.cost)
+            shares = _share(shares, waiting, room, window, state.cost)
         wanted = [(share.members[0], share.degree) for share in shares]
-        placed = place(wanted, free, team_s=team_s, preserve=self.placement)
+        placed = room.place(wanted, team_s=team_s, preserve=self.placement)
         for share, ranks in zip(shares, placed, strict=True):
             names = tuple(trajectory.request_id for trajectory in share.members)
             tasks.append(Task(names, share.members[0].stage.kind, ranks, share.num_steps))
-            free.difference_update(ranks)
-        tasks += place_short_stages(late_short, free, team_s=team_s, preserve=self.placement)
+        tasks += place_short_stages(late_short, room, team_s=team_s, preserve=self.placement)
         return Plan(tuple(tasks), wake_at=this.end_s)
 
     def _sorter_for(self, on_time: Sequence[Candidate], state: State, now: float) -> Sorter:
@@ -135,16 +128,20 @@ class TetriServe:
         least = min(needed)
         return next(sorter for sorter, gpu_s in zip(self._sorters, needed, strict=True) if gpu_s <= _EQUAL * least)
 
-    def _choose_on_time(self, on_time: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+    def _choose_on_time(self, on_time: Sequence[Candidate], room: Room, window: Window) -> list[Choice]:
         """Algorithm 1, one priority class after the other; then what it deferred, least slack first."""
         chosen: list[Choice] = []
         deferred: list[Candidate] = []
         for _, members in groupby(on_time, key=attrgetter("priority")):
-            packed, left = pack_candidates(list(members), capacity, window)
-            capacity -= sum(choice.degree for choice in packed)
+            able = [candidate for candidate in members if room.free_for(candidate.trajectory.stage.kind)]
+            if not able:
+                continue
+            packed, left = pack_candidates(able, room.within(one.trajectory for one in able), window)
+            for choice in packed:
+                room.take(choice.trajectory.stage.kind, choice.degree)
             chosen += packed
             deferred += left
-        return chosen + _fill(deferred, capacity, window) if self.fill else chosen
+        return chosen + _fill(deferred, room, window) if self.fill else chosen
 
 
 def _is_assembling(state: State, started: Sequence[ShortStage], window: Window) -> bool:
@@ -224,20 +221,29 @@ def options_of(candidate: Candidate, window: Window) -> tuple[OptionGroup, list[
     return OptionGroup(options, window.round.end_s <= latest_s), choices
 
 
-def _fill(deferred: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+def _widened(choices: Sequence[Choice], room: Room, window: Window) -> list[Choice]:
+    """`scale_up` with what is left in `room`."""
+    widened, _ = scale_up(choices, room.within(choice.trajectory for choice in choices), window.steps_that_fit)
+    for before, after in zip(choices, widened, strict=True):
+        room.take(after.trajectory.stage.kind, after.degree - before.degree)
+    return widened
+
+
+def _fill(deferred: Sequence[Candidate], room: Room, window: Window) -> list[Choice]:
     """What the packing deferred, on ranks that would idle: least slack first."""
     chosen: list[Choice] = []
-    hopeless: set[int] = set()  # tables none of whose degrees fits, which less capacity does not change
+    hopeless: set[tuple[str, int]] = set()  # tables none of whose degrees fits, which less room does not change
     for candidate in deferred:
-        if not capacity:
+        if not room.num_free:
             break
-        if id(candidate.table) in hopeless:
+        kind = candidate.trajectory.stage.kind
+        if (kind, id(candidate.table)) in hopeless:
             continue
-        choice = _most_steps(candidate, capacity, window)
+        choice = _most_steps(candidate, room.free_for(kind), window)
         if choice is None:
-            hopeless.add(id(candidate.table))
+            hopeless.add((kind, id(candidate.table)))
         else:
-            capacity -= choice.degree
+            room.take(kind, choice.degree)
             chosen.append(choice)
     return chosen
 
@@ -252,9 +258,7 @@ def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice |
     return best
 
 
-def _choose_ahead(
-    waiting: Triage, state: State, capacity: int, window: Window
-) -> tuple[list[Trajectory], list[Choice]]:
+def _choose_ahead(waiting: Triage, state: State, room: Room, window: Window) -> tuple[list[Trajectory], list[Choice]]:
     """Late requests before those in time: what is owed to the oldest, and all for which the others have slack."""
     head = owed(state, window.now)
     is_spare = False
@@ -266,10 +270,10 @@ def _choose_ahead(
     if head is None and not is_spare:
         return [], []
     short = [stage for stage in waiting.late_short if is_spare or stage.trajectory is head]
-    late_short = _choose_late_short(short, capacity, window)
+    late_short = _choose_late_short(short, room, window)
     late = [candidate for candidate in waiting.late if is_spare or candidate.trajectory is head]
     late.sort(key=lambda candidate: candidate.trajectory is not head)
-    return late_short, _choose_late(late, capacity - len(late_short), window)
+    return late_short, _choose_late(late, room, window)
 
 
 class TaskShare(NamedTuple):
@@ -284,7 +288,7 @@ class TaskShare(NamedTuple):
         return cls((choice.trajectory,), choice.degree, choice.num_steps)
 
 
-def _share(shares: list[TaskShare], waiting: Triage, capacity: int, window: Window, cost: CostModel) -> list[TaskShare]:
+def _share(shares: list[TaskShare], waiting: Triage, room: Room, window: Window, cost: CostModel) -> list[TaskShare]:
     """Selective batching, where candidates are left over: tasks of one kind are merged, what that frees is filled with
     those on time, and others ride along."""
     served = {id(member) for share in shares for member in share.members}
@@ -300,11 +304,11 @@ def _share(shares: list[TaskShare], waiting: Triage, capacity: int, window: Wind
                 both = company.joined(host, share.members) if host.degree == share.degree else None
                 if both is not None and company.joined(share, host.members) is not None:
                     merged[index] = both
-                    capacity += share.degree
+                    room.give(share.members[0].stage.kind, share.degree)
                     break
             else:
                 merged.append(share)
-        filled = _fill(deferred, capacity, window)
+        filled = _fill(deferred, room, window)
         shares = merged + [TaskShare.of(choice) for choice in filled]
         served = {id(choice.trajectory) for choice in filled}
         left = [candidate for candidate in left if id(candidate.trajectory) not in served]
@@ -377,27 +381,31 @@ def _need(candidate: Candidate) -> Need:
     return Need(trajectory.request.deadline_s, candidate.latest_start_s, gpu_s)
 
 
-def _choose_late_short(late: Sequence[ShortStage], capacity: int, window: Window) -> list[Trajectory]:
+def _choose_late_short(late: Sequence[ShortStage], room: Room, window: Window) -> list[Trajectory]:
     """Short stages of late requests, most urgent first."""
-    if not capacity:
+    if not room.num_free:
         return []
-    startable = [stage for stage in late if window.may_start(stage.duration_s)]
-    return [stage.trajectory for stage in nsmallest(capacity, startable, key=attrgetter("order"))]
+    startable: dict[str, list[ShortStage]] = {}
+    for stage in late:
+        if window.may_start(stage.duration_s):
+            startable.setdefault(stage.trajectory.stage.kind, []).append(stage)
+    first = [nsmallest(room.free_for(kind), stages, key=attrgetter("order")) for kind, stages in startable.items()]
+    ordered = sorted(chain.from_iterable(first), key=attrgetter("order"))
+    return [stage.trajectory for stage in room.take_each(ordered)]
 
 
-def _choose_late(late: Sequence[Candidate], capacity: int, window: Window) -> list[Choice]:
+def _choose_late(late: Sequence[Candidate], room: Room, window: Window) -> list[Choice]:
     """One rank each (more only if no narrower degree fits in a round): best effort, at nobody's expense."""
-    if not capacity:
+    if not room.num_free:
         return []
     chosen: list[Choice] = []
     for candidate in _startable(late, window):
-        if not capacity:
+        if not room.num_free:
             break
         table = candidate.table
         degree = table.narrowest
         num_steps = 1 if table.carries_over else window.steps_that_fit(table.times[degree])
-        if degree <= capacity and num_steps:
+        if num_steps and room.take(candidate.trajectory.stage.kind, degree):
             num_steps = min(num_steps, candidate.trajectory.remaining_steps)
             chosen.append(Choice(candidate.trajectory, table.times, degree, num_steps))
-            capacity -= degree
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 EPSILON_S = 1e-9
@@ -14,26 +14,39 @@ NEVER_S = 1e12
 
 
 class Piece(NamedTuple):
-    """`degree` ranks from `start_s` to `end_s`, for `num_steps` steps (0 for short stages)."""
+    """`degree` ranks from `start_s` to `end_s`, for `num_steps` steps (0 for short stages).
+
+    kind: of the stage, where only some ranks may run it.
+    """
 
     start_s: float
     end_s: float
     degree: int
     num_steps: int = 0
+    kind: str = ""
 
 
 class Timeline:
     """Free ranks as a step function of time: `free[i]` of them from `times[i]` to `times[i + 1]`, the last for ever.
 
-    Which ranks they are does not matter here: a group may be any set. Times that are nearer to the breakpoint before
+    Which ranks they are does not matter here: a group may be any set. Where only some ranks may run a kind of stage,
+    `narrower` has a timeline of those ranks alone, for each set of such kinds: no more of them can be claimed for these
+    kinds. Times that are nearer to the breakpoint before
     them than `resolution`, as a fraction of how far ahead they lie, count as that breakpoint: this bounds the number of
     breakpoints by the logarithm of the time that is planned, however many ranks there are.
     """
 
-    def __init__(self, times: Sequence[float], free: Sequence[int], resolution: float = 0.0) -> None:
+    def __init__(
+        self,
+        times: Sequence[float],
+        free: Sequence[int],
+        resolution: float = 0.0,
+        narrower: Mapping[frozenset[str], Timeline] | None = None,
+    ) -> None:
         self.times = list(times)
         self.free = list(free)
         self.resolution = resolution
+        self.narrower = narrower or {}
 
     @classmethod
     def of(
@@ -51,7 +64,21 @@ class Timeline:
         return cls(times, free, resolution)
 
     def copy(self) -> Timeline:
-        return Timeline(self.times, self.free, self.resolution)
+        narrower = {kinds: timeline.copy() for kinds, timeline in self.narrower.items()}
+        return Timeline(self.times, self.free, self.resolution, narrower)
+
+    def limited(self, kind: str) -> str:
+        """`kind` if only some ranks may run it, else nothing."""
+        return kind if any(kind in kinds for kinds in self.narrower) else ""
+
+    def of_kind(self, kind: str) -> Timeline:
+        """What is free for stages of this kind; to be read, not to be claimed in."""
+        limits = [timeline for kinds, timeline in self.narrower.items() if kind in kinds]
+        if not limits:
+            return self
+        both = [self, *limits]
+        times = sorted({time_s for timeline in both for time_s in timeline.times})
+        return Timeline(times, [min(timeline.free[timeline.index_at(at)] for timeline in both) for at in times])
 
     def index_at(self, time_s: float) -> int:
         """The segment that holds `time_s`; a breakpoint that only rounding separates from it counts as reached."""
@@ -83,10 +110,15 @@ class Timeline:
     def claim(self, pieces: Iterable[Piece]) -> None:
         """Take the ranks of `pieces` out."""
         free = self.free
-        for start_s, end_s, degree, _ in pieces:
+        for piece in pieces:
+            start_s, end_s, degree, _, kind = piece
             first, last = self._split(start_s), self._split(end_s)
             for position in range(first, last):
                 free[position] -= degree
+            if kind:
+                for kinds, timeline in self.narrower.items():
+                    if kind in kinds:
+                        timeline.claim([piece])
 
     def _split(self, time_s: float) -> int:
         """The index of the segment that starts at `time_s`, made if need be."""

@@ -123,8 +123,8 @@ class Sorter:
         return RoundTerms(ahead_of(request, state.cost), state.cost.switch_s, self._table_of(request, state))
 
     def _table_of(self, request: Request, state: State) -> RoundTable | None:
-        cost = state.cost
-        return round_table(tuple(times_per_step(cost, request).items()), len(state.ranks), cost.switch_s, self.clock)
+        cost, num_ranks = state.cost, state.num_ranks_for(request.stepped.kind)
+        return round_table(tuple(times_per_step(cost, request).items()), num_ranks, cost.switch_s, self.clock)
 
 
 def next_stage(trajectory: Trajectory, terms: RoundTerms) -> ShortStage | Candidate | None:

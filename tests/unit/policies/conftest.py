@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import pytest
 
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.cost import task_s
 from tetriserve.core.plan import CostModel, InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape, Stage
@@ -91,8 +92,11 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
     assert set(used) <= set(state.idle_ranks), "only idle living ranks"
     ids = [task.members[0] for task in plan.tasks]
     assert len(ids) == len(set(ids)), "one task per request"
+    if state.idle_ranks and not state.in_flight and not plan.tasks:
+        assert not [one.request_id for one in state.waiting if state.can_serve(one)], "idle ranks stand still"
     for task in plan.tasks:
         trajectory = waiting[task.members[0]]
+        assert state.stage_ranks.allows(task.stage, task.ranks), "only ranks that may run the stage"
         assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
         if task.stage == DENOISE:
@@ -114,6 +118,7 @@ def drive_policy(
     timer_jitter_s: float = 0.0,
     seed: int = 0,
     deaths: Sequence[Death] = (),
+    stage_ranks: StageRanks = ANYWHERE,
     is_pure_checked: bool = True,
     max_plans: int = 50_000,
 ) -> Run:
@@ -175,7 +180,10 @@ def drive_policy(
             continue
 
         def snapshot() -> State:
-            return State(tuple(trajectories.values()), tuple(flights.values()), tuple(sorted(ranks)), cost)
+            return State(
+                tuple(trajectories.values()), tuple(flights.values()), tuple(sorted(ranks)), cost,
+                stage_ranks=stage_ranks,
+            )  # fmt: skip
 
         state = snapshot()
         plan = policy.plan(state, now)

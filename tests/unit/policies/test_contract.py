@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tetriserve.core.cluster import StageRanks
 from tetriserve.core.plan import InFlight, Plan, State, Task
-from tetriserve.core.stages import DENOISE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.core.trajectory import Trajectory
 
 POLICIES = [
@@ -171,6 +172,72 @@ def test_overload_with_deadlines_completes(spec, drive, make, poisson, flux):
     requests = poisson(240, 60, seed=3)
     run = drive(make(spec, flux), requests, flux, jitter=0.02, timer_jitter_s=0.003)
     assert len(run.finish_s) == 60
+
+
+@st.composite
+def limits(draw: st.DrawFn, num_ranks: int) -> StageRanks:
+    """Encoders on the first ranks, ranks of their own for each stage, or any sets that overlap."""
+    ranks = list(range(num_ranks))
+    first = draw(st.integers(1, num_ranks - 1))
+    some = st.lists(st.sampled_from(ranks), min_size=1, unique=True)
+    return StageRanks.of(
+        draw(
+            st.one_of(
+                st.just({ENCODE: ranks[:first]}),
+                st.just({ENCODE: ranks[:1], DECODE: ranks[:first], DENOISE: ranks[first:]}),
+                st.fixed_dictionaries({}, optional={ENCODE: some, DENOISE: some, DECODE: some}),
+            )
+        )
+    )
+
+
+@every_policy
+def test_stages_run_on_the_ranks_that_may_run_them_and_every_request_completes(
+    spec, drive, make, request_of, table_cost, death
+):
+    @quick
+    @given(data=st.data())
+    def check(data):
+        num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
+        decode = {height: data.draw(seconds) for height in HEIGHTS}
+        team_s = data.draw(st.sampled_from([0.0, 0.5]))
+        cost = table_cost(data.draw(step_tables()), decode, encode=data.draw(seconds), team_s=team_s)
+        requests = data.draw(workloads(request_of))
+        times = st.floats(0.0, 4.0)
+        deaths = [
+            death(at := data.draw(times), rank, at + data.draw(times))
+            for rank in data.draw(st.lists(st.integers(0, num_ranks - 1), max_size=2, unique=True))
+        ]
+        run = drive(
+            make(spec, cost, num_ranks), requests, cost, num_ranks=num_ranks, deaths=deaths,
+            jitter=data.draw(st.sampled_from([0.0, 0.1])), stage_ranks=data.draw(limits(num_ranks)),
+        )  # fmt: skip
+        assert set(run.finish_s) == {request.request_id for request in requests}
+
+    check()
+
+
+@every_policy
+def test_while_no_rank_may_encode_those_that_are_encoded_go_on_and_the_others_wait(
+    spec, drive, make, request_of, flux, death
+):
+    requests = [request_of(1024, request_id="encoded"), request_of(256, request_id="new", arrival_s=1.0)]
+    run = drive(
+        make(spec, flux), requests, flux, deaths=[death(0.3, 0, 60.0)], stage_ranks=StageRanks.of({ENCODE: [0]})
+    )
+    assert run.finish_s["encoded"] < 10
+    assert [start_s for start_s, _, task in run.tasks if task.stage == ENCODE] == [0.0, 60.0]
+
+
+@every_policy
+def test_an_encode_gets_the_one_rank_for_it_while_others_are_idle_too(spec, drive, make, request_of, flux):
+    """Also where a task of another request would have taken it: the others do as well for that."""
+    if spec == "fcfs":
+        return  # one request at a time
+    requests = [request_of(256, request_id="first"), request_of(256, request_id="second")]
+    run = drive(make(spec, flux, 8), requests, flux, stage_ranks=StageRanks.of({ENCODE: [3]}))
+    encodes = {task.members[0]: start_s for start_s, _, task in run.tasks if task.stage == ENCODE}
+    assert sorted(encodes.values()) == [0.0, pytest.approx(0.021)]
 
 
 @every_policy
