@@ -28,6 +28,7 @@ from tetriserve.core.cost import task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import StartTask, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
+from tetriserve.core.memory import RankMemory
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Generation, Intake, Jobs, LiveEngine
@@ -68,6 +69,7 @@ class TimerExecutor:
         self._cost = cost
         self.states = MemoryStates()
         self.preview_basis: TensorRef | None = None
+        self.memory: dict[int, RankMemory] = {}
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:

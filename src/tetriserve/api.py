@@ -51,6 +51,7 @@ class Engine:
         model: str | None = None,
         *,
         ranks: int = 2,
+        encoder_ranks: int | None = None,
         degrees: tuple[int, ...] = (),
         max_batch: int = 8,
         policy: str = "lookahead",
@@ -60,7 +61,9 @@ class Engine:
         self._config = EngineConfig(
             model=model,
             profile=profile,
-            pool=PoolConfig(num_ranks=ranks, degrees=degrees, max_batch=max_batch, device=device),
+            pool=PoolConfig(
+                num_ranks=ranks, encoder_ranks=encoder_ranks, degrees=degrees, max_batch=max_batch, device=device
+            ),
             scheduling=SchedulingConfig(policy=policy),
         )
         self._lock = threading.Lock()

@@ -43,6 +43,7 @@ def serve(
     model: options.Model = None,
     config: options.Config = None,
     ranks: options.Ranks = None,
+    encoder_ranks: options.EncoderRanks = None,
     degrees: options.Degrees = "",
     max_batch: options.MaxBatch = 8,
     policy: Annotated[
@@ -134,6 +135,7 @@ def serve(
                 max_batch,
                 ranks_per_gpu,
                 collectives,
+                encoder_ranks,
             ),
             scheduling=SchedulingConfig(
                 policy=policy,
@@ -176,6 +178,7 @@ def profile(
     model: options.Model = None,
     config: options.Config = None,
     ranks: options.Ranks = None,
+    encoder_ranks: options.EncoderRanks = None,
     degrees: options.Degrees = "",
     max_batch: options.MaxBatch = 8,
     device: options.Device = "cpu",
@@ -216,6 +219,7 @@ def profile(
             max_batch=max_batch,
             ranks_per_gpu=ranks_per_gpu,
             collectives=collectives,
+            encoder_ranks=encoder_ranks,
         )
         execution = ExecutionConfig(
             compile=compile,
@@ -248,6 +252,7 @@ def simulate(
     steps: options.Steps = 28,
     cache: options.Cache = "none",
     ranks: Annotated[int | None, option("ranks", "Default: the profile's largest degree.")] = None,
+    encoder_ranks: options.EncoderRanks = None,
     seeds: Annotated[int, option("seeds", "How many workloads to average over.")] = 5,
     seed: options.FirstSeed = 0,
     noise: options.Noise = 0.0,
@@ -285,6 +290,7 @@ def simulate(
             num_requests=requests,
             num_steps=steps,
             num_ranks=ranks,
+            encoder_ranks=encoder_ranks,
             noise=noise,
             late_share=late_share,
             trace=trace,
@@ -294,6 +300,10 @@ def simulate(
             for name, value in (("out", out), ("trace-out", trace_out), ("report", report)):
                 if value is not None:
                     raise ConfigError(f"{name} is {value} beside paper, which writes files of its own; leave one out")
+            if encoder_ranks is not None:
+                raise ConfigError(
+                    f"encoder-ranks is {encoder_ranks} beside paper, where every rank encodes; leave one out"
+                )
             publish_paper(
                 scenario,
                 paper,
@@ -336,6 +346,7 @@ def plan(
     requests: options.Requests = 300,
     steps: options.Steps = 28,
     cache: options.Cache = "none",
+    encoder_ranks: options.EncoderRanks = None,
     max_ranks: Annotated[int, option("max-ranks", "The largest pool to consider.")] = 64,
     seeds: Annotated[int, option("seeds", "Workloads on which the target must be held.")] = 10,
     seed: options.FirstSeed = 0,
@@ -358,6 +369,7 @@ def plan(
             slo_multiple=slo_multiple,
             num_requests=requests,
             num_steps=steps,
+            encoder_ranks=encoder_ranks,
             noise=noise,
             late_share=late_share,
             trace=trace,
@@ -436,10 +448,11 @@ def _progress() -> Iterator[StartProgress]:
 
 def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
     card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
+    memory = "".join(f"Memory: {held}.\n" for held in engine.memory)
     console.print(
         f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
         "Open it in a browser to watch the pool and to ask for pictures.\n"
-        f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
+        f"{memory}Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
         "A picture with a deadline of 5 seconds, saved as picture.png:\n"
     )
     key_header = ' -H "Authorization: Bearer $TETRISERVE_API_KEY"' if has_keys else ""

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass, field
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_REQUESTS, MAX_TIME_S, SLO_SCALES, check_range
+from tetriserve.core.cluster import StageRanks
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import DEFAULT, REGIONAL, TEXT_ENCODERS, VAE, Execution
 from tetriserve.core.plan import LATE_SHARE
+from tetriserve.core.stages import encoders_on_first
 
 DEVICES = ("cpu", "cuda")
 COLLECTIVES = ("shm", "torch")
@@ -32,6 +34,7 @@ def is_model_name(name: str) -> bool:
 class PoolConfig:
     """The ranks and how they are looked after.
 
+    encoder_ranks: the first so many ranks hold text encoders and encode; None: all do.
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
     ranks_per_gpu: how many ranks share each GPU. More than one proves correctness, and is slower.
     collectives: how the ranks of a task exchange tensors: through shared memory (`shm`), or by torch's process groups
@@ -50,6 +53,7 @@ class PoolConfig:
     """
 
     num_ranks: int = 2
+    encoder_ranks: int | None = None
     degrees: tuple[int, ...] = ()
     device: str = "cpu"
     ranks_per_gpu: int = 1
@@ -66,6 +70,8 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         check_range("ranks", self.num_ranks, 1, MAX_RANKS)
+        if self.encoder_ranks is not None:
+            check_range("encoder-ranks", self.encoder_ranks, 1, self.num_ranks)
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         check_range("ranks-per-gpu", self.ranks_per_gpu, 1, self.num_ranks)
@@ -100,6 +106,11 @@ class PoolConfig:
         check_range("resident_bytes", self.resident_bytes, 0, 2**50)
         for name in ("heartbeat_timeout", "step_timeout", "group_timeout", "start_timeout"):
             check_range(name.replace("_", "-"), getattr(self, f"{name}_s"), 0.001, MAX_TIME_S)
+
+    @property
+    def stage_ranks(self) -> StageRanks:
+        """Which ranks may run which stages."""
+        return encoders_on_first(self.encoder_ranks, self.num_ranks)
 
     @property
     def has_own_gpus(self) -> bool:

@@ -128,7 +128,13 @@ async def launch(
         raise
     scheduling = config.scheduling
     engine = LiveEngine(
-        Controller(policy, cost, max_losses=scheduling.max_losses, late_share=scheduling.late_share),
+        Controller(
+            policy,
+            cost,
+            max_losses=scheduling.max_losses,
+            late_share=scheduling.late_share,
+            stage_ranks=pool.stage_ranks,
+        ),
         executor,
         intake,
         Foresight(new_policy),

@@ -159,6 +159,11 @@ Model = Annotated[
 Ranks = Annotated[
     int | None, option("ranks", "Worker processes, one per GPU or CPU slot. Default: all GPUs, or 2 on a CPU.")
 ]
+EncoderRanks = Annotated[
+    int | None,
+    option("encoder-ranks", "Only the first so many ranks hold text encoders, and encode. Default: all.",
+           show_default=False),
+]  # fmt: skip
 Degrees = Annotated[
     str, option("degrees", "Degrees of sequence parallelism, such as 1,2,4. Default: powers of two up to --ranks.")
 ]
@@ -277,6 +282,7 @@ def pool_config(
     max_batch: int = 8,
     ranks_per_gpu: int = 1,
     collectives: str = "",
+    encoder_ranks: int | None = None,
 ) -> PoolConfig:
     """The pool that the options describe.
 
@@ -297,6 +303,7 @@ def pool_config(
         device=device,
         ranks_per_gpu=ranks_per_gpu,
         collectives=collectives,
+        encoder_ranks=encoder_ranks,
         num_threads=threads,
         max_batch=max_batch,
         start_timeout_s=start_timeout,

@@ -24,6 +24,7 @@ from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.execution import Execution
+from tetriserve.core.memory import Component, RankMemory
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
@@ -44,6 +45,7 @@ from tests.states import MemoryStates, bundle_of  # noqa: E402
 ENCODE_S = DECODE_S = 0.002
 STEP_S = 0.004
 SIDES = (64, 128, 256)
+HELD = (Component("transformer", 3_000_000), Component("vae", 500_000), Component("text_encoder", 1000))
 FAILING = "make it fail"
 """A prompt whose denoising fails."""
 
@@ -125,6 +127,7 @@ class FakeExecutor:
         self.states = MemoryStates()
         basis = np.zeros((2, PATCH * PATCH * 3), np.float32)
         self.preview_basis: TensorRef | None = self.states.put(".preview-basis", bundle_of(basis=basis))
+        self.memory = {rank: RankMemory(HELD, 10_000_000 + rank) for rank in self.ranks}
         self._on_event: OnEvent = lambda event: None
 
     def subscribe(self, on_event: OnEvent) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 
 from tetriserve.core.cost import fastest_s, stages_gpu_s
 from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.room import unions
 
 
 def earliest_finish(state: State, request: Request, now: float) -> float:
@@ -18,14 +19,14 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
     deadline that can still be met (late ones give way); each counts its least GPU time, shared by all ranks. The
     request's own time is its fastest. A schedule cannot be much better than this, but it can be worse: ranks fragment.
     """
-    ahead_s = _least_gpu_time(state, (other for other in state.trajectories if _goes_before(other, request, now)))
-    alone_s = fastest_s(state.cost, request, len(state.ranks))
-    return now + ahead_s / max(len(state.ranks), 1) + alone_s
+    ahead_s = _pool_s(state, [other for other in state.trajectories if _goes_before(other, request, now)])
+    alone_s = fastest_s(state.cost, request, state.num_ranks_for(request.stepped.kind))
+    return now + ahead_s + alone_s
 
 
 def backlog_s(state: State) -> float:
     """Seconds the whole pool needs for what it has accepted: when to come back to a full queue."""
-    return _least_gpu_time(state, state.trajectories) / max(len(state.ranks), 1)
+    return _pool_s(state, state.trajectories)
 
 
 def check_room(state: State, num_more: int, max_queue: int) -> None:
@@ -47,16 +48,31 @@ def _goes_before(other: Trajectory, request: Request, now: float) -> bool:
     return now <= its.deadline_s <= mine.deadline_s
 
 
-def _least_gpu_time(state: State, trajectories: Iterable[Trajectory]) -> float:
-    """Rank-seconds left of `trajectories`, each at the degree that spends the fewest."""
-    cost, num_ranks = state.cost, len(state.ranks)
+def _pool_s(state: State, trajectories: Sequence[Trajectory]) -> float:
+    """Seconds that the pool needs for what is left of `trajectories`, if no rank idles that may run some of it."""
+    seconds = _least_gpu_time(state, trajectories) / max(len(state.ranks), 1)
+    for kinds, allowed in unions(state.stage_ranks).items():
+        gpu_s = _least_gpu_time(state, trajectories, kinds)
+        seconds = max(seconds, gpu_s / max(len(allowed.intersection(state.ranks)), 1))
+    return seconds
+
+
+def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], kinds: Set[str] | None = None) -> float:
+    """Rank-seconds left of `trajectories`, each at the degree that spends the fewest; of these kinds of stage alone."""
+    cost = state.cost
     known: dict[tuple[object, ...], tuple[float, ...]] = {}  # per kind: of each stage, or of one step of it
     total_s = 0.0
     for trajectory in trajectories:
         request = trajectory.request
         kind = request.kind
         if kind not in known:
-            known[kind] = tuple(stages_gpu_s(cost, request, [Stage(stage.kind)], num_ranks) for stage in request.stages)
+            num_ranks = state.num_ranks_for(request.stepped.kind)
+            known[kind] = tuple(
+                stages_gpu_s(cost, request, [Stage(stage.kind)], num_ranks)
+                if kinds is None or stage.kind in kinds
+                else 0.0
+                for stage in request.stages
+            )
         index, done = trajectory.stage_index, trajectory.stage_steps_done
         for stage, gpu_s in zip(request.stages[index:], known[kind][index:], strict=True):
             total_s += max(1, stage.num_steps - done) * gpu_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef
+from tetriserve.core.memory import RankMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,13 @@ ToWorker = RunTask | Forget | Stop
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and warm. `preview_basis` names the matrix of `models.preview`, if this rank left it."""
+    """The model is loaded and warm. `preview_basis` names the matrix of `models.preview`, if this rank left it.
+
+    memory: what the rank holds.
+    """
 
     preview_basis: TensorRef | None = None
+    memory: RankMemory = RankMemory()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from tetriserve.core.events import (
     WorkerJoined,
 )
 from tetriserve.core.forecast import Forecast, Quote
+from tetriserve.core.memory import HeldAlike, held_alike
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import Generation, Intake, check_ids
@@ -142,6 +143,11 @@ class LiveEngine:
     @property
     def state(self) -> State:
         return self.controller.state
+
+    @property
+    def memory(self) -> tuple[HeldAlike, ...]:
+        """What the ranks that are up hold of the model, by role."""
+        return held_alike(self._executor.memory)
 
     @property
     def is_ready(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from typing import assert_never
@@ -18,6 +18,7 @@ from tetriserve.config import PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Event, FailureKind, StartTask, TaskFailed, TensorRef, WorkerJoined, WorkerLost
 from tetriserve.core.execution import DEFAULT
+from tetriserve.core.memory import RankMemory, held_alike
 from tetriserve.core.messages import (
     Forget,
     FromWorker,
@@ -80,6 +81,10 @@ class LocalExecutor:
     @property
     def ranks(self) -> frozenset[int]:
         return frozenset(rank for rank, worker in self._workers.items() if worker.is_ready)
+
+    @property
+    def memory(self) -> Mapping[int, RankMemory]:
+        return {rank: self._workers[rank].memory for rank in sorted(self.ranks)}
 
     @property
     def pids(self) -> dict[int, int]:
@@ -229,12 +234,14 @@ class LocalExecutor:
                     worker.num_steps, worker.last_step_s = num_steps, worker.last_sign_s
             case TaskDone() | TaskError():
                 self._answer(rank, message)
-            case Ready(preview_basis):
-                worker.is_ready = True
+            case Ready(preview_basis, memory):
+                worker.is_ready, worker.memory = True, memory
                 self.preview_basis = preview_basis or self.preview_basis
                 self._num_failed_starts[rank] = 0
                 self._tell(WorkerJoined(rank))
                 if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:
+                    for held in held_alike(self.memory):
+                        logger.info("%s", held)
                     self._started.set_result(None)
             case StartFailed(text):
                 if self._started and not self._started.done():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tetriserve.core.events import Event, StartTask, TensorRef
+from tetriserve.core.memory import RankMemory
 from tetriserve.core.states import StateStore
 
 OnEvent = Callable[[Event], None]
@@ -28,6 +29,11 @@ class Executor(Protocol):
     @property
     def preview_basis(self) -> TensorRef | None:
         """Names the matrix of `models.preview` among the states, once a worker has left it."""
+        ...
+
+    @property
+    def memory(self) -> Mapping[int, RankMemory]:
+        """What each rank that is up holds of the model."""
         ...
 
     def subscribe(self, on_event: OnEvent) -> None:

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from tetriserve.config import PoolConfig
+from tetriserve.core.memory import RankMemory
 from tetriserve.executor.inbox import Inbox
 from tetriserve.executor.outbox import Outbox
 from tetriserve.executor.processes import kill_process
@@ -20,6 +21,7 @@ _LOADING_PATIENCE = 5.0
 class Worker:
     """Times are those of the host's monotonic clock.
 
+    memory: what it holds, once it is ready.
     verdict: why it was killed, if we killed it.
     """
 
@@ -33,6 +35,7 @@ class Worker:
     num_steps: int = 0
     last_step_s: float = 0.0
     is_ready: bool = False
+    memory: RankMemory = RankMemory()
     verdict: str | None = None
 
     def kill(self, reason: str) -> None:

@@ -80,3 +80,7 @@ class Adapter(Protocol):
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:
         """The latents that decode to `pixels`, as nearly as the model can: (1, S, C) by token, or (1, C, H, W)."""
         ...
+
+    def held_bytes(self) -> Mapping[str, int]:
+        """Of parameters and buffers, by component of the checkpoint; see `loading.held_bytes`."""
+        ...

@@ -19,7 +19,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, INPUT
 from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.loading import load_pipeline
+from tetriserve.models.loading import held_bytes, load_pipeline
 from tetriserve.models.parallel import SequenceParallel
 
 if TYPE_CHECKING:
@@ -114,8 +114,11 @@ class DiffusionAdapter(ABC):
     passes: ClassVar[tuple[str, str]] = (PROMPT, NEGATIVE)
     joins_passes: ClassVar[bool] = False
 
-    def __init__(self, card: ModelCard, device: torch.device | str) -> None:
+    def __init__(self, card: ModelCard, device: torch.device | str, *, has_text_encoders: bool = True) -> None:
         """
+        Args:
+            has_text_encoders: False leaves out what encode takes, and encode with it.
+
         Raises:
             CheckpointError: the checkpoint cannot be loaded, not as its files say, or does not tell texts apart; the
                 message is one line.
@@ -123,9 +126,10 @@ class DiffusionAdapter(ABC):
         self.card = card
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, card.execution.dtype)
-        self.pipeline: Any = load_pipeline(card, self.dtype, self.device)
+        self.pipeline: Any = load_pipeline(card, self.dtype, self.device, has_text_encoders=has_text_encoders)
         self._sequence_parallel = self.sequence_parallel()
-        self._check_texts()
+        if has_text_encoders:
+            self._check_texts()
 
     # What a family says.
 
@@ -192,6 +196,10 @@ class DiffusionAdapter(ABC):
         models = [(name, model) for name, model in components if isinstance(model, torch.nn.Module)]
         models.sort(key=lambda each: each[0].startswith("text_encoder"))
         return [weight for _, model in models for weight in model.parameters()]
+
+    def held_bytes(self) -> dict[str, int]:
+        """See `Adapter.held_bytes`."""
+        return held_bytes(self.pipeline)
 
     def run(
         self,

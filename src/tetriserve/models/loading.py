@@ -26,20 +26,44 @@ _PROBLEMS = (
 """What both libraries tell of a load, in the order of the line's worth, and how to say it."""
 
 
-def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
+_TEXT_COMPONENTS = ("text_encoder", "tokenizer")
+"""How the names of components begin that only read prompts."""
+
+
+def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device, *, has_text_encoders: bool = True) -> Any:
     """The pipeline on `device`, such that it runs as the card's execution says.
+
+    Without text encoders neither they nor their tokenizers are read, and the pipeline has None in their place.
 
     Raises:
         CheckpointError: the model cannot be loaded; one line says why.
         ConfigError: this machine cannot run it so; one line names the value, and what is allowed.
     """
     check_machine(card.execution, device)
-    pipeline = _load(card, dtype, device)
+    pipeline = _load(card, dtype, device, has_text_encoders)
     apply(card.execution, pipeline, dtype, device)
     return pipeline
 
 
-def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
+def held_bytes(pipeline: Any) -> dict[str, int]:
+    """Bytes of parameters and buffers by component, on whichever device they are; what two share counts once."""
+    counted: set[int] = set()
+    held: dict[str, int] = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            tensors = [each for each in (*component.parameters(), *component.buffers()) if id(each) not in counted]
+            counted.update(map(id, tensors))
+            held[name] = sum(map(_num_bytes, tensors))
+    return held
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised: its own dtype is that of what it stands for
+        return sum(_num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_encoders: bool) -> Any:
     """Each model is loaded alone: only then the libraries tell what they filled in or left out."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -47,7 +71,7 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device) -> Any:
     try:
         models: dict[str, Any] = {}
         for component, entry in read_json(card.path / "model_index.json").items():
-            if entry == [None, None]:
+            if entry == [None, None] or (component.startswith(_TEXT_COMPONENTS) and not has_text_encoders):
                 models[component] = None  # a pipeline may insist on being told
             elif isinstance(entry, list):
                 folder, (library, class_name) = card.path / component, entry

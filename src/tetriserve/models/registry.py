@@ -38,13 +38,18 @@ def family_of(card: ModelCard) -> Family:
     return _BY_NAME[card.family]
 
 
-def load_adapter(card: ModelCard, device: torch.device | str, target: str | None = None) -> Adapter:
+def load_adapter(
+    card: ModelCard, device: torch.device | str, target: str | None = None, *, has_text_encoders: bool = True
+) -> Adapter:
     """Load the checkpoint onto `device`. Imports torch and diffusers, so only a worker calls it.
 
-    `target` (`module:Class`) overrides the adapter of the checkpoint's family.
+    `target` (`module:Class`) overrides the adapter of the checkpoint's family. Without text encoders it has every stage
+    but encode, and neither they nor their tokenizers are loaded.
 
     Raises:
         CheckpointError: the files of the checkpoint cannot be loaded.
     """
     module, _, name = (target or family_of(card).adapter).partition(":")
-    return cast("Adapter", getattr(import_module(module), name)(card, device))
+    adapter = getattr(import_module(module), name)
+    made = adapter(card, device) if has_text_encoders else adapter(card, device, has_text_encoders=False)
+    return cast("Adapter", made)

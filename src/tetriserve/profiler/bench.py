@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
@@ -24,15 +26,18 @@ class Bench:
     """Runs single tasks on an executor and waits for them; it becomes the executor's subscriber.
 
     purpose: for what, as the error of a task that fails says it.
+    stage_ranks: which ranks may run which stages.
     encode_s, switch_s: what each encode took, and each task beyond its own time.
     """
 
     executor: Executor
     purpose: str
+    stage_ranks: StageRanks = ANYWHERE
     encode_s: list[float] = field(default_factory=list)
     switch_s: list[float] = field(default_factory=list)
     _waiting: dict[int, asyncio.Future[TaskFinished]] = field(default_factory=dict)
     _work: dict[str, Work] = field(default_factory=dict)
+    _busy: dict[int, asyncio.Lock] = field(default_factory=dict)
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -49,6 +54,10 @@ class Bench:
         return request
 
     async def encode(self, request: Request, rank: int) -> None:
+        """On `rank`, or where that may not encode on one that may."""
+        encoders = self.stage_ranks.by_kind.get(ENCODE, frozenset((rank,)))
+        if rank not in encoders:
+            rank = sorted(encoders)[rank % len(encoders)]
         finished = await self._run([request], ENCODE, (rank,))
         self.encode_s.append(finished.elapsed_s)
 
@@ -65,7 +74,15 @@ class Bench:
     async def _run(
         self, requests: Sequence[Request], stage: str, ranks: tuple[int, ...], num_steps: int = 0
     ) -> TaskFinished:
-        """The next task of a stage, whether those before it went all their way or not."""
+        """The next task of a stage, whether those before it went all their way or not, once its ranks are idle."""
+        async with AsyncExitStack() as stack:
+            for rank in sorted(ranks):
+                await stack.enter_async_context(self._busy.setdefault(rank, asyncio.Lock()))
+            return await self._run_now(requests, stage, ranks, num_steps)
+
+    async def _run_now(
+        self, requests: Sequence[Request], stage: str, ranks: tuple[int, ...], num_steps: int
+    ) -> TaskFinished:
         task_id = next(self._ids)
         task = Task(tuple(request.request_id for request in requests), stage, ranks, num_steps)
         work = tuple(self._next_work(request, stage) for request in requests)

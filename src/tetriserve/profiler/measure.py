@@ -62,7 +62,7 @@ async def measure(
     Raises:
         TetriServeError: a worker failed or was lost while measuring.
     """
-    bench, count = Bench(executor, "measuring a profile"), _Count(on_progress)
+    bench, count = Bench(executor, "measuring a profile", pool.stage_ranks), _Count(on_progress)
     best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
     team_s = await _time_team(bench, card, shapes[0], pool)

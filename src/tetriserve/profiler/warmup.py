@@ -32,7 +32,7 @@ async def warm_up(
     Raises:
         TetriServeError: a worker failed or was lost; the message names what was warmed.
     """
-    bench = Bench(executor, "warming")
+    bench = Bench(executor, "warming", pool.stage_ranks)
     todo = [
         (shape, degree, batch)
         for shape in shapes

@@ -100,10 +100,12 @@ def _write_report(
 def describe_workload(scenario: Scenario, seeds: str) -> str:
     """What is asked of the pool, as part of a title. seeds: how many, in words."""
     slo = f"scale {scenario.slo_scale:g}" if scenario.slo_multiple is None else f"{scenario.slo_multiple:g} x degree 1"
-    cache = "" if scenario.cache == NO_CACHE else f", cache {scenario.cache}"
+    extra = "" if scenario.cache == NO_CACHE else f", cache {scenario.cache}"
+    if scenario.encoder_ranks is not None:
+        extra += f", encode on the first {scenario.encoder_ranks}"
     if scenario.trace is not None:
-        return f"{scenario.trace}, SLO where unnamed {slo}{cache}"
+        return f"{scenario.trace}, SLO where unnamed {slo}{extra}"
     return (
         f"{scenario.num_requests} requests x {seeds}, {scenario.mix}, "
-        f"{scenario.rate_per_min:g}/min {scenario.arrivals}, SLO {slo}{cache}"
+        f"{scenario.rate_per_min:g}/min {scenario.arrivals}, SLO {slo}{extra}"
     )

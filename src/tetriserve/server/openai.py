@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 
+from tetriserve.core.memory import HeldAlike
 from tetriserve.engine import LiveEngine
 from tetriserve.server.disconnect import ClientGone
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES
@@ -16,6 +17,7 @@ from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST
 from tetriserve.server.generations import check_model
 from tetriserve.server.idempotency import KeyHeader
 from tetriserve.server.schemas import (
+    HeldMemory,
     ImagesRequest,
     ImagesResponse,
     ModelList,
@@ -95,4 +97,16 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         ),
         policy=engine.policy_name,
         num_ranks=len(engine.state.ranks),
+        memory=[_held(held, engine) for held in engine.memory],
+    )
+
+
+def _held(held: HeldAlike, engine: LiveEngine) -> HeldMemory:
+    stage_ranks = engine.state.stage_ranks
+    return HeldMemory(
+        ranks=list(held.ranks),
+        stages=[kind for kind in engine.intake.cost.profile.stages if stage_ranks.allows(kind, held.ranks)],
+        components={component.name: component.num_bytes for component in held.components},
+        total=held.num_bytes,
+        resident=list(held.resident_bytes),
     )

@@ -272,6 +272,18 @@ class Reproducibility(BaseModel):
     mean_levels: float = Field(description="Mean difference of all subpixels.")
 
 
+class HeldMemory(BaseModel):
+    """What ranks hold of the model: parameters and buffers, on each of them."""
+
+    ranks: list[int]
+    stages: list[str] = Field(description="Which stages of a request they run.")
+    components: dict[str, int] = Field(description="Bytes by component of the checkpoint.")
+    total: int = Field(description="Bytes of all components.")
+    resident: list[int] = Field(
+        description="Bytes of each rank's process on the host when it was ready, in the order of `ranks`; 0: unknown."
+    )
+
+
 class ModelObject(BaseModel):
     """OpenAI's model object, and what a client of this server may want to know."""
 
@@ -296,6 +308,7 @@ class ModelObject(BaseModel):
     reproducibility: Reproducibility
     policy: str
     num_ranks: int = Field(description="Ranks that are up.")
+    memory: list[HeldMemory] = Field(description="By role: ranks that hold the same are one entry.")
 
 
 class ModelList(BaseModel):

@@ -139,6 +139,7 @@ def compare(
                 num_ranks=setting.num_ranks,
                 noise=setting.noise,
                 late_share=setting.late_share,
+                stage_ranks=setting.stage_ranks,
                 seed=seed,
             )
             tally.take_run(outcomes if on_outcome is None else _told(outcomes, policy, seed, on_outcome))

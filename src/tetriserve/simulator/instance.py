@@ -27,4 +27,5 @@ def instance_at_once(num_ranks: int, num_requests: int, *, scenario: Scenario, s
         in_flight=(),
         ranks=tuple(range(num_ranks)),
         cost=setting.cost,
+        stage_ranks=setting.stage_ranks,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tetriserve.control.controller import Controller
 from tetriserve.control.virtual_pool import VirtualPool
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.cost import task_s
 from tetriserve.core.events import Event, FinishRequest, StartTask, Submitted, TaskFinished, TensorRef, WorkerJoined
 from tetriserve.core.plan import LATE_SHARE, CostModel, Task
@@ -27,15 +28,19 @@ def simulate(
     noise: float = 0.0,
     seed: int = 0,
     late_share: float = LATE_SHARE,
+    stage_ranks: StageRanks = ANYWHERE,
 ) -> Iterator[Outcome]:
     """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
 
     A task on other ranks than its request's last takes `move_s` longer. `team_s` decides which ranks a policy chooses,
     but is not charged: which sets have worked together before is not modelled.
 
+    stage_ranks: which ranks may run which stages.
     noise: standard deviation of a task's duration as a fraction of it; 0 is what the cost model says, exactly.
     """
-    simulation = Simulation(policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share)
+    simulation = Simulation(
+        policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share, stage_ranks=stage_ranks
+    )
     return simulation.run(requests)
 
 
@@ -51,12 +56,13 @@ class Simulation:
         noise: float = 0.0,
         seed: int = 0,
         late_share: float = LATE_SHARE,
+        stage_ranks: StageRanks = ANYWHERE,
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks is {num_ranks}; it must be at least 1")
         if noise < 0:
             raise ValueError(f"noise is {noise}; it must not be negative")
-        self.controller = Controller(policy, cost, late_share=late_share)
+        self.controller = Controller(policy, cost, late_share=late_share, stage_ranks=stage_ranks)
         self._pool = VirtualPool(self.controller, 0.0, start=self._start, finish=self._finish)
         self._cost = cost  # what happens; the controller's own copy is what it believes
         self._noise = noise

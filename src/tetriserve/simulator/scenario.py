@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_STEPS, check_range
+from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.cost import narrowest_s
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.plan import LATE_SHARE
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
+from tetriserve.core.stages import encoders_on_first, image_stages
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy, warn_of_long_rounds
 from tetriserve.profile.bundled import open_profile
@@ -34,6 +35,7 @@ class Scenario:
     profile: name of a bundled profile, or a path.
     slo_multiple: deadlines as a multiple of the time alone at degree 1; None takes the paper's table times `slo_scale`.
     num_ranks: None takes the profile's largest degree.
+    encoder_ranks: the first so many ranks encode, and no others; None: all do.
     noise: standard deviation of a task's duration, as a fraction of it.
     late_share: part of the pool's rank time that is owed to the request longest overdue.
     trace: requests from this file; then rate, arrivals, mix and number of requests are not used.
@@ -49,6 +51,7 @@ class Scenario:
     num_requests: int = 300
     num_steps: int = 28
     num_ranks: int | None = None
+    encoder_ranks: int | None = None
     noise: float = 0.0
     late_share: float = LATE_SHARE
     trace: Path | None = None
@@ -74,6 +77,7 @@ class Setting:
     source: Synthesis | tuple[Request, ...]
     cache: Cache | None = None
     late_share: float = LATE_SHARE
+    stage_ranks: StageRanks = ANYWHERE
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -151,6 +155,8 @@ def prepare(scenario: Scenario) -> Setting:
     profile = open_profile(scenario.profile)
     num_ranks = profile.degrees[-1] if scenario.num_ranks is None else scenario.num_ranks
     check_range("ranks", num_ranks, 1, MAX_RANKS)
+    if scenario.encoder_ranks is not None:
+        check_range("encoder-ranks", scenario.encoder_ranks, 1, num_ranks)
     check_range("steps", scenario.num_steps, 1, MAX_STEPS)
     check_range("noise", scenario.noise, 0.0, 1.0)
     check_range("late-share", scenario.late_share, 0, 1)
@@ -165,6 +171,7 @@ def prepare(scenario: Scenario) -> Setting:
         slack_s=slack_s(profile.shapes, cost, deadlines, scenario.num_steps),
         noise=scenario.noise,
         late_share=scenario.late_share,
+        stage_ranks=encoders_on_first(scenario.encoder_ranks, num_ranks),
         source=_source(scenario, cost, deadlines),
         cache=parse_cache(scenario.cache),
     )

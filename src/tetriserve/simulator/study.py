@@ -141,6 +141,7 @@ def _run(unit: WorkUnit) -> Iterator[Outcome]:
         num_ranks=setting.num_ranks,
         noise=setting.noise,
         late_share=setting.late_share,
+        stage_ranks=setting.stage_ranks,
         seed=unit.seed,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from tetriserve.core.errors import TetriServeError
+from tetriserve.core.memory import Component, RankMemory
 from tetriserve.core.messages import (
     Forget,
     FromWorker,
@@ -32,6 +34,7 @@ from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
+    from tetriserve.models.adapter import Adapter
     from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
@@ -113,13 +116,19 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     threading.Thread(target=_beat, args=(pipe, num_steps, spec.pool.heartbeat_s), daemon=True).start()
     team = _team_of(spec)
     check_unchanged(spec.card)
-    adapter = load_adapter(spec.card, spec.device, spec.adapter)
+    adapter = load_adapter(spec.card, spec.device, spec.adapter, has_text_encoders=spec.has_text_encoders)
     if spec.device == "cpu":
         share_weights(adapter.weights, spec.region)
     runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
     with torch.no_grad():
-        runner.warm(_warm_up_request(spec))
-    pipe.send(Ready(runner.save_preview_basis(spec.card) if spec.rank == 0 else None))
+        runner.warm(
+            _warm_up_request(spec),
+            lacks=spec.lacks,
+            gives=spec.pool.stage_ranks.by_kind.keys() - spec.lacks,
+            timeout_s=spec.pool.start_timeout_s / 2,
+        )
+    basis = runner.save_preview_basis(spec.card) if spec.rank == 0 else None
+    pipe.send(Ready(basis, _memory_of(adapter)))
     while True:
         message = pipe.receive()
         match message:
@@ -135,6 +144,15 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
                 return
             case _:
                 assert_never(message)
+
+
+def _memory_of(adapter: Adapter) -> RankMemory:
+    components = tuple(Component(name, num_bytes) for name, num_bytes in adapter.held_bytes().items())
+    try:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        num_pages = 0
+    return RankMemory(components, num_pages * resource.getpagesize())
 
 
 def _beat(pipe: Pipe, num_steps: Callable[[], int], every_s: float) -> None:

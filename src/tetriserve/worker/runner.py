@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Set
 
 import torch
 
 from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef, Work
 from tetriserve.core.messages import RunTask, TaskDone, TaskError
 from tetriserve.core.request import Request
+from tetriserve.core.states import StateGone
 from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, Left, Member, Tensors
 from tetriserve.models.card import ModelCard
@@ -20,6 +22,10 @@ from tetriserve.worker.store import TensorStore
 from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_KEY = ".warm-up.{}"
+"""Where ranks leave what others need to run their stages once, by kind of stage."""
+_LOOK_S = 0.05
 
 
 class DeviceLost(Exception):
@@ -84,13 +90,42 @@ class Runner:
     def forget(self, request_id: str) -> None:
         self._residents.forget(request_id)
 
-    def warm(self, request: Request) -> None:
-        """Run every stage once outside of any task, so that the first request does not pay for it."""
+    def warm(
+        self, request: Request, *, lacks: Set[str] = frozenset(), gives: Set[str] = frozenset(), timeout_s: float = 0.0
+    ) -> None:
+        """Run every stage once outside of any task, so that the first request does not pay for it.
+
+        Args:
+            lacks: kinds of stage that this rank cannot run: it waits for what another rank has left of them.
+            gives: kinds of stage that other ranks lack.
+            timeout_s: how long to wait; after that the rank serves without having run what follows.
+        """
         states: dict[str, Tensors] = {}
         for stage in request.stages:
+            if stage.kind in lacks:
+                others = self._await(_WARM_UP_KEY.format(stage.kind), timeout_s)
+                if others is None:
+                    logger.warning(
+                        "no rank has left what %s makes; the first tasks of this rank will be slow", stage.kind
+                    )
+                    return
+                states[stage.kind] = others
+                continue
             member = Member(request, 0, states)
             [left] = self._adapter.run(stage.kind, [member], min(1, stage.num_steps), lambda: None)
             states[stage.kind] = left.tensors
+            if stage.kind in gives:
+                self._store.save(_WARM_UP_KEY.format(stage.kind), left.tensors)
+
+    def _await(self, key: str, timeout_s: float) -> Tensors | None:
+        """What another rank leaves in the store under `key`; None if that takes too long."""
+        give_up_at = time.monotonic() + timeout_s
+        while time.monotonic() < give_up_at:
+            try:
+                return self._store.load(TensorRef(key, 0), self._device)
+            except StateGone:
+                time.sleep(_LOOK_S)
+        return None
 
     def save_preview_basis(self, card: ModelCard) -> TensorRef:
         """Leave in the store what the server makes previews with."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.config import PoolConfig
+from tetriserve.core.stages import ENCODE
 from tetriserve.models.card import ModelCard
 from tetriserve.worker.team.region import Region
 
@@ -30,3 +31,14 @@ class WorkerSpec:
     def device(self) -> str:
         """Torch's name of this rank's device, such as `cpu` or `cuda:3`."""
         return self.pool.device_of(self.rank)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The kinds of stage that this rank does not run."""
+        ranks = self.pool.stage_ranks
+        return frozenset(kind for kind in ranks.by_kind if not ranks.allows(kind, (self.rank,)))
+
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether this rank loads what reads prompts."""
+        return ENCODE not in self.lacks
