@@ -11,6 +11,9 @@ from fake_engine import CARD, FAILING
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import until
+from tetriserve.core.cluster import StageRanks
+from tetriserve.core.memory import RankMemory
+from tetriserve.core.stages import ENCODE
 from tetriserve.server import EngineSlot
 
 
@@ -45,7 +48,24 @@ async def test_models_lists_what_can_be_asked(client):
         "tiling": "default", "offload": "default",
     }  # fmt: skip
     assert model["num_ranks"] == 2
+    assert model["memory"] == [
+        {
+            "ranks": [0, 1], "stages": ["encode", "denoise", "decode"], "total": 3_501_000,
+            "components": {"transformer": 3_000_000, "vae": 500_000, "text_encoder": 1000},
+            "resident": [10_000_000, 10_000_001],
+        }
+    ]  # fmt: skip
     assert model["policy"]
+
+
+async def test_models_say_by_role_what_ranks_hold_and_which_stages_they_run(client, engine, executor):
+    engine.controller._tracker.stage_ranks = StageRanks.of({ENCODE: [0]})
+    executor.memory[1] = RankMemory(executor.memory[1].components[:2], 7)
+    (model,) = (await client.get("/v1/models")).json()["data"]
+    assert [(held["ranks"], held["stages"], list(held["components"])) for held in model["memory"]] == [
+        ([0], ["encode", "denoise", "decode"], ["transformer", "vae", "text_encoder"]),
+        ([1], ["denoise", "decode"], ["transformer", "vae"]),
+    ]
 
 
 async def test_a_model_is_listed_and_served_under_each_of_its_names(client, engine, draw):

@@ -38,6 +38,7 @@ from tetriserve.core.events import (
     WorkerLost,
 )
 from tetriserve.core.execution import Execution
+from tetriserve.core.memory import Component, RankMemory
 from tetriserve.core.messages import (
     Forget,
     FromWorker,
@@ -115,6 +116,7 @@ class PlayedContext:
     def Process(self, *, args: tuple[Any, Connection, Connection], **_: object) -> PlayedWorker:  # noqa: N802
         spec, theirs, held = args
         worker = PlayedWorker(Connection(os.dup(theirs.fileno())), Connection(os.dup(held.fileno()), readable=False))
+        worker.spec = spec
         self._born(spec.rank, worker)
         return worker
 
@@ -225,6 +227,42 @@ async def test_a_worker_that_dies_right_after_it_was_ready_does_not_hang_the_sta
     pool.workers[1].say(Ready())
     await pool.until(lambda: pool.executor.ranks == {0, 1})
     assert pool.executor.num_restarts == 1
+
+
+async def test_what_ranks_hold_is_known_while_they_are_up_and_logged_by_role_at_the_start(
+    pools: Callable[..., Pool], caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = (Component("transformer", 3_000_000_000), Component("vae", 1500))
+
+    def holding(rank: int, worker: PlayedWorker) -> None:
+        worker.say(
+            Ready(None, RankMemory((*parts, Component("text_encoder", 9_000_000)) if rank == 0 else parts, 8 + rank))
+        )
+
+    with caplog.at_level("INFO"):
+        pool = await started(pools(3, holding))
+    assert [record.getMessage() for record in caplog.records if "hold" in record.getMessage()] == [
+        "rank 0 holds 3.0 GB: transformer 3.0 GB, vae 1.5 kB, text_encoder 9.0 MB",
+        "ranks 1,2 hold 3.0 GB each: transformer 3.0 GB, vae 1.5 kB",
+    ]
+    assert {rank: held.resident_bytes for rank, held in pool.executor.memory.items()} == {0: 8, 1: 9, 2: 10}
+    first = pool.workers[1]
+    first.kill()
+    await pool.until(lambda: 1 not in pool.executor.memory)
+    await pool.until(lambda: 1 in pool.executor.memory)
+
+
+async def test_workers_are_told_which_stages_they_run_and_their_replacements_the_same(
+    pools: Callable[..., Pool],
+) -> None:
+    pool = await started(pools(3, encoder_ranks=1))
+    born = dict(pool.workers)
+    assert [born[rank].spec.has_text_encoders for rank in range(3)] == [True, False, False]
+    assert [born[rank].spec.lacks for rank in range(3)] == [frozenset(), {ENCODE}, {ENCODE}]
+    for rank in (0, 1):
+        born[rank].kill()
+    await pool.until(lambda: pool.executor.ranks == {0, 1, 2} and pool.executor.num_restarts == 2)
+    assert [pool.workers[rank].spec.has_text_encoders for rank in (0, 1)] == [True, False]
 
 
 async def test_a_task_that_fails_frees_its_ranks_and_no_others(pools: Callable[..., Pool]) -> None:
@@ -397,6 +435,9 @@ GARBAGE = {
     ),
     "a text count of another type": framed(
         pickle.dumps(TaskDone(1, 0.5, (replace(RESULT, text=TextCount("5", False)),)))  # type: ignore[arg-type]
+    ),
+    "a component of another type": framed(
+        pickle.dumps(Ready(None, RankMemory((Component("vae", "7"),), 1)))  # type: ignore[arg-type]
     ),
     "a list for a number": framed(pickle.dumps(Heartbeat([]))),  # type: ignore[arg-type]
     "nothing in it": framed(b""),

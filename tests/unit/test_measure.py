@@ -58,6 +58,24 @@ async def test_on_a_quiet_machine_every_shape_is_measured_once() -> None:
     assert [row.seconds for row in profile.rows_of(ENCODE)] == [ENCODE_S]
 
 
+@pytest.mark.parametrize("encoders", [1, 2])
+async def test_encode_is_measured_on_ranks_with_encoders_and_steps_on_all_at_once(encoders: int) -> None:
+    tasks: list[Task] = []
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        tasks.append(task)
+        return quiet(shape, task, go)
+
+    pool = PoolConfig(num_ranks=4, encoder_ranks=encoders, degrees=(1, 2), max_batch=1)
+    executor = MeasuredExecutor(took, num_ranks=4)
+    profile = await measure(executor, CARD, pool, [SMALL], lambda done, total, text: None, share=1.0)
+    assert [row.seconds for row in profile.rows_of(ENCODE)] == [ENCODE_S]
+    ranks_of = {stage: {task.ranks for task in tasks if task.stage == stage} for stage in (ENCODE, DENOISE, DECODE)}
+    assert ranks_of[ENCODE] == {(rank,) for rank in range(encoders)}
+    assert ranks_of[DENOISE] == {*((rank,) for rank in range(4)), (0, 1), (2, 3)}
+    assert ranks_of[DECODE] == {(rank,) for rank in range(4)}
+
+
 async def test_a_first_run_that_compiles_is_neither_a_sample_nor_a_reason_for_fewer() -> None:
     seen: set[tuple[Shape, str, int]] = set()
     counts: Counter[tuple[str, int]] = Counter()

@@ -241,3 +241,38 @@ def test_a_profile_is_measured_of_the_same_options(monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(app, arguments)
     assert only_line(result) == "enough"
     assert told == [ExecutionConfig(compile=True, attention="native_math", vae_tiling=True)]
+
+
+def test_encoder_ranks_come_from_options_environment_or_file_and_go_with_offloading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[EngineConfig] = []
+
+    def run_server(config: ServerConfig, launch: Callable[[], Any], **settings: Any) -> int:
+        launch()
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+    monkeypatch.setattr("tetriserve.launch.launch", lambda config, progress: engines.append(config))
+    file = tmp_path / "c.toml"
+    file.write_text("ranks = 4\nencoder-ranks = 1\n")
+    assert run("--ranks", "4").exit_code == run("--config", file).exit_code == 0
+    assert run("--ranks", "4", "--encoder-ranks", "1", "--offload-text-encoders").exit_code == 0
+    assert run("--ranks", "4", env={"TETRISERVE_ENCODER_RANKS": "1"}).exit_code == 0
+    assert [engine.pool.encoder_ranks for engine in engines] == [None, 1, 1, 1]
+    assert [dict(engine.pool.stage_ranks.by_kind) for engine in engines] == [{}, *([{"encode": {0}}] * 3)]
+    assert [engine.execution.offload_text_encoders for engine in engines] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("value", ["two", "1.5", ""])
+def test_encoder_ranks_that_are_no_number_are_refused(value: str) -> None:
+    result = run("--encoder-ranks", value)
+    assert result.exit_code == 2
+    assert "--encoder-ranks" in result.stderr and "integer" in result.stderr
+
+
+def test_with_encoders_on_all_ranks_nothing_is_limited() -> None:
+    from tetriserve.config import PoolConfig
+
+    assert not PoolConfig(num_ranks=3, encoder_ranks=3).stage_ranks
+    assert not PoolConfig(num_ranks=3).stage_ranks
