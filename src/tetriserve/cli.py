@@ -448,11 +448,10 @@ def _progress() -> Iterator[StartProgress]:
 
 def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
     card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
-    memory = "".join(f"Memory: {held}.\n" for held in engine.memory)
     console.print(
         f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
         "Open it in a browser to watch the pool and to ask for pictures.\n"
-        f"{memory}Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
+        f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
         "A picture with a deadline of 5 seconds, saved as picture.png:\n"
     )
     key_header = ' -H "Authorization: Bearer $TETRISERVE_API_KEY"' if has_keys else ""

@@ -110,15 +110,12 @@ class Tracker:
     @property
     def first_deadline_s(self) -> float:
         """The earliest deadline of what is unfinished and can run on the living ranks; infinity for none."""
-        first_s = math.inf
+        first_s, ranks, stage_ranks = math.inf, self.ranks, self.stage_ranks
         for record in self.records.values():
-            deadline_s = record.trajectory.request.deadline_s
-            if (
-                deadline_s < first_s
-                and not record.is_cancelled
-                and can_serve(record.trajectory, self.ranks, self.stage_ranks)
-            ):
-                first_s = deadline_s
+            trajectory = record.trajectory
+            is_earlier = trajectory.request.deadline_s < first_s and not record.is_cancelled
+            if is_earlier and can_serve(trajectory, ranks, stage_ranks):
+                first_s = trajectory.request.deadline_s
         return first_s
 
     @property

@@ -139,6 +139,8 @@ def _timeline_of(state: State, now: float) -> Timeline:
     timeline = Timeline.of(
         now, len(state.idle_ranks), [(end_s, task.degree) for end_s, task in ends], resolution=resolution
     )
+    if not state.stage_ranks:
+        return timeline
     timeline.narrower = {
         kinds: Timeline.of(
             now,

@@ -33,7 +33,10 @@ def owed(state: State, now: float) -> Trajectory | None:
     """
     if state.late_credit_s <= 0:
         return None
-    servable = [each for each in state.trajectories if state.can_serve(each)]
+    if state.stage_ranks:
+        servable = [each for each in state.trajectories if state.can_serve(each)]
+    else:
+        servable = [each for each in state.trajectories if each.request.can_run_on(len(state.ranks))]
     head = min(servable, key=lambda trajectory: trajectory.request.deadline_s, default=None)
     if head is None or head.is_running or head.request.deadline_s + OVERDUE_S >= now:
         return None

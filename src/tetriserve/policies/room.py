@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from itertools import chain, combinations
 from typing import Protocol, TypeVar
 
@@ -26,23 +27,20 @@ class Room:
     Ranks that are taken are a number; which ones they are is decided as they are placed, out of those that the other
     kinds can spare. Any order of both is allowed. What is taken can always be placed: for any set of kinds, the ranks
     taken for them are no more than the idle ranks that may run one of them (Hall's theorem).
+
+    num_free: idle ranks that are not taken.
     """
 
     def __init__(self, idle: Iterable[int], stage_ranks: StageRanks = ANYWHERE) -> None:
         self._idle = set(idle)
-        self._num_taken = 0
+        self.num_free = len(self._idle)
         self._limits = stage_ranks.by_kind
         self._taken = dict.fromkeys(self._limits, 0)  # only what is limited counts by kind
-        self._unions = unions(stage_ranks)
+        self._unions: Mapping[frozenset[str], frozenset[int]] = unions(stage_ranks) if stage_ranks else {}
 
     @classmethod
     def of(cls, state: State) -> Room:
         return cls(state.idle_ranks, state.stage_ranks)
-
-    @property
-    def num_free(self) -> int:
-        """Idle ranks that are not taken."""
-        return len(self._idle) - self._num_taken
 
     def free_for(self, kind: str) -> int:
         """How many more ranks can be taken for stages of this kind."""
@@ -72,9 +70,14 @@ class Room:
 
     def give(self, kind: str, num_ranks: int) -> None:
         """Ranks that were taken for this kind are free again."""
-        self._num_taken -= num_ranks
+        self.num_free += num_ranks
         if kind in self._limits:
             self._taken[kind] -= num_ranks
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it depends on the kind of stage how many ranks can be taken."""
+        return bool(self._limits)
 
     def within(self, trajectories: Iterable[Trajectory]) -> int:
         """How many more ranks tasks of all these together can take, whatever each of them gets."""
@@ -92,8 +95,9 @@ class Room:
         else:
             placed = self._place_by_kind(wanted, team_s, preserve)
         self._idle.difference_update(*placed)
-        for (trajectory, degree), _ in zip(wanted, placed, strict=True):
-            self.give(trajectory.stage.kind, degree)
+        for trajectory, degree in wanted:
+            if trajectory.stage.kind in self._limits:
+                self._taken[trajectory.stage.kind] -= degree
         return placed
 
     def _place_by_kind(
@@ -130,7 +134,8 @@ class Room:
         return all(len(ranks & union) >= sum(taken[kind] for kind in kinds) for kinds, union in self._unions.items())
 
 
-def unions(stage_ranks: StageRanks) -> dict[frozenset[str], frozenset[int]]:
+@lru_cache(maxsize=64)
+def unions(stage_ranks: StageRanks) -> Mapping[frozenset[str], frozenset[int]]:
     """For each set of limited kinds, the ranks that may run one of them. Every other set of kinds has all ranks."""
     kinds = tuple(stage_ranks.by_kind)
     subsets = chain.from_iterable(combinations(kinds, size) for size in range(1, len(kinds) + 1))

@@ -133,7 +133,9 @@ class TetriServe:
         chosen: list[Choice] = []
         deferred: list[Candidate] = []
         for _, members in groupby(on_time, key=attrgetter("priority")):
-            able = [candidate for candidate in members if room.free_for(candidate.trajectory.stage.kind)]
+            able = list(members)
+            if room.is_limited:
+                able = [candidate for candidate in able if room.free_for(candidate.trajectory.stage.kind)]
             if not able:
                 continue
             packed, left = pack_candidates(able, room.within(one.trajectory for one in able), window)
