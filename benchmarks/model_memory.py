@@ -17,7 +17,7 @@ import torch
 import transformers
 
 _BYTES = 2
-Make = Callable[[], torch.nn.Module]
+Make = Callable[[], Any]
 
 
 def _sd3(num_layers: int, **options: Any) -> Make:
@@ -33,14 +33,14 @@ def _flux2(num_layers: int, num_single_layers: int, num_heads: int, text_width: 
     )  # fmt: skip
 
 
-def _vae() -> torch.nn.Module:
+def _vae() -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16,
     )  # fmt: skip
 
 
-def _t5_xxl() -> torch.nn.Module:
+def _t5_xxl() -> Any:
     return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
@@ -65,7 +65,7 @@ def _qwen3(width: int, mlp_width: int) -> Make:
     return lambda: transformers.Qwen3Model(config)
 
 
-def _qwen2_5_vl() -> torch.nn.Module:
+def _qwen2_5_vl() -> Any:
     text = {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -77,7 +77,7 @@ def _qwen2_5_vl() -> torch.nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _mistral3() -> torch.nn.Module:
+def _mistral3() -> Any:
     text = {
         "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768,
         "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
