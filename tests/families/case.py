@@ -35,17 +35,27 @@ class FamilyCase:
     """Of the last step's latents what the pipeline returns as `output_type="latent"`."""
     absent: tuple[str, ...] = ()
     """Components that the checkpoint leaves out; diffusers insists on being told."""
+    num_text_tokens: int = 64
+    """Fewer than the model's own: long texts take time."""
+    pictures: tuple[tuple[int, int], ...] = ()
+    """Height and width of pictures that the pipeline's own call takes as `image`, and whose tokens take part in steps:
+    the most that it takes."""
+    image_to_image: str | None = None
+    """The pipeline class that starts from a picture, of the same components."""
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """More requests to try, as fields, by name."""
 
 
-def call_pipeline(case: FamilyCase, pipeline: Any, request: Request, length: int, output_type: str) -> Any:
+def call_pipeline(
+    case: FamilyCase, pipeline: Any, request: Request, length: int, output_type: str, **options: Any
+) -> Any:
     """What the pipeline itself makes of a request: latents (1, ...), or a picture."""
     images = pipeline(
         **case.call(pipeline, request, length),
         num_inference_steps=request.num_schedule_steps,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type=output_type,
+        **options,
     ).images
     return images if output_type == "latent" else images[0]
 

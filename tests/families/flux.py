@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from tests.families.case import FamilyCase, bundled_tokenizer, randomised, tiny_
 from tetriserve.core.request import Request
 
 
-def build(path: Path) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def build(path: Path, pipeline_class: str = "FluxPipeline") -> None:
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     tokenizer, tokenizer_2 = bundled_tokenizer("tokenizer"), bundled_tokenizer("tokenizer_2")
@@ -21,7 +23,7 @@ def build(path: Path) -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     t5 = T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    FluxPipeline(
+    getattr(diffusers, pipeline_class)(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=tiny_vae(),
         text_encoder=randomised(CLIPTextModel(clip)),
@@ -49,4 +51,24 @@ def call(pipeline: Any, request: Request, length: int) -> Mapping[str, Any]:
     }
 
 
-FLUX = FamilyCase(name="flux", build=build, call=call, guided={"negative_prompt": "rain", "true_cfg_scale": 3.0})
+FLUX = FamilyCase(
+    name="flux",
+    build=build,
+    call=call,
+    guided={"negative_prompt": "rain", "true_cfg_scale": 3.0},
+    image_to_image="FluxImg2ImgPipeline",
+)
+
+
+def call_kontext(pipeline: Any, request: Request, length: int) -> Mapping[str, Any]:
+    """The pipeline brings every size to one area: its default is a million pixels."""
+    return {**call(pipeline, request, length), "max_area": request.shape.num_pixels}
+
+
+FLUX_KONTEXT = FamilyCase(
+    name="flux-kontext",
+    build=partial(build, pipeline_class="FluxKontextPipeline"),
+    call=call_kontext,
+    guided=FLUX.guided,
+    pictures=((200, 300),),
+)

@@ -57,11 +57,12 @@ def call(pipeline: Any, request: Request, length: int) -> Mapping[str, Any]:
 
 
 GUIDED = {"guidance_scale": 5.0}
-SD3 = FamilyCase(name="sd3", build=build, call=call, guided=GUIDED)
+SD3 = FamilyCase(name="sd3", build=build, call=call, guided=GUIDED, image_to_image="StableDiffusion3Img2ImgPipeline")
 SD3_WITHOUT_T5 = FamilyCase(
     name="sd3-without-t5",
     build=partial(build, has_t5=False),
     call=call,
     guided=GUIDED,
+    image_to_image="StableDiffusion3Img2ImgPipeline",
     absent=("text_encoder_3", "tokenizer_3"),
 )

@@ -17,26 +17,27 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
 from tests.families.case import FamilyCase, call_pipeline
-from tests.families.flux import FLUX
+from tests.families.flux import FLUX, FLUX_KONTEXT
 from tests.families.sd3 import SD3, SD3_WITHOUT_T5
 from tests.ranks import meet, results_of
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DENOISE, ENCODE
+from tetriserve.core.stages import DENOISE, ENCODE, ENCODE_IMAGE, INPUT, from_images
 from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.diffusion import DiffusionAdapter
 from tetriserve.models.family import Guidance
 from tetriserve.models.preview import PATCH, Latents, fit_basis, project
-from tetriserve.models.registry import family_of, load_adapter
+from tetriserve.models.registry import family_of, load_adapter, stages_of
 from tetriserve.worker.team.shm import ShmTeam
 
-CASES = {case.name: case for case in (FLUX, SD3, SD3_WITHOUT_T5)}
+CASES = {case.name: case for case in (FLUX, FLUX_KONTEXT, SD3, SD3_WITHOUT_T5)}
 NAMES = list(CASES)
 SMALL = Shape(64, 96)
 TOLERANCE = 1e-4
@@ -81,9 +82,9 @@ class Tiny:
         requests = [self.request(**fields)]
         return requests if self.case.guided is None else [*requests, self.guided(**fields)]
 
-    def called(self, request: Request, output_type: str, dtype: str = "float32") -> Any:
+    def called(self, request: Request, output_type: str, dtype: str = "float32", **options: Any) -> Any:
         length = request.max_sequence_length or self.card.num_text_tokens
-        return call_pipeline(self.case, self.pipeline(dtype), request, length, output_type)
+        return call_pipeline(self.case, self.pipeline(dtype), request, length, output_type, **options)
 
 
 def request_of(card: ModelCard, *, num_steps: int = 3, **fields: Any) -> Request:
@@ -104,7 +105,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def built(case: FamilyCase, path: Path) -> Tiny:
     case.build(path)
-    (path / "tetriserve.json").write_text(json.dumps({"dtype": "float32"}))
+    options = {"dtype": "float32", "max_sequence_length": case.num_text_tokens}
+    (path / "tetriserve.json").write_text(json.dumps(options))
     return Tiny(case, read_card(path))
 
 
@@ -151,6 +153,104 @@ def test_degree_1_has_the_bits_of_the_pipeline(tiny: Tiny, dtype: str) -> None:
         assert (pixels.shape, pixels.dtype) == ((request.shape.height, request.shape.width, 3), np.uint8)
         assert np.array_equal(pixels, np.asarray(tiny.called(request, "pil", dtype))), name
         assert pixels.std() > 1, f"{name}: a picture of one colour shows nothing"
+
+
+def starting_from(request: Request, image: np.ndarray, skipped_steps: int) -> Request:
+    """As intake makes it of a picture and a strength."""
+    stages = [
+        dataclasses.replace(stage, num_steps=stage.num_steps and stage.num_steps - skipped_steps)
+        for stage in request.stages
+    ]
+    return dataclasses.replace(
+        request, stages=from_images(stages, 1), skipped_steps=skipped_steps, images=(Shape(*image.shape[:2]),)
+    )
+
+
+def all_stages(adapter: DiffusionAdapter, request: Request, *images: np.ndarray) -> np.ndarray:
+    """The picture, by one task a stage and by one a step."""
+    pictures = {str(number): torch.from_numpy(image) for number, image in enumerate(images)}
+    member = Member(request, 0, {INPUT: pictures})
+    for stage in request.stages:
+        member.steps_done = 0
+        for _ in range(stage.num_steps or 1):
+            [left] = adapter.run(stage.kind, [member], min(1, stage.num_steps), lambda: None)
+            member.states = {**member.states, stage.kind: left.tensors}
+            member.steps_done += left.num_steps
+    return left.tensors["pixels"].numpy()
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Blocks of random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return np.ascontiguousarray(colours.repeat(8, 0).repeat(8, 1)[:height, :width])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_starts_from_a_picture_has_the_bits_of_the_image_to_image_pipeline(tiny: Tiny, dtype: str) -> None:
+    case, adapter, card = tiny.case, tiny.adapter(dtype), tiny.card
+    if case.image_to_image is None:
+        assert card.default_strength is None
+        return
+    pipeline = getattr(diffusers, case.image_to_image)(**tiny.pipeline(dtype).components)
+    pipeline.set_progress_bar_config(disable=True)
+    for request in tiny.requests(num_steps=5):
+        for image, strength, skipped_steps in (
+            (picture(64, 96), 1.0, 0),
+            (picture(50, 70, 1), 0.6, 2),
+            (picture(200, 90, 2), 0.25, 3),
+        ):
+            theirs = pipeline(
+                **case.call(pipeline, request, card.num_text_tokens),
+                image=Image.fromarray(image),
+                strength=strength,
+                num_inference_steps=5,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="pil",
+            ).images[0]
+            ours = all_stages(adapter, starting_from(request, image, skipped_steps), image)
+            assert np.array_equal(ours, np.asarray(theirs)), strength
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_sees_pictures_has_the_bits_of_the_pipeline(tiny: Tiny, dtype: str) -> None:
+    adapter, card, sizes = tiny.adapter(dtype), tiny.card, tiny.case.pictures
+    assert len(sizes) == (0 if card.default_strength is not None else card.max_images)
+    for number in range(max(1, card.min_images), len(sizes) + 1):
+        images = [picture(*size, seed) for seed, size in enumerate(sizes[:number])]
+        for request in tiny.requests():
+            theirs = tiny.called(request, "pil", dtype, image=[Image.fromarray(image) for image in images])
+            ours = all_stages(adapter, seeing(card, request, images), *images)
+            assert np.array_equal(ours, np.asarray(theirs)), number
+
+
+def test_members_that_see_pictures_and_ones_that_see_others_share_a_batch(tiny: Tiny) -> None:
+    adapter, card = tiny.adapter(), tiny.card
+    if card.default_strength is not None or not card.max_images:
+        return
+    size = tiny.case.pictures[0]
+    requests, members = [], []
+    for seed in range(2):
+        image = picture(*size, seed)
+        request = seeing(card, tiny.requests(seed=seed)[-1], [image])
+        member = Member(request, 0, {INPUT: {"0": torch.from_numpy(image)}})
+        for stage in (ENCODE, ENCODE_IMAGE):
+            member.states = {**member.states, stage: adapter.run(stage, [member], 0, lambda: None)[0].tensors}
+        requests.append(request)
+        members.append(member)
+    together = adapter.run(DENOISE, members, 3, lambda: None)
+    for member, left in zip(members, together, strict=True):
+        [alone] = adapter.run(DENOISE, [member], 3, lambda: None)
+        assert (left.tensors["latents"] - alone.tensors["latents"]).abs().max() < TOLERANCE
+    first, second = (left.tensors["latents"] for left in together)
+    assert (first - second).abs().max() > 1e-3
+
+
+def seeing(card: ModelCard, request: Request, images: Sequence[np.ndarray]) -> Request:
+    """As intake makes it."""
+    shapes = tuple(Shape(*image.shape[:2]) for image in images)
+    guidance = Guidance(request.guidance_scale, request.negative_prompt, request.true_cfg_scale)
+    stages = stages_of(card, request.shape, request.num_steps, guidance, shapes)
+    return dataclasses.replace(request, stages=stages, images=shapes)
 
 
 def test_prompts_seeds_and_guidance_matter(tiny: Tiny) -> None:

@@ -48,11 +48,13 @@ class Stage:
     kind: its family's name for it, which profiles and reports use too.
     num_steps: of a stage with steps, which tasks divide. 0: a short stage, which is one task.
     num_passes: forwards of the model that each step makes, or the whole of a short stage.
+    shape: it takes the time that an output of this shape would; None is the request's own.
     """
 
     kind: str
     num_steps: int = 0
     num_passes: int = 1
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class Request:
 
         Only they may share a task.
         """
-        passes = [(stage.kind, stage.num_passes) for stage in self.stages]
+        passes = [(stage.kind, stage.num_passes, stage.shape) for stage in self.stages]
         return self.shape, self.images, self.degrees, self.max_sequence_length, *passes
 
     @property

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.request import Stage
+from collections.abc import Sequence
+from dataclasses import replace
 
-ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
+from tetriserve.core.cluster import ANYWHERE, StageRanks
+
+from tetriserve.core.request import Shape, Stage
+
+ENCODE, ENCODE_IMAGE, DENOISE, DECODE = "encode", "encode_image", "denoise", "decode"
 INPUT = "input"
 """No stage: the name of the state that a request brings along, the pictures that came with its prompt."""
 
@@ -23,3 +27,19 @@ def image_stages(num_steps: int, num_passes: int = 1) -> tuple[Stage, ...]:
     num_passes: 2 where a second prompt takes part in guidance: both are encoded, and each step is made for both.
     """
     return Stage(ENCODE, 0, num_passes), Stage(DENOISE, num_steps, num_passes), Stage(DECODE)
+
+
+def from_images(
+    stages: Sequence[Stage], num_images: int, encoded: Shape | None = None, step: Shape | None = None
+) -> tuple[Stage, ...]:
+    """`stages` for a request that brings `num_images` pictures: they are encoded after its prompt.
+
+    encoded: of the first, as it is encoded; None is the output's.
+    step: takes as long in each step as the output and the pictures together; None where they take no part in steps.
+    """
+    prompt, *others = stages
+    return (
+        prompt,
+        Stage(ENCODE_IMAGE, 0, num_images, encoded),
+        *(replace(stage, shape=step) if stage.kind == DENOISE else stage for stage in others),
+    )

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Request, Shape, Stage
+from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Guidance
-from tetriserve.models.registry import family_of
+from tetriserve.models.registry import family_of, stages_of
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.slo import MultipleRule
 
@@ -20,6 +21,8 @@ MAX_SEED = 2**63 - 1
 MAX_SLO_S = 24 * 3600.0
 MAX_PRIORITY = 1_000_000
 DEFAULT_TRUE_CFG_SCALE = 4.0
+_ANY = (None, "auto")
+"""Sizes that leave the choice to the server."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 """Files of the tensor store begin with it, and what follows begins with a dot."""
 
@@ -29,7 +32,8 @@ class Generation:
     """What a client may say about one image; None leaves the choice to the server.
 
     `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests: 1 to 128
-    letters and digits of ASCII, `-` and `_`.
+    letters and digits of ASCII, `-` and `_`. `images` come with the prompt; where the picture starts from one,
+    `strength` is how much of the noise is added to it, 0 to 1.
     """
 
     prompt: str = field(repr=False)
@@ -45,6 +49,8 @@ class Generation:
     request_id: str | None = None
     max_sequence_length: int | None = None
     degrees: tuple[int, ...] | None = None
+    images: tuple[InputPicture, ...] = ()
+    strength: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +77,17 @@ class Intake:
         Raises:
             InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
-        shape = self._shape(generation.size)
-        num_steps = _in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps)
+        images = self._images(generation)
+        shape = self._shape(self._size_like(images[0]) if images and generation.size in _ANY else generation.size)
+        num_steps = int(_in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps))
+        skipped_steps = self._skipped_steps(generation, num_steps)
         guidance = self._guidance(generation)
         degrees = self._degrees(generation.degrees, shape)
         request = Request(
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._short_enough("prompt", generation.prompt),
             shape=shape,
-            stages=family_of(self.card).stages(self.card, int(num_steps), guidance),
+            stages=self._stages(shape, num_steps - skipped_steps, guidance, images),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
             arrival_s=now,
             deadline_s=math.inf,
@@ -89,6 +97,8 @@ class Intake:
             priority=int(_in_range("priority", generation.priority, 0, -MAX_PRIORITY, MAX_PRIORITY)),
             max_sequence_length=self._text_length(generation.max_sequence_length),
             degrees=generation.degrees and degrees,
+            skipped_steps=skipped_steps,
+            images=images,
         )
         slo_s = generation.slo_s
         if slo_s is None:
@@ -98,7 +108,7 @@ class Intake:
         return replace(request, deadline_s=now + slo_s)
 
     def _shape(self, size: str | None) -> Shape:
-        if size is None or size == "auto":
+        if size in _ANY:
             return self.sizes[0]
         try:
             shape = Shape.parse(size)
@@ -120,6 +130,65 @@ class Intake:
         if max(shape.height, shape.width) > (most := min(2 * longest, self.card.max_side)):
             raise InvalidRequest(f"size {size!r}: no side may be longer than {most}", "size")
         return shape
+
+    def _images(self, generation: Generation) -> tuple[Shape, ...]:
+        card, number = self.card, len(generation.images)
+        if number > card.max_images or number < card.min_images:
+            if card.max_images == 0:
+                raise InvalidRequest(f"{card.name} takes no pictures", "image")
+            least, most = card.min_images, card.max_images
+            allowed = f"{most}" if least == most else f"{least} to {most}"
+            raise InvalidRequest(f"{number} pictures came with the prompt; {card.name} takes {allowed}", "image")
+        for image in generation.images:
+            if min(image.shape.height, image.shape.width) < card.size_multiple:
+                allowed = f"allowed: at least {card.size_multiple} pixels a side"
+                raise InvalidRequest(f"a picture of {image.shape} came along; {allowed}", "image")
+        return tuple(image.shape for image in generation.images)
+
+    def _size_like(self, image: Shape) -> str:
+        """The size that is served and nearest to a picture's, of nearly its proportions."""
+        multiple, (low, high) = self.card.size_multiple, (self.shapes[0].num_pixels, self.shapes[-1].num_pixels)
+        longest = min(2 * max(max(shape.height, shape.width) for shape in self.shapes), self.card.max_side)
+        scale = math.sqrt(min(max(image.num_pixels, low), high) / image.num_pixels)
+        height, width = (
+            min(max(round(side * scale / multiple), 1), longest // multiple) for side in (image.height, image.width)
+        )
+        while height * width * multiple**2 > high:
+            height, width = (height - 1, width) if height > width else (height, width - 1)
+        while height * width * multiple**2 < low:
+            height, width = (height + 1, width) if height < width else (height, width + 1)
+        return f"{width * multiple}x{height * multiple}"
+
+    def _skipped_steps(self, generation: Generation, num_steps: int) -> int:
+        """As diffusers' image-to-image pipelines count (`get_timesteps`)."""
+        default = self.card.default_strength
+        if default is None or not generation.images:
+            if generation.strength is not None:
+                why = f"{self.card.name} does not start from a picture" if default is None else "no picture came along"
+                raise InvalidRequest(f"strength is {generation.strength:g}, but {why}", "strength")
+            return 0
+        strength = _in_range("strength", generation.strength, default, 0.0, 1.0)
+        skipped = int(max(num_steps - min(num_steps * strength, num_steps), 0))
+        if skipped == num_steps:
+            raise InvalidRequest(
+                f"strength is {strength:g}, which leaves none of {num_steps} steps; allowed: from {1 / num_steps:.2g}",
+                "strength",
+            )
+        return skipped
+
+    def _stages(self, shape: Shape, num_steps: int, guidance: Guidance, images: Sequence[Shape]) -> tuple[Stage, ...]:
+        stages = stages_of(self.card, shape, num_steps, guidance, images)
+        for stage in stages:
+            if stage.shape is not None and not self._covers(stage.shape):
+                raise InvalidRequest(
+                    f"a step of {shape} with the pictures that came along is over {stage.shape.num_pixels} pixels; "
+                    f"allowed: {self.shapes[0].num_pixels} to {self.shapes[-1].num_pixels}",
+                    "size",
+                )
+        return stages
+
+    def _covers(self, shape: Shape) -> bool:
+        return self.shapes[0].num_pixels <= shape.num_pixels <= self.shapes[-1].num_pixels
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

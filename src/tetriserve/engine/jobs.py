@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tetriserve.core.errors import KeyReused, RequestFailed
@@ -274,10 +274,11 @@ class Jobs:
 
 def digest_of(generations: Sequence[Generation]) -> str:
     """Of what pictures depend on: all that a client may say about them but deadline, priority and its name."""
-    said = [
-        {name: value for name, value in asdict(generation).items() if name not in _FREE_FIELDS}
-        for generation in generations
-    ]
+    said = []
+    for generation in generations:
+        fields = asdict(replace(generation, images=()))
+        fields |= {"images": [image.digest for image in generation.images]}
+        said.append({name: value for name, value in fields.items() if name not in _FREE_FIELDS})
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

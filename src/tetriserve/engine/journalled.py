@@ -17,6 +17,7 @@ from dataclasses import replace
 from tetriserve.core.errors import JournalError, RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind, Submitted
 from tetriserve.core.request import Request
+from tetriserve.core.stages import INPUT
 from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.jobs import Job, Jobs, Known, Tell
@@ -106,13 +107,14 @@ class JournalledJobs(Jobs):
     ) -> list[GeneratedImage]:
         accepted: list[str] = []
 
-        async def accept(requests: Sequence[Request]) -> None:
-            entry = self._entry(key, known.digest, requests)
+        async def accept(arriving: Sequence[Submitted]) -> None:
+            entry = self._entry(key, known.digest, [event.request for event in arriving])
             known.name = entry.name
-            await asyncio.wrap_future(self.journal.accept(entry))
-            for request in requests:
-                accepted.append(request.request_id)
-                self._courses.follow(request)
+            begin = {event.request.request_id: event.checkpoint for event in arriving}
+            await asyncio.wrap_future(self.journal.accept(entry, begin, self._executor.states))
+            for event in arriving:
+                accepted.append(event.request.request_id)
+                self._courses.follow(event.request, checkpoint=event.checkpoint)
 
         try:
             admitted = await self.engine.admit(generations, self._watch(range(len(generations)), tell), accept)
@@ -198,6 +200,10 @@ class JournalledJobs(Jobs):
             for request in requests:
                 course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
                 checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.states))
+                if request.images and (checkpoint is None or INPUT not in checkpoint.states):
+                    raise RequestFailed(
+                        "the pictures that came with this request cannot be read any more; send it again with a new key"
+                    )
                 self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
                 if checkpoint is not None:
                     checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))

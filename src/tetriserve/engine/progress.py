@@ -44,7 +44,7 @@ class Progress:
 Watcher = Callable[[int, Progress | GeneratedImage], None]
 """Hears of one of several images, counted from 0, on the event loop. It should be quick: the pool waits."""
 
-Accept = Callable[[Sequence[Request]], Awaitable[None]]
+Accept = Callable[[Sequence[Submitted]], Awaitable[None]]
 """Makes an acceptance last, before anything runs."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,10 +128,28 @@ class Journal:
         loaded, self._loaded = self._loaded, []
         return loaded
 
-    def accept(self, entry: Entry) -> Future[None]:
+    def accept(
+        self, entry: Entry, begin: Mapping[str, Checkpoint | None] | None = None, store: StateStore | None = None
+    ) -> Future[None]:
+        """`begin`: what each request brings along in `store`, by request id; it is kept from now on.
+
+        Raises (in the future): JournalError, also if that is gone from the store.
+        """
+
         def work(batch: Batch) -> None:
             batch.put(entry)
-            self._courses.update({name: Course(request_id=name) for name in entry.request_ids})
+            for name in entry.request_ids:
+                course = Course(request_id=name)
+                checkpoint = (begin or {}).get(name)
+                if checkpoint is not None:
+                    assert store is not None
+                    states = {
+                        stage: KeptTensors(ref.key, self._directory.write(ref.key, store.get(ref)))
+                        for stage, ref in checkpoint.states.items()
+                    }
+                    course = replace(course, states=states)
+                    batch.put(course)
+                self._courses[name] = course
 
         return self._writer.submit(work)
 

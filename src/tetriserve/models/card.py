@@ -46,6 +46,9 @@ class ModelCard:
     guides_by_passes: whether `guidance_scale` above 1 takes a second pass at each step, for the negative prompt or an
         empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
     max_side: the longest height or width, in pixels.
+    min_images, max_images: pictures that a request brings along.
+    default_strength: how much of the noise is added to a picture from which a request starts, 0 to 1; None for a model
+        whose steps see the pictures beside the latents.
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
     stamp: changes whenever a file of the checkpoint does.
     """
@@ -67,6 +70,9 @@ class ModelCard:
     fingerprint: str
     guides_by_passes: bool = False
     max_side: int = MAX_SIDE
+    min_images: int = 0
+    max_images: int = 0
+    default_strength: float | None = None
     aliases: tuple[str, ...] = ()
     stamp: str = ""
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from PIL import Image
 
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE, INPUT
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, INPUT
 from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.loading import held_bytes, load_pipeline
@@ -41,10 +42,8 @@ class DenoiseLoop:
     """
 
     def __init__(self, adapter: DiffusionAdapter, request: Request, encoded: Tensors, steps_done: int) -> None:
-        scheduler = adapter.pipeline.scheduler
         self._adapter = adapter
-        self._scheduler: Any = type(scheduler).from_config(scheduler.config)
-        self._timesteps_N = adapter.set_timesteps(self._scheduler, request)
+        self._scheduler, self._timesteps_N = adapter.schedule(request)
         self.request = request
         self.encoded = encoded
         self.inputs = adapter.inputs(request, encoded)
@@ -146,16 +145,24 @@ class DiffusionAdapter(ABC):
         """How many tokens the prompt has, those that mark its ends included, and whether an encoder cuts it."""
 
     @abstractmethod
-    def initial_latents(self, request: Request) -> torch.Tensor:
-        """Noise, from the request's seed alone."""
+    def noise(self, request: Request, generator: torch.Generator) -> torch.Tensor:
+        """What the request's latents begin as, but for a picture."""
 
+    @torch.no_grad()
     def encode_images(self, request: Request, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Of pictures (H, W, 3), uint8: `initial_latents` to start from, or what else the forwards need of them.
+        """Of pictures (H, W, 3), uint8, what the steps need.
 
-        Raises:
-            ValueError: the family takes no pictures.
+        Here `initial_latents`: those of the only picture, with noise, as the family's image-to-image pipeline has them.
         """
-        raise ValueError(f"{self.card.name} takes no pictures")
+        [image] = images
+        generator, shape = self.generator(request), request.shape
+        picture = Image.fromarray(image.cpu().numpy())
+        image_BCHW = self.pipeline.image_processor.preprocess(picture, height=shape.height, width=shape.width)
+        clean = self.encode_pixels(image_BCHW.to(self.device, self.dtype), generator)
+        scheduler, timesteps_N = self.schedule(request)
+        scheduler.set_begin_index(request.skipped_steps)
+        first_B = timesteps_N[request.skipped_steps][None]
+        return {"initial_latents": scheduler.scale_noise(clean, first_B, self.noise(request, generator))}
 
     @abstractmethod
     def set_timesteps(self, scheduler: Any, request: Request) -> torch.Tensor:
@@ -180,8 +187,11 @@ class DiffusionAdapter(ABC):
         """The image (B, 3, H, W) as the VAE draws it, -1 to 1."""
 
     @abstractmethod
-    def encode_pixels(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """Latents without noise, of an image (B, 3, H, W) from -1 to 1."""
+    def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Latents without noise, of an image (B, 3, H, W) from -1 to 1.
+
+        generator: draws them from the distribution that the VAE gives; without it they are the most likely.
+        """
 
     def sequence_parallel(self) -> SequenceParallel:
         """How the transformer's steps are divided among ranks."""
@@ -213,9 +223,10 @@ class DiffusionAdapter(ABC):
         """See `Adapter.run`. Latents come with their `noise_level`; decode leaves `pixels` (H, W, 3)."""
         if stage == ENCODE:
             return [
-                Left(self.encode(one.request, one.states.get(INPUT, {})), text=self.count_text(one.request))
-                for one in members
+                Left(self.encode(one.request, _pictures(one)), text=self.count_text(one.request)) for one in members
             ]
+        if stage == ENCODE_IMAGE:
+            return [Left(self.encode_images(one.request, _pictures(one))) for one in members]
         if stage == DENOISE:
             return self._denoise(members, num_steps, on_step, joins_passes)
         if stage == DECODE:
@@ -223,19 +234,27 @@ class DiffusionAdapter(ABC):
         raise ValueError(f"this model has no stage {stage!r}")
 
     @torch.no_grad()
-    def encode(self, request: Request, images: Tensors | None = None) -> Tensors:
+    def encode(self, request: Request, images: Sequence[torch.Tensor] = ()) -> Tensors:
         """The embeddings of the prompt, and with two passes those of the negative prompt as `negative_...`.
 
-        With `images`, (H, W, 3) uint8 by number, also what `encode_images` makes of them.
+        images: pictures that came with it, (H, W, 3) uint8, for text encoders that see.
         """
         length = request.max_sequence_length or self.card.num_text_tokens
         embeds = self.encode_prompt(request.prompt, length)
         if request.stepped.num_passes == 2:
             negative = self.encode_prompt(request.negative_prompt or "", length)
             embeds |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
-        if images:
-            embeds |= self.encode_images(request, [images[str(number)] for number in range(len(images))])
         return embeds
+
+    @torch.no_grad()
+    def initial_latents(self, request: Request) -> torch.Tensor:
+        """Noise, from the request's seed alone."""
+        return self.noise(request, self.generator(request))
+
+    def schedule(self, request: Request) -> tuple[Any, torch.Tensor]:
+        """A scheduler for the request alone, and its timesteps (N,)."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        return scheduler, self.set_timesteps(scheduler, request)
 
     def denoise_loop(self, request: Request, encoded: Tensors, steps_done: int) -> DenoiseLoop:
         """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps)."""
@@ -316,13 +335,13 @@ class DiffusionAdapter(ABC):
     def _latents_of(self, member: Member) -> torch.Tensor:
         if member.steps_done:
             return member.states[DENOISE]["latents"]
-        initial = member.states[ENCODE].get("initial_latents")
+        initial = _encoded(member).get("initial_latents")
         return self.initial_latents(member.request) if initial is None else initial
 
     def _loop_of(self, member: Member) -> DenoiseLoop:
         loop: DenoiseLoop | None = member.memo.get("loop")
         if loop is None or loop.request != member.request:
-            return self.denoise_loop(member.request, member.states[ENCODE], member.steps_done)
+            return self.denoise_loop(member.request, _encoded(member), member.steps_done)
         loop.go_to(member.steps_done)  # it may have stayed behind, or stand where a task failed
         return loop
 
@@ -363,6 +382,23 @@ class DiffusionAdapter(ABC):
             )
 
 
+def _encoded(member: Member) -> Tensors:
+    """What its prompt and its pictures have become."""
+    return {**member.states[ENCODE], **member.states.get(ENCODE_IMAGE, {})}
+
+
+def _pictures(member: Member) -> list[torch.Tensor]:
+    """Those that came with the request, (H, W, 3), uint8."""
+    pictures = member.states.get(INPUT, {})
+    return [pictures[str(number)] for number in range(len(pictures))]
+
+
 def num_text_tokens(tokenizer: Any, text: str) -> int:
     """Those that mark its ends included. The tokenizer's warning of long texts, which quotes none, is left out."""
     return len(tokenizer(text, verbose=False).input_ids)
+
+
+def drawn(distribution: Any, generator: torch.Generator | None) -> torch.Tensor:
+    """Latents of a VAE's distribution; see `DiffusionAdapter.encode_pixels`."""
+    latents: torch.Tensor = distribution.mode() if generator is None else distribution.sample(generator)
+    return latents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ class Guidance:
     true_cfg_scale: float = 1.0
 
 
+def _no_conditions(card: ModelCard, images: Sequence[Shape]) -> tuple[Shape, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The facts of one family; its folder has them in `facts.py`, and its adapter in `adapter.py`.
@@ -32,6 +36,7 @@ class Family:
         class and `model_index.json`. Raises CheckpointError.
     num_tokens: image tokens of one step, of a shape.
     stages: what a request of so many steps goes through.
+    condition_shapes: pictures of the given shapes, as they take part in steps.
     """
 
     name: str
@@ -42,3 +47,4 @@ class Family:
     read: Callable[[Path, str, Mapping[str, Any]], ModelCard]
     num_tokens: Callable[[ModelCard, Shape], int]
     stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
+    condition_shapes: Callable[[ModelCard, Sequence[Shape]], tuple[Shape, ...]] = _no_conditions

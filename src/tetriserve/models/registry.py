@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.core.request import Request, Shape, Stage
+from tetriserve.core.stages import from_images
 from tetriserve.models.card import ModelCard
-from tetriserve.models.family import Family
+from tetriserve.models.family import Family, Guidance
 from tetriserve.models.flux.facts import FLUX
+from tetriserve.models.flux_kontext.facts import FLUX_KONTEXT
 from tetriserve.models.sd3.facts import SD3
 
 if TYPE_CHECKING:
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX, SD3)
+FAMILIES = (FLUX, FLUX_KONTEXT, SD3)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
@@ -36,6 +40,34 @@ def find_family(pipeline_class: str) -> Family:
 def family_of(card: ModelCard) -> Family:
     """The rules that go with the card's values."""
     return _BY_NAME[card.family]
+
+
+def stages_of(
+    card: ModelCard, shape: Shape, num_steps: int, guidance: Guidance, images: Sequence[Shape] = ()
+) -> tuple[Stage, ...]:
+    """What a request of `num_steps` steps goes through that brings pictures of the shapes `images`."""
+    family = family_of(card)
+    stages = family.stages(card, num_steps, guidance)
+    if not images:
+        return stages
+    conditions = family.condition_shapes(card, images)
+    if not conditions:
+        return from_images(stages, 1)
+    num_pixels = sum(each.num_pixels for each in (shape, *conditions))
+    together = Shape(card.size_multiple, num_pixels // card.size_multiple)
+    return from_images(stages, len(images), conditions[0], together)
+
+
+def dummy_request(
+    card: ModelCard, shape: Shape, request_id: str, num_steps: int, images: Sequence[Shape] = ()
+) -> Request:
+    """One to measure or to warm up with: a pass a step. Pictures of the shapes `images` come along."""
+    guidance = Guidance(card.one_pass_scale)
+    return Request(
+        request_id=request_id, prompt="a picture", shape=shape, images=tuple(images),
+        stages=stages_of(card, shape, num_steps, guidance, images), seed=0, arrival_s=0.0, deadline_s=0.0,
+        guidance_scale=guidance.scale,
+    )  # fmt: skip
 
 
 def load_adapter(

@@ -48,7 +48,7 @@ class ProfileCost:
         Raises:
             ProfileError: the profile has no such stage, or the shape lies outside the measured range.
         """
-        key = stage.kind, request.shape, stage.num_passes, request.degrees, batch
+        key = stage.kind, stage.shape or request.shape, stage.num_passes, request.degrees, batch
         times = self._memo.get(key)
         if times is None:
             make_room(self._memo)
@@ -56,14 +56,14 @@ class ProfileCost:
         return times
 
     def _times(self, request: Request, stage: Stage, batch: int) -> dict[int, float]:
-        cases = self._cases(stage.kind, request.shape, batch)
+        cases = self._cases(stage.kind, stage.shape or request.shape, batch)
         if stage.num_steps and request.degrees is not None:
             cases = [case for case in cases if case.degree in request.degrees]
         return {case.degree: self._passes_s(case, stage.num_passes) * self.corrections.of(case) for case in cases}
 
     def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
         """See `CostModel.joins_passes`: where the batch that they make together was measured, and is quicker."""
-        case = Case(stage.kind, self._sized(stage.kind, request.shape), degree, batch)
+        case = Case(stage.kind, self._sized(stage.kind, stage.shape or request.shape), degree, batch)
         return self._passes_s(case, stage.num_passes) < stage.num_passes * self._profiled_s(case)
 
     def _passes_s(self, case: Case, num_passes: int) -> float:
@@ -114,7 +114,7 @@ class ProfileCost:
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
         stage = request.stage_of(task.stage)
-        case = Case(stage.kind, self._sized(stage.kind, request.shape), task.degree, task.batch)
+        case = Case(stage.kind, self._sized(stage.kind, stage.shape or request.shape), task.degree, task.batch)
         profiled_s = max(1, task.num_steps) * self._passes_s(case, stage.num_passes)
         corrections = self.corrections.after(case, elapsed_s / profiled_s)
         memo = {

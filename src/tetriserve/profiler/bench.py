@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.errors import TetriServeError
-from tetriserve.core.events import Event, StartTask, TaskFailed, TaskFinished, Work
+from tetriserve.core.events import Event, StartTask, States, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
+from tetriserve.engine.pictures import InputPicture, put_pictures
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
-from tetriserve.models.family import Guidance
-from tetriserve.models.registry import family_of
+from tetriserve.models.registry import dummy_request
 
 
 @dataclass
@@ -44,14 +44,21 @@ class Bench:
         self.executor.subscribe(self._on_event)
 
     def request(self, card: ModelCard, shape: Shape, num_steps: int) -> Request:
-        guidance = Guidance(card.one_pass_scale)
-        request = Request(
-            request_id=f"profile-{next(self._ids)}", prompt="a measured picture", shape=shape,
-            stages=family_of(card).stages(card, num_steps, guidance), seed=0, arrival_s=0.0, deadline_s=0.0,
-            guidance_scale=guidance.scale,
-        )  # fmt: skip
-        self._work[request.request_id] = Work(request, 0, 0, {})
+        """Without pictures, of which intake alone insists: the output alone takes part in its steps."""
+        return self._request(card, shape, num_steps, [])
+
+    def request_with_picture(self, card: ModelCard, shape: Shape) -> Request:
+        return self._request(card, shape, 1, [shape] * max(1, card.min_images))
+
+    def _request(self, card: ModelCard, shape: Shape, num_steps: int, images: Sequence[Shape]) -> Request:
+        request = dummy_request(card, shape, f"profile-{next(self._ids)}", num_steps, images)
+        states = self._put_black(request) if images else {}
+        self._work[request.request_id] = Work(request, 0, 0, states)
         return request
+
+    def _put_black(self, request: Request) -> States:
+        pictures = [InputPicture(shape, bytes(3 * shape.num_pixels)) for shape in request.images]
+        return put_pictures(self.executor.states, request, pictures).states
 
     async def encode(self, request: Request, rank: int) -> None:
         """On `rank`, or where that may not encode on one that may."""
@@ -63,6 +70,9 @@ class Bench:
 
     async def denoise(self, requests: Sequence[Request], ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
         return await self._run(requests, DENOISE, ranks, num_steps)
+
+    async def encode_image(self, request: Request, rank: int) -> TaskFinished:
+        return await self._run([request], ENCODE_IMAGE, (rank,))
 
     async def decode(self, request: Request, rank: int) -> TaskFinished:
         return await self._run([request], DECODE, (rank,))

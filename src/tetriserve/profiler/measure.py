@@ -6,15 +6,15 @@ import asyncio
 import datetime
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.cost import pays
 from tetriserve.core.events import TaskFinished
-from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.request import Request, Shape
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
 from tetriserve.models.registry import family_of
@@ -80,6 +80,7 @@ async def measure(
         rows=(
             Row(stage=ENCODE, seconds=statistics.median(s for times in best.values() for s in times.encode_s)),
             *(row for shape in shapes for row in best[shape].denoise),
+            *(row for shape in shapes if (row := best[shape].encode_image) is not None),
             *(best[shape].decode for shape in shapes),
         ),
         doubt=doubt,
@@ -93,6 +94,7 @@ class _ShapeTimes:
 
     denoise: list[Row]
     decode: Row
+    encode_image: Row | None
     encode_s: list[float]
     switch_s: list[float]
     doubt: str
@@ -134,7 +136,8 @@ async def _time_shapes(
     for number in range(1 + _MAX_REPEATS):
         num_batches = len(_batches(pool))
         degrees = [card.valid_degrees(pool.degrees) for shape in waiting]
-        count.expect(sum(len(each) + num_batches + 1 for each in degrees))
+        num_short = 2 if card.max_images else 1
+        count.expect(sum(len(each) + num_batches + num_short for each in degrees))
         for shape in waiting:
             times = await _time_shape(bench, card, shape, pool, share, count)
             best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
@@ -173,9 +176,18 @@ async def _time_shape(
     count.next(what)
     decode, samples = await _time_decode(bench, card, shape, pool.num_ranks)
     judge(what, samples, 1)
+    encode_image = None
+    if card.max_images:
+        if card.min_images:
+            bench.encode_s = []  # a text without a picture takes less time
+        what = f"encoding a picture of {shape}"
+        count.next(what)
+        encode_image, samples = await _time_encode_image(bench, card, shape, pool.num_ranks)
+        judge(what, samples, 1)
     return _ShapeTimes(
-        denoise=denoise, decode=decode, encode_s=bench.encode_s, switch_s=bench.switch_s, doubt=next(iter(doubts), "")
-    )
+        denoise=denoise, decode=decode, encode_image=encode_image, encode_s=bench.encode_s, switch_s=bench.switch_s,
+        doubt=next(iter(doubts), ""),
+    )  # fmt: skip
 
 
 def _batches(pool: PoolConfig) -> list[int]:
@@ -250,17 +262,36 @@ async def _time_decode(bench: Bench, card: ModelCard, shape: Shape, num_ranks: i
     requests = [bench.request(card, shape, _NUM_STEPS) for _ in range(num_ranks)]
     await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
     await asyncio.gather(*(bench.denoise([request], (rank,), 1) for rank, request in enumerate(requests)))
+    return await _time_short(bench, DECODE, shape, requests, bench.decode)
+
+
+async def _time_encode_image(
+    bench: Bench, card: ModelCard, shape: Shape, num_ranks: int
+) -> tuple[Row, list[TaskFinished]]:
+    """Of one picture, after its text."""
+    requests = [bench.request_with_picture(card, shape) for _ in range(num_ranks)]
+    await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
+    return await _time_short(bench, ENCODE_IMAGE, shape, requests, bench.encode_image)
+
+
+async def _time_short(
+    bench: Bench,
+    stage: str,
+    shape: Shape,
+    requests: Sequence[Request],
+    run_one: Callable[[Request, int], Awaitable[TaskFinished]],
+) -> tuple[Row, list[TaskFinished]]:
+    """A stage without steps, on all ranks at once."""
 
     async def run() -> list[TaskFinished]:
-        return await asyncio.gather(*(bench.decode(request, rank) for rank, request in enumerate(requests)))
+        return await asyncio.gather(*(run_one(request, rank) for rank, request in enumerate(requests)))
 
     first = await run()  # also allocates
     is_slow = max(finished.elapsed_s for finished in first) > _SLOW_STEP_S
     samples = [each for _ in range(1 if is_slow else _NUM_SAMPLES) for each in await run()]
     bench.forget(requests)
-    decode_s = statistics.median(sample.elapsed_s for sample in samples)
-    row = Row(stage=DECODE, height=shape.height, width=shape.width, frames=shape.frames, seconds=decode_s)
-    return row, samples
+    seconds = statistics.median(sample.elapsed_s for sample in samples)
+    return Row(stage=stage, height=shape.height, width=shape.width, frames=shape.frames, seconds=seconds), samples
 
 
 async def _time_moves(bench: Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:

@@ -27,8 +27,7 @@ from tetriserve.core.messages import (
 )
 from tetriserve.core.request import Request
 from tetriserve.logs import set_up_logging
-from tetriserve.models.family import Guidance
-from tetriserve.models.registry import family_of
+from tetriserve.models.registry import dummy_request
 from tetriserve.worker.lifeline import hold
 from tetriserve.worker.parent import follow_server
 from tetriserve.worker.spec import WorkerSpec
@@ -177,8 +176,4 @@ def _team_of(spec: WorkerSpec) -> ShmTeam:
 def _warm_up_request(spec: WorkerSpec) -> Request:
     card = spec.card
     smallest = min(card.sizes, key=lambda shape: shape.num_pixels)
-    guidance = Guidance(card.one_pass_scale)
-    return Request(
-        request_id="warm-up", prompt="warm-up", shape=smallest, seed=0, arrival_s=0.0, deadline_s=0.0,
-        stages=family_of(card).stages(card, 1, guidance), guidance_scale=guidance.scale,
-    )  # fmt: skip
+    return dummy_request(card, smallest, "warm-up", 1, [smallest] if card.max_images else [])

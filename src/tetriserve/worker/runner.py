@@ -11,6 +11,7 @@ import torch
 from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef, Work
 from tetriserve.core.messages import RunTask, TaskDone, TaskError
 from tetriserve.core.request import Request
+from tetriserve.core.stages import INPUT
 from tetriserve.core.states import StateGone
 from tetriserve.logs import fields
 from tetriserve.models.adapter import Adapter, Left, Member, Tensors
@@ -100,7 +101,8 @@ class Runner:
             gives: kinds of stage that other ranks lack.
             timeout_s: how long to wait; after that the rank serves without having run what follows.
         """
-        states: dict[str, Tensors] = {}
+        black = [torch.zeros(each.height, each.width, 3, dtype=torch.uint8) for each in request.images]
+        states: dict[str, Tensors] = {INPUT: {str(number): each for number, each in enumerate(black)}}
         for stage in request.stages:
             if stage.kind in lacks:
                 others = self._await(_WARM_UP_KEY.format(stage.kind), timeout_s)

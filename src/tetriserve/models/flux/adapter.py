@@ -16,11 +16,13 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import Branch, DiffusionAdapter, num_text_tokens
+from tetriserve.models.diffusion import Branch, DiffusionAdapter, drawn, num_text_tokens
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
+    """Positions of image and text tokens, and the scale of distilled guidance."""
+
     img_ids_SA: torch.Tensor
     txt_ids_LA: torch.Tensor
     guidance_B: torch.Tensor | None
@@ -46,11 +48,10 @@ class FluxAdapter(DiffusionAdapter):
         is_cut = num_tokens > length or num_clip_tokens > self.pipeline.tokenizer_max_length
         return TextCount(num_tokens, is_cut)
 
-    @torch.no_grad()
-    def initial_latents(self, request: Request) -> torch.Tensor:
+    def noise(self, request: Request, generator: torch.Generator) -> torch.Tensor:
         shape, num_channels = request.shape, self.pipeline.transformer.config.in_channels // 4
         latents_BSC, _ = self.pipeline.prepare_latents(
-            1, num_channels, shape.height, shape.width, self.dtype, self.device, self.generator(request)
+            1, num_channels, shape.height, shape.width, self.dtype, self.device, generator
         )
         return latents_BSC  # type: ignore[no-any-return]
 
@@ -67,21 +68,18 @@ class FluxAdapter(DiffusionAdapter):
         timesteps_N, _ = retrieve_timesteps(scheduler, num_steps, self.device, sigmas=sigmas_N, mu=shift)
         return timesteps_N  # type: ignore[no-any-return]
 
-    def inputs(self, request: Request, encoded: Tensors) -> _Inputs:
-        side, shape = self.card.pixels_per_token, request.shape
-        img_ids_SA = self.pipeline._prepare_latent_image_ids(
-            1, shape.height // side, shape.width // side, self.device, self.dtype
-        )
+    def inputs(self, request: Request, encoded: Tensors) -> Inputs:
+        img_ids_SA = self._image_ids(request.shape)
         txt_ids_LA = torch.zeros(encoded["prompt_embeds"].shape[1], 3, device=self.device, dtype=self.dtype)
         guidance_B = None
         if self.pipeline.transformer.config.guidance_embeds:
             guidance_B = torch.full([1], request.guidance_scale, device=self.device, dtype=torch.float32)
-        return _Inputs(img_ids_SA, txt_ids_LA, guidance_B)
+        return Inputs(img_ids_SA, txt_ids_LA, guidance_B)
 
     def forward(self, branches: Sequence[Branch]) -> Sequence[torch.Tensor]:
         latents_BSC = torch.cat([branch.latents for branch in branches])
         timesteps_B = torch.stack([branch.loop.timestep for branch in branches])
-        inputs: list[_Inputs] = [branch.loop.inputs for branch in branches]
+        inputs: list[Inputs] = [branch.loop.inputs for branch in branches]
         guidances = [each.guidance_B for each in inputs if each.guidance_B is not None]
         velocity_BSC = self.pipeline.transformer(
             hidden_states=latents_BSC,
@@ -101,11 +99,18 @@ class FluxAdapter(DiffusionAdapter):
         latents_BCHW = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents_BCHW, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def encode_pixels(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         vae = self.pipeline.vae
-        latents_BCHW = vae.encode(image_BCHW).latent_dist.mode()
+        latents_BCHW = drawn(vae.encode(image_BCHW).latent_dist, generator)
         latents_BCHW = (latents_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
         return self.pipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)  # type: ignore[no-any-return]
+
+    def _image_ids(self, shape: Shape) -> torch.Tensor:
+        """Positions of the tokens (S, A)."""
+        side = self.card.pixels_per_token
+        return self.pipeline._prepare_latent_image_ids(  # type: ignore[no-any-return]
+            1, shape.height // side, shape.width // side, self.device, self.dtype
+        )
 
     def _num_tokens(self, shape: Shape) -> int:
         side = self.card.pixels_per_token

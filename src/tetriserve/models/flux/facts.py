@@ -67,6 +67,8 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         default_guidance_scale=3.5,
         has_guidance=has_guidance,
         has_negative_prompt=True,
+        max_images=1,
+        default_strength=0.6,
         sizes=square_sizes(_DEFAULT_SAMPLE_SIZE * scale, 2 * scale),
         fingerprint=fingerprint(transformer, vae, text_encoder, text_encoder_2),
     )

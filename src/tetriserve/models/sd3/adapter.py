@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import NEGATIVE, PROMPT, Branch, DiffusionAdapter, num_text_tokens
+from tetriserve.models.diffusion import NEGATIVE, PROMPT, Branch, DiffusionAdapter, drawn, num_text_tokens
 from tetriserve.models.execution import backend_of
 from tetriserve.models.parallel import SequenceParallel
 from tetriserve.models.sd3.attention import JointAttention
@@ -60,11 +60,10 @@ class SD3Adapter(DiffusionAdapter):
         num_tokens = num_text_tokens(pipeline.tokenizer_3, request.prompt)
         return TextCount(num_tokens, is_cut or num_tokens > (request.max_sequence_length or self.card.num_text_tokens))
 
-    @torch.no_grad()
-    def initial_latents(self, request: Request) -> torch.Tensor:
+    def noise(self, request: Request, generator: torch.Generator) -> torch.Tensor:
         shape, num_channels = request.shape, self.pipeline.transformer.config.in_channels
         return self.pipeline.prepare_latents(  # type: ignore[no-any-return]
-            1, num_channels, shape.height, shape.width, self.dtype, self.device, self.generator(request)
+            1, num_channels, shape.height, shape.width, self.dtype, self.device, generator
         )
 
     def set_timesteps(self, scheduler: Any, request: Request) -> torch.Tensor:
@@ -101,9 +100,9 @@ class SD3Adapter(DiffusionAdapter):
         latents_BCHW = latents / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents_BCHW, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def encode_pixels(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         vae = self.pipeline.vae
-        latents_BCHW = vae.encode(image_BCHW).latent_dist.mode()
+        latents_BCHW = drawn(vae.encode(image_BCHW).latent_dist, generator)
         return (latents_BCHW - vae.config.shift_factor) * vae.config.scaling_factor  # type: ignore[no-any-return]
 
     def sequence_parallel(self) -> SequenceParallel:

@@ -71,6 +71,8 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         default_guidance_scale=7.0,
         has_guidance=True,
         has_negative_prompt=True,
+        max_images=1,
+        default_strength=0.6,
         guides_by_passes=True,
         sizes=tuple(size for size in sizes if size.height <= max_side),
         max_side=max_side,
