@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
+from tetriserve.engine.pictures import InputPicture
 from tetriserve.engine.progress import GeneratedImage
 from tetriserve.launch import StartProgress, launch
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 _T = TypeVar("_T")
@@ -109,24 +111,28 @@ class Engine:
     ) -> None:
         await asyncio.to_thread(self.__exit__, kind, error, traceback)
 
-    def generate(self, prompt: str, **options: Any) -> Picture:
+    def generate(self, prompt: str, *, images: Sequence[Image | np.ndarray] = (), **options: Any) -> Picture:
         """One image; blocks until it is there. Call it from several threads for several images at once.
 
         `options` are the fields of `Generation`: size, seed, num_steps, guidance_scale, negative_prompt,
-        true_cfg_scale, max_sequence_length, degrees, slo_s (deadline in seconds from now), priority, reject_infeasible.
+        true_cfg_scale, max_sequence_length, degrees, slo_s (deadline in seconds from now), priority, reject_infeasible,
+        strength. `images` come with the prompt: of Pillow, or arrays of uint8 (height, width, 3).
 
         Raises:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.
             RequestFailed: admitted, but it ended without an image.
         """
-        return _picture(self._submit(prompt, options).result())
+        return _picture(self._submit(Generation(prompt=prompt, images=_pictures(images), **options)).result())
 
-    async def generate_async(self, prompt: str, **options: Any) -> Picture:
+    async def generate_async(
+        self, prompt: str, *, images: Sequence[Image | np.ndarray] = (), **options: Any
+    ) -> Picture:
         """As `generate`, for any event loop. Cancelling the call cancels the request."""
-        return await asyncio.to_thread(_picture, await asyncio.wrap_future(self._submit(prompt, options)))
+        pictures = await asyncio.to_thread(_pictures, images) if images else ()
+        generated = await asyncio.wrap_future(self._submit(Generation(prompt=prompt, images=pictures, **options)))
+        return await asyncio.to_thread(_picture, generated)
 
-    def _submit(self, prompt: str, options: dict[str, Any]) -> Future[GeneratedImage]:
-        generation = Generation(prompt=prompt, **options)
+    def _submit(self, generation: Generation) -> Future[GeneratedImage]:
         with self._lock:  # what is handed to the loop before it is told to end is answered, nothing after
             loop = self._running_loop  # asked for first: a coroutine that never runs would be complained about
             return asyncio.run_coroutine_threadsafe(self._generate(generation), loop)
@@ -151,6 +157,14 @@ class Engine:
             self._loop = self._thread = None
             loop.call_soon_threadsafe(self._leaving.set)
         thread.join()
+
+
+def _pictures(images: Sequence[Image | np.ndarray]) -> tuple[InputPicture, ...]:
+    from PIL.Image import Image
+
+    return tuple(
+        InputPicture.of_image(image) if isinstance(image, Image) else InputPicture.of(image) for image in images
+    )
 
 
 def _picture(generated: GeneratedImage) -> Picture:

@@ -19,6 +19,7 @@ from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.execution import DEFAULT
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import ENCODE_IMAGE
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.jobs import Jobs
 from tetriserve.engine.journalled import JournalledJobs
@@ -221,8 +222,9 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
             continue
         known = (profile.hardware, profile.fingerprint, profile.execution)
         wanted = (hardware_name(config.pool), card.fingerprint, card.execution)
-        # Sizes may have been added since it was kept, and larger batches be allowed.
+        # Sizes may have been added since it was kept, larger batches be allowed, and pictures be encoded.
         is_enough = path != kept or profile.max_batch >= config.pool.max_batch
+        is_enough = is_enough and (path != kept or not card.max_images or ENCODE_IMAGE in profile.stages)
         is_enough = is_enough and _knows_teams(profile, config.pool)
         if known == wanted and set(profile.shapes) >= set(card.sizes) and is_enough:
             if profile.doubt:

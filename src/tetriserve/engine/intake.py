@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
-from tetriserve.core.request import Request, Shape, Stage
+from tetriserve.core.request import Request, Shape
+from tetriserve.engine.picture_rules import PictureRules
 from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Guidance
-from tetriserve.models.registry import family_of, stages_of
+from tetriserve.models.registry import family_of
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.workload.slo import MultipleRule
 
@@ -33,7 +34,7 @@ class Generation:
 
     `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests: 1 to 128
     letters and digits of ASCII, `-` and `_`. `images` come with the prompt; where the picture starts from one,
-    `strength` is how much of the noise is added to it, 0 to 1.
+    `strength` is how much of the noise is added to it, above 0 and at most 1.
     """
 
     prompt: str = field(repr=False)
@@ -77,17 +78,19 @@ class Intake:
         Raises:
             InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
-        images = self._images(generation)
-        shape = self._shape(self._size_like(images[0]) if images and generation.size in _ANY else generation.size)
+        pictures = self.pictures
+        images = pictures.shapes_of([image.shape for image in generation.images])
+        is_free = generation.size in _ANY
+        shape = pictures.size_like(images) if images and is_free else self._shape(generation.size)
         num_steps = int(_in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps))
-        skipped_steps = self._skipped_steps(generation, num_steps)
+        skipped_steps = pictures.skipped_steps(generation.strength, num_steps, len(images))
         guidance = self._guidance(generation)
         degrees = self._degrees(generation.degrees, shape)
         request = Request(
             request_id=request_id if generation.request_id is None else _checked_id(generation.request_id),
             prompt=self._short_enough("prompt", generation.prompt),
             shape=shape,
-            stages=self._stages(shape, num_steps - skipped_steps, guidance, images),
+            stages=pictures.stages(shape, num_steps - skipped_steps, guidance, images),
             seed=int(_in_range("seed", generation.seed, seed, 0, MAX_SEED)),
             arrival_s=now,
             deadline_s=math.inf,
@@ -126,69 +129,14 @@ class Intake:
                 f"({self.shapes[0]}) to {self.largest.num_pixels} ({self.largest})",
                 "size",
             )
-        longest = max(max(measured.height, measured.width) for measured in self.shapes)
-        if max(shape.height, shape.width) > (most := min(2 * longest, self.card.max_side)):
+        if max(shape.height, shape.width) > (most := self.pictures.longest_side):
             raise InvalidRequest(f"size {size!r}: no side may be longer than {most}", "size")
         return shape
 
-    def _images(self, generation: Generation) -> tuple[Shape, ...]:
-        card, number = self.card, len(generation.images)
-        if number > card.max_images or number < card.min_images:
-            if card.max_images == 0:
-                raise InvalidRequest(f"{card.name} takes no pictures", "image")
-            least, most = card.min_images, card.max_images
-            allowed = f"{most}" if least == most else f"{least} to {most}"
-            raise InvalidRequest(f"{number} pictures came with the prompt; {card.name} takes {allowed}", "image")
-        for image in generation.images:
-            if min(image.shape.height, image.shape.width) < card.size_multiple:
-                allowed = f"allowed: at least {card.size_multiple} pixels a side"
-                raise InvalidRequest(f"a picture of {image.shape} came along; {allowed}", "image")
-        return tuple(image.shape for image in generation.images)
-
-    def _size_like(self, image: Shape) -> str:
-        """The size that is served and nearest to a picture's, of nearly its proportions."""
-        multiple, (low, high) = self.card.size_multiple, (self.shapes[0].num_pixels, self.shapes[-1].num_pixels)
-        longest = min(2 * max(max(shape.height, shape.width) for shape in self.shapes), self.card.max_side)
-        scale = math.sqrt(min(max(image.num_pixels, low), high) / image.num_pixels)
-        height, width = (
-            min(max(round(side * scale / multiple), 1), longest // multiple) for side in (image.height, image.width)
-        )
-        while height * width * multiple**2 > high:
-            height, width = (height - 1, width) if height > width else (height, width - 1)
-        while height * width * multiple**2 < low:
-            height, width = (height + 1, width) if height < width else (height, width + 1)
-        return f"{width * multiple}x{height * multiple}"
-
-    def _skipped_steps(self, generation: Generation, num_steps: int) -> int:
-        """As diffusers' image-to-image pipelines count (`get_timesteps`)."""
-        default = self.card.default_strength
-        if default is None or not generation.images:
-            if generation.strength is not None:
-                why = f"{self.card.name} does not start from a picture" if default is None else "no picture came along"
-                raise InvalidRequest(f"strength is {generation.strength:g}, but {why}", "strength")
-            return 0
-        strength = _in_range("strength", generation.strength, default, 0.0, 1.0)
-        skipped = int(max(num_steps - min(num_steps * strength, num_steps), 0))
-        if skipped == num_steps:
-            raise InvalidRequest(
-                f"strength is {strength:g}, which leaves none of {num_steps} steps; allowed: from {1 / num_steps:.2g}",
-                "strength",
-            )
-        return skipped
-
-    def _stages(self, shape: Shape, num_steps: int, guidance: Guidance, images: Sequence[Shape]) -> tuple[Stage, ...]:
-        stages = stages_of(self.card, shape, num_steps, guidance, images)
-        for stage in stages:
-            if stage.shape is not None and not self._covers(stage.shape):
-                raise InvalidRequest(
-                    f"a step of {shape} with the pictures that came along is over {stage.shape.num_pixels} pixels; "
-                    f"allowed: {self.shapes[0].num_pixels} to {self.shapes[-1].num_pixels}",
-                    "size",
-                )
-        return stages
-
-    def _covers(self, shape: Shape) -> bool:
-        return self.shapes[0].num_pixels <= shape.num_pixels <= self.shapes[-1].num_pixels
+    @property
+    def pictures(self) -> PictureRules:
+        """What pictures may come along."""
+        return PictureRules(self.card, self.cost)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

@@ -7,8 +7,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, assert_never
 from tetriserve.control.admission import check_room
 from tetriserve.control.controller import Controller
 from tetriserve.control.foresight import Foresight
-from tetriserve.core.errors import QueueFull, RequestFailed, ShuttingDown
+from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import (
     Cancelled,
     CloseCancelled,
@@ -43,7 +43,7 @@ from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
 from tetriserve.engine.outlook import Outlook
 from tetriserve.engine.outputs import read_pixels
-from tetriserve.engine.pictures import put_pictures
+from tetriserve.engine.pictures import PictureEntrance
 from tetriserve.engine.previews import PreviewReader
 from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
 from tetriserve.engine.tasks import TaskBook
@@ -54,10 +54,7 @@ from tetriserve.workload.outcome import Outcome, Status
 if TYPE_CHECKING:
     import numpy as np
 
-
 logger = logging.getLogger(__name__)
-
-_ROOM_RETRY_S = 1.0
 
 
 class LiveEngine:
@@ -84,6 +81,7 @@ class LiveEngine:
         self.intake = intake
         self.previews = PreviewReader(executor, intake.card)
         self._executor = executor
+        self._entrance = PictureEntrance(executor.states)
         self.policy_name = policy_name
         self._max_queue = max_queue
         self._outlook = Outlook(foresight, controller, lambda: self.now)
@@ -196,7 +194,9 @@ class LiveEngine:
         requests = self._requests(generations)
         self._check_room(len(requests))
         arriving = [Submitted(request) for request in requests]
-        async with self._pictures_of(generations, arriving) as arriving:
+        check_ids(requests, self.state, self._readings)
+        pictures = [generation.images for generation in generations]
+        async with self._entrance.brought(arriving, pictures, self._open.values()) as arriving:
             if not any(generation.reject_infeasible for generation in generations):
                 return await self._accept(arriving, watch, accept)
             async with self._outlook.turn(requests):
@@ -292,34 +292,6 @@ class LiveEngine:
             await accept(arriving)
             self._check_room(len(arriving))
         return self._submit(arriving, watch)
-
-    @asynccontextmanager
-    async def _pictures_of(
-        self, generations: Sequence[Generation], arriving: Sequence[Submitted]
-    ) -> AsyncIterator[list[Submitted]]:
-        """Brings the pictures that come along into the store; should the block raise, they go again.
-
-        Raises:
-            QueueFull: the store has no room.
-        """
-        check_ids([event.request for event in arriving], self.state, self._readings)
-        states, ready = self._executor.states, []
-        try:
-            for generation, event in zip(generations, arriving, strict=True):
-                if generation.images:
-                    try:
-                        begin = await asyncio.to_thread(put_pictures, states, event.request, generation.images)
-                    except OSError as error:
-                        why = f"there is no room for the pictures that came along: {error.strerror}"
-                        raise QueueFull(why, _ROOM_RETRY_S) from error
-                    event = replace(event, checkpoint=begin)
-                ready.append(event)
-            yield ready
-        except BaseException:
-            for event in ready:
-                for ref in () if event.checkpoint is None else event.checkpoint.states.values():
-                    states.drop(ref)
-            raise
 
     def _requests(self, generations: Sequence[Generation]) -> list[Request]:
         self._check_serving()
