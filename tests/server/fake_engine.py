@@ -26,7 +26,7 @@ from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinis
 from tetriserve.core.execution import Execution
 from tetriserve.core.memory import Component, RankMemory
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.journal import Journal, Model
@@ -63,6 +63,8 @@ CARD = ModelCard(
     default_guidance_scale=3.5,
     has_guidance=True,
     has_negative_prompt=True,
+    max_images=1,
+    default_strength=0.6,
     sizes=(Shape(128, 128), Shape(64, 64), Shape(256, 256)),
     fingerprint="0123456789ab",
 )
@@ -94,7 +96,11 @@ PROFILE = Profile(
             for side in SIDES
             for degree in (1, 2)
         ),
-        *(Row(stage=DECODE, height=side, width=side, seconds=DECODE_S) for side in SIDES),
+        *(
+            Row(stage=stage, height=side, width=side, seconds=DECODE_S)
+            for stage in (ENCODE_IMAGE, DECODE)
+            for side in SIDES
+        ),
     ),
 )
 
@@ -161,7 +167,7 @@ class FakeExecutor:
         """What a task of `stage` leaves of `request` in the store, under `key`."""
         if stage == DECODE:
             return self.states.put(key, bundle_of(pixels=picture(request.prompt, request.seed, request.shape)))
-        if stage == ENCODE:
+        if stage in (ENCODE, ENCODE_IMAGE):
             return self.states.put(key, b"state")
         if not self.has_previews:
             return TensorRef(key, num_bytes=1)

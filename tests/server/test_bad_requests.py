@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tetriserve.server import EngineSlot
-from tetriserve.server.exchange import MAX_BODY_BYTES
 from tetriserve.server.schemas import ImagesRequest
+from tetriserve.server.uploads import MAX_BODY_BYTES
 
 URL = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}

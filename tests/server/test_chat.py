@@ -93,12 +93,11 @@ async def test_the_text_of_the_message_is_the_prompt(client, engine, content, pr
     assert outcomes[0].request.prompt == prompt
 
 
-IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 REFUSED = [
     ({"messages": []}, "messages", "0 items; allowed: 1"),
     ({"messages": [MESSAGE, MESSAGE]}, "messages", "2 items; allowed: 1"),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages", "'system'; allowed: 'user'"),
-    ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, "messages", "'image_url'; allowed: 'text'"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "'text' with a text"),
     ({"messages": [{"role": "user", "content": []}]}, "messages", "no text"),
     ({"messages": [{"role": "user"}]}, "messages", "no text"),
     ({"messages": "a lighthouse"}, "messages", "list"),

@@ -14,8 +14,8 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.engine import Generation
 from tetriserve.server import EngineSlot
-from tetriserve.server.exchange import MAX_BODY_BYTES
 from tetriserve.server.schemas import ImagesRequest
+from tetriserve.server.uploads import MAX_BODY_BYTES
 from tetriserve.workload.outcome import Outcome
 
 URL = "/v1/images/generations"

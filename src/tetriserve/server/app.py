@@ -15,6 +15,7 @@ from tetriserve.server.access import AccessMiddleware
 from tetriserve.server.board import board_router
 from tetriserve.server.chat import chat_router
 from tetriserve.server.debug import debug_router
+from tetriserve.server.edits import edits_router
 from tetriserve.server.exchange import ExchangeMiddleware
 from tetriserve.server.links import Links, links_router
 from tetriserve.server.metrics import Metrics
@@ -23,6 +24,7 @@ from tetriserve.server.probes import probe_router
 from tetriserve.server.quotes import quote_router
 from tetriserve.server.recent import RecentRuns
 from tetriserve.server.slot import EngineSlot
+from tetriserve.server.uploads import Uploads
 from tetriserve.server.work import Service
 
 if TYPE_CHECKING:
@@ -66,11 +68,12 @@ def create_app(
     if tracing is not None:
         app.add_middleware(tracing.middleware)
         slot.when_filled(tracing.attach)
-    app.add_middleware(ExchangeMiddleware, metrics=metrics)
+    app.add_middleware(ExchangeMiddleware, metrics=metrics, uploads=Uploads())
     errors.install(app)
     # Says in /openapi.json that a key is needed; the middleware has asked for it before.
     guards = [Security(HTTPBearer(auto_error=False))] if access.api_keys else []
     app.include_router(openai_router(service), dependencies=guards)
+    app.include_router(edits_router(service), dependencies=guards)
     app.include_router(chat_router(service), dependencies=guards)
     app.include_router(quote_router(service), dependencies=guards)
     app.include_router(links_router(service.links))

@@ -22,10 +22,13 @@ from tetriserve.server.chat_schemas import (
 )
 from tetriserve.server.compat import Table, Unserved, warnings_of
 from tetriserve.server.disconnect import ClientGone
+from tetriserve.server.edit_schemas import url_of
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST
 from tetriserve.server.idempotency import KeyHeader
+from tetriserve.server.pictures import files_of
 from tetriserve.server.schemas import ImagesRequest, ImagesResponse, PictureOptions, Schedule
+from tetriserve.server.uploads import CHAT as CHAT_PATH
 from tetriserve.server.work import IdHeader, Service, SloHeader
 
 _OF_TEXTS = Unserved("it is of texts, and the answer is an image")
@@ -46,7 +49,7 @@ CHAT: Table = dict.fromkeys(_TEXT_PARAMETERS, _OF_TEXTS) | {
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
 
-    @router.post("/v1/chat/completions", response_model=ChatResponse, responses=KEY_RESPONSES)
+    @router.post(CHAT_PATH, response_model=ChatResponse, responses=KEY_RESPONSES)
     async def complete_chat(
         request: Request,
         body: ChatRequest,
@@ -54,9 +57,14 @@ def chat_router(service: Service) -> APIRouter:
         x_request_id: IdHeader = None,
         idempotency_key: KeyHeader = None,
     ) -> Response:
-        """Make `n` images of one message: as `/v1/images/generations`, but the answer is a chat's, and not streamed."""
+        """Make `n` images of one message: as `/v1/images/generations`, or with pictures in it `/v1/images/edits`. The
+        answer is a chat's, and not streamed.
+        """
+        service.slot.require()
         warnings = warnings_of(body, CHAT, service.api.compat)
-        work = service.work_of(request, images_request(body), x_slo_ms, warnings)
+        asked, urls = images_request(body)
+        files = await asyncio.to_thread(files_of, urls, "messages")
+        work = await service.work_with(request, asked, x_slo_ms, files, "messages", warnings)
         with ExitStack() as pending:
             try:
                 images = await work.images(idempotency_key, pending)
@@ -69,8 +77,8 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-def images_request(body: ChatRequest) -> ImagesRequest:
-    """The same as a request for images.
+def images_request(body: ChatRequest) -> tuple[ImagesRequest, list[str]]:
+    """The same as a request for images, and the URLs of the pictures that come with it.
 
     Raises:
         InvalidRequest: the chat asks for something else than images of one text.
@@ -86,14 +94,15 @@ def images_request(body: ChatRequest) -> ImagesRequest:
         raise InvalidRequest(
             "stream is true; chats are answered whole here, and streams are served by /v1/images/generations", "stream"
         )
-    return ImagesRequest.model_validate({"prompt": prompt_of(body.messages), **asked})
+    prompt, urls = content_of(body.messages)
+    return ImagesRequest.model_validate({"prompt": prompt, **asked}), urls
 
 
-def prompt_of(messages: Sequence[Message]) -> str:
-    """The text of the one message.
+def content_of(messages: Sequence[Message]) -> tuple[str, list[str]]:
+    """The text of the one message, and the URLs of its pictures.
 
     Raises:
-        InvalidRequest: there are others, or what is no text.
+        InvalidRequest: there are others, or no text, or what is neither text nor picture.
     """
     if len(messages) != 1:
         reason = f"messages has {len(messages)} items; allowed: 1, as a picture continues no conversation"
@@ -102,13 +111,19 @@ def prompt_of(messages: Sequence[Message]) -> str:
     if message.role != "user":
         raise InvalidRequest(f"messages: the role is {message.role[:80]!r}; allowed: 'user'", "messages")
     if isinstance(message.content, str):
-        return message.content
+        return message.content, []
+    texts, urls = [], []
     for part in message.content or ():
-        if part.type != "text" or part.text is None:
-            raise InvalidRequest(f"messages: a part is of type {part.type[:80]!r}; allowed: 'text'", "messages")
-    if not message.content:
+        if part.type == "text" and part.text is not None:
+            texts.append(part.text)
+        elif part.type == "image_url" and (url := url_of(part.image_url)) is not None:
+            urls.append(url)
+        else:
+            allowed = "allowed: 'text' with a text, and 'image_url' with a data URL"
+            raise InvalidRequest(f"messages: a part is of type {part.type[:80]!r}; {allowed}", "messages")
+    if not texts:
         raise InvalidRequest("messages: the message has no text; the prompt is its text", "messages")
-    return "\n".join(part.text or "" for part in message.content)
+    return "\n".join(texts), urls
 
 
 def chat_response(images: ImagesResponse) -> ChatResponse:

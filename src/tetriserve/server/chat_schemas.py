@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from tetriserve.server.schemas import PictureOptions, Schedule, Text, Warnings
+
+PictureUrl = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}]}),
+]
 
 
 class ContentPart(BaseModel):
@@ -14,8 +19,13 @@ class ContentPart(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    type: str = Field(description="`text`; parts of other types are refused.")
+    type: str = Field(description="`text` or `image_url`; parts of other types are refused.")
     text: Text | None = Field(None, repr=False)
+    image_url: PictureUrl = Field(
+        None,
+        description="A picture that comes with the prompt: `data:image/png;base64,...`.",
+        repr=False,
+    )
 
 
 class Message(BaseModel):
@@ -26,7 +36,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(PictureOptions):
-    """Body of `POST /v1/chat/completions`: one message, whose text is the prompt.
+    """Body of `POST /v1/chat/completions`: one message, whose text is the prompt. Its pictures come with it.
 
     What may be asked of pictures stands beside it or in `extra_body`. What is of texts alone is ignored.
     """

@@ -44,6 +44,8 @@ PICTURE: Table = {
     "extra_args": Unserved("what it says is for another scheduler, but for a deadline", ("", {})),
 }
 """Of `PictureOptions`."""
+EDIT: Table = {"input_fidelity": Unserved("one fidelity is served", ("low",), is_shown=True)}
+"""Of `EditsRequest`, beside those."""
 
 _EXTRA_ARGS = frozenset({"latent_seq_len", "voxels", "num_steps", "text_seq_len", "denoise_chunk_size"})
 _SCHEDULER_PREFIX = "runtime_v2_"

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tetriserve.core.errors import (
@@ -25,11 +26,13 @@ from tetriserve.core.errors import (
     UnknownModel,
 )
 from tetriserve.core.events import FailureKind
-from tetriserve.server import chat_schemas, schemas
+from tetriserve.server import chat_schemas, edit_schemas, schemas
 from tetriserve.server.chat_schemas import ChatRequest
+from tetriserve.server.edit_schemas import EditsRequest
 from tetriserve.server.limits import OverLimit
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
+from tetriserve.server.uploads import CHAT, EDITS, QUOTES
 
 RESTART_S = 5.0
 """When to come back to a server that starts or shuts down."""
@@ -64,13 +67,13 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """For `/openapi.json`, where a key can be used."""
 
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 _HTTP_NAMES = {"num_steps": "num_inference_steps"}
 """Of fields that Python names otherwise (`engine.intake.Generation`)."""
-_UNSERVED = schemas.UNSERVED | chat_schemas.UNSERVED
+_UNSERVED = schemas.UNSERVED | chat_schemas.UNSERVED | edit_schemas.UNSERVED
 _LOGGED_PARAMS = frozenset(
     (
-        *ImagesRequest.model_fields,
+        *EditsRequest.model_fields,
         *ChatRequest.model_fields,
         *_UNSERVED,
         "Idempotency-Key",
@@ -214,8 +217,8 @@ def response_to(error: TetriServeError) -> ErrorResponse:
 
 def _fields_of(request: Request) -> Collection[str]:
     """What the body of a request to this route may hold."""
-    chat = request.url.path.endswith("/chat/completions")
-    return (ChatRequest if chat else ImagesRequest).model_fields
+    bodies: dict[str, type[BaseModel]] = {CHAT: ChatRequest, EDITS: EditsRequest, QUOTES: EditsRequest}
+    return bodies.get(request.url.path, ImagesRequest).model_fields
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -240,12 +243,16 @@ def _explain(error: Mapping[str, Any]) -> tuple[str, str | None]:
             return f"{param} is not served: {_UNSERVED[param]}", param
         case "extra_forbidden":
             return f"unknown field {_repr.repr(param)}", param
+        case "picture":
+            return f"{param} {error['msg']}", param  # what it holds is in no message
         case "literal_error":
             return f"{param} is {_repr.repr(value)}; served: {error['ctx']['expected']}", param
         case "string_pattern_mismatch":
             return f"{param} is {_repr.repr(value)}; allowed: 1 to 128 printable ASCII characters", param
         case "too_long" if error["ctx"]["max_length"] == 0:
             return f"{param} is not served: the answer is an image", param
+        case _ if param == "messages":
+            return f"{param}: {error['msg'][0].lower() + error['msg'][1:]}", param  # they hold prompts and pictures
         case _:
             reason = error["msg"][0].lower() + error["msg"][1:]
             return f"{param} is {_repr.repr(value)}; {reason}", param

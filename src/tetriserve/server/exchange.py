@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tetriserve.logs import MAX_FIELD_CHARS, fields
 from tetriserve.server.errors import ErrorResponse, envelope
 from tetriserve.server.links import shown_path
 from tetriserve.server.metrics import Metrics
+from tetriserve.server.uploads import Upload, Uploads
 from tetriserve.workload.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 2**20
 CLIENT_CLOSED_REQUEST = 499
 """Status in the log and the metrics when the client went away; nobody receives it."""
 
@@ -33,12 +32,14 @@ _CLIENT_ID = re.compile(r"[ -~]{1,128}")
 class Exchange:
     """Known of one exchange while it lasts, as `request.state.exchange`; handlers add what they learn.
 
+    upload: the body, as long as it is in memory.
     facts: what the log line says beyond method, path, status and time.
     error_code: the code of the error it was answered with.
     is_cut_off: the connection ended before the body had arrived; the app's answer is sent to no client.
     """
 
     request_id: str
+    upload: Upload
     facts: dict[str, object] = field(default_factory=dict)
     status: int | None = None
     error_code: str | None = None
@@ -66,15 +67,16 @@ class Exchange:
 class ExchangeMiddleware:
     """Outermost of the app, so that whatever happens inside ends in an answer, a metric and a line of log."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, uploads: Uploads) -> None:
         self._app = app
+        self._uploads = uploads
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(scope))
+        exchange = Exchange(_request_id(scope), self._uploads.open(scope["path"]))
         scope.setdefault("state", {})["exchange"] = exchange
         start = time.monotonic()
 
@@ -95,6 +97,7 @@ class ExchangeMiddleware:
             response = envelope(500, f"internal error; the log names it by {exchange.request_id}", "internal_error")
             await response(scope, receive, send_named)
         finally:
+            exchange.upload.release()
             self._note(scope, exchange, time.monotonic() - start)
 
     def _note(self, scope: Scope, exchange: Exchange, elapsed_s: float) -> None:
@@ -143,23 +146,21 @@ def _request_id(scope: Scope) -> str:
 
 
 def _limited(receive: Receive, scope: Scope, exchange: Exchange) -> Receive:
-    """`receive`, which refuses a body of more than `MAX_BODY_BYTES` as soon as that many have come.
+    """`receive`, which refuses a body that is too large as soon as too much of it has come.
 
     `exchange` notes a body that ends before it is whole.
     """
-    num_bytes, is_whole = 0, False
+    is_whole = False
 
     async def receive_limited() -> Message:
-        nonlocal num_bytes, is_whole
+        nonlocal is_whole
         message = await receive()
         if message["type"] == "http.disconnect":
             if not is_whole and exchange.status is None:
                 exchange.cut_off(scope["state"].get("refusal"))
             return message
         is_whole = not message.get("more_body", False)
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        exchange.upload.grow(len(message.get("body", b"")))
         return message
 
     return receive_limited

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 from tetriserve.core.errors import InvalidRequest, UnknownModel
 from tetriserve.core.request import Shape
 from tetriserve.engine import Generation, LiveEngine
 from tetriserve.engine.intake import MAX_SEED, MAX_SLO_S
+from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
 from tetriserve.server.compat import deadline_of
 from tetriserve.server.schemas import ImagesRequest, PictureOptions
@@ -52,8 +54,10 @@ def size_of(body: PictureOptions) -> str | None:
     return size
 
 
-def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float | None) -> list[Generation]:
-    """One per image, with consecutive seeds.
+def generations_of(
+    body: ImagesRequest, engine: LiveEngine, header_slo_ms: float | None, pictures: Sequence[InputPicture] = ()
+) -> list[Generation]:
+    """One per image, with consecutive seeds. `pictures` come with the prompt.
 
     Raises:
         UnknownModel: the engine serves another one.
@@ -92,6 +96,8 @@ def generations_of(body: ImagesRequest, engine: LiveEngine, header_slo_ms: float
             priority=body.priority or 0,
             reject_infeasible=body.deadline_policy == "reject",
             request_id=uuid.uuid4().hex,
+            images=tuple(pictures),
+            strength=body.strength,
         )
         for number in range(body.n or 1)
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from dataclasses import asdict
 
@@ -11,9 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from tetriserve.core.memory import HeldAlike
 from tetriserve.engine import LiveEngine
-from tetriserve.server.disconnect import ClientGone
+from tetriserve.server.answers import STREAM_RESPONSES, answer
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES
-from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST
 from tetriserve.server.generations import check_model
 from tetriserve.server.idempotency import KeyHeader
 from tetriserve.server.schemas import (
@@ -25,7 +22,7 @@ from tetriserve.server.schemas import (
     Reproducibility,
     SizeRange,
 )
-from tetriserve.server.streaming import STREAM_RESPONSES, ImageEvents, ImageStream, Updates
+from tetriserve.server.streaming import GENERATION
 from tetriserve.server.work import IdHeader, Service, SloHeader
 
 
@@ -47,17 +44,7 @@ def openai_router(service: Service) -> APIRouter:
         With `stream`, the answer is a stream of server-sent events.
         """
         work = service.work_of(request, body, x_slo_ms)
-        with contextlib.ExitStack() as pending:
-            if body.stream:
-                updates = await Updates.open(work.begin(idempotency_key, pending))
-                return ImageStream(request, ImageEvents(work), updates, pending.pop_all())
-            try:
-                images = await work.images(idempotency_key, pending)
-            except ClientGone:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
-            answer = await work.response(images)
-            text = await asyncio.to_thread(answer.model_dump_json, exclude_none=True)
-        return Response(text, media_type="application/json")
+        return await answer(work, idempotency_key, GENERATION)
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
@@ -90,6 +77,9 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         max_sequence_length=card.num_text_tokens,
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
+        min_images=card.min_images,
+        max_images=intake.pictures.max_images,
+        default_strength=card.default_strength if intake.pictures.max_images else None,
         dtype=card.execution.dtype,
         execution=asdict(card.execution),
         reproducibility=Reproducibility(

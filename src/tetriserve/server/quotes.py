@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 
@@ -9,20 +10,29 @@ from fastapi import APIRouter, Request
 
 from tetriserve.core.forecast import Quote
 from tetriserve.server.access import Caller
+from tetriserve.server.compat import EDIT, warnings_of
+from tetriserve.server.edit_schemas import EditsRequest
+from tetriserve.server.edits import pictures_of
 from tetriserve.server.errors import RESPONSES
-from tetriserve.server.schemas import ImagesRequest, QuotedImage, QuoteResponse
+from tetriserve.server.schemas import QuotedImage, QuoteResponse
+from tetriserve.server.uploads import QUOTES
 from tetriserve.server.work import IdHeader, Service, SloHeader
 
 
 def quote_router(service: Service) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
 
-    @router.post("/v1/quotes", response_model_exclude_unset=True)
+    @router.post(QUOTES, response_model_exclude_unset=True)
     async def quote_images(
-        request: Request, body: ImagesRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
+        request: Request, body: EditsRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
     ) -> QuoteResponse:
-        """Could these images be made by their deadline, and when would they be done? Takes the body of a generation."""
-        work = service.work_of(request, body, x_slo_ms)
+        """Could these images be made by their deadline, and when would they be done? Takes the body of a generation, or
+        of an edit as JSON.
+        """
+        service.slot.require()
+        warnings = warnings_of(body, EDIT, service.api.compat)
+        files, param = await asyncio.to_thread(pictures_of, body)
+        work = await service.work_with(request, body, x_slo_ms, files, param, warnings)
         client: Caller = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
         quote = await work.engine.quote(work.generations)

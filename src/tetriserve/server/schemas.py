@@ -54,6 +54,11 @@ class PictureOptions(BaseModel):
         None, description="What not to draw; each step then takes two passes.", repr=False
     )
     true_cfg_scale: float | None = Field(None, description="Classifier-free guidance towards `prompt`.")
+    strength: float | None = Field(
+        None,
+        description="Where the image starts from a picture: how much of the noise is added to it, above 0 (hardly any "
+        "change) and at most 1 (hardly anything is left of it); the model's own by default.",
+    )
     max_sequence_length: int | None = Field(
         None, description="Text tokens, to which the prompt is padded and at which it is cut; the model's by default."
     )
@@ -190,7 +195,7 @@ class ImagesResponse(BaseModel):
 class ProgressEvent(BaseModel):
     """A task of an image started or ended, or the image was admitted."""
 
-    type: Literal["image_generation.progress"] = "image_generation.progress"
+    type: Literal["image_generation.progress", "image_edit.progress"]
     image_index: int = Field(description="Which of the `n` images, from 0.")
     stage: str
     step: int = Field(description="Denoise steps that are over.")
@@ -214,14 +219,14 @@ class _PictureEvent(BaseModel):
 class PartialImageEvent(_PictureEvent):
     """A preview: small, and a jpeg or webp file whatever the image will be; `size` and `output_format` are its own."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
 
 
 class CompletedEvent(_PictureEvent):
     """A finished image."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     usage: Usage
     seed: int
     schedule: Schedule
@@ -300,6 +305,11 @@ class ModelObject(BaseModel):
     max_sequence_length: int = Field(description="Text tokens of a request that asks for no fewer.")
     has_guidance: bool
     has_negative_prompt: bool
+    min_images: int = Field(description="Pictures that must come with a prompt, to /v1/images/edits.")
+    max_images: int = Field(description="Pictures that may come with a prompt; 0 for none.")
+    default_strength: float | None = Field(
+        description="Of an image that starts from a picture; null where no image does."
+    )
     dtype: str
     execution: dict[str, str] = Field(
         description="How the model is run: dtype, attention, compile, quantization, tiling, offload. `default` is as "

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
@@ -42,6 +42,18 @@ STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     }
 }
 """For `/openapi.json`."""
+
+
+class EventTypes(NamedTuple):
+    """What events are called: OpenAI has two words for the same."""
+
+    progress: Literal["image_generation.progress", "image_edit.progress"]
+    partial_image: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    completed: Literal["image_generation.completed", "image_edit.completed"]
+
+
+GENERATION = EventTypes("image_generation.progress", "image_generation.partial_image", "image_generation.completed")
+EDIT = EventTypes("image_edit.progress", "image_edit.partial_image", "image_edit.completed")
 
 StreamEvent = ProgressEvent | PartialImageEvent | CompletedEvent
 Update = tuple[int, Progress | GeneratedImage]
@@ -92,7 +104,8 @@ class Updates:
 class ImageEvents:
     """Updates of one call's images as events."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, types: EventTypes) -> None:
+        self._types = types
         self._engine = work.engine
         self._encoding = encoding_of(work.body)
         self._preview_encoding = preview_encoding(self._encoding)
@@ -117,6 +130,7 @@ class ImageEvents:
         request = update.request
         finish_s = (await self._engine.forecast()).finish_s.get(request.request_id)
         return ProgressEvent(
+            type=self._types.progress,
             image_index=number,
             stage=update.stage,
             step=update.steps_done,
@@ -133,6 +147,7 @@ class ImageEvents:
             return None
         self._num_previews[number] += 1
         return PartialImageEvent(
+            type=self._types.partial_image,
             b64_json=base64_of(encode(pixels, self._preview_encoding)),
             partial_image_index=self._num_previews[number] - 1,
             image_index=number,
@@ -143,6 +158,7 @@ class ImageEvents:
 
     def _completed(self, number: int, image: GeneratedImage) -> CompletedEvent:
         return CompletedEvent(
+            type=self._types.completed,
             b64_json=base64_of(encode(image.pixels, self._encoding)),
             seed=image.outcome.request.seed,
             schedule=schedule(image.outcome),

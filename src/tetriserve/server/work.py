@@ -6,21 +6,23 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Header, Request
 
 from tetriserve.config import ApiConfig
 from tetriserve.engine import GeneratedImage, Generation, LiveEngine
+from tetriserve.engine.pictures import InputPicture
 from tetriserve.server.access import Caller
 from tetriserve.server.compat import ignored_names, picture_warnings
 from tetriserve.server.disconnect import unless_gone
 from tetriserve.server.exchange import Exchange
-from tetriserve.server.generations import generations_of, size_for_log
+from tetriserve.server.generations import check_model, generations_of, size_for_log
 from tetriserve.server.idempotency import MakeImages, begin
 from tetriserve.server.images import base64_of, encode_all, encoding_of, schedule, usage_of
 from tetriserve.server.links import Links
+from tetriserve.server.pictures import decode_all
 from tetriserve.server.schemas import ClientId, ImageData, ImagesRequest, ImagesResponse
 from tetriserve.server.slot import EngineSlot
 
@@ -32,16 +34,50 @@ IdHeader = Annotated[
 
 @dataclass(frozen=True)
 class Service:
-    """What routes for images share: the engine's slot, how requests are read, and files kept for a while."""
+    """What routes for images share: the engine's slot, how requests are read, and files kept for a while.
+
+    decoding: a turn to decode pictures, which takes a few times the bytes of their pixels.
+    """
 
     slot: EngineSlot
     api: ApiConfig
     links: Links
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+
+    async def work_with(
+        self,
+        request: Request,
+        body: ImagesRequest,
+        slo_ms: float | None,
+        files: Sequence[bytes],
+        param: str,
+        warnings: Sequence[str] = (),
+    ) -> Work:
+        """As `work_of`, with the pictures in `files`, which the client calls `param`.
+
+        Raises:
+            InvalidRequest, NotReady: it is not served.
+        """
+        intake = self.slot.require().intake
+        if body.model is not None:
+            check_model(body.model, intake.card)
+        intake.pictures.check_number(len(files))
+        pictures: Sequence[InputPicture] = ()
+        if files:
+            async with self.decoding:
+                pictures = await asyncio.to_thread(decode_all, files, param)
+        return self.work_of(request, body, slo_ms, warnings, pictures)
 
     def work_of(
-        self, request: Request, body: ImagesRequest, slo_ms: float | None, warnings: Sequence[str] = ()
+        self,
+        request: Request,
+        body: ImagesRequest,
+        slo_ms: float | None,
+        warnings: Sequence[str] = (),
+        pictures: Sequence[InputPicture] = (),
     ) -> Work:
-        """What is asked for, checked. `warnings`: what else was ignored in it. The log line learns of it.
+        """What is asked for, checked. `warnings`: what else was ignored in it. `pictures` come with the prompt. The log
+        line learns of it.
 
         Raises:
             InvalidRequest, NotReady: it is not served.
@@ -49,8 +85,11 @@ class Service:
         exchange: Exchange = request.state.exchange
         exchange.request_id = body.request_id or exchange.request_id
         exchange.facts |= {"size": size_for_log(body), "n": body.n or 1}
+        if pictures:
+            sizes = ",".join(str(picture.shape) for picture in pictures)
+            exchange.facts |= {"pictures": len(pictures), "picture_sizes": sizes}
         engine = self.slot.require()
-        generations = generations_of(body, engine, slo_ms)
+        generations = generations_of(body, engine, slo_ms, pictures)
         all_warnings = [*warnings, *picture_warnings(body, self.api.compat)]
         if body.response_format == "url":
             self.links.check_served()
