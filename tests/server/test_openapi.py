@@ -23,7 +23,8 @@ from schemathesis.specs.openapi.checks import (
 from tests.waiting import HANG_S
 
 OPERATIONS = (
-    "POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/chat/completions", "POST /v1/quotes", "GET /v1/models",
+    "POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/chat/completions", "POST /v1/quotes",
+    "GET /v1/models",
     "GET /v1/models/{model_id}", "GET /v1/images/links/{name}",
     "GET /debug/trace", "GET /health", "GET /ready", "GET /metrics",
 )  # fmt: skip

@@ -60,22 +60,30 @@ class PictureRules:
     def size_like(self, images: Sequence[Shape]) -> Shape:
         """The size nearest to the first picture's, of those that are served with `images`.
 
-        Sizes are as far apart as the logarithms of their heights and widths: a picture that is too large becomes the
-        largest size of nearly its proportions. There is one size at least: the smallest that was measured.
+        A picture of too many pixels or too few is first scaled to the most or the fewest. Sizes are as far apart as the
+        logarithms of their heights and widths. There is one size at least: the smallest that was measured.
         """
         image, multiple, longest = images[0], self.card.size_multiple, self.longest_side
         seen = sum(each.num_pixels for each in family_of(self.card).condition_shapes(self.card, images))
         smallest, largest = self.cost.profile.shapes[0], self.cost.profile.shapes[-1]
         low = smallest.num_pixels // multiple**2
         high = max((largest.num_pixels - seen) // multiple**2, low)
-        wanted = image.width / multiple
+        num_pixels = min(max(image.num_pixels, low * multiple**2), high * multiple**2)
+        scale = math.sqrt(num_pixels / image.num_pixels) / multiple
+        wanted_height, wanted_width = image.height * scale, image.width * scale
         sizes = [smallest]
         for height in range(1, longest // multiple + 1):
             narrowest, widest = -(-low // height), min(high // height, longest // multiple)
             if narrowest <= widest:
-                widths = {min(max(width, narrowest), widest) for width in (math.floor(wanted), math.ceil(wanted))}
+                near = math.floor(wanted_width), math.ceil(wanted_width)
+                widths = {min(max(width, narrowest), widest) for width in near}
                 sizes += [Shape(height * multiple, width * multiple) for width in widths]
-        return min(sizes, key=lambda size: _distance(size, image))
+
+        def distance(size: Shape) -> float:
+            height, width = size.height / multiple, size.width / multiple
+            return math.hypot(math.log(height / wanted_height), math.log(width / wanted_width))
+
+        return min(sizes, key=distance)
 
     @property
     def longest_side(self) -> int:
@@ -117,7 +125,3 @@ class PictureRules:
                     "size",
                 )
         return stages
-
-
-def _distance(size: Shape, image: Shape) -> float:
-    return math.hypot(math.log(size.height / image.height), math.log(size.width / image.width))
