@@ -170,7 +170,7 @@ class JournalledJobs(Jobs):
         """Of an entry's images those that are there, and those that are to be made, by number.
 
         Raises:
-            RequestFailed: it has failed, or cannot be read.
+            RequestFailed: it has failed, or cannot be read, or not the pictures that came with it.
         """
         assert known.name is not None
         kept = await asyncio.wrap_future(self.journal.read(known.name))
@@ -189,7 +189,12 @@ class JournalledJobs(Jobs):
         missing = [number for number in range(len(kept.entry.requests)) if number not in images]
         if not missing:
             return images, {}
-        return images, await self._resume(kept, missing, tell, is_suspect)
+        try:
+            return images, await self._resume(kept, missing, tell, is_suspect)
+        except RequestFailed as error:
+            if error.kind is FailureKind.STEP:
+                await self._fail(known, error)
+            raise
 
     async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell, is_suspect: bool) -> dict[int, Admitted]:
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
@@ -201,9 +206,8 @@ class JournalledJobs(Jobs):
                 course = kept.courses.get(request.request_id, Course(request_id=request.request_id))
                 checkpoint = await asyncio.wrap_future(self.journal.restore(course, self._executor.states))
                 if request.images and (checkpoint is None or INPUT not in checkpoint.states):
-                    raise RequestFailed(
-                        "the pictures that came with this request cannot be read any more; send it again with a new key"
-                    )
+                    message = "the pictures that came with this request cannot be read any more; send it with a new key"
+                    raise RequestFailed(message, FailureKind.STEP)
                 self._courses.follow(request, MAX_STARTS if is_suspect else course.num_starts, checkpoint)
                 if checkpoint is not None:
                     checkpoint = replace(checkpoint, runs=moved_runs(checkpoint.runs, arrival_s))

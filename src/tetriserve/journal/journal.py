@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
+from tetriserve.core.stages import INPUT
 from tetriserve.core.states import StateStore
 from tetriserve.journal.database import NUM_COMMITS, Database, DatabaseErrors, read_database, replace_database
 from tetriserve.journal.directory import Directory, sync_folder
@@ -215,21 +216,26 @@ class Journal:
         return self._writer.submit(lambda batch: self._read(picture.file))
 
     def restore(self, course: Course, store: StateStore) -> Future[Checkpoint | None]:
-        """Bring a request's state into `store`; None if there is none, or not all of it."""
+        """Bring a request's state into `store`; None if there is none, or not all of it.
+
+        What it brought along is state of its own: should other state be lost, it begins anew with that.
+        """
 
         def work(batch: Batch) -> Checkpoint | None:
             if not course.states:
                 return None
-            states = {stage: self._read(kept.file) for stage, kept in course.states.items()}
-            if None in states.values():
-                self._courses[course.request_id] = Course(request_id=course.request_id, num_starts=course.num_starts)
-                batch.put(self._courses[course.request_id])
-                batch.drop_files(course.files)
+            read = {stage: self._read(kept.file) for stage, kept in course.states.items()}
+            restored = course
+            if None in read.values():
+                brought = {stage: course.states[stage] for stage in (INPUT,) if read.get(stage) is not None}
+                restored = Course(request_id=course.request_id, num_starts=course.num_starts, states=brought)
+                self._courses[course.request_id] = restored
+                batch.put(restored)
+                batch.drop_files(file for file in course.files if file not in restored.files)
+            if not restored.states:
                 return None
-            refs = {
-                stage: store.put(course.states[stage].key, data) for stage, data in states.items() if data is not None
-            }
-            return Checkpoint(course.stage_index, course.stage_steps_done, refs, course.runs)
+            refs = {stage: store.put(kept.key, read[stage] or b"") for stage, kept in restored.states.items()}
+            return Checkpoint(restored.stage_index, restored.stage_steps_done, refs, restored.runs)
 
         return self._writer.submit(work)
 

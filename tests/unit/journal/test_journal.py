@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tetriserve.core.errors import ConfigError, JournalError
 from tetriserve.core.events import Checkpoint, FailureKind, Run, TensorRef
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DENOISE, ENCODE, image_stages
+from tetriserve.core.stages import DENOISE, ENCODE, INPUT, image_stages
 from tetriserve.journal import Entry, Failure, Journal, Kept, Key, Model
 from tetriserve.journal.database import Database
 from tetriserve.workload.outcome import Outcome, Status
@@ -328,3 +329,51 @@ def test_after_closing_nothing_is_accepted(reopen: Callable[[], Journal]) -> Non
     journal.close()
     with pytest.raises(JournalError, match="closed"):
         wait(journal.accept(make_entry()))
+
+
+BROUGHT = TensorRef("a.input.0", 8)
+BEGIN = Checkpoint(0, 0, {INPUT: BROUGHT}, ())
+
+
+def test_what_a_request_brings_along_is_kept_when_it_is_accepted(reopen: Callable[[], Journal], tmp_path: Path) -> None:
+    entry = make_entry(make_request("a"), make_request("b"))
+    pictures = MemoryStates({"a.input.0": b"pictures"})
+    wait(reopen().accept(entry, {"a": BEGIN, "b": None}, pictures))
+    assert files(tmp_path) == ["a.input.0"]
+    journal = reopen()
+    (kept,) = journal.take_loaded()
+    assert kept.courses.keys() == {"a"}
+    taken = MemoryStates()
+    assert wait(journal.restore(kept.courses["a"], taken)) == BEGIN
+    assert taken.bundles == pictures.bundles
+    wait(journal.drop(entry.name))
+    assert files(tmp_path) == []
+
+
+def test_an_entry_whose_pictures_are_gone_from_the_store_is_not_accepted(reopen: Callable[[], Journal]) -> None:
+    journal = reopen()
+    with pytest.raises(JournalError):
+        wait(journal.accept(make_entry(), {"a": BEGIN}, MemoryStates()))
+    assert reopen().take_loaded() == []
+
+
+@pytest.mark.parametrize(("spoilt", "is_left"), [("a.input.0", False), ("a.encode.0.0", True), ("a.denoise.2.1", True)])
+def test_what_was_brought_along_outlives_the_loss_of_other_state(
+    reopen: Callable[[], Journal], tmp_path: Path, spoilt: str, is_left: bool
+) -> None:
+    states = MemoryStates({**STATE, "a.input.0": b"pictures"})
+    journal = reopen()
+    wait(journal.accept(make_entry(), {"a": BEGIN}, states))
+    later = checkpoint(2)
+    journal.advance("a", 0, replace(later, states={INPUT: BROUGHT, **later.states}), states)
+    settle(journal)
+    path = tmp_path / "j" / "tensors" / spoilt
+    path.write_bytes(bytes(len(path.read_bytes())))
+    journal = reopen()
+    (kept,) = journal.take_loaded()
+    taken = MemoryStates()
+    assert wait(journal.restore(kept.courses["a"], taken)) == (BEGIN if is_left else None)
+    assert taken.bundles == ({"a.input.0": b"pictures"} if is_left else {})
+    assert files(tmp_path) == (["a.input.0"] if is_left else [])
+    (again,) = reopen().take_loaded()
+    assert again.courses["a"].states.keys() == ({INPUT} if is_left else set())
