@@ -35,6 +35,8 @@ class FamilyCase:
     """Of the last step's latents what the pipeline returns as `output_type="latent"`."""
     absent: tuple[str, ...] = ()
     """Components that the checkpoint leaves out; diffusers insists on being told."""
+    given: Callable[[Path], Mapping[str, Any]] = lambda path: {}
+    """Components that the pipeline cannot load by itself here, of a checkpoint."""
     num_text_tokens: int = 64
     """Fewer than the model's own: long texts take time."""
     pictures: tuple[tuple[int, int], ...] = ()

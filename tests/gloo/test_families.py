@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
 from tests.families.case import FamilyCase, call_pipeline
 from tests.families.flux import FLUX, FLUX_KONTEXT
+from tests.families.flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from tests.families.sd3 import SD3, SD3_WITHOUT_T5
+from tests.families.z_image import Z_IMAGE, Z_IMAGE_TURBO
 from tests.ranks import meet, results_of
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.execution import Execution
@@ -32,12 +35,18 @@ from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.diffusion import DiffusionAdapter
+from tetriserve.models.execution import BACKENDS, compile_blocks
 from tetriserve.models.family import Guidance
 from tetriserve.models.preview import PATCH, Latents, fit_basis, project
 from tetriserve.models.registry import family_of, load_adapter, stages_of
 from tetriserve.worker.team.shm import ShmTeam
 
-CASES = {case.name: case for case in (FLUX, FLUX_KONTEXT, SD3, SD3_WITHOUT_T5)}
+CASES = {
+    case.name: case
+    for case in (
+        FLUX, FLUX_KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, SD3, SD3_WITHOUT_T5, Z_IMAGE, Z_IMAGE_TURBO,
+    )
+}  # fmt: skip
 NAMES = list(CASES)
 SMALL = Shape(64, 96)
 TOLERANCE = 1e-4
@@ -64,9 +73,10 @@ class Tiny:
     @cache  # noqa: B019
     def pipeline(self, dtype: str = "float32") -> Any:
         pipeline_class = getattr(diffusers, self.card.pipeline_class)
-        pipeline: Any = pipeline_class.from_pretrained(
-            self.card.path, dtype=getattr(torch, dtype), **dict.fromkeys(self.case.absent)
-        )
+        given = self.case.given(self.card.path)
+        absent = dict.fromkeys((*self.case.absent, *given))
+        pipeline: Any = pipeline_class.from_pretrained(self.card.path, dtype=getattr(torch, dtype), **absent)
+        pipeline.register_modules(**given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -153,6 +163,35 @@ def test_degree_1_has_the_bits_of_the_pipeline(tiny: Tiny, dtype: str) -> None:
         assert (pixels.shape, pixels.dtype) == ((request.shape.height, request.shape.width, 3), np.uint8)
         assert np.array_equal(pixels, np.asarray(tiny.called(request, "pil", dtype))), name
         assert pixels.std() > 1, f"{name}: a picture of one colour shows nothing"
+
+
+def test_another_kernel_of_attention_is_used_and_gives_the_bits_of_the_pipeline_with_it(tiny: Tiny) -> None:
+    request = tiny.request(prompt="a red square " * 20) if tiny.case.guided is None else tiny.guided(prompt="red " * 40)
+    card = dataclasses.replace(tiny.card, execution=Execution("float32", attention="native_math"))
+    adapter = load_adapter(card, "cpu")
+    assert isinstance(adapter, DiffusionAdapter)
+    attentions = [each for each in adapter.pipeline.transformer.modules() if hasattr(each, "processor")]
+    assert {each.processor._attention_backend for each in attentions} == {BACKENDS["native_math"]}
+    latents = denoise(adapter, request)
+    assert (latents - denoise(tiny.adapter(), request)).abs().max() < TOLERANCE
+    transformer = tiny.pipeline().transformer
+    if any(hasattr(getattr(each, "processor", None), "_attention_backend") for each in transformer.modules()):
+        transformer.set_attention_backend(BACKENDS["native_math"].value)
+        theirs = tiny.called(request, "latent")
+        transformer.reset_attention_backend()
+        with torch.no_grad():
+            assert torch.equal(tiny.case.as_latents(tiny.adapter(), request, latents), theirs)
+
+
+def test_blocks_are_compiled_whole(tiny: Tiny) -> None:
+    request = tiny.requests(num_steps=2)[-1]
+    adapter, graphs = load_adapter(tiny.card, "cpu"), CompileCounter()
+    assert isinstance(adapter, DiffusionAdapter)
+    torch._dynamo.reset()
+    compile_blocks(adapter.pipeline.transformer, graphs)
+    difference = (denoise(adapter, request) - denoise(tiny.adapter(), request)).abs().max().item()
+    assert difference < TOLERANCE
+    assert graphs.frame_count > 0
 
 
 def starting_from(request: Request, image: np.ndarray, skipped_steps: int) -> Request:
@@ -318,11 +357,11 @@ def plan_of(number: int, degrees: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def batches_of(card: ModelCard, guided: dict[str, Any] | None) -> list[list[Request]]:
-    """Text lengths that ranks cannot share evenly, too; the last batch has two members."""
+    """Text lengths that ranks cannot share evenly, too; the last batch has two members, a short and a long text."""
     one = [request_of(card), request_of(card, prompt="red", shape=Shape(80, 112))]
     two = [request_of(card, **guided), request_of(card, **guided, prompt="", shape=Shape(80, 112))] if guided else []
     base = {} if guided is None else guided
-    pair = [request_of(card, **base, prompt=text, seed=seed) for seed, text in enumerate(("red", "a tan square"))]
+    pair = [request_of(card, **base, prompt=text, seed=seed) for seed, text in enumerate(("red", "a tan square " * 20))]
     return [*([each] for each in one + two), pair]
 
 

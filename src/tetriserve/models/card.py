@@ -43,8 +43,8 @@ class ModelCard:
     num_heads: of the transformer's attention; 1 for a model whose steps cannot be divided.
     num_text_tokens: to which texts are padded and at which they are cut: the pipeline's `max_sequence_length`.
     sizes: the default first.
-    guides_by_passes: whether `guidance_scale` above 1 takes a second pass at each step, for the negative prompt or an
-        empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
+    guides_by_passes: whether `guidance_scale` above `passes_above` takes a second pass at each step, for the negative
+        prompt or an empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
     max_side: the longest height or width, in pixels.
     min_images, max_images: pictures that a request brings along.
     default_strength: how much of the noise is added to a picture from which a request starts, 0 to 1; None for a model
@@ -69,6 +69,7 @@ class ModelCard:
     sizes: tuple[Shape, ...]
     fingerprint: str
     guides_by_passes: bool = False
+    passes_above: float = 1.0
     max_side: int = MAX_SIDE
     min_images: int = 0
     max_images: int = 0
@@ -83,7 +84,7 @@ class ModelCard:
     @property
     def one_pass_scale(self) -> float:
         """A `guidance_scale` at which each step is one pass, as profiles measure it."""
-        return 1.0 if self.guides_by_passes else self.default_guidance_scale
+        return self.passes_above if self.guides_by_passes else self.default_guidance_scale
 
     def valid_degrees(self, degrees: Sequence[int]) -> tuple[int, ...]:
         """Those of `degrees` at which steps can run: the ranks share the heads evenly, and tokens in any numbers."""

@@ -59,6 +59,16 @@ def check_clip_length(path: Path, tokenizer: str = "tokenizer", encoder: str = "
         )
 
 
+def check_chat_template(path: Path, tokenizer: str = "tokenizer") -> None:
+    """That there is what prompts are put into before they are encoded."""
+    folder = path / tokenizer
+    if (folder / "chat_template.jinja").is_file():
+        return
+    file = folder / "tokenizer_config.json"
+    if not (file.is_file() and read_json(file).get("chat_template")):
+        raise CheckpointError(f"{folder} has no chat template (chat_template.jinja); download the checkpoint again")
+
+
 def check_text_width(path: Path, key: str, default: int, expected: object, part: str) -> None:
     """That the transformer takes embeddings of the width, `expected`, that `part` makes."""
     file = path / "transformer/config.json"

@@ -94,11 +94,6 @@ class Branch:
     def embeds(self, name: str = "prompt_embeds") -> torch.Tensor:
         return self.loop.encoded[self.prefix + name]
 
-    @property
-    def alike(self) -> Hashable:
-        """Only branches that agree in it go through one forward."""
-        return self.latents.shape, self.embeds().shape
-
 
 class DiffusionAdapter(ABC):
     """A loaded checkpoint. At degree 1 a single request is bit-identical to its pipeline with a CPU generator.
@@ -108,10 +103,12 @@ class DiffusionAdapter(ABC):
 
     passes: in the order in which the pipeline makes them.
     joins_passes: the pipeline itself makes both passes of a step in one forward.
+    num_template_tokens: that come before a prompt, at most.
     """
 
     passes: ClassVar[tuple[str, str]] = (PROMPT, NEGATIVE)
     joins_passes: ClassVar[bool] = False
+    num_template_tokens: ClassVar[int] = 0
 
     def __init__(self, card: ModelCard, device: torch.device | str, *, has_text_encoders: bool = True) -> None:
         """
@@ -172,9 +169,13 @@ class DiffusionAdapter(ABC):
         """What all forwards of a request take, besides latents, time and embeddings."""
         return None
 
+    def kind(self, branch: Branch) -> Hashable:
+        """Only branches of one kind go through one forward."""
+        return branch.latents.shape, branch.embeds().shape
+
     @abstractmethod
     def forward(self, branches: Sequence[Branch]) -> Sequence[torch.Tensor]:
-        """What the transformer says of each branch, in one forward, in the form of its latents. All are alike."""
+        """What the transformer says of each branch, in one forward, in the form of its latents; all are of one kind."""
 
     def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         """What the scheduler is given, of the passes' predictions."""
@@ -310,7 +311,7 @@ class DiffusionAdapter(ABC):
         """By as many forwards as there are kinds of branches."""
         kinds: dict[Hashable, list[int]] = {}
         for index, branch in enumerate(branches):
-            kinds.setdefault(branch.alike, []).append(index)
+            kinds.setdefault(self.kind(branch), []).append(index)
         results: dict[int, torch.Tensor] = {}
         for indices in kinds.values():
             results |= dict(zip(indices, self.forward([branches[index] for index in indices]), strict=True))
@@ -356,7 +357,7 @@ class DiffusionAdapter(ABC):
         Raises:
             CheckpointError: a vocabulary is empty or another model's, or an encoder's weights are void.
         """
-        length = min(_SHORT_TEXT_TOKENS, self.card.num_text_tokens)
+        length = min(self.num_template_tokens + _SHORT_TEXT_TOKENS, self.card.num_text_tokens)
         components = self.pipeline.components
         encoders = [name for name in components if name.startswith("text_encoder") and components[name] is not None]
         for encoder in encoders:

@@ -28,6 +28,7 @@ _MAX_GRAPHS = 100_000
 """Dynamo fails beyond 8. Each size, degree, batch and length of texts has a graph."""
 BACKENDS = {backend.value.lstrip("_"): backend for backend in AttentionBackendName}
 """By the names in `ATTENTIONS`."""
+_WITHOUT_MASKS = ("flash", "sage")
 _PROBE_TOKENS = 64
 _LEAST_ACTIVATION = 1e-12
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
@@ -63,6 +64,11 @@ def check_machine(execution: Execution, device: torch.device) -> None:
 def backend_of(execution: Execution) -> AttentionBackendName | None:
     """The attention that was asked for, for processors that diffusers itself gives no choice; None is the default."""
     return None if execution.attention == DEFAULT else BACKENDS[execution.attention]
+
+
+def takes_masks(execution: Execution) -> bool:
+    """Whether the attention can leave out tokens, by which texts of several lengths go through one forward."""
+    return not any(kind in execution.attention for kind in _WITHOUT_MASKS)
 
 
 def loading_options(execution: Execution, device: torch.device) -> dict[str, Any]:
@@ -111,6 +117,8 @@ def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the repeated blocks, statically: each shape gets its own graph, also after other shapes were compiled."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
+    if not transformer._repeated_blocks:  # as SD3's; it names its blocks for another purpose
+        transformer._repeated_blocks = transformer._no_split_modules
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
 
 
@@ -135,10 +143,9 @@ def _keep_compiled() -> None:
 
 
 def _set_attention(transformer: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    config = transformer.config
-    probe = torch.zeros(
-        1, _PROBE_TOKENS, config.num_attention_heads, config.attention_head_dim, dtype=dtype, device=device
-    )
+    attention = next(each for each in transformer.modules() if hasattr(each, "processor") and hasattr(each, "to_q"))
+    width = attention.to_q.out_features // attention.heads  # classes name it differently in their configurations
+    probe = torch.zeros(1, _PROBE_TOKENS, attention.heads, width, dtype=dtype, device=device)
     try:
         transformer.set_attention_backend(BACKENDS[name].value)
         _attend(name, probe)

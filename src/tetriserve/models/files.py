@@ -28,6 +28,7 @@ _MAX_JSON_BYTES = 2**28
 _MAX_COUNT = 2**31
 _TOKENIZER_FILES = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
 }
 """By class, less the suffix `Fast`: sets of files each of which is a whole vocabulary. Others need `tokenizer.json`."""
@@ -100,7 +101,7 @@ def check_component(path: Path, component: str, entry: object) -> None:
             _check_config(file)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing though model_index.json names it; download the checkpoint again")
-    if "Tokenizer" in class_name:
+    if "Tokenizer" in class_name or component.startswith("tokenizer"):  # a processor of texts and pictures holds one
         _check_tokenizer(folder, class_name)
     elif not any(kind in class_name for kind in _WITHOUT_WEIGHTS):
         if not (folder / "config.json").is_file():
@@ -129,8 +130,10 @@ def check_layers(path: Path, index: Mapping[str, Any], layers: Sequence[LayerNam
     """That each layer has tensors, and each tensor of a layer its place. Loading compares all tensors."""
     for each in layers:
         file, key, prefix = path / each.component / "config.json", each.key, each.prefix
-        num_layers = get({key: each.default} | read_json(file), key, int, file)
-        pattern = re.compile(rf"(?:text_model\.)?{re.escape(prefix)}\.(\d{{1,6}})\.")
+        config = read_json(file)
+        own = config.get("text_config")  # of an encoder that reads texts and pictures, the part for texts
+        num_layers = get({key: each.default} | config | (own if isinstance(own, dict) else {}), key, int, file)
+        pattern = re.compile(rf"(?:(?:text_model|language_model|model)\.)*{re.escape(prefix)}\.(\d{{1,6}})\.")
         names = sorted(find_weights(path / each.component, index[each.component][0]).tensor_names())
         found = {int(match[1]) for name in names if (match := pattern.match(name))}
         missing = next((layer for layer in range(num_layers) if layer not in found), None)

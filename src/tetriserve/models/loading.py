@@ -70,6 +70,7 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_en
     folder = card.path
     try:
         models: dict[str, Any] = {}
+        texts: dict[str, Any] = {}
         for component, entry in read_json(card.path / "model_index.json").items():
             if entry == [None, None] or (component.startswith(_TEXT_COMPONENTS) and not has_text_encoders):
                 models[component] = None  # a pipeline may insist on being told
@@ -79,9 +80,14 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_en
                 model = _load_model(folder, library, class_name, dtype, extra)
                 if model is not None:
                     models[component] = model
+                elif component.startswith("tokenizer") and class_name.endswith("Processor"):
+                    # Its part for texts: nothing else is used, and the part for pictures would need torchvision.
+                    texts[component] = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+                    models[component] = None
         folder = card.path
         pipeline_class = getattr(diffusers, card.pipeline_class)
         pipeline = pipeline_class.from_pretrained(str(card.path), local_files_only=True, dtype=dtype, **models)
+        pipeline.register_modules(**texts)
         place(card.execution, pipeline, device)
         return pipeline
     except (CheckpointError, KeyboardInterrupt, SystemExit):

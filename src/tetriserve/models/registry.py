@@ -12,15 +12,17 @@ from tetriserve.core.stages import from_images
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Family, Guidance
 from tetriserve.models.flux.facts import FLUX
+from tetriserve.models.flux2.facts import FLUX2
 from tetriserve.models.flux_kontext.facts import FLUX_KONTEXT
 from tetriserve.models.sd3.facts import SD3
+from tetriserve.models.z_image.facts import Z_IMAGE
 
 if TYPE_CHECKING:
     import torch
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX, FLUX_KONTEXT, SD3)
+FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, SD3, Z_IMAGE)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 

@@ -17,7 +17,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.diffusion import NEGATIVE, PROMPT, Branch, DiffusionAdapter, drawn, num_text_tokens
 from tetriserve.models.execution import backend_of
-from tetriserve.models.parallel import SequenceParallel
+from tetriserve.models.parallel import IMAGE, TEXT, SequenceParallel
 from tetriserve.models.sd3.attention import JointAttention
 
 _PLAN = {
@@ -111,5 +111,6 @@ class SD3Adapter(DiffusionAdapter):
         transformer.set_attn_processor(
             {name: JointAttention(backend_of(self.card.execution)) for name in transformer.attn_processors}
         )
-        over_image = {each for name, each in transformer.attn_processors.items() if ".attn2." in name}
-        return SequenceParallel(transformer, _PLAN, over_image)
+        return SequenceParallel(
+            transformer, _PLAN, lambda attention: (IMAGE,) if attention.endswith(".attn2") else (IMAGE, TEXT)
+        )
