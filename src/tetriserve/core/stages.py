@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
-
 from tetriserve.core.request import Shape, Stage
 
 ENCODE, ENCODE_IMAGE, DENOISE, DECODE = "encode", "encode_image", "denoise", "decode"
