@@ -59,10 +59,12 @@ class Engine:
         policy: str = "lookahead",
         device: str = "cpu",
         profile: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._config = EngineConfig(
             model=model,
             profile=profile,
+            adapter=adapter,
             pool=PoolConfig(
                 num_ranks=ranks, encoder_ranks=encoder_ranks, degrees=degrees, max_batch=max_batch, device=device
             ),

@@ -58,6 +58,7 @@ def serve(
     remeasure: options.Remeasure = False,
     served_model_name: options.ServedModelNames = None,
     max_sequence_length: options.MaxSequenceLength = None,
+    adapter: options.Adapter = None,
     compile: options.Compile = False,
     attention: options.Attention = DEFAULT,
     quantization: options.Quantization = DEFAULT,
@@ -117,6 +118,7 @@ def serve(
             remeasure=remeasure,
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
+            adapter=adapter,
             execution=ExecutionConfig(
                 compile=compile,
                 attention=attention,
@@ -189,6 +191,7 @@ def profile(
         Path | None, option("out", "File to write. Default: <model>.profile.json in the working directory.")
     ] = None,
     max_sequence_length: options.MaxSequenceLength = None,
+    adapter: options.Adapter = None,
     compile: options.Compile = False,
     attention: options.Attention = DEFAULT,
     quantization: options.Quantization = DEFAULT,
@@ -229,7 +232,7 @@ def profile(
             offload_text_encoders=offload_text_encoders,
         )
         with _progress() as progress:
-            measuring = measure_profile(model, pool, shapes, progress, max_sequence_length, execution)
+            measuring = measure_profile(model, pool, shapes, progress, max_sequence_length, execution, adapter)
             card, measured = run_until_signal(measuring)
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)

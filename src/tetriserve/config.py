@@ -309,6 +309,8 @@ class EngineConfig:
     served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
     execution: how the model is run.
+    adapter: the name of the family to serve the model, `generic` for pipelines that no family knows; None is the one
+        that serves its pipeline class.
     journal: None keeps nothing.
     """
 
@@ -318,6 +320,7 @@ class EngineConfig:
     served_model_names: tuple[str, ...] = ()
     max_sequence_length: int | None = None
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    adapter: str | None = None
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None

@@ -36,6 +36,7 @@ def evaluate(
     device: options.Device = "cpu",
     profile: options.Profile = None,
     remeasure: options.Remeasure = False,
+    adapter: options.Adapter = None,
     threads: options.Threads = 1,
     start_timeout: options.StartTimeout = 300.0,
     policies: Annotated[
@@ -81,6 +82,7 @@ def evaluate(
                 model=model,
                 profile=profile,
                 remeasure=remeasure,
+                adapter=adapter,
                 pool=pool,
                 scheduling=SchedulingConfig(policy=policy, max_queue=4 * pool.num_ranks),
             )

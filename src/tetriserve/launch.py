@@ -74,7 +74,7 @@ async def launch(
     find_policy(spec)
     _check_interpreter()
     _check_device(pool)
-    card = find_model(config.model, config.max_sequence_length, config.execution)
+    card = find_model(config.model, config.max_sequence_length, config.execution, config.adapter)
     card.execution.check_device(pool.device)
     if config.served_model_names:
         name, *aliases = config.served_model_names
@@ -164,22 +164,28 @@ def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
 
 
 def find_model(
-    model: str | None, max_sequence_length: int | None = None, execution: ExecutionConfig | None = None
+    model: str | None,
+    max_sequence_length: int | None = None,
+    execution: ExecutionConfig | None = None,
+    adapter: str | None = None,
 ) -> ModelCard:
     """The card of a checkpoint directory; None is the bundled model.
 
     max_sequence_length: replaces the model's own; step times change with it, so that a profile belongs to one.
     execution: None is as its directory says.
+    adapter: the family to serve it; None is the one that serves its pipeline class.
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
         ConfigError: `max_sequence_length` is out of range, or the execution does not go with the model's dtype.
     """
-    card = read_card(BUNDLED_MODEL if model is None else Path(model))
+    card = read_card(BUNDLED_MODEL if model is None else Path(model), adapter)
     if execution is not None:
         card = replace(card, execution=execution.of(card.execution.dtype))
     if max_sequence_length in (None, card.num_text_tokens):
         return card
+    if card.num_text_tokens == 0:
+        raise ConfigError(f"max-sequence-length is {max_sequence_length}, but {card.pipeline_class} takes none")
     longest = family_of(card).max_text_tokens
     if not 1 <= max_sequence_length <= longest:
         raise ConfigError(f"max-sequence-length is {max_sequence_length}; allowed: 1 to {longest}")
@@ -299,6 +305,7 @@ async def measure_profile(
     progress: StartProgress,
     max_sequence_length: int | None = None,
     execution: ExecutionConfig | None = None,
+    adapter: str | None = None,
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again.
 
@@ -307,7 +314,7 @@ async def measure_profile(
     """
     _check_interpreter()
     _check_device(pool)
-    card = find_model(model, max_sequence_length, execution)
+    card = find_model(model, max_sequence_length, execution, adapter)
     card.execution.check_device(pool.device)
     pool = with_usable_degrees(card, pool)
     for shape in shapes:
@@ -363,7 +370,7 @@ async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig
 
 
 def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
-    """`pool` without the degrees at which the model cannot run; a warning names them."""
+    """`pool` without degrees, which a warning names, and batches that the model cannot run."""
     usable = card.valid_degrees(pool.degrees)
     dropped = [degree for degree in pool.degrees if degree not in usable]
     if dropped:
@@ -371,7 +378,7 @@ def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
             "degrees %s are not used: a degree must divide the %d attention heads of %s",
             ",".join(map(str, dropped)), card.num_heads, card.name,
         )  # fmt: skip
-    return replace(pool, degrees=usable)
+    return replace(pool, degrees=usable, max_batch=pool.max_batch if card.can_batch else 1)
 
 
 def _check_interpreter() -> None:

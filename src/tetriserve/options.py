@@ -190,6 +190,11 @@ MaxSequenceLength = Annotated[
     option("max-sequence-length", "Text tokens, to which prompts are padded and at which they are cut. Default: the "
            "model's own number, 512 for FLUX."),
 ]  # fmt: skip
+Adapter = Annotated[
+    str | None,
+    option("adapter", "Family to serve the model; generic drives any text-to-image pipeline by its own call, at "
+           "degree 1. Default: the family of its pipeline class.", show_default=False),
+]  # fmt: skip
 Compile = Annotated[
     bool,
     typer.Option(

@@ -168,6 +168,8 @@ class Intake:
 
     def _text_length(self, length: int | None) -> int | None:
         longest = self.card.num_text_tokens
+        if length is not None and longest == 0:
+            raise InvalidRequest(f"{self.card.name} takes no max_sequence_length", "max_sequence_length")
         if length is not None and not 1 <= length <= longest:
             raise InvalidRequest(f"max_sequence_length is {length}; allowed: 1 to {longest}", "max_sequence_length")
         return length

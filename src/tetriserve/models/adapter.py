@@ -36,12 +36,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Left:
-    """What a task leaves of one member. `text` comes with the stage that reads it."""
+    """What a task leaves of one member.
+
+    text: comes with the stage that reads it, from families that can count it.
+    cpu_s: processor time that threads of the adapter's own spent for it.
+    """
 
     tensors: Tensors
     num_steps: int = 0
     is_stage_over: bool = True
     text: TextCount | None = None
+    cpu_s: float = 0.0
 
 
 class Adapter(Protocol):

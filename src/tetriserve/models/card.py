@@ -41,7 +41,8 @@ class ModelCard:
     size_multiple: height and width must divide by it.
     pixels_per_token: pixels that one image token stands for, on each side.
     num_heads: of the transformer's attention; 1 for a model whose steps cannot be divided.
-    num_text_tokens: to which texts are padded and at which they are cut: the pipeline's `max_sequence_length`.
+    num_text_tokens: to which texts are padded and at which they are cut: the pipeline's `max_sequence_length`. 0: it
+        has none, and neither have requests.
     sizes: the default first.
     guides_by_passes: whether `guidance_scale` above `passes_above` takes a second pass at each step, for the negative
         prompt or an empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
@@ -49,6 +50,9 @@ class ModelCard:
     min_images, max_images: pictures that a request brings along.
     default_strength: how much of the noise is added to a picture from which a request starts, 0 to 1; None for a model
         whose steps see the pictures beside the latents.
+    can_batch: whether requests may share a step.
+    has_previews: whether latents on their way can be shown, which takes an adapter with `latents_of`.
+    limits: what cannot be done with this model and can with others, a line each.
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
     stamp: changes whenever a file of the checkpoint does.
     """
@@ -74,6 +78,9 @@ class ModelCard:
     min_images: int = 0
     max_images: int = 0
     default_strength: float | None = None
+    can_batch: bool = True
+    has_previews: bool = True
+    limits: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     stamp: str = ""
 

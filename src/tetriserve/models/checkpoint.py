@@ -35,7 +35,7 @@ _FIELDS = {
 """Of the card, by key of `tetriserve.json`."""
 
 
-def read_card(path: Path) -> ModelCard:
+def read_card(path: Path, adapter: str | None = None) -> ModelCard:
     """Read the facts of the diffusers checkpoint in directory `path`, and check that all its files are there.
 
     `path` may be a hub folder `models--...` with one snapshot. A `tetriserve.json` beside `model_index.json` overrides
@@ -43,14 +43,17 @@ def read_card(path: Path) -> ModelCard:
     "float32" | "bfloat16" | "float16", "max_sequence_length": int}; the first of the sizes is the default.
     Only JSON files and the headers of weights files are read.
 
+    adapter: the name of the family to serve it; None is the one that serves its pipeline class.
+
     Raises:
+        ConfigError: no family has that name.
         CheckpointError: one line that names the file at fault and how to mend it.
     """
     root = find_root(path)
     index = read_json(root / "model_index.json")
     pipeline_class = get(index, "_class_name", str, root / "model_index.json")
     try:
-        family = find_family(pipeline_class)
+        family = find_family(pipeline_class, adapter)
     except CheckpointError as error:
         raise CheckpointError(f"{root}: {error}") from None
     for component in family.components:
@@ -94,6 +97,8 @@ def _read_overrides(file: Path, card: ModelCard, max_text_tokens: int) -> dict[s
         raise CheckpointError(f"{file}: num_steps is {shown(num_steps)}; allowed: 1 to {MAX_STEPS}")
     if not 1 <= (length := overrides.get("max_sequence_length", 1)) <= max_text_tokens:
         raise CheckpointError(f"{file}: max_sequence_length is {shown(length)}; allowed: 1 to {max_text_tokens}")
+    if card.num_text_tokens == 0 and "max_sequence_length" in overrides:
+        raise CheckpointError(f"{file}: {card.pipeline_class} takes no max_sequence_length; remove it")
     if not 0 <= (guidance_scale := overrides.get("guidance_scale", 0)) <= 100:
         raise CheckpointError(f"{file}: guidance_scale is {shown(guidance_scale)}; allowed: 0 to 100")
     if "guidance_scale" in overrides:

@@ -20,7 +20,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, INPUT
 from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.loading import held_bytes, load_pipeline
+from tetriserve.models.loading import held_bytes, load_pipeline, weights_of
 from tetriserve.models.parallel import SequenceParallel
 
 if TYPE_CHECKING:
@@ -202,11 +202,8 @@ class DiffusionAdapter(ABC):
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """See `Adapter.weights`. Text encoders come last: ranks without them have the others at the same places."""
-        components = self.pipeline.components.items()
-        models = [(name, model) for name, model in components if isinstance(model, torch.nn.Module)]
-        models.sort(key=lambda each: each[0].startswith("text_encoder"))
-        return [weight for _, model in models for weight in model.parameters()]
+        """See `Adapter.weights`."""
+        return weights_of(self.pipeline)
 
     def held_bytes(self) -> dict[str, int]:
         """See `Adapter.held_bytes`."""

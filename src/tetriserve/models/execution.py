@@ -115,10 +115,18 @@ def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the repeated blocks, statically: each shape gets its own graph, also after other shapes were compiled."""
+    """Compile the repeated blocks, statically: each shape gets its own graph, also after other shapes were compiled.
+
+    Raises:
+        ConfigError: diffusers does not know the repeated blocks of this model.
+    """
+    if not getattr(transformer, "_repeated_blocks", None):  # SD3 names its blocks for another purpose
+        transformer._repeated_blocks = getattr(transformer, "_no_split_modules", None)
+    if not transformer._repeated_blocks:
+        raise ConfigError(
+            f"compile is 'regional', but {type(transformer).__name__} names no repeated blocks; allowed: {DEFAULT}"
+        )
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
-    if not transformer._repeated_blocks:  # as SD3's; it names its blocks for another purpose
-        transformer._repeated_blocks = transformer._no_split_modules
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
 
 

@@ -29,6 +29,7 @@ class Family:
     """The facts of one family; its folder has them in `facts.py`, and its adapter in `adapter.py`.
 
     pipeline_classes: the classes of diffusers that it serves, as `model_index.json` names them.
+    takes_any_class: it may be named for other classes, too; `read` says which it cannot serve.
     adapter: `module:Class`; only workers, and their fork server, import it.
     components: without which none of its checkpoints is whole.
     max_text_tokens: to which `max_sequence_length` may be set.
@@ -48,3 +49,4 @@ class Family:
     num_tokens: Callable[[ModelCard, Shape], int]
     stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
     condition_shapes: Callable[[ModelCard, Sequence[Shape]], tuple[Shape, ...]] = _no_conditions
+    takes_any_class: bool = False

@@ -45,6 +45,13 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device, *, 
     return pipeline
 
 
+def weights_of(pipeline: Any) -> list[torch.Tensor]:
+    """Of all models. Text encoders come last: ranks without them have the others at the same places."""
+    models = [(name, model) for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)]
+    models.sort(key=lambda each: each[0].startswith("text_encoder"))
+    return [weight for _, model in models for weight in model.parameters()]
+
+
 def held_bytes(pipeline: Any) -> dict[str, int]:
     """Bytes of parameters and buffers by component, on whichever device they are; what two share counts once."""
     counted: set[int] = set()

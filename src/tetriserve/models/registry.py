@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from tetriserve.core.errors import CheckpointError
+from tetriserve.core.errors import CheckpointError, ConfigError
 from tetriserve.core.request import Request, Shape, Stage
 from tetriserve.core.stages import from_images
 from tetriserve.models.card import ModelCard
@@ -14,6 +14,7 @@ from tetriserve.models.family import Family, Guidance
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.flux2.facts import FLUX2
 from tetriserve.models.flux_kontext.facts import FLUX_KONTEXT
+from tetriserve.models.generic.facts import GENERIC
 from tetriserve.models.sd3.facts import SD3
 from tetriserve.models.z_image.facts import Z_IMAGE
 
@@ -22,21 +23,39 @@ if TYPE_CHECKING:
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, SD3, Z_IMAGE)
+FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, SD3, Z_IMAGE, GENERIC)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
-def find_family(pipeline_class: str) -> Family:
-    """The family that serves `pipeline_class`.
+def check_adapter(name: str) -> None:
+    """Raises: ConfigError: no family has that name."""
+    if name not in _BY_NAME:
+        raise ConfigError(f"adapter is {name[:200]!r}; allowed: {', '.join(_BY_NAME)}")
+
+
+def find_family(pipeline_class: str, name: str | None = None) -> Family:
+    """The family that serves `pipeline_class`; `name` is that of the only one to be taken.
 
     Raises:
-        CheckpointError: none does; the message lists the classes that are served.
+        ConfigError: no family has that name.
+        CheckpointError: none serves the class, or not the one named; the message lists what can be done.
     """
+    if name is not None:
+        check_adapter(name)
+        family = _BY_NAME[name]
+        if family.takes_any_class or pipeline_class in family.pipeline_classes:
+            return family
+        raise CheckpointError(
+            f"adapter {name!r} serves {', '.join(family.pipeline_classes)}, not {pipeline_class[:200]!r}; leave out "
+            "--adapter, or try --adapter generic"
+        )
     for family in FAMILIES:
         if pipeline_class in family.pipeline_classes:
             return family
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.pipeline_classes))
-    raise CheckpointError(f"no adapter serves pipeline class {pipeline_class!r}; supported: {supported}")
+    raise CheckpointError(
+        f"no adapter serves pipeline class {pipeline_class!r}; supported: {supported}; or try --adapter generic"
+    )
 
 
 def family_of(card: ModelCard) -> Family:

@@ -75,6 +75,7 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
         max_num_inference_steps=intake.max_steps,
         default_guidance_scale=card.default_guidance_scale,
         max_sequence_length=card.num_text_tokens,
+        limits=list(card.limits),
         has_guidance=card.has_guidance,
         has_negative_prompt=card.has_negative_prompt,
         min_images=card.min_images,

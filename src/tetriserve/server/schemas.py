@@ -302,7 +302,10 @@ class ModelObject(BaseModel):
     default_num_inference_steps: int
     max_num_inference_steps: int
     default_guidance_scale: float
-    max_sequence_length: int = Field(description="Text tokens of a request that asks for no fewer.")
+    max_sequence_length: int = Field(
+        description="Text tokens of a request that asks for no fewer; 0: it cannot be asked for."
+    )
+    limits: list[str] = Field(description="What this server cannot do with this model, and can with others.")
     has_guidance: bool
     has_negative_prompt: bool
     min_images: int = Field(description="Pictures that must come with a prompt, to /v1/images/edits.")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-_NUMPY_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
+_NUMPY_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
 
 
 def arrays_of(data: bytes) -> dict[str, np.ndarray]:

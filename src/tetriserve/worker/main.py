@@ -126,7 +126,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
             gives=spec.pool.stage_ranks.by_kind.keys() - spec.lacks,
             timeout_s=spec.pool.start_timeout_s / 2,
         )
-    basis = runner.save_preview_basis(spec.card) if spec.rank == 0 else None
+    leaves_basis = spec.rank == 0 and spec.card.has_previews
+    basis = runner.save_preview_basis(spec.card) if leaves_basis else None
     pipe.send(Ready(basis, _memory_of(adapter)))
     while True:
         message = pipe.receive()

@@ -71,8 +71,8 @@ class Runner:
         """
         start, started_at, cpu_before_s = message.start, time.monotonic(), time.thread_time()
         try:
-            results = self._run_recovering(message)
-            elapsed_s, cpu_s = time.monotonic() - started_at, time.thread_time() - cpu_before_s
+            results, others_cpu_s = self._run_recovering(message)
+            elapsed_s, cpu_s = time.monotonic() - started_at, time.thread_time() - cpu_before_s + others_cpu_s
             return TaskDone(start.task_id, elapsed_s, results, None if self._is_on_gpu else cpu_s)
         except Exception as error:  # the process boundary: whatever a model raises ends this one task
             failed_at = time.monotonic()
@@ -133,8 +133,8 @@ class Runner:
         """Leave in the store what the server makes previews with."""
         return self._store.save(".preview-basis", {"basis": torch.from_numpy(fit_basis(self._adapter, card))})
 
-    def _run_task(self, message: RunTask) -> tuple[Result, ...]:
-        """What it leaves of each member; empty if another rank leads."""
+    def _run_task(self, message: RunTask) -> tuple[tuple[Result, ...], float]:
+        """What it leaves of each member, empty if another rank leads; and what other threads spent: `Left.cpu_s`."""
         start, task = message.start, message.start.task
         if task.degree > 1:
             self._team.enter(task.ranks, message.token)
@@ -149,9 +149,9 @@ class Runner:
                 _check_finite(work, left)
         results = [self._leave(start, work, left) for work, left in zip(start.work, lefts, strict=True)]
         self._residents.evict(keep=task.members)
-        return tuple([result for result in results if result is not None])
+        return tuple([result for result in results if result is not None]), sum(left.cpu_s for left in lefts)
 
-    def _run_recovering(self, message: RunTask) -> tuple[Result, ...]:
+    def _run_recovering(self, message: RunTask) -> tuple[tuple[Result, ...], float]:
         """Once more where the device was short of memory, after what can be computed again was freed.
 
         With other members it is for the controller to start the task again.
