@@ -365,11 +365,12 @@ class _Start:
         degree = num_steps = 0
         kind = job.trajectory.request.stepped.kind
         free_until = self._until(kind)
+        narrowest = next((wider for wider, step_s in times.items() if step_s <= longest_s), min(times))
         for wider, step_s in times.items():
             hole_s = free_until[wider] - self._ready_s
             if step_s > min(hole_s, longest_s) or (degree and step_s >= times[degree]):
                 continue
-            if not self._leaves_headroom(wider, step_s, narrowest=min(times)):
+            if not self._leaves_headroom(wider, step_s, narrowest=narrowest):
                 continue
             degree, num_steps = wider, min(most, int(hole_s / step_s), _steps_in(task_s, step_s))
             if is_patient or step_s <= FILL_TASK_S:

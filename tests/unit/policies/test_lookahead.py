@@ -175,3 +175,9 @@ def test_widening_earns_its_place(drive, make, poisson, flux):
         return sum(drive(make(spec, flux), run, flux, is_pure_checked=False).attained(run) for run in runs) / 2
 
     assert attained("lookahead") >= attained("lookahead:widen=off") + 0.01
+
+
+def test_a_lone_late_request_starts_on_all_ranks_where_its_steps_at_fewer_are_too_long(make, request_of, table_cost):
+    cost = table_cost({512: {1: 2.0, 2: 0.75}}, {512: 0.1})
+    state = State((encoded(request_of(512, deadline_s=-1.0)),), (), (0, 1), cost)
+    assert [task.degree for task in make("lookahead", cost, 2).plan(state, 0.0).tasks] == [2]
