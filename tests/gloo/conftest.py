@@ -12,7 +12,7 @@ import pytest
 
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.launch import BUNDLED_MODEL
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
@@ -58,7 +58,11 @@ def profile(bundled_card: ModelCard) -> Profile:
                 for side, times in STEP_S.items()
                 for degree, step_s in times.items()
             ),
-            *(Row(stage=DECODE, height=side, width=side, seconds=seconds) for side, seconds in DECODE_S.items()),
+            *(
+                Row(stage=stage, height=side, width=side, seconds=seconds)
+                for stage in (ENCODE_IMAGE, DECODE)
+                for side, seconds in DECODE_S.items()
+            ),
         ),
     )
 

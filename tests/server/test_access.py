@@ -77,6 +77,7 @@ async def test_the_description_says_where_a_key_is_needed(guarded, client):
     needs_key = {path for path, item in described["paths"].items() if any("security" in each for each in item.values())}
     assert needs_key == {
         URL,
+        "/v1/images/edits",
         "/v1/chat/completions",
         "/v1/models",
         "/v1/models/{model_id}",

@@ -12,13 +12,14 @@ from tests.states import MemoryStates, bundle_of
 from tetriserve.core.events import StartTask, TaskFinished
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, ENCODE
+from tetriserve.core.stages import DECODE, ENCODE, ENCODE_IMAGE
 from tetriserve.executor.protocol import Executor, OnEvent
 
 PIXEL = bundle_of(pixels=np.zeros((1, 1, 3), np.uint8))
 STEP_S = {1: 0.4, 2: 0.25}
 DECODE_S = 0.3
 ENCODE_S = 0.02
+ENCODE_IMAGE_S = 0.15
 
 Took = Callable[[Shape, Task, int], tuple[float, float | None]]
 """Seconds and processor seconds of a task of a shape, by how many decodes of the shape ended before it."""
@@ -32,7 +33,7 @@ def batch_factor(batch: int) -> float:
 def quiet_s(task: Task) -> float:
     if task.num_steps:
         return task.num_steps * STEP_S[task.degree] * batch_factor(task.batch)
-    return {ENCODE: ENCODE_S, DECODE: DECODE_S}[task.stage]
+    return {ENCODE: ENCODE_S, ENCODE_IMAGE: ENCODE_IMAGE_S, DECODE: DECODE_S}[task.stage]
 
 
 class MeasuredExecutor(Executor):

@@ -16,7 +16,7 @@ from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import LiveEngine
 from tetriserve.engine.intake import Generation, Intake
 from tetriserve.launch import (
@@ -291,3 +291,20 @@ async def test_gpus_that_are_not_there_are_refused_before_anything_else(
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi there
     with pytest.raises(ConfigError, match="nvidia-smi finds no GPU on this machine; use --device cpu"):
         await measure_profile(str(tmp_path / "no"), PoolConfig(device="cuda"), (), StartProgress())
+
+
+def test_a_kept_profile_without_times_of_pictures_is_measured_again_for_a_model_that_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = EngineConfig()
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
+    save_profile(kept, cached_profile_path(CARD, config.pool))
+    starting = dataclasses.replace(CARD, max_images=1)
+    assert (find_profile(config, CARD), find_profile(config, starting)) == (kept, None)
+    encoding = tuple(
+        Row(stage=ENCODE_IMAGE, height=shape.height, width=shape.width, seconds=0.1) for shape in CARD.sizes
+    )
+    kept = dataclasses.replace(kept, rows=(*kept.rows, *encoding))
+    save_profile(kept, cached_profile_path(CARD, config.pool))
+    assert find_profile(config, starting) == kept

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
-from tests.unit.measured_executor import DECODE_S, ENCODE_S, STEP_S, MeasuredExecutor, Took, batch_factor, quiet_s
+from tests.unit.measured_executor import (
+    DECODE_S,
+    ENCODE_IMAGE_S,
+    ENCODE_S,
+    STEP_S,
+    MeasuredExecutor,
+    Took,
+    batch_factor,
+    quiet_s,
+)
 from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
+from tetriserve.core.events import StartTask
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, INPUT
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import Profile
 from tetriserve.profile.table import MIN_TIME_S
@@ -231,3 +243,41 @@ def test_the_fair_share_of_a_worker_is_a_whole_processor_unless_there_are_more_t
     assert fair_share(PoolConfig(num_ranks=1000, degrees=(1,))) == pytest.approx(min(1.0, cores / 1000))
     assert fair_share(PoolConfig(num_ranks=1, num_threads=1000)) == pytest.approx(min(1.0, cores / 1000))
     assert fair_share(PoolConfig(num_ranks=1000, degrees=(1,), device="cuda")) == 1.0
+
+
+class WithPictures(MeasuredExecutor):
+    """Notes the pictures that are there when they are encoded."""
+
+    def __init__(self, took: Took) -> None:
+        super().__init__(took)
+        self.encoded: list[tuple[int, tuple[int, ...]]] = []
+
+    def start_task(self, command: StartTask) -> None:
+        [work] = command.work
+        if command.task.stage == ENCODE_IMAGE:
+            pictures = load(self.states.get(work.states[INPUT]))
+            self.encoded.append((len(pictures), pictures["0"].shape))
+        super().start_task(command)
+
+
+@pytest.mark.parametrize("min_images", [0, 2])
+async def test_of_a_model_that_takes_pictures_their_encoding_is_measured_by_size(min_images: int) -> None:
+    card = dataclasses.replace(CARD, min_images=min_images, max_images=max(1, min_images), default_strength=0.6)
+    executor = WithPictures(quiet)
+    told: list[tuple[int, int]] = []
+    profile = await measure(
+        executor, card, POOL, card.sizes, lambda done, total, text: told.append((done, total)), share=1.0
+    )
+    rows = profile.rows_of(ENCODE_IMAGE)
+    assert [(row.shape, row.seconds, row.tokens) for row in rows] == [
+        (SMALL, ENCODE_IMAGE_S, None), (LARGE, ENCODE_IMAGE_S, None)
+    ]  # fmt: skip
+    assert profile.stages == (ENCODE, DENOISE, ENCODE_IMAGE, DECODE)
+    assert set(executor.encoded) == {(max(1, min_images), (side, side, 3)) for side in (256, 512)}
+    assert [row.seconds for row in profile.rows_of(ENCODE)] == [ENCODE_S]
+    assert told[-1] == (8, 8)
+
+
+async def test_of_a_model_that_takes_none_it_is_not() -> None:
+    profile, _ = await measured(quiet)
+    assert ENCODE_IMAGE not in profile.stages

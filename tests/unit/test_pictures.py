@@ -239,3 +239,7 @@ def test_arrays_of_another_form_are_refused(pixels: np.ndarray) -> None:
 def test_an_image_of_pillow_is_the_same_as_its_pixels() -> None:
     assert InputPicture.of_image(Image.fromarray(PIXELS)) == PICTURE
     assert InputPicture.of_image(Image.fromarray(PIXELS).convert("L")).shape == PICTURE.shape
+
+
+def test_the_digest_of_a_prompt_alone_is_that_of_journals_from_before_there_were_pictures() -> None:
+    assert digest_of([Generation(prompt="a lighthouse", seed=7)]) == "7f4038e4f1b10a19ab26c9abdc4d661c"

@@ -59,12 +59,15 @@ def usage_of(card: ModelCard, images: Sequence[GeneratedImage]) -> Usage:
     """Tokens that the model worked on for `images`."""
     requests = [image.outcome.request for image in images]
     num_text = sum(request.max_sequence_length or card.num_text_tokens for request in requests)
-    num_image = sum(family_of(card).num_tokens(card, request.shape) for request in requests)
+    family = family_of(card)
+    seen = [shape for request in requests for shape in family.condition_shapes(card, request.images)]
+    num_seen = sum(family.num_tokens(card, shape) for shape in seen)
+    num_image = sum(family.num_tokens(card, request.shape) for request in requests)
     return Usage(
-        input_tokens=num_text,
-        input_tokens_details=UsageDetails(text_tokens=num_text),
+        input_tokens=num_text + num_seen,
+        input_tokens_details=UsageDetails(text_tokens=num_text, image_tokens=num_seen),
         output_tokens=num_image,
-        total_tokens=num_text + num_image,
+        total_tokens=num_text + num_seen + num_image,
     )
 
 

@@ -166,7 +166,7 @@ class ImageData(BaseModel):
 
 class UsageDetails(BaseModel):
     text_tokens: int
-    image_tokens: int = 0
+    image_tokens: int = Field(0, description="Of pictures that take part in steps beside the image.")
 
 
 class Usage(BaseModel):
