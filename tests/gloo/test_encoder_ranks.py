@@ -156,5 +156,5 @@ async def test_a_replaced_rank_without_encoders_loads_none_and_finds_what_it_war
 
 async def test_a_profile_is_measured_with_ranks_of_both_roles(executor: LocalExecutor, bundled_card: ModelCard) -> None:
     measured = await measure(executor, bundled_card, POOL, [SMALL], lambda done, total, text: None, share=0.0)
-    assert [row.stage for row in measured.rows] == [ENCODE, DENOISE, DENOISE, DECODE]
+    assert [row.stage for row in measured.rows] == [ENCODE, DENOISE, DENOISE, ENCODE_IMAGE, DECODE]
     assert min(row.seconds for row in measured.rows) > 0

@@ -115,6 +115,8 @@ def test_a_guidance_distilled_flux_reads_as_flux_dev(checkpoint: Path) -> None:
         default_guidance_scale=3.5,
         has_guidance=True,
         has_negative_prompt=True,
+        max_images=1,
+        default_strength=0.6,
         sizes=(Shape(1024, 1024), Shape(256, 256), Shape(512, 512), Shape(2048, 2048)),
         fingerprint=card.fingerprint,
         stamp=card.stamp,
@@ -301,7 +303,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (remove("model_index.json"), "has no model_index.json; give the top directory of a diffusers pipeline"),
     "unsupported class": (
         put_json("model_index.json", MODEL_INDEX | {"_class_name": "StableDiffusionPipeline"}),
-        "no adapter serves pipeline class 'StableDiffusionPipeline'; supported: FluxPipeline",
+        "no adapter serves pipeline class 'StableDiffusionPipeline'; supported: Flux2",
     ),
     "no class": (put_json("model_index.json", {}), "model_index.json: _class_name is null; it must be a JSON string"),
     "malformed JSON": (put("vae/config.json", '{"a": '), "vae/config.json is not valid JSON (Expecting value: line 1"),

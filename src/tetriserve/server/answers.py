@@ -10,12 +10,12 @@ from fastapi import Response
 from tetriserve.server.disconnect import ClientGone
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST
 from tetriserve.server.streaming import STREAM_RESPONSES, EventTypes, ImageEvents, ImageStream, Updates
-from tetriserve.server.work import Work
+from tetriserve.server.work import ImageWork
 
 __all__ = ["STREAM_RESPONSES", "answer"]
 
 
-async def answer(work: Work, key: str | None, types: EventTypes) -> Response:
+async def answer(work: ImageWork, key: str | None, types: EventTypes) -> Response:
     """The answer to `work`, under the idempotency key `key` if there is one. `types`: of the events of a stream.
 
     Raises: what the images' admission raises, and without a stream their failure.

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request, Response
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.server.chat_schemas import (
-    Answer,
+    ChatAnswer,
+    ChatChoice,
     ChatRequest,
     ChatResponse,
     ChatUsage,
-    Choice,
     ImagePart,
     Link,
     Message,
@@ -137,7 +137,7 @@ def chat_response(images: ImagesResponse) -> ChatResponse:
             seed=image.seed,
             schedule=image.schedule,
         )
-        choices.append(Choice(index=index, message=Answer(content=[part])))
+        choices.append(ChatChoice(index=index, message=ChatAnswer(content=[part])))
     usage = images.usage
     return ChatResponse(
         id=images.id,

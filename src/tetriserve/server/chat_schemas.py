@@ -86,14 +86,14 @@ class ImagePart(BaseModel):
     schedule: Schedule
 
 
-class Answer(BaseModel):
+class ChatAnswer(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: list[ImagePart]
 
 
-class Choice(BaseModel):
+class ChatChoice(BaseModel):
     index: int
-    message: Answer
+    message: ChatAnswer
     finish_reason: Literal["stop"] = "stop"
 
 
@@ -110,7 +110,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(description="Unix time in seconds.")
     model: str
-    choices: list[Choice] = Field(description="One for each of the `n` images.")
+    choices: list[ChatChoice] = Field(description="One for each of the `n` images.")
     usage: ChatUsage
     warnings: Warnings = None
 

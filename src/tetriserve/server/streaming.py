@@ -24,7 +24,7 @@ from tetriserve.server.idempotency import MakeImages
 from tetriserve.server.images import base64_of, encode, encoding_of, preview_encoding, schedule, usage_of
 from tetriserve.server.previews import PreviewMaker
 from tetriserve.server.schemas import CompletedEvent, PartialImageEvent, ProgressEvent
-from tetriserve.server.work import Work
+from tetriserve.server.work import ImageWork
 from tetriserve.workload.outcome import Outcome
 
 MEDIA_TYPE = "text/event-stream"
@@ -104,7 +104,7 @@ class Updates:
 class ImageEvents:
     """Updates of one call's images as events."""
 
-    def __init__(self, work: Work, types: EventTypes) -> None:
+    def __init__(self, work: ImageWork, types: EventTypes) -> None:
         self._types = types
         self._engine = work.engine
         self._encoding = encoding_of(work.body)

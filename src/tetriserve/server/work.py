@@ -52,7 +52,7 @@ class Service:
         files: Sequence[bytes],
         param: str,
         warnings: Sequence[str] = (),
-    ) -> Work:
+    ) -> ImageWork:
         """As `work_of`, with the pictures in `files`, which the client calls `param`.
 
         Raises:
@@ -75,7 +75,7 @@ class Service:
         slo_ms: float | None,
         warnings: Sequence[str] = (),
         pictures: Sequence[InputPicture] = (),
-    ) -> Work:
+    ) -> ImageWork:
         """What is asked for, checked. `warnings`: what else was ignored in it. `pictures` come with the prompt. The log
         line learns of it.
 
@@ -95,11 +95,11 @@ class Service:
             self.links.check_served()
         if all_warnings:
             exchange.facts["ignored"] = ignored_names(all_warnings)
-        return Work(self, request, body, engine, generations, all_warnings)
+        return ImageWork(self, request, body, engine, generations, all_warnings)
 
 
 @dataclass(frozen=True)
-class Work:
+class ImageWork:
     """One call's images. `warnings` say what was ignored."""
 
     service: Service
