@@ -20,7 +20,7 @@ from tetriserve.core.events import Run
 from tetriserve.core.execution import Execution
 from tetriserve.core.memory import held_alike
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, image_stages
 from tetriserve.engine import Generation, Intake, LiveEngine
 from tetriserve.engine.progress import GeneratedImage
 from tetriserve.executor.local import LocalExecutor
