@@ -17,7 +17,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers.models import attention_dispatch
 from torch import nn
 
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
@@ -37,6 +38,7 @@ from tetriserve.launch import find_model, with_usable_degrees
 from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
+from tetriserve.models.execution import compile_blocks
 from tetriserve.models.family import Guidance
 from tetriserve.models.generic.adapter import GenericAdapter
 from tetriserve.models.generic.selftest import problem_of
@@ -374,7 +376,6 @@ class SharedMomentum(nn.Module):
     ("change", "said"),
     [
         (lambda pipeline: None, ""),
-        (with_scheduler(FlowMatchHeunDiscreteScheduler()), "it raises .*"),
         (
             with_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)),
             "after step 2, latents of a call that goes on from the state after step 1 are others",
@@ -396,7 +397,7 @@ class SharedMomentum(nn.Module):
             "latents are not finite after step 1",
         ),
     ],
-    ids=["nothing", "more-steps", "noise-of-no-seed", "hidden-state", "shared-state", "void-encoder", "not-finite"],
+    ids=["nothing", "noise-of-no-seed", "hidden-state", "shared-state", "void-encoder", "not-finite"],
 )
 def test_the_self_test_says_in_one_line_what_cannot_be_served(lumina2: Tiny, change: Any, said: str) -> None:
     found = problem(lumina2, change)
@@ -411,6 +412,12 @@ def test_a_refused_pipeline_ends_the_start_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Lumina2Pipeline fails the self-test of --adapter generic: ") as caught:
         load_adapter(read_card(path, "generic"), "cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+def test_schedulers_that_step_more_often_than_asked_for_are_refused(scheduler: Any, tmp_path: Path) -> None:
+    found = problem(built("pixart-sigma", tmp_path), with_scheduler(scheduler()))
+    assert found == "it raises RuntimeError: the schedule has more than the 3 steps that were asked for"
 
 
 def test_a_pipeline_of_one_number_of_steps_is_refused(tmp_path: Path) -> None:
@@ -520,17 +527,41 @@ def test_components_are_checked_as_for_other_families(lumina2: Tiny, tmp_path: P
         read_card(path, "generic")
 
 
-def test_options_of_execution_that_a_model_has_no_choice_of_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_options_of_execution_that_a_model_has_no_choice_of_are_refused_in_one_line(
+    lumina2: Tiny, tmp_path: Path
+) -> None:
     sana = built("sana", tmp_path).card
     execution = Execution("float32", attention="native")
     with pytest.raises(ConfigError, match="attention is 'native', but .* SanaPipeline has no choice") as caught:
         load_adapter(dataclasses.replace(sana, execution=execution), "cpu")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="Lumina2Transformer2DModel names no repeated blocks"):
+        compile_blocks(lumina2.pipeline("float32").transformer)
     stable_diffusion = built("stable-diffusion", tmp_path).card
     with pytest.raises(ConfigError, match="takes a transformer, but StableDiffusionPipeline has none") as caught:
         load_adapter(dataclasses.replace(stable_diffusion, execution=execution), "cpu")
     with pytest.raises(ConfigError, match="max-sequence-length is 7, but StableDiffusionPipeline takes none"):
         find_model(str(stable_diffusion.path), 7, adapter="generic")
+
+
+def test_the_attention_that_is_asked_for_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flux = built("flux", tmp_path)
+    adapter = load_adapter(
+        dataclasses.replace(flux.card, execution=Execution("float32", attention="native_math")), "cpu"
+    )
+    backends = attention_dispatch._AttentionBackendRegistry._backends
+    name = attention_dispatch.AttentionBackendName._NATIVE_MATH
+    used: list[torch.Size] = []
+
+    def attend(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        used.append(query.shape)
+        return native_math(query, *args, **kwargs)
+
+    native_math = backends[name]
+    monkeypatch.setitem(backends, name, attend)
+    made(cast(GenericAdapter, adapter), flux.request())
+    num_blocks = 4
+    assert len(used) == 3 * num_blocks
 
 
 def test_an_engine_serves_it_on_several_ranks_and_says_what_it_cannot_do(lumina2: Tiny, tmp_path: Path) -> None:

@@ -122,8 +122,12 @@ def test_an_impossible_size_to_measure_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.yaml", "ranks: 2\nrank: 3\n", "sets 'rank'; allowed: attention, collectives, compile, degrees, "),
-        ("c.toml", 'model_name = "x"', "sets 'model_name'; allowed: attention, collectives, compile, degrees, "),
+        ("c.yaml", "ranks: 2\nrank: 3\n", "sets 'rank'; allowed: adapter, attention, collectives, compile, degrees, "),
+        (
+            "c.toml",
+            'model_name = "x"',
+            "sets 'model_name'; allowed: adapter, attention, collectives, compile, degrees, ",
+        ),
         ("c.yaml", "ranks: [1, 2\npolicy: x: y\n", "cannot be parsed: "),
         ("c.yaml", "\tranks: 2", "cannot be parsed: "),
         ("c.toml", "ranks = = 2", "cannot be parsed: "),

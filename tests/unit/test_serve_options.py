@@ -233,14 +233,14 @@ def test_a_profile_is_measured_of_the_same_options(monkeypatch: pytest.MonkeyPat
     told: list[Any] = []
 
     async def measure_profile(*arguments: Any) -> None:
-        told.append(arguments[-1])
+        told.extend(arguments[-2:])
         raise ConfigError("enough")
 
     monkeypatch.setattr("tetriserve.launch.measure_profile", measure_profile)
-    arguments = ["profile", "--compile", "--attention", "native_math", "--vae-tiling"]
+    arguments = ["profile", "--compile", "--attention", "native_math", "--vae-tiling", "--adapter", "generic"]
     result = CliRunner().invoke(app, arguments)
     assert only_line(result) == "enough"
-    assert told == [ExecutionConfig(compile=True, attention="native_math", vae_tiling=True)]
+    assert told == [ExecutionConfig(compile=True, attention="native_math", vae_tiling=True), "generic"]
 
 
 def test_encoder_ranks_come_from_options_environment_or_file_and_go_with_offloading(

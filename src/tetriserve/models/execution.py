@@ -30,6 +30,7 @@ BACKENDS = {backend.value.lstrip("_"): backend for backend in AttentionBackendNa
 """By the names in `ATTENTIONS`."""
 _WITHOUT_MASKS = ("flash", "sage")
 _PROBE_TOKENS = 64
+_PROBE_HEAD_DIM = 64
 _LEAST_ACTIVATION = 1e-12
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -151,9 +152,12 @@ def _keep_compiled() -> None:
 
 
 def _set_attention(transformer: Any, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    attention = next(each for each in transformer.modules() if hasattr(each, "processor") and hasattr(each, "to_q"))
-    width = attention.to_q.out_features // attention.heads  # classes name it differently in their configurations
-    probe = torch.zeros(1, _PROBE_TOKENS, attention.heads, width, dtype=dtype, device=device)
+    # Classes name heads and their width differently in their configurations.
+    layers = (each for each in transformer.modules() if hasattr(each, "processor") and hasattr(each, "to_q"))
+    attention = next(layers, None)
+    num_heads = 1 if attention is None else attention.heads
+    head_dim = _PROBE_HEAD_DIM if attention is None else attention.to_q.out_features // attention.heads
+    probe = torch.zeros(1, _PROBE_TOKENS, num_heads, head_dim, dtype=dtype, device=device)
     try:
         transformer.set_attention_backend(BACKENDS[name].value)
         _attend(name, probe)

@@ -31,7 +31,15 @@ _TOKENIZER_FILES = {
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
 }
-"""By class, less the suffix `Fast`: sets of files each of which is a whole vocabulary. Others need `tokenizer.json`."""
+"""By class, less the suffix `Fast`: sets of files each of which is a whole vocabulary."""
+_ANY_VOCABULARY = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("vocab.txt",),
+)
+"""Of other classes. A vocabulary that the class cannot read leaves it without words, which shows when it is tried."""
 _JSON_NAMES: dict[object, str] = {str: "string", int: "integer", list: "array", dict: "object"}
 
 
@@ -225,7 +233,7 @@ def _check_config(file: Path) -> None:
 
 def _check_tokenizer(folder: Path, class_name: str) -> None:
     """That the vocabulary is there: without it, transformers makes a tokenizer to which all texts are alike."""
-    allowed = _TOKENIZER_FILES.get(class_name.removesuffix("Fast"), (("tokenizer.json",),))
+    allowed = _TOKENIZER_FILES.get(class_name.removesuffix("Fast"), _ANY_VOCABULARY)
     if not any(all((folder / name).is_file() for name in names) for names in allowed):
         ways = ", or ".join(" and ".join(names) for names in allowed)
         raise CheckpointError(f"{folder} has no vocabulary ({ways}); download the checkpoint again")
