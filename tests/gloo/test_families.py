@@ -421,6 +421,21 @@ def test_degrees_are_those_that_divide_the_heads(tiny: Tiny) -> None:
     assert tiny.card.valid_degrees((1, 2, 3, 4)) == tiny.case.degrees
 
 
+def test_defaults_follow_the_files_that_tell_a_familys_models_apart(tiny: Tiny) -> None:
+    expected = {
+        "flux2-dev": (50, 4.0, True, False),
+        "flux2-klein": (4, 1.0, False, False),
+        "flux2-klein-base": (50, 4.0, True, True),
+        "z-image": (50, 5.0, True, True),
+        "z-image-turbo": (8, 0.0, True, True),
+    }
+    card = tiny.card
+    facts = (card.default_num_steps, card.default_guidance_scale, card.has_guidance, card.guides_by_passes)
+    assert facts == expected.get(tiny.case.name, facts)
+    has_second_pass = tiny.request(guidance_scale=card.default_guidance_scale).stepped.num_passes == 2
+    assert has_second_pass == (card.guides_by_passes and card.default_guidance_scale > card.passes_above)
+
+
 def test_previews_are_fit_to_the_latents_of_the_family(tiny: Tiny) -> None:
     adapter, card = tiny.adapter(), tiny.card
     request = tiny.request()
