@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import EngineConfig, LoraConfig, PoolConfig, SchedulingConfig
+from tetriserve.core.request import Lora as Lora
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
 from tetriserve.engine.pictures import InputPicture
@@ -41,7 +42,8 @@ class Engine:
         picture.image.save("circle.png")
     ```
 
-    `model` is a diffusers checkpoint directory, None the bundled small model. Worker processes import the program's
+    `model` is a diffusers checkpoint directory, None the bundled small model. `loras` are paths of safetensors files by
+    the names that `generate(..., lora=NAME)` takes. Worker processes import the program's
     main module, so a script must create its engine under `if __name__ == "__main__":`.
 
     Raises:
@@ -60,11 +62,13 @@ class Engine:
         device: str = "cpu",
         profile: str | None = None,
         adapter: str | None = None,
+        loras: Mapping[str, str] | None = None,
     ) -> None:
         self._config = EngineConfig(
             model=model,
             profile=profile,
             adapter=adapter,
+            loras=tuple(LoraConfig(name, str(path)) for name, path in (loras or {}).items()),
             pool=PoolConfig(
                 num_ranks=ranks, encoder_ranks=encoder_ranks, degrees=degrees, max_batch=max_batch, device=device
             ),
@@ -117,8 +121,9 @@ class Engine:
         """One image; blocks until it is there. Call it from several threads for several images at once.
 
         `options` are the fields of `Generation`: size, seed, num_steps, guidance_scale, negative_prompt,
-        true_cfg_scale, max_sequence_length, degrees, slo_s (deadline in seconds from now), priority, reject_infeasible,
-        strength. `images` come with the prompt: of Pillow, or arrays of uint8 (height, width, 3).
+        true_cfg_scale, max_sequence_length, degrees, lora (a name, or `Lora(name, scale)`), slo_s (deadline in seconds
+        from now), priority, reject_infeasible, strength. `images` come with the prompt: of Pillow, or arrays of uint8
+        (height, width, 3).
 
         Raises:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.

@@ -64,6 +64,7 @@ def serve(
     quantization: options.Quantization = DEFAULT,
     vae_tiling: options.VaeTiling = False,
     offload_text_encoders: options.OffloadTextEncoders = False,
+    lora: options.Loras = None,
     default_slo_scale: Annotated[
         float,
         option("default-slo-scale", "Deadline without slo_ms, as a multiple of the request's time at degree 1."),
@@ -103,6 +104,7 @@ def serve(
             EngineConfig,
             ExecutionConfig,
             JournalConfig,
+            LoraConfig,
             SchedulingConfig,
             ServerConfig,
         )
@@ -126,6 +128,7 @@ def serve(
                 vae_tiling=vae_tiling,
                 offload_text_encoders=offload_text_encoders,
             ),
+            loras=tuple(LoraConfig.parse(text) for text in lora or ()),
             pool=options.pool_config(
                 ranks,
                 degrees,
@@ -197,13 +200,14 @@ def profile(
     quantization: options.Quantization = DEFAULT,
     vae_tiling: options.VaeTiling = False,
     offload_text_encoders: options.OffloadTextEncoders = False,
+    lora: options.Loras = None,
     threads: options.Threads = 1,
     start_timeout: options.StartTimeout = 300.0,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Measure how long each stage takes at each size and degree, and write a profile."""
     with one_line_errors():
-        from tetriserve.config import ExecutionConfig
+        from tetriserve.config import ExecutionConfig, LoraConfig
         from tetriserve.core.request import Shape
         from tetriserve.launch import measure_profile
         from tetriserve.profile.table import save_profile
@@ -232,7 +236,8 @@ def profile(
             offload_text_encoders=offload_text_encoders,
         )
         with _progress() as progress:
-            measuring = measure_profile(model, pool, shapes, progress, max_sequence_length, execution, adapter)
+            loras = tuple(LoraConfig.parse(text) for text in lora or ())
+            measuring = measure_profile(model, pool, shapes, progress, max_sequence_length, execution, adapter, loras)
             card, measured = run_until_signal(measuring)
         path = out or Path(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', card.name)}.profile.json")  # checkpoints choose names
         save_profile(measured, path)

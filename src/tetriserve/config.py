@@ -299,6 +299,26 @@ class ExecutionConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """An adapter that requests may name: `path` is a safetensors file, or a directory with one."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> LoraConfig:
+        """Read `NAME=PATH`.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"lora is {text[:200]!r}; write NAME=PATH, such as sketch=loras/sketch.safetensors")
+        return cls(name, path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
@@ -311,6 +331,7 @@ class EngineConfig:
     execution: how the model is run.
     adapter: the name of the family to serve the model, `generic` for pipelines that no family knows; None is the one
         that serves its pipeline class.
+    loras: adapters that requests may name.
     journal: None keeps nothing.
     """
 
@@ -321,6 +342,7 @@ class EngineConfig:
     max_sequence_length: int | None = None
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     adapter: str | None = None
+    loras: tuple[LoraConfig, ...] = ()
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import platformdirs
 
-from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, LoraConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
@@ -30,6 +30,7 @@ from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
+from tetriserve.models.lora import with_loras
 from tetriserve.models.registry import family_of
 from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
@@ -40,7 +41,7 @@ from tetriserve.profile.estimate import with_largest
 from tetriserve.profile.learnt import load_corrections, save_corrections
 from tetriserve.profile.table import Profile, load_profile, save_profile
 from tetriserve.profiler.hardware import hardware_name, visible_gpus
-from tetriserve.profiler.measure import measure
+from tetriserve.profiler.measure import measure, measure_lora
 from tetriserve.profiler.warmup import warm_up
 from tetriserve.workload.slo import MultipleRule, slack_s
 
@@ -79,16 +80,20 @@ async def launch(
     if config.served_model_names:
         name, *aliases = config.served_model_names
         card = replace(card, name=name, aliases=tuple(aliases))
+    card = with_loras(card, config.loras)
     pool = with_usable_degrees(card, pool)
     profile = profile or find_profile(replace(config, pool=pool), card)
 
-    def plan_with(profile: Profile, corrections: Corrections) -> tuple[Callable[[], Policy], ProfileCost]:
+    def plan_with(
+        profile: Profile, corrections: Corrections, lora_s: float = 0.0
+    ) -> tuple[Callable[[], Policy], ProfileCost]:
         cost = ProfileCost(
             profile,
             lambda shape: card.valid_degrees(pool.degrees),
             corrections,
             pool.max_batch,
             with_largest(profile, card.size_multiple),
+            lora_s,
         )
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
@@ -110,6 +115,10 @@ async def launch(
             new_policy, cost = planned or plan_with(
                 await measure_and_keep(executor, card, pool, progress), Corrections()
             )
+            if card.loras and not cost.lora_s:
+                progress.step("measuring a change of LoRAs")
+                lora_s = await measure_lora(executor, card, cost.profile.shapes[0])
+                new_policy, cost = plan_with(cost.profile, cost.corrections, lora_s)
             policy = new_policy()
             intake = Intake(
                 card=card,
@@ -306,6 +315,7 @@ async def measure_profile(
     max_sequence_length: int | None = None,
     execution: ExecutionConfig | None = None,
     adapter: str | None = None,
+    loras: tuple[LoraConfig, ...] = (),
 ) -> tuple[ModelCard, Profile]:
     """Start workers, measure `shapes` (empty: the model's own sizes), stop them again.
 
@@ -314,7 +324,7 @@ async def measure_profile(
     """
     _check_interpreter()
     _check_device(pool)
-    card = find_model(model, max_sequence_length, execution, adapter)
+    card = with_loras(find_model(model, max_sequence_length, execution, adapter), loras)
     card.execution.check_device(pool.device)
     pool = with_usable_degrees(card, pool)
     for shape in shapes:

@@ -211,6 +211,11 @@ OffloadTextEncoders = Annotated[
     typer.Option("--offload-text-encoders", envvar=ENV + "OFFLOAD_TEXT_ENCODERS",
                  help="Keep text encoders in the CPU's memory, and move them to the GPU for each prompt."),
 ]  # fmt: skip
+Loras = Annotated[
+    list[str] | None,
+    option("lora", "NAME=PATH of a LoRA that requests may name: a safetensors file, or a directory with one "
+           "(repeatable).", show_default=False),
+]  # fmt: skip
 Threads = Annotated[int, option("threads", "Threads of each CPU worker; more than cores / ranks slows everyone.")]
 LogLevel = Annotated[str, option("log-level", f"One of {', '.join(LOG_LEVELS)}.")]
 StartTimeout = Annotated[float, option("start-timeout", "Seconds that workers may take to load.")]

@@ -67,10 +67,10 @@ def runs_of(image: GeneratedImage, stage: str) -> list[Run]:
 
 
 def test_a_pipeline_without_text_encoders_reads_none_of_their_files(bundled_card: ModelCard) -> None:
-    pipeline = load_pipeline(bundled_card, torch.float32, torch.device("cpu"), has_text_encoders=False)
+    pipeline, _ = load_pipeline(bundled_card, torch.float32, torch.device("cpu"), has_text_encoders=False)
     assert (pipeline.text_encoder, pipeline.text_encoder_2) == (None, None)
     assert (pipeline.tokenizer, pipeline.tokenizer_2) == (None, None)
-    whole = load_pipeline(bundled_card, torch.float32, torch.device("cpu"))
+    whole, _ = load_pipeline(bundled_card, torch.float32, torch.device("cpu"))
     both = held_bytes(pipeline), held_bytes(whole)
     assert set(both[0]) == {"transformer", "vae"}
     assert set(both[1]) == FLUX_PARTS
@@ -80,7 +80,7 @@ def test_a_pipeline_without_text_encoders_reads_none_of_their_files(bundled_card
 
 
 def test_without_text_encoders_offloading_them_is_nothing_to_do(bundled_card: ModelCard) -> None:
-    pipeline = load_pipeline(bundled_card, torch.float32, torch.device("cpu"), has_text_encoders=False)
+    pipeline, _ = load_pipeline(bundled_card, torch.float32, torch.device("cpu"), has_text_encoders=False)
     place(Execution("float32", offload="text_encoders"), pipeline, torch.device("cpu"))
     assert pipeline.transformer.device.type == pipeline.vae.device.type == "cpu"
 

@@ -158,6 +158,8 @@ class Controller:
         end_s = now + self.cost.switch_s + task_s(self.cost, task, records[0].request)
         if any(record.trajectory.is_moved_by(task.ranks) for record in records):
             end_s += self.cost.move_s
+        if self._tracker.switches_lora(task):
+            end_s += self.cost.lora_s
         for record in records:
             gpu_s = (end_s - now) * task.degree / len(records)
             self._late.charge(gpu_s, record.request.deadline_s, now, self._first_deadline_s)
@@ -254,7 +256,7 @@ class Controller:
             if other.request.kind != first.request.kind:
                 raise PolicyError(
                     f"{name} planned one task for {first.request_id} and {other.request_id}, which differ in size, "
-                    "degrees, passes or length of text; only requests of one kind may share a task"
+                    "degrees, passes, length of text or LoRA; only requests of one kind may share a task"
                 )
         alone = next((member.request_id for member in members if member.is_apart), None)
         if alone is not None or task.batch > self.cost.max_batch:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.events import Checkpoint, Result, Run, States, Work
 from tetriserve.core.plan import CostModel, InFlight, State, Task, can_serve
-from tetriserve.core.request import Request, Stage
+from tetriserve.core.request import Lora, Request, Stage
+from tetriserve.core.stages import ADAPTED
 from tetriserve.core.trajectory import Trajectory
 
 
@@ -74,7 +75,8 @@ class Record:
 
 
 class Tracker:
-    """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks.
+    """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks, and the
+    adapters that those have active.
 
     stage_ranks: which ranks may run which kinds of stage, living or not.
     """
@@ -84,6 +86,7 @@ class Tracker:
         self.records: dict[str, Record] = {}
         self.in_flight: dict[int, InFlight] = {}
         self.ranks: set[int] = set()
+        self.loras: dict[int, Lora] = {}
         self._busy: set[int] = set()  # by tasks in flight, living or not
         self._next_task_id = 0
 
@@ -93,6 +96,7 @@ class Tracker:
         forked.records = {name: replace(record, runs=[]) for name, record in self.records.items()}
         forked.in_flight = dict(self.in_flight)
         forked.ranks = set(self.ranks)
+        forked.loras = dict(self.loras)
         forked._busy = set(self._busy)
         forked._next_task_id = self._next_task_id
         return forked
@@ -105,6 +109,7 @@ class Tracker:
             cost=cost,
             late_credit_s=late_credit_s,
             stage_ranks=self.stage_ranks,
+            loras=dict(self.loras),
         )
 
     @property
@@ -125,6 +130,11 @@ class Tracker:
     def are_idle(self, ranks: tuple[int, ...]) -> bool:
         return self.ranks.issuperset(ranks) and self._busy.isdisjoint(ranks)
 
+    def switches_lora(self, task: Task) -> bool:
+        """Whether a rank of `task`, which has yet to start, has another adapter active than its members want."""
+        lora = self.records[task.members[0]].request.lora
+        return task.stage in ADAPTED and any(self.loras.get(rank) != lora for rank in task.ranks)
+
     def admit(self, request: Request, predicted_finish_s: float, checkpoint: Checkpoint | None = None) -> None:
         assert request.request_id not in self.records, "request ids are unique among unfinished requests"
         record = Record(Trajectory.at(request, 0), predicted_finish_s)
@@ -141,6 +151,8 @@ class Tracker:
         self._busy.update(task.ranks)
         for request_id in task.members:
             self.records[request_id].set_running(True)
+        if self.switches_lora(task):
+            self._set_lora(task.ranks, self.records[task.members[0]].request.lora)
         return task_id
 
     def land(self, task_id: int) -> tuple[InFlight, list[Record]]:
@@ -155,7 +167,15 @@ class Tracker:
     def lose(self, rank: int) -> None:
         """The rank is gone with everything it held; tasks in flight on it end by events of their own."""
         self.ranks.discard(rank)
+        self.loras.pop(rank, None)
         for record in self.records.values():
             if rank in record.trajectory.holders:
                 holders = tuple(holder for holder in record.trajectory.holders if holder != rank)
                 record.trajectory = replace(record.trajectory, holders=holders)
+
+    def _set_lora(self, ranks: tuple[int, ...], lora: Lora | None) -> None:
+        for rank in ranks:
+            if lora is None:
+                self.loras.pop(rank, None)
+            else:
+                self.loras[rank] = lora

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.request import Request, Stage
+from tetriserve.core.request import Lora, Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
 LATE_SHARE = 0.05
@@ -85,6 +85,11 @@ class CostModel(Protocol):
         """What a task costs on top of that on ranks that have not worked together before; 0: any set will do."""
         ...
 
+    @property
+    def lora_s(self) -> float:
+        """What a task costs on top of that on ranks that have another LoRA active than its requests', or none."""
+        ...
+
     def observed(self, task: Task, request: Request, elapsed_s: float) -> CostModel:
         """The same model corrected by what a task took that `request` is a member of; `self` is unchanged."""
         ...
@@ -99,6 +104,8 @@ class State:
     late_credit_s: rank-seconds that the pool owes to the request longest overdue; while it is positive, that one may
         start before requests that can still be in time (`policies.overdue`).
     stage_ranks: which ranks may run which kinds of stage.
+    loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
+        for placement: a rank switches by itself.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -107,6 +114,7 @@ class State:
     cost: CostModel
     late_credit_s: float = 0.0
     stage_ranks: StageRanks = ANYWHERE
+    loras: Mapping[int, Lora] = field(default_factory=dict)
 
     @cached_property
     def idle_ranks(self) -> tuple[int, ...]:

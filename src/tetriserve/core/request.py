@@ -42,6 +42,21 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA adapter as a request wants it.
+
+    name: what the server was told to call it.
+    scale: by which its part of each layer's output is multiplied; 1.0 is as it was trained.
+    digest: of its file, so that a request that is resumed in a later life of the server gets the same weights. Clients
+        leave it empty.
+    """
+
+    name: str
+    scale: float = 1.0
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of a request's life.
 
@@ -66,7 +81,8 @@ class Request:
     model's own number. Steps run at one of `degrees`; None leaves every degree of the shape to the policy. Prompts are
     in no `repr`, which logs and tracebacks quote. `media_type` is that of what the last stage leaves. `skipped_steps`
     are those of its schedule that are not made, because the latents start from a picture. `images` are the sizes of the
-    pictures that came with the prompt.
+    pictures that came with the prompt. `lora` is the adapter that its text encoders and steps run with; None is the
+    model as it is.
     """
 
     request_id: str
@@ -85,6 +101,7 @@ class Request:
     media_type: str = RAW_PIXELS
     skipped_steps: int = 0
     images: tuple[Shape, ...] = ()
+    lora: Lora | None = None
 
     @property
     def num_steps(self) -> int:
@@ -110,12 +127,13 @@ class Request:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Requests of one kind have the same stages, but for the number of steps, and take the same time for each.
+        """Requests of one kind have the same stages, but for the number of steps, take the same time for each, and run
+        with the same adapter.
 
         Only they may share a task.
         """
         passes = [(stage.kind, stage.num_passes, stage.shape) for stage in self.stages]
-        return self.shape, self.images, self.degrees, self.max_sequence_length, *passes
+        return self.shape, self.images, self.degrees, self.max_sequence_length, self.lora, *passes
 
     @property
     def is_exact(self) -> bool:

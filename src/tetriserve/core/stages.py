@@ -9,6 +9,8 @@ from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.request import Shape, Stage
 
 ENCODE, ENCODE_IMAGE, DENOISE, DECODE = "encode", "encode_image", "denoise", "decode"
+ADAPTED = frozenset((ENCODE, DENOISE))
+"""Stages whose models a LoRA changes. A task of another stage leaves its ranks' adapters as they are."""
 INPUT = "input"
 """No stage: the name of the state that a request brings along, the pictures that came with its prompt."""
 

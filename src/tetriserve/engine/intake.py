@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Lora, Request, Shape
 from tetriserve.engine.picture_rules import PictureRules
 from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
@@ -21,6 +21,7 @@ from tetriserve.workload.slo import MultipleRule
 MAX_SEED = 2**63 - 1
 MAX_SLO_S = 24 * 3600.0
 MAX_PRIORITY = 1_000_000
+MAX_LORA_SCALE = 10.0
 DEFAULT_TRUE_CFG_SCALE = 4.0
 _ANY = (None, "auto")
 """Sizes that leave the choice to the server."""
@@ -34,7 +35,8 @@ class Generation:
 
     `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests: 1 to 128
     letters and digits of ASCII, `-` and `_`. `images` come with the prompt; where the picture starts from one,
-    `strength` is how much of the noise is added to it, above 0 and at most 1.
+    `strength` is how much of the noise is added to it, above 0 and at most 1. `lora` names an adapter that the server
+    has loaded; a text is its name, at scale 1.
     """
 
     prompt: str = field(repr=False)
@@ -52,6 +54,7 @@ class Generation:
     degrees: tuple[int, ...] | None = None
     images: tuple[InputPicture, ...] = ()
     strength: float | None = None
+    lora: Lora | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,7 @@ class Intake:
             degrees=generation.degrees and degrees,
             skipped_steps=skipped_steps,
             images=images,
+            lora=self._lora(generation.lora),
         )
         slo_s = generation.slo_s
         if slo_s is None:
@@ -165,6 +169,25 @@ class Intake:
             allowed = f"allowed for {shape}: one or more of {', '.join(map(str, usable or served))}"
             raise InvalidRequest(f"degrees is {list(wanted)[:8]}; {allowed}", "degrees")
         return tuple(degree for degree in served if degree in wanted)
+
+    def _lora(self, wanted: Lora | str | None) -> Lora | None:
+        if wanted is None:
+            return None
+        if isinstance(wanted, str):
+            wanted = Lora(wanted)
+        served = self.card.find_lora(wanted.name)
+        if served is None:
+            names = ", ".join(lora.name for lora in self.card.loras) or "none"
+            raise InvalidRequest(f"lora {wanted.name[:200]!r} is not served; served: {names}", "lora")
+        low, high = -MAX_LORA_SCALE, MAX_LORA_SCALE
+        if not low <= wanted.scale <= high:
+            raise InvalidRequest(f"lora has scale {wanted.scale}; allowed: {low:g} to {high:g}", "lora")
+        return Lora(served.name, float(wanted.scale), served.digest)
+
+    def serves(self, lora: Lora | None) -> bool:
+        """Whether the model is still served with the adapter that a request was accepted with."""
+        served = None if lora is None else self.card.find_lora(lora.name)
+        return lora is None or (served is not None and served.digest == lora.digest)
 
     def _text_length(self, length: int | None) -> int | None:
         longest = self.card.num_text_tokens

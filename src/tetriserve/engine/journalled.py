@@ -143,6 +143,11 @@ class JournalledJobs(Jobs):
 
     async def _take_up(self, kept: Kept, known: Known) -> None:
         key, job = kept.entry.key, Job()
+        try:
+            self._check_loras(kept.entry.requests)
+        except RequestFailed as error:
+            await self._fail(known, error)
+            raise
         if is_guilty(kept):
             message = (
                 f"the server or its workers went down {num_starts(kept)} times, each time at work for this request"
@@ -197,6 +202,7 @@ class JournalledJobs(Jobs):
             raise
 
     async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell, is_suspect: bool) -> dict[int, Admitted]:
+        self._check_loras(kept.entry.requests)
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
         arrival_s = self.engine.now - away_s
         requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
@@ -221,6 +227,15 @@ class JournalledJobs(Jobs):
         self.num_steps_saved += sum(first_progress(event).steps_done for event in arriving)
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
+
+    def _check_loras(self, requests: Sequence[Request]) -> None:
+        """Raises: RequestFailed: an adapter that they were accepted with is not served any more."""
+        for lora in (request.lora for request in requests):
+            if lora is not None and not self.engine.intake.serves(lora):
+                raise RequestFailed(
+                    f"it was accepted with the LoRA {lora.name!r}, with which this server was not started again: "
+                    "ask anew, or have it started with that --lora"
+                )
 
     async def _keep(self, image: GeneratedImage) -> None:
         outcome, pixels = image.outcome, image.pixels

@@ -30,6 +30,20 @@ TOLERANCES = {
 """By dtype."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """An adapter that the model is served with.
+
+    name: what clients call it.
+    file: a safetensors file.
+    digest: of its content.
+    """
+
+    name: str
+    file: Path
+    digest: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Facts of one checkpoint, as plain values that survive a spawn. The rules of its family: `registry.family_of`.
@@ -55,6 +69,7 @@ class ModelCard:
     limits: what cannot be done with this model and can with others, a line each.
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
     stamp: changes whenever a file of the checkpoint does.
+    loras: adapters that requests may name.
     """
 
     name: str
@@ -83,6 +98,7 @@ class ModelCard:
     limits: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     stamp: str = ""
+    loras: tuple[LoraFile, ...] = ()
 
     @property
     def tolerance(self) -> Tolerance:
@@ -98,5 +114,11 @@ class ModelCard:
         return tuple(degree for degree in degrees if self.num_heads % degree == 0)
 
     def is_called(self, name: str) -> bool:
-        """Whether clients may write `name`: a served name, the directory's path, or `default`."""
-        return name in (self.name, *self.aliases, "default", str(self.path), str(self.path.resolve()))
+        """Whether clients may write `name`: a served name, the directory's path, or `default`; or an adapter's name,
+        which stands for the model with it."""
+        own = (self.name, *self.aliases, "default", str(self.path), str(self.path.resolve()))
+        return name in own or self.find_lora(name) is not None
+
+    def find_lora(self, name: str) -> LoraFile | None:
+        """The adapter that clients call `name`."""
+        return next((lora for lora in self.loras if lora.name == name), None)

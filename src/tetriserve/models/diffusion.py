@@ -122,7 +122,10 @@ class DiffusionAdapter(ABC):
         self.card = card
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, card.execution.dtype)
-        self.pipeline: Any = load_pipeline(card, self.dtype, self.device, has_text_encoders=has_text_encoders)
+        self.pipeline: Any
+        self.pipeline, self._adapters = load_pipeline(
+            card, self.dtype, self.device, has_text_encoders=has_text_encoders
+        )
         self._sequence_parallel = self.sequence_parallel()
         if has_text_encoders:
             self._check_texts()
@@ -237,6 +240,7 @@ class DiffusionAdapter(ABC):
 
         images: pictures that came with it, (H, W, 3) uint8, for text encoders that see.
         """
+        self._adapters.activate(request.lora)
         length = request.max_sequence_length or self.card.num_text_tokens
         embeds = self.encode_prompt(request.prompt, length)
         if request.stepped.num_passes == 2:
@@ -264,8 +268,9 @@ class DiffusionAdapter(ABC):
     ) -> list[torch.Tensor]:
         """One step of each loop, all in one forward for each pass where they are alike; with `joins_passes`, in one.
 
-        They may stand at different steps, but are of one shape and one number of passes.
+        They may stand at different steps, but are of one shape, one number of passes and one adapter.
         """
+        self._adapters.activate(loops[0].request.lora)
         used = self.passes if loops[0].request.stepped.num_passes == 2 else (PROMPT,)
         by_pass = [[Branch(loop, each, prefix) for loop, each in zip(loops, latents, strict=True)] for prefix in used]
         predictions: dict[str, Sequence[torch.Tensor]]

@@ -38,6 +38,7 @@ class Family:
     num_tokens: image tokens of one step, of a shape.
     stages: what a request of so many steps goes through.
     condition_shapes: pictures of the given shapes, as they take part in steps.
+    lora_components: models that an adapter may change, as the pipeline's own loader has them; empty: it has none.
     """
 
     name: str
@@ -50,3 +51,4 @@ class Family:
     stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
     condition_shapes: Callable[[ModelCard, Sequence[Shape]], tuple[Shape, ...]] = _no_conditions
     takes_any_class: bool = False
+    lora_components: tuple[str, ...] = ()

@@ -185,6 +185,14 @@ def read_header(file: Path) -> dict[str, Mapping[str, Any]]:
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file, which `read_header` found whole, carries beside its tensors."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    found = header.get("__metadata__")
+    return {key: text for key, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+
+
 def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bounded(file, _MAX_JSON_BYTES).decode())

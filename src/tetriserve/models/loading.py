@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tetriserve.core.errors import CheckpointError
+from tetriserve.models.adapters import Adapters
 from tetriserve.models.execution import apply, check_machine, loading_options, place
 from tetriserve.models.files import find_weights, read_json
 
@@ -30,8 +31,10 @@ _TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 """How the names of components begin that only read prompts."""
 
 
-def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device, *, has_text_encoders: bool = True) -> Any:
-    """The pipeline on `device`, such that it runs as the card's execution says.
+def load_pipeline(
+    card: ModelCard, dtype: torch.dtype, device: torch.device, *, has_text_encoders: bool = True
+) -> tuple[Any, Adapters]:
+    """The pipeline on `device`, such that it runs as the card's execution says, and its adapters.
 
     Without text encoders neither they nor their tokenizers are read, and the pipeline has None in their place.
 
@@ -40,9 +43,9 @@ def load_pipeline(card: ModelCard, dtype: torch.dtype, device: torch.device, *, 
         ConfigError: this machine cannot run it so; one line names the value, and what is allowed.
     """
     check_machine(card.execution, device)
-    pipeline = _load(card, dtype, device, has_text_encoders)
+    pipeline, adapters = _load(card, dtype, device, has_text_encoders)
     apply(card.execution, pipeline, dtype, device)
-    return pipeline
+    return pipeline, adapters
 
 
 def weights_of(pipeline: Any) -> list[torch.Tensor]:
@@ -70,7 +73,7 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_encoders: bool) -> Any:
+def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_encoders: bool) -> tuple[Any, Adapters]:
     """Each model is loaded alone: only then the libraries tell what they filled in or left out."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -95,8 +98,9 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_en
         pipeline_class = getattr(diffusers, card.pipeline_class)
         pipeline = pipeline_class.from_pretrained(str(card.path), local_files_only=True, dtype=dtype, **models)
         pipeline.register_modules(**texts)
+        adapters = Adapters(pipeline, card.loras)  # first: what follows finds their layers in place
         place(card.execution, pipeline, device)
-        return pipeline
+        return pipeline, adapters
     except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise of every kind; a panic of safetensors is no Exception

@@ -11,6 +11,7 @@ from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import may_share
 from tetriserve.policies.degrees import fastest_degree
+from tetriserve.policies.placement import num_foreign
 
 CHUNK_S = 0.5
 """Length of a task of steps. Short enough that a cancelled request leaves soon and a dead worker costs little."""
@@ -54,11 +55,11 @@ class BlockPolicy(ABC):
         tasks = self._float(state, blocks, owners, floating) if floating else []
         idle.difference_update(rank for task in tasks for rank in task.ranks)
         held: dict[Block, list[Trajectory]] = {block: [] for block in blocks if idle.issuperset(block)}
-        free = by_spare([block for block in held if block not in owners.values()], state)
+        free = [block for block in held if block not in owners.values()]
         for trajectory in sorted(state.waiting, key=lambda trajectory: not trajectory.has_started):
             if trajectory.stage.kind in floating:
                 continue
-            block = owners.get(trajectory.request_id) or next(iter(free), None)
+            block = owners.get(trajectory.request_id) or best_block(trajectory, free, state)
             block = block or next((block for block in held if self._has_room(held[block], trajectory)), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
             if block is None or block not in held:
@@ -188,21 +189,31 @@ def is_afloat(trajectory: Trajectory, floating: Set[str]) -> bool:
 
 
 def float_tasks(ready: Sequence[Trajectory], state: State, held: Set[int]) -> list[Task]:
-    """Short stages that are afloat, on idle ranks that may run them, the `held` ones last."""
-    idle = sorted(state.idle_ranks, key=lambda rank: (rank in held, rank))
+    """Short stages that are afloat, on idle ranks that may run them: the `held` ones last, then those that have the
+    request's adapter active first."""
+    idle = list(state.idle_ranks)
     tasks = []
     for trajectory in ready:
-        ranks = state.stage_ranks.among(trajectory.stage.kind, idle)[:1]
-        if ranks:
-            idle.remove(ranks[0])
-            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks))
+        ratings = {
+            rank: (rank in held, num_foreign(trajectory, (rank,), state.loras), rank)
+            for rank in state.stage_ranks.among(trajectory.stage.kind, idle)
+        }
+        if ratings:
+            rank = min(ratings, key=ratings.__getitem__)
+            idle.remove(rank)
+            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, (rank,)))
     return tasks
 
 
-def by_spare(blocks: list[Block], state: State) -> list[Block]:
-    """`blocks` in their order, but last those with ranks that stages depend on which not every rank may run."""
+def best_block(trajectory: Trajectory, blocks: Sequence[Block], state: State) -> Block | None:
+    """The first without ranks that stages depend on which not every rank may run, and of those on which fewest ranks
+    would switch adapters; None if there are no blocks."""
     needed = frozenset(chain.from_iterable(state.stage_ranks.by_kind.values()))
-    return sorted(blocks, key=lambda block: not needed.isdisjoint(block)) if needed else blocks
+
+    def rating(block: Block) -> tuple[bool, int]:
+        return not needed.isdisjoint(block), num_foreign(trajectory, block, state.loras)
+
+    return min(blocks, key=rating, default=None)
 
 
 def leader_of(trajectory: Trajectory, ranks: Block, block: Block, state: State) -> Block:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from heapq import nsmallest
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
+from tetriserve.core.request import Lora
+from tetriserve.core.stages import ADAPTED
 from tetriserve.core.trajectory import Trajectory
 
 _Wanted = Sequence[tuple[Sequence[int], int]]
 """For each request, the ranks that hold its state, and the degree that it gets."""
+_Foreign = Callable[[int, int], int]
+"""Of a request, by its index, and a rank: 1 if that has another adapter active than the request wants, else 0."""
+NO_LORAS: Mapping[int, Lora] = MappingProxyType({})
 
 
 def place(
@@ -20,11 +27,13 @@ def place(
     team_s: float,
     preserve: bool = True,
     spared: Set[int] = frozenset(),
+    loras: Mapping[int, Lora] = NO_LORAS,
 ) -> list[tuple[int, ...]]:
     """Disjoint sets of idle ranks for `wanted`, pairs of a trajectory and its degree; answers in the same order.
 
     Placement preservation (TetriServe, section 4.2.3): a request keeps the ranks that hold its state when the degree
     stays, takes some of them when it narrows and others with them when it widens, so that little or nothing moves.
+    Of ranks that are as good, those come first that have the request's adapter active already.
     Every set is ascending: process groups are keyed by it, and one set must not appear twice.
 
     Args:
@@ -34,19 +43,31 @@ def place(
         preserve: False ignores where states are held (ablation).
         spared: ranks that other stages depend on: used where no others will do or, if a new set of ranks costs time,
             by a request that keeps its set.
+        loras: `State.loras`.
     """
     if not wanted:
         return []
     sets = [(trajectory.holders if preserve else (), degree) for trajectory, degree in wanted]
+    foreign: _Foreign | None = None
+    if loras or any(trajectory.request.lora is not None for trajectory, _ in wanted):
+        foreign = lambda index, rank: num_foreign(wanted[index][0], (rank,), loras)  # noqa: E731
     if team_s:
         if spared:
             sets = [(() if _is_drawn_to(spared, *wish) else wish[0], wish[1]) for wish in sets]
-        return _place_in_blocks(sets, idle, spared)
+        return _place_in_blocks(sets, idle, spared, foreign)
     if spared:
         others = frozenset(idle) - spared
         if len(others) >= sum(degree for _, degree in wanted):
             idle = others
-    return _place_anywhere(sets, idle, spared)
+    return _place_anywhere(sets, idle, spared, foreign)
+
+
+def num_foreign(trajectory: Trajectory, ranks: Iterable[int], loras: Mapping[int, Lora]) -> int:
+    """How many of `ranks` would switch adapters for the trajectory's next task."""
+    if trajectory.stage.kind not in ADAPTED:
+        return 0
+    lora = trajectory.request.lora
+    return sum(loras.get(rank) != lora for rank in ranks)
 
 
 def _is_drawn_to(spared: Set[int], holders: Sequence[int], degree: int) -> bool:
@@ -54,16 +75,21 @@ def _is_drawn_to(spared: Set[int], holders: Sequence[int], degree: int) -> bool:
     return spared >= set(holders) and not len(holders) == degree > 1
 
 
-def _place_anywhere(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> list[tuple[int, ...]]:
+def _place_anywhere(
+    wanted: _Wanted, idle: Iterable[int], spared: Set[int], foreign: _Foreign | None
+) -> list[tuple[int, ...]]:
     """As many ranks as possible stay with a request whose state they hold, which is a bipartite matching.
 
     Where not all can, requests whose set may stay the same go first, then those that narrow, then by their order. The
-    other ranks are those that fewest requests have their states on, of these the lowest.
+    other ranks are those that fewest requests have their states on, of these the lowest, or those with its adapter.
     """
     num_holding = _tally(rank for holders, _ in wanted for rank in holders)
     free = sorted(idle, key=lambda rank: (rank in spared, num_holding.get(rank, 0), rank))
     order = {rank: number for number, rank in enumerate(free)}
     held = [sorted(order.keys() & holders, key=order.__getitem__) for holders, _ in wanted]
+    if foreign is not None:
+        for index, ranks in enumerate(held):
+            ranks.sort(key=lambda rank: (rank in spared, foreign(index, rank)))  # noqa: B023  used at once
 
     def claim(index: int) -> tuple[bool, bool]:
         holders, degree = wanted[index]
@@ -77,11 +103,40 @@ def _place_anywhere(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> l
     kept: list[list[int]] = [[] for _ in wanted]
     for rank, index in keeper.items():
         kept[index].append(rank)
-    others = (rank for rank in free if rank not in keeper)
+    others = [rank for rank in free if rank not in keeper]
+    if foreign is not None:
+        missing = [degree - len(ranks) for ranks, (_, degree) in zip(kept, wanted, strict=True)]
+        burden = {rank: (rank in spared, num_holding.get(rank, 0)) for rank in others}
+        shares = _by_adapter(missing, others, burden, foreign)
+        return [tuple(sorted([*ranks, *more])) for ranks, more in zip(kept, shares, strict=True)]
+    rest = iter(others)
     return [
-        tuple(sorted([*ranks, *islice(others, degree - len(ranks))]))
+        tuple(sorted([*ranks, *islice(rest, degree - len(ranks))]))
         for ranks, (_, degree) in zip(kept, wanted, strict=True)
     ]
+
+
+def _by_adapter(
+    missing: Sequence[int], others: Sequence[int], burden: Mapping[int, tuple[bool, int]], foreign: _Foreign
+) -> list[list[int]]:
+    """So many of `others` for each request, in their order. Of ranks of one `burden`, which is what speaks against a
+    rank whatever its adapter, those with the request's adapter come first, and of the others those last that have the
+    adapter of a request which is still to choose."""
+    left = list(others)
+    shares = []
+    for index, count in enumerate(missing):
+        waiting = [other for other in range(index + 1, len(missing)) if missing[other]]
+
+        def rating(
+            rank: int, index: int = index, waiting: Sequence[int] = waiting
+        ) -> tuple[tuple[bool, int], int, int]:
+            num_fitting = sum(not foreign(other, rank) for other in waiting)
+            return burden[rank], foreign(index, rank), num_fitting
+
+        chosen = sorted(left, key=rating)[:count] if count else []
+        left = [rank for rank in left if rank not in chosen]
+        shares.append(chosen)
+    return shares
 
 
 def _keep_one_more(index: int, held: Sequence[Sequence[int]], keeper: dict[int, int]) -> bool:
@@ -104,7 +159,9 @@ def _keep_one_more(index: int, held: Sequence[Sequence[int]], keeper: dict[int, 
     return False
 
 
-def _place_in_blocks(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> list[tuple[int, ...]]:
+def _place_in_blocks(
+    wanted: _Wanted, idle: Iterable[int], spared: Set[int], foreign: _Foreign | None
+) -> list[tuple[int, ...]]:
     """Wide sets are chosen first, so that narrow ones do not break up the blocks they need."""
     free = FreeRanks(idle)
     free.reserve(spared)
@@ -125,7 +182,7 @@ def _place_in_blocks(wanted: _Wanted, idle: Iterable[int], spared: Set[int]) -> 
             free.remove(kept)
             placed[index] = kept
         else:
-            placed[index] = free.take(degree, holders)
+            placed[index] = free.take(degree, holders, None if foreign is None else partial(foreign, index))
     return [placed[index] for index in range(len(wanted))]
 
 
@@ -178,19 +235,21 @@ class FreeRanks:
                 counts[rank // size] -= 1
         self._renew(ranks)
 
-    def take(self, degree: int, holders: Sequence[int] = ()) -> tuple[int, ...]:
+    def take(
+        self, degree: int, holders: Sequence[int] = (), foreign: Callable[[int], int] | None = None
+    ) -> tuple[int, ...]:
         """Choose `degree` ranks, ascending, and remove them.
 
         Aligned blocks first: they are the warm groups (TetriServe, section 5), and neighbours share the fastest links.
         Of several, the one with most of `holders`, then with fewest that other requests would like to keep, then the
-        one that splits the least free space. Narrowing to part of the holders needs no block; nor do scattered ranks
-        when no block is free.
+        one that splits the least free space, then with fewest ranks that are `foreign`. Narrowing to part of the
+        holders needs no block; nor do scattered ranks when no block is free.
         """
-        ranks = self._choose(degree, [rank for rank in holders if rank in self._free])
+        ranks = self._choose(degree, [rank for rank in holders if rank in self._free], foreign)
         self.remove(ranks)
         return ranks
 
-    def _choose(self, degree: int, held: Sequence[int]) -> tuple[int, ...]:
+    def _choose(self, degree: int, held: Sequence[int], foreign: Callable[[int], int] | None) -> tuple[int, ...]:
         if len(self._free) == degree:
             return tuple(sorted(self._free))
         num_held = _tally(rank - rank % degree for rank in held)
@@ -205,6 +264,12 @@ class FreeRanks:
         if around:
             return _block(min(around)[1], degree)
         fits = self._fits_of(degree)
+        if fits and foreign is not None:
+            best = min(
+                fits.values(),
+                key=lambda fit: (fit.num_kept, fit.around, sum(map(foreign, _block(fit, degree))), fit.start),
+            )
+            return _block(best, degree)
         if fits:
             return _block(min(fits.values()), degree)
         others = nsmallest(degree - len(held), self._free.difference(held), key=lambda rank: self._fit(rank, 1)[1:])

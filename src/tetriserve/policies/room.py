@@ -9,8 +9,9 @@ from typing import Protocol, TypeVar
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.request import Lora
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.placement import place
+from tetriserve.policies.placement import NO_LORAS, place
 
 
 class _HasTrajectory(Protocol):
@@ -28,11 +29,15 @@ class Room:
     kinds can spare. Any order of both is allowed. What is taken can always be placed: for any set of kinds, the ranks
     taken for them are no more than the idle ranks that may run one of them (Hall's theorem).
 
+    loras: see `State.loras`.
     num_free: idle ranks that are not taken.
     """
 
-    def __init__(self, idle: Iterable[int], stage_ranks: StageRanks = ANYWHERE) -> None:
+    def __init__(
+        self, idle: Iterable[int], stage_ranks: StageRanks = ANYWHERE, loras: Mapping[int, Lora] = NO_LORAS
+    ) -> None:
         self._idle = set(idle)
+        self._loras = loras
         self.num_free = len(self._idle)
         self._limits = stage_ranks.by_kind
         self._taken = dict.fromkeys(self._limits, 0)  # only what is limited counts by kind
@@ -40,7 +45,7 @@ class Room:
 
     @classmethod
     def of(cls, state: State) -> Room:
-        return cls(state.idle_ranks, state.stage_ranks)
+        return cls(state.idle_ranks, state.stage_ranks, state.loras)
 
     def free_for(self, kind: str) -> int:
         """How many more ranks can be taken for stages of this kind."""
@@ -91,7 +96,7 @@ class Room:
     ) -> list[tuple[int, ...]]:
         """The ranks of tasks, pairs of a trajectory and its degree, that were taken before; see `placement.place`."""
         if not self._limits:
-            placed = place(wanted, self._idle, team_s=team_s, preserve=preserve)
+            placed = place(wanted, self._idle, team_s=team_s, preserve=preserve, loras=self._loras)
         else:
             placed = self._place_by_kind(wanted, team_s, preserve)
         self._idle.difference_update(*placed)
@@ -110,7 +115,14 @@ class Room:
             indices = [index for index, (trajectory, _) in enumerate(wanted) if trajectory.stage.kind == kind]
             pool = rest._pool_for(kind)
             spared = frozenset(chain.from_iterable(self._limits[other] for other in self._limits if other != kind))
-            sets = place([wanted[index] for index in indices], pool, team_s=team_s, preserve=preserve, spared=spared)
+            sets = place(
+                [wanted[index] for index in indices],
+                pool,
+                team_s=team_s,
+                preserve=preserve,
+                spared=spared,
+                loras=self._loras,
+            )
             placed.update(zip(indices, sets, strict=True))
             for ranks in sets:
                 rest._idle.difference_update(ranks)

@@ -12,7 +12,7 @@ from tetriserve.policies.fixed import (
     CHUNK_S,
     Block,
     afloat,
-    by_spare,
+    best_block,
     float_tasks,
     is_afloat,
     leader_of,
@@ -79,7 +79,7 @@ class ResolutionSpecific:
         for trajectory in moving + new:
             degree = self._degree(trajectory, state)
             blocks = self._blocks(trajectory, degree, state)
-            block = next((block for block in by_spare(blocks, state) if not taken.intersection(block)), None)
+            block = best_block(trajectory, [each for each in blocks if not taken.intersection(each)], state)
             if block is not None:
                 if trajectory.stage.kind in afloat(state, blocks):
                     floats += [trajectory] if not trajectory.is_running else []

@@ -22,12 +22,13 @@ _Question = tuple[str, Shape, int, tuple[int, ...] | None, int]
 class ProfileCost:
     """The `CostModel` of a profile, corrected online.
 
-    `corrections` are what observed times of tasks taught. `switch_s`, `move_s` and `team_s` stay as profiled: on a
-    loaded machine the first two grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
+    `corrections` are what observed times of tasks taught. `switch_s`, `move_s`, `team_s` and `lora_s` stay as measured:
+    on a loaded machine the first two grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
     `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
     `batch_limit` bounds batches beyond what was measured. `estimates` is the profile with rows of sizes that were not
-    measured; None for none.
+    measured; None for none. `measured_lora_s` takes the place of a `lora_s` that the profile lacks: it depends on the
+    adapters that a server has loaded.
 
     **Batches.** Between two measured batch sizes times are interpolated; beyond the largest, and where none was
     measured, requests cost as much each as in the largest that was: without measured batches, a batch costs the sum.
@@ -38,6 +39,7 @@ class ProfileCost:
     corrections: Corrections = field(default_factory=Corrections)
     batch_limit: int | None = None
     estimates: Profile | None = None
+    measured_lora_s: float = 0.0
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
     _known_cases: dict[tuple[str, Shape], list[Case]] = field(default_factory=dict, repr=False, compare=False)
@@ -111,6 +113,10 @@ class ProfileCost:
     def team_s(self) -> float:
         return self.profile.team_s
 
+    @property
+    def lora_s(self) -> float:
+        return self.profile.lora_s or self.measured_lora_s
+
     def observed(self, task: Task, request: Request, elapsed_s: float) -> ProfileCost:
         """The same model after one task, of which `request` is a member, took `elapsed_s`; `self` is unchanged."""
         stage = request.stage_of(task.stage)
@@ -128,6 +134,7 @@ class ProfileCost:
             corrections,
             self.batch_limit,
             self.estimates,
+            self.measured_lora_s,
             memo,
             self._profiled,
             self._known_cases,

@@ -3,7 +3,7 @@
 ```
 {"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ...,
  "execution": {"dtype": "bfloat16", "attention": "default", ...}, "source": ..., "created": "2026-11-20", "doubt": "",
- "max_batch": 8, "switch_s": 0.001, "move_s": 0.001, "team_s": 0.0,
+ "max_batch": 8, "switch_s": 0.001, "move_s": 0.001, "team_s": 0.0, "lora_s": 0.0,
  "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
 
@@ -75,6 +75,7 @@ class Profile:
         0 where nobody measured it, or where there is only one rank.
     team_s: on top of that, to start one on a set of ranks that has not worked together before; 0 where any set will do,
         as over shared memory.
+    lora_s: on top of that, to start one on ranks that have another LoRA active; 0 where nobody measured it.
     fingerprint: ties it to an architecture; empty means any.
     doubt: why its times may be too long; empty if nothing is known against them.
     max_batch: batches up to this were tried; there are rows of those that pay, and of the first that does not.
@@ -90,12 +91,13 @@ class Profile:
     fingerprint: str = ""
     move_s: float = 0.0
     team_s: float = 0.0
+    lora_s: float = 0.0
     doubt: str = ""
     max_batch: int = 1
 
     def __post_init__(self) -> None:
         _check_seconds(self.switch_s, "switch_s")
-        for name in ("move_s", "team_s"):
+        for name in ("move_s", "team_s", "lora_s"):
             if getattr(self, name) != 0:
                 _check_seconds(getattr(self, name), name)
         _check_positive("max_batch", self.max_batch)

@@ -7,13 +7,13 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, States, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Lora, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine.pictures import InputPicture, put_pictures
 from tetriserve.executor.protocol import Executor
@@ -43,15 +43,17 @@ class Bench:
     def __post_init__(self) -> None:
         self.executor.subscribe(self._on_event)
 
-    def request(self, card: ModelCard, shape: Shape, num_steps: int) -> Request:
+    def request(self, card: ModelCard, shape: Shape, num_steps: int, lora: Lora | None = None) -> Request:
         """Without pictures, of which intake alone insists: the output alone takes part in its steps."""
-        return self._request(card, shape, num_steps, [])
+        return self._request(card, shape, num_steps, [], lora)
 
     def request_with_picture(self, card: ModelCard, shape: Shape) -> Request:
         return self._request(card, shape, 1, [shape] * max(1, card.min_images))
 
-    def _request(self, card: ModelCard, shape: Shape, num_steps: int, images: Sequence[Shape]) -> Request:
-        request = dummy_request(card, shape, f"profile-{next(self._ids)}", num_steps, images)
+    def _request(
+        self, card: ModelCard, shape: Shape, num_steps: int, images: Sequence[Shape], lora: Lora | None = None
+    ) -> Request:
+        request = replace(dummy_request(card, shape, f"profile-{next(self._ids)}", num_steps, images), lora=lora)
         states = self._put_black(request) if images else {}
         self._work[request.request_id] = Work(request, 0, 0, states)
         return request

@@ -13,7 +13,7 @@ from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.cost import pays
 from tetriserve.core.events import TaskFinished
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import Lora, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
@@ -66,6 +66,7 @@ async def measure(
     best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
     team_s = await _time_team(bench, card, shapes[0], pool)
+    lora_s = await _time_lora(bench, card, shapes[0]) if card.loras else 0.0
     count.end()
     return Profile(
         model=card.name,
@@ -77,6 +78,7 @@ async def measure(
         switch_s=max(statistics.median(seconds for times in best.values() for seconds in times.switch_s), MIN_TIME_S),
         move_s=move_s,
         team_s=team_s,
+        lora_s=lora_s,
         rows=(
             Row(stage=ENCODE, seconds=statistics.median(s for times in best.values() for s in times.encode_s)),
             *(row for shape in shapes for row in best[shape].denoise),
@@ -333,3 +335,31 @@ async def _time_team(bench: Bench, card: ModelCard, shape: Shape, pool: PoolConf
     first, second = [await bench.denoise([request], group, 1) for _ in range(2)]
     bench.forget([request])
     return max(first.elapsed_s - second.elapsed_s, MIN_TIME_S)
+
+
+async def measure_lora(executor: Executor, card: ModelCard, shape: Shape) -> float:
+    """`Profile.lora_s` of a card with adapters, alone.
+
+    Raises:
+        TetriServeError: a worker failed or was lost while measuring.
+    """
+    return await _time_lora(Bench(executor, "measuring a change of LoRAs"), card, shape)
+
+
+async def _time_lora(bench: Bench, card: ModelCard, shape: Shape) -> float:
+    """How much longer one step takes on a rank that has another adapter active than right after it: the median.
+
+    Between the first two adapters, or the only one and none.
+    """
+    wanted = [Lora(lora.name) for lora in card.loras[:2]]
+    requests = [bench.request(card, shape, 2 * _NUM_MOVES, lora) for lora in (*wanted, None)][:2]
+    for request in requests:
+        await bench.encode(request, 0)
+    differences = []
+    for _ in range(_NUM_MOVES):
+        for request in requests:
+            switched = await bench.denoise([request], (0,), 1)
+            stayed = await bench.denoise([request], (0,), 1)
+            differences.append(switched.elapsed_s - stayed.elapsed_s)
+    bench.forget(requests)
+    return max(statistics.median(differences), MIN_TIME_S)

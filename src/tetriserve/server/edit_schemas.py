@@ -76,7 +76,7 @@ UNSERVED = {
 
 def edits_body() -> dict[str, Any]:
     """`requestBody` for `/openapi.json`."""
-    form = EditsRequest.model_json_schema()
+    form = EditsRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     file = {"type": "string", "format": "binary"}
     fields = {name: schema for name, schema in form["properties"].items() if name not in ("image", "images")}
     picture = {"description": "A png, jpeg or webp file; several under the same name or `image[]`."}

@@ -33,6 +33,8 @@ MAX_FIELD_BYTES = 2**16
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,399})(\.\d{1,400})?([eE][+-]?\d{1,4})?", re.ASCII)
 _WORDS = {"true": True, "false": False}
+_LORA_FIELD = re.compile(r"lora\[(\w+)\]", re.ASCII)
+"""How clients write `{"lora": {"scale": 1}}`."""
 
 
 class Asked(NamedTuple):
@@ -123,7 +125,12 @@ def _of_form(parts: Sequence[Part]) -> Asked:
         if name == "image":
             continue
         value = _value_of(name, part)
-        if name not in fields:
+        if match := _LORA_FIELD.fullmatch(part.name):
+            lora = fields.setdefault(name, {})
+            if not isinstance(lora, dict) or match[1] in lora:
+                raise InvalidRequest(f"{name} is given twice", name)
+            lora[match[1]] = value
+        elif name not in fields:
             fields[name] = [value] if part.name.endswith("[]") else value
         elif name == "degrees":
             fields[name] = [*_listed(fields[name]), value]
@@ -159,7 +166,7 @@ def _value_of(name: str, part: Part) -> object:
         text = part.content.decode()
     except UnicodeDecodeError:
         raise InvalidRequest(f"{name} is not UTF-8", name) from None
-    if name in _TEXTS:
+    if name in _TEXTS and part.name != "lora[scale]":
         return text
     return json.loads(text) if _NUMBER.fullmatch(text) else _WORDS.get(text, text)
 

@@ -12,6 +12,7 @@ from tetriserve.engine.intake import MAX_SEED, MAX_SLO_S
 from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
 from tetriserve.server.compat import deadline_of
+from tetriserve.server.loras import lora_of
 from tetriserve.server.schemas import ImagesRequest, PictureOptions
 
 RANDOM_SEED = -1
@@ -30,10 +31,11 @@ def size_for_log(body: PictureOptions) -> str:
 def check_model(name: str, card: ModelCard) -> None:
     """
     Raises:
-        UnknownModel: `name` is none of `card`'s.
+        UnknownModel: `name` is none of `card`'s, nor of its adapters'.
     """
     if not card.is_called(name):
-        raise UnknownModel(f"model {name[:200]!r} is not served; served: {card.name!r}", "model")
+        served = ", ".join(map(repr, (card.name, *(lora.name for lora in card.loras))))
+        raise UnknownModel(f"model {name[:200]!r} is not served; served: {served}", "model")
 
 
 def size_of(body: PictureOptions) -> str | None:
@@ -73,6 +75,7 @@ def generations_of(
     degrees: tuple[int, ...] | None = None
     if body.degrees is not None:
         degrees = (body.degrees,) if isinstance(body.degrees, int) else tuple(body.degrees)
+    lora = lora_of(body.model, body.lora, card)
     deadline_ms = deadline_of(body.extra_args)
     slo_ms = next((each for each in (body.slo_ms, header_slo_ms, deadline_ms) if each is not None), None)
     if slo_ms is not None and not 0 < slo_ms <= MAX_SLO_S * 1000:
@@ -92,6 +95,7 @@ def generations_of(
             true_cfg_scale=body.true_cfg_scale,
             max_sequence_length=body.max_sequence_length,
             degrees=degrees,
+            lora=lora,
             slo_s=None if slo_ms is None else slo_ms / 1000,
             priority=body.priority or 0,
             reject_infeasible=body.deadline_policy == "reject",

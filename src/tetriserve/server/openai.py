@@ -48,16 +48,20 @@ def openai_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
-        """The one model that this server serves, once for each of its names."""
-        model = _model_object(slot.require(), created)
-        names = (model.id, *slot.require().intake.card.aliases)
-        return ModelList(data=[model.model_copy(update={"id": name}) for name in names])
+        """The one model that this server serves, once for each of its names, and its LoRAs, whose `parent` it is."""
+        model, card = _model_object(slot.require(), created), slot.require().intake.card
+        names = [{"id": name} for name in (model.id, *card.aliases)]
+        loras = [{"id": lora.name, "parent": card.name} for lora in card.loras]
+        return ModelList(data=[model.model_copy(update=update) for update in (*names, *loras)])
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelObject:
         """What can be asked of the model."""
-        check_model(model_id, slot.require().intake.card)
-        return _model_object(slot.require(), created)
+        model, card = _model_object(slot.require(), created), slot.require().intake.card
+        check_model(model_id, card)
+        if lora := card.find_lora(model_id):
+            return model.model_copy(update={"id": lora.name, "parent": card.name})
+        return model
 
     return router
 
@@ -67,6 +71,7 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
     sizes = intake.sizes
     return ModelObject(
         id=card.name,
+        parent=None,
         created=created,
         sizes=[str(size) for size in sizes],
         size_range=SizeRange(smallest=str(intake.shapes[0]), largest=str(intake.largest), multiple=card.size_multiple),

@@ -32,6 +32,15 @@ Warnings = Annotated[
 ]
 
 
+class LoraChoice(BaseModel):
+    """An adapter, and how strongly it acts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    scale: float = Field(1.0, description="1 is as it was trained; -10 to 10.")
+
+
 class PictureOptions(BaseModel):
     """What may be asked of pictures beside what to draw. A field that is null is a field that is absent."""
 
@@ -66,6 +75,9 @@ class PictureOptions(BaseModel):
         None,
         description="Degrees of sequence parallelism that its steps may run at: one, or a list. By default the "
         "scheduler chooses among those of the size. One degree makes the image reproducible bit by bit.",
+    )
+    lora: LoraChoice | str | None = Field(
+        None, description="An adapter that `/v1/models` lists, by name or with a scale; none by default."
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None,
@@ -296,6 +308,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["tetriserve"] = "tetriserve"
+    parent: str | None = Field(None, description="Of a LoRA: the model that it is for.")
     sizes: list[str] = Field(description="The model's own sizes, the default first.")
     size_range: SizeRange
     degrees: dict[str, list[int]] = Field(description="Degrees of sequence parallelism that each size can run at.")

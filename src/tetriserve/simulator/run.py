@@ -12,7 +12,8 @@ from tetriserve.core.cluster import ANYWHERE, StageRanks
 from tetriserve.core.cost import task_s
 from tetriserve.core.events import Event, FinishRequest, StartTask, Submitted, TaskFinished, TensorRef, WorkerJoined
 from tetriserve.core.plan import LATE_SHARE, CostModel, Task
-from tetriserve.core.request import Request
+from tetriserve.core.request import Lora, Request
+from tetriserve.core.stages import ADAPTED
 from tetriserve.policies.policy import Policy
 from tetriserve.workload.outcome import Outcome, Status
 
@@ -32,7 +33,8 @@ def simulate(
 ) -> Iterator[Outcome]:
     """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
 
-    A task on other ranks than its request's last takes `move_s` longer. `team_s` decides which ranks a policy chooses,
+    A task on other ranks than its request's last takes `move_s` longer, one on ranks that have another LoRA active
+    `lora_s`. `team_s` decides which ranks a policy chooses,
     but is not charged: which sets have worked together before is not modelled.
 
     stage_ranks: which ranks may run which stages.
@@ -68,6 +70,7 @@ class Simulation:
         self._noise = noise
         self._random = random.Random(seed)
         self._ranks: dict[str, tuple[int, ...]] = {}  # of each request's last task
+        self._loras: dict[int, Lora | None] = {}  # that each rank has active
         self._outcomes: list[Outcome] = []  # of requests that have just ended
         for rank in range(num_ranks):
             self._pool.handle(WorkerJoined(rank))
@@ -108,7 +111,7 @@ class Simulation:
 
     def _start(self, start: StartTask) -> tuple[float, Event]:
         elapsed_s = self._duration_s(start)
-        end_s = self.now + self._start_s(start.task) + elapsed_s
+        end_s = self.now + self._start_s(start.task) + self._lora_s(start) + elapsed_s
         return end_s, TaskFinished.planned(start, elapsed_s, _NOTHING)
 
     def _finish(self, command: FinishRequest) -> None:
@@ -123,6 +126,13 @@ class Simulation:
         is_moved = any(set(self._ranks.get(name, task.ranks)) != set(task.ranks) for name in task.members)
         self._ranks.update(dict.fromkeys(task.members, task.ranks))
         return self._cost.switch_s + (self._cost.move_s if is_moved else 0.0)
+
+    def _lora_s(self, start: StartTask) -> float:
+        task, lora = start.task, start.work[0].request.lora
+        if task.stage not in ADAPTED or all(self._loras.get(rank) == lora for rank in task.ranks):
+            return 0.0
+        self._loras.update(dict.fromkeys(task.ranks, lora))
+        return self._cost.lora_s
 
     def _duration_s(self, start: StartTask) -> float:
         seconds = task_s(self._cost, start.task, start.work[0].request)

@@ -263,8 +263,8 @@ def test_a_plan_with_members_of_two_kinds_or_too_many_is_one_line() -> None:
     with pytest.raises(PolicyError) as caught:
         pool.start(Task(("a", "c"), DENOISE, (0,), 1))
     assert str(caught.value) == (
-        "Told planned one task for a and c, which differ in size, degrees, passes or length of text; only requests of "
-        "one kind may share a task"
+        "Told planned one task for a and c, which differ in size, degrees, passes, length of text or LoRA; only "
+        "requests of one kind may share a task"
     )
     pool.controller.cost = ProfileCost(H200.profile, batch_limit=1)
     with pytest.raises(PolicyError, match="planned a task for 2 requests; at most 1 may share one"):

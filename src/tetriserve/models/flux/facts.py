@@ -94,4 +94,5 @@ FLUX = Family(
     read=read,
     num_tokens=num_tokens,
     stages=stages,
+    lora_components=("transformer", "text_encoder"),
 )

@@ -131,4 +131,5 @@ FLUX2 = Family(
     num_tokens=num_tokens,
     stages=stages,
     condition_shapes=condition_shapes,
+    lora_components=("transformer",),
 )

@@ -47,4 +47,5 @@ FLUX_KONTEXT = Family(
     num_tokens=flux.num_tokens,
     stages=flux.stages,
     condition_shapes=condition_shapes,
+    lora_components=flux.FLUX.lora_components,
 )

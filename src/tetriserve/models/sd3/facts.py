@@ -99,4 +99,5 @@ SD3 = Family(
     read=read,
     num_tokens=num_tokens,
     stages=stages,
+    lora_components=("transformer", "text_encoder", "text_encoder_2"),
 )

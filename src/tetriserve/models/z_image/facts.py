@@ -119,4 +119,5 @@ Z_IMAGE = Family(
     read=read,
     num_tokens=num_tokens,
     stages=stages,
+    lora_components=("transformer",),
 )
