@@ -118,6 +118,7 @@ async def launch(
             if card.loras and not cost.lora_s:
                 progress.step("measuring a change of LoRAs")
                 lora_s = await measure_lora(executor, card, cost.profile.shapes[0])
+                logger.info("a change of LoRAs takes %.4f s", lora_s)
                 new_policy, cost = plan_with(cost.profile, cost.corrections, lora_s)
             policy = new_policy()
             intake = Intake(

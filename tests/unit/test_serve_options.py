@@ -12,7 +12,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tetriserve.cli import app
-from tetriserve.config import AccessConfig, ApiConfig, EngineConfig, ExecutionConfig, JournalConfig, ServerConfig
+from tetriserve.config import (
+    AccessConfig,
+    ApiConfig,
+    EngineConfig,
+    ExecutionConfig,
+    JournalConfig,
+    LoraConfig,
+    ServerConfig,
+)
 from tetriserve.core.errors import ConfigError
 
 
@@ -233,14 +241,15 @@ def test_a_profile_is_measured_of_the_same_options(monkeypatch: pytest.MonkeyPat
     told: list[Any] = []
 
     async def measure_profile(*arguments: Any) -> None:
-        told.extend(arguments[-2:])
+        told.extend(arguments[-3:])
         raise ConfigError("enough")
 
     monkeypatch.setattr("tetriserve.launch.measure_profile", measure_profile)
-    arguments = ["profile", "--compile", "--attention", "native_math", "--vae-tiling", "--adapter", "generic"]
-    result = CliRunner().invoke(app, arguments)
+    options = ["--compile", "--attention", "native_math", "--vae-tiling", "--adapter", "generic"]
+    result = CliRunner().invoke(app, ["profile", *options, "--lora", "a=b.safetensors"])
     assert only_line(result) == "enough"
-    assert told == [ExecutionConfig(compile=True, attention="native_math", vae_tiling=True), "generic"]
+    execution = ExecutionConfig(compile=True, attention="native_math", vae_tiling=True)
+    assert told == [execution, "generic", (LoraConfig("a", "b.safetensors"),)]
 
 
 def test_encoder_ranks_come_from_options_environment_or_file_and_go_with_offloading(
@@ -276,3 +285,21 @@ def test_with_encoders_on_all_ranks_nothing_is_limited() -> None:
 
     assert not PoolConfig(num_ranks=3, encoder_ranks=3).stage_ranks
     assert not PoolConfig(num_ranks=3).stage_ranks
+
+
+def test_loras_come_from_options_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[EngineConfig] = []
+
+    def run_server(config: ServerConfig, launch: Callable[[], Any], **settings: Any) -> int:
+        launch()
+        return 0
+
+    monkeypatch.setattr("tetriserve.server.run.run_server", run_server)
+    monkeypatch.setattr("tetriserve.launch.launch", lambda config, progress: engines.append(config))
+    file = tmp_path / "c.yaml"
+    file.write_text("lora: [a=x.safetensors, b/2=y]\n")
+    assert run().exit_code == run("--lora", "a=x.safetensors", "--lora", "b/2=y").exit_code == 0
+    assert run(env={"TETRISERVE_LORA": "a=x.safetensors b/2=y"}).exit_code == run("--config", file).exit_code == 0
+    told = (LoraConfig("a", "x.safetensors"), LoraConfig("b/2", "y"))
+    assert [engine.loras for engine in engines] == [(), told, told, told]
+    assert only_line(run("--lora", "a")) == "lora is 'a'; write NAME=PATH, such as sketch=loras/sketch.safetensors"
