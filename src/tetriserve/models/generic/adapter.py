@@ -44,7 +44,7 @@ class GenericAdapter:
         self.device = torch.device(device)
         _check_execution(card)
         dtype: torch.dtype = getattr(torch, card.execution.dtype)
-        self.pipeline: Any = load_pipeline(card, dtype, self.device)
+        self.pipeline, _ = load_pipeline(card, dtype, self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         _check_attention(card, self.pipeline)
         self._paused: list[weakref.ref[PipelineCall]] = []
