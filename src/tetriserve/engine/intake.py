@@ -81,11 +81,12 @@ class Intake:
         Raises:
             InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
-        pictures = self.pictures
+        pictures, card = self.pictures, self.card
         images = pictures.shapes_of([image.shape for image in generation.images])
         is_free = generation.size in _ANY
         shape = pictures.size_like(images) if images and is_free else self._shape(generation.size)
-        num_steps = int(_in_range("num_steps", generation.num_steps, self.card.default_num_steps, 1, self.max_steps))
+        least, default = card.min_num_steps, card.default_num_steps
+        num_steps = int(_in_range("num_steps", generation.num_steps, default, least, self.max_steps))
         skipped_steps = pictures.skipped_steps(generation.strength, num_steps, len(images))
         guidance = self._guidance(generation)
         degrees = self._degrees(generation.degrees, shape)

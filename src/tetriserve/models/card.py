@@ -62,6 +62,7 @@ class ModelCard:
         prompt or an empty text. Otherwise a second pass comes with a negative prompt and `true_cfg_scale` above 1.
     max_side: the longest height or width, in pixels.
     min_images, max_images: pictures that a request brings along.
+    min_num_steps: fewest that the schedule allows.
     default_strength: how much of the noise is added to a picture from which a request starts, 0 to 1; None for a model
         whose steps see the pictures beside the latents.
     can_batch: whether requests may share a step.
@@ -96,6 +97,7 @@ class ModelCard:
     can_batch: bool = True
     has_previews: bool = True
     limits: tuple[str, ...] = ()
+    min_num_steps: int = 1
     aliases: tuple[str, ...] = ()
     stamp: str = ""
     loras: tuple[LoraFile, ...] = ()

@@ -93,8 +93,8 @@ def _read_overrides(file: Path, card: ModelCard, max_text_tokens: int) -> dict[s
         raise CheckpointError(
             f"{file}: name is {name[:200]!r}; allowed: {MODEL_NAMES}; without it, the directory's name"
         )
-    if not 1 <= (num_steps := overrides.get("num_steps", 1)) <= MAX_STEPS:
-        raise CheckpointError(f"{file}: num_steps is {shown(num_steps)}; allowed: 1 to {MAX_STEPS}")
+    if not (least := card.min_num_steps) <= (num_steps := overrides.get("num_steps", least)) <= MAX_STEPS:
+        raise CheckpointError(f"{file}: num_steps is {shown(num_steps)}; allowed: {least} to {MAX_STEPS}")
     if not 1 <= (length := overrides.get("max_sequence_length", 1)) <= max_text_tokens:
         raise CheckpointError(f"{file}: max_sequence_length is {shown(length)}; allowed: 1 to {max_text_tokens}")
     if card.num_text_tokens == 0 and "max_sequence_length" in overrides:
