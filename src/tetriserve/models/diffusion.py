@@ -124,7 +124,7 @@ class DiffusionAdapter(ABC):
         self.dtype: torch.dtype = getattr(torch, card.execution.dtype)
         self.pipeline: Any
         self.pipeline, self._adapters = load_pipeline(
-            card, self.dtype, self.device, has_text_encoders=has_text_encoders
+            card, self.dtype, self.device, self.components, has_text_encoders=has_text_encoders
         )
         self._sequence_parallel = self.sequence_parallel()
         if has_text_encoders:
@@ -132,9 +132,17 @@ class DiffusionAdapter(ABC):
 
     # What a family says.
 
+    def components(self) -> dict[str, Any]:
+        """Parts of the pipeline, by name, that the family loads itself."""
+        return {}
+
     @abstractmethod
     def encode_prompt(self, prompt: str, length: int) -> dict[str, torch.Tensor]:
         """The embeddings of one text of at most `length` tokens, by the name that `Branch.embeds` finds them under."""
+
+    def encode_beside(self, prompt: str, length: int, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`encode_prompt` of a text that came with pictures (H, W, 3), uint8; here the encoders do not read them."""
+        return self.encode_prompt(prompt, length)
 
     @abstractmethod
     def text_parts(self, embeds: Tensors) -> Mapping[str, torch.Tensor]:
@@ -242,9 +250,9 @@ class DiffusionAdapter(ABC):
         """
         self._adapters.activate(request.lora)
         length = request.max_sequence_length or self.card.num_text_tokens
-        embeds = self.encode_prompt(request.prompt, length)
+        embeds = self.encode_beside(request.prompt, length, images)
         if request.stepped.num_passes == 2:
-            negative = self.encode_prompt(request.negative_prompt or "", length)
+            negative = self.encode_beside(request.negative_prompt or "", length, images)
             embeds |= {NEGATIVE + name: tensor for name, tensor in negative.items()}
         return embeds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +33,25 @@ _TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 
 
 def load_pipeline(
-    card: ModelCard, dtype: torch.dtype, device: torch.device, *, has_text_encoders: bool = True
+    card: ModelCard,
+    dtype: torch.dtype,
+    device: torch.device,
+    components: Callable[[], dict[str, Any]] = dict,
+    *,
+    has_text_encoders: bool = True,
 ) -> tuple[Any, Adapters]:
     """The pipeline on `device`, such that it runs as the card's execution says, and its adapters.
 
     Without text encoders neither they nor their tokenizers are read, and the pipeline has None in their place.
+
+    components: loads parts of it, by name, that are not to be loaded as the library would.
 
     Raises:
         CheckpointError: the model cannot be loaded; one line says why.
         ConfigError: this machine cannot run it so; one line names the value, and what is allowed.
     """
     check_machine(card.execution, device)
-    pipeline, adapters = _load(card, dtype, device, has_text_encoders)
+    pipeline, adapters = _load(card, dtype, device, components, has_text_encoders)
     apply(card.execution, pipeline, dtype, device)
     return pipeline, adapters
 
@@ -73,7 +81,13 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_encoders: bool) -> tuple[Any, Adapters]:
+def _load(
+    card: ModelCard,
+    dtype: torch.dtype,
+    device: torch.device,
+    components: Callable[[], dict[str, Any]],
+    has_text_encoders: bool,
+) -> tuple[Any, Adapters]:
     """Each model is loaded alone: only then the libraries tell what they filled in or left out."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -95,6 +109,7 @@ def _load(card: ModelCard, dtype: torch.dtype, device: torch.device, has_text_en
                     texts[component] = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
                     models[component] = None
         folder = card.path
+        models |= components()
         pipeline_class = getattr(diffusers, card.pipeline_class)
         pipeline = pipeline_class.from_pretrained(str(card.path), local_files_only=True, dtype=dtype, **models)
         pipeline.register_modules(**texts)
