@@ -29,6 +29,7 @@ _MAX_COUNT = 2**31
 _TOKENIZER_FILES = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "Qwen2VLProcessor": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
 }
 """By class, less the suffix `Fast`: sets of files each of which is a whole vocabulary."""
@@ -109,7 +110,7 @@ def check_component(path: Path, component: str, entry: object) -> None:
             _check_config(file)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing though model_index.json names it; download the checkpoint again")
-    if "Tokenizer" in class_name or component.startswith("tokenizer"):  # a processor of texts and pictures holds one
+    if "Tokenizer" in class_name or class_name in _TOKENIZER_FILES or component.startswith("tokenizer"):
         _check_tokenizer(folder, class_name)
     elif not any(kind in class_name for kind in _WITHOUT_WEIGHTS):
         if not (folder / "config.json").is_file():

@@ -15,6 +15,8 @@ from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.flux2.facts import FLUX2
 from tetriserve.models.flux_kontext.facts import FLUX_KONTEXT
 from tetriserve.models.generic.facts import GENERIC
+from tetriserve.models.qwen_image.facts import QWEN_IMAGE
+from tetriserve.models.qwen_image_edit.facts import QWEN_IMAGE_EDIT
 from tetriserve.models.sd3.facts import SD3
 from tetriserve.models.z_image.facts import Z_IMAGE
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, SD3, Z_IMAGE, GENERIC)
+FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, QWEN_IMAGE, QWEN_IMAGE_EDIT, SD3, Z_IMAGE, GENERIC)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
@@ -83,7 +85,7 @@ def dummy_request(
     card: ModelCard, shape: Shape, request_id: str, num_steps: int, images: Sequence[Shape] = ()
 ) -> Request:
     """One to measure or to warm up with: a pass a step. Pictures of the shapes `images` come along."""
-    guidance = Guidance(card.one_pass_scale)
+    num_steps, guidance = max(num_steps, card.min_num_steps), Guidance(card.one_pass_scale)
     return Request(
         request_id=request_id, prompt="a picture", shape=shape, images=tuple(images),
         stages=stages_of(card, shape, num_steps, guidance, images), seed=0, arrival_s=0.0, deadline_s=0.0,
