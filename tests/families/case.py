@@ -44,6 +44,8 @@ class FamilyCase:
     the most that it takes."""
     image_to_image: str | None = None
     """The pipeline class that starts from a picture, of the same components."""
+    resizes: bool = True
+    """Whether that pipeline takes pictures of other sizes than the request's."""
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """More requests to try, as fields, by name."""
 

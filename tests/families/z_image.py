@@ -57,6 +57,7 @@ Z_IMAGE = FamilyCase(
     guided=GUIDED,
     degrees=(1, 2, 3),
     image_to_image="ZImageImg2ImgPipeline",
+    resizes=False,
     extra=EXTRA,
 )
 Z_IMAGE_TURBO = replace(Z_IMAGE, name="z-image-turbo", build=partial(build, shift=3.0), extra={})
