@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (remove("model_index.json"), "has no model_index.json; give the top directory of a diffusers pipeline"),
     "unsupported class": (
         put_json("model_index.json", MODEL_INDEX | {"_class_name": "StableDiffusionPipeline"}),
-        "no adapter serves pipeline class 'StableDiffusionPipeline'; supported: Flux2",
+        "no adapter serves pipeline class 'StableDiffusionPipeline'; supported: Flux2KleinPipeline, ",
     ),
     "no class": (put_json("model_index.json", {}), "model_index.json: _class_name is null; it must be a JSON string"),
     "malformed JSON": (put("vae/config.json", '{"a": '), "vae/config.json is not valid JSON (Expecting value: line 1"),
