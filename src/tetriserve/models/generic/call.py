@@ -37,8 +37,8 @@ _ENCODED, _OUTPUTS, _FORWARDS, _GENERATOR = "encoded", "outputs", "forwards", "g
 class PipelineCall:
     """Pauses after encoding, `steps_done` 0, and after each step; a resumed call begins after `steps_done` steps.
 
-    encoded: what `encoded_state` gave; without it, texts are encoded.
-    stepped: what `stepped_state` gave after `steps_done` steps; with 0 it is not needed.
+    encoded: what `encode` returned, of any call of the request; without it, texts are encoded.
+    stepped: what `stepped_state` returned after `steps_done` steps; with 0 it is not needed.
     """
 
     def __init__(
