@@ -15,14 +15,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings are silent
 from tests.families.case import FamilyCase, call_pipeline
-from tests.families.flux import FLUX
+from tests.families.flux import FLUX, FLUX_KONTEXT
+from tests.families.flux2 import FLUX2_KLEIN_BASE
 from tests.families.loras import ATTENTION, write_lora
+from tests.families.qwen_image import QWEN_IMAGE
 from tests.families.sd3 import SD3
-from tests.gloo.test_families import TOLERANCE, Tiny, built, denoise, plan_of, request_of
+from tests.families.z_image import Z_IMAGE
+from tests.gloo.test_families import TOLERANCE, Tiny, all_stages, built, denoise, picture, plan_of, request_of, seeing
 from tests.ranks import meet, results_of
 from tetriserve.config import LoraConfig
 from tetriserve.core.errors import CheckpointError
@@ -33,6 +37,7 @@ from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.diffusion import DiffusionAdapter
+from tetriserve.models.loading import held_bytes
 from tetriserve.models.lora import with_loras
 from tetriserve.models.registry import FAMILIES, load_adapter
 from tetriserve.worker.team.shm import ShmTeam
@@ -42,8 +47,8 @@ NUM_RANKS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LoraCase:
-    """targets: of each adapter, the layers that it changes, by component. One reaches text encoders, and one the last
-    layer, whose output ranks gather."""
+    """targets: of each adapter, the layers that it changes, by component. Where the family's loader allows, one reaches
+    text encoders, and one a layer around which ranks divide tokens or gather them."""
 
     family: FamilyCase
     targets: Mapping[str, Mapping[str, Sequence[str]]]
@@ -64,6 +69,27 @@ CASES = {
             targets={
                 "sketch": {"transformer": ATTENTION, "text_encoder": ("q_proj",), "text_encoder_2": ("fc1", "v_proj")},
                 "neon": {"transformer": ("to_q", "add_k_proj", "proj_out", "ff.net.0.proj", "context_embedder")},
+            },
+        ),
+        LoraCase(
+            family=FLUX2_KLEIN_BASE,
+            targets={
+                "sketch": {"transformer": (*ATTENTION, "to_qkv_mlp_proj")},
+                "neon": {"transformer": ("to_add_out", "add_k_proj", "linear_in", "x_embedder", "proj_out")},
+            },
+        ),
+        LoraCase(
+            family=QWEN_IMAGE,
+            targets={
+                "sketch": {"transformer": ATTENTION},
+                "neon": {"transformer": ("to_v", "add_q_proj", "img_in", "txt_in", "proj_out")},
+            },
+        ),
+        LoraCase(
+            family=Z_IMAGE,
+            targets={
+                "sketch": {"transformer": ATTENTION},
+                "neon": {"transformer": ("to_v", "w1", "all_x_embedder.2-1", "cap_embedder.1")},
             },
         ),
     )
@@ -90,21 +116,21 @@ class Adapted:
     def lora(self, name: str, scale: float = 1.0) -> Lora:
         return Lora(name, scale, next(lora.digest for lora in self.card.loras if lora.name == name))
 
-    def called(self, request: Request, output_type: str, dtype: str = "float32") -> Any:
+    def called(self, request: Request, output_type: str, dtype: str = "float32", **options: Any) -> Any:
         """By a pipeline that knows no adapter but the request's."""
         lora, case = request.lora, self.tiny.case
         pipeline = bare_pipeline(self.tiny, dtype)
         if lora is not None:
             pipeline.load_lora_weights(str(self.files[lora.name]), adapter_name="its")
             pipeline.set_adapters("its", lora.scale)
-        return call_pipeline(case, pipeline, request, self.tiny.card.num_text_tokens, output_type)
+        return call_pipeline(case, pipeline, request, self.tiny.card.num_text_tokens, output_type, **options)
 
 
 def bare_pipeline(tiny: Tiny, dtype: str = "float32") -> Any:
-    pipeline_class = getattr(diffusers, tiny.card.pipeline_class)
-    pipeline: Any = pipeline_class.from_pretrained(
-        tiny.card.path, dtype=getattr(torch, dtype), **dict.fromkeys(tiny.case.absent)
-    )
+    pipeline_class, given = getattr(diffusers, tiny.card.pipeline_class), tiny.case.given(tiny.card.path)
+    absent = dict.fromkeys((*tiny.case.absent, *given))
+    pipeline: Any = pipeline_class.from_pretrained(tiny.card.path, dtype=getattr(torch, dtype), **absent)
+    pipeline.register_modules(**given)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -147,7 +173,8 @@ def test_requests_in_any_order_have_the_bits_of_the_pipeline_with_their_adapter_
     seen = []
     for request in requests:
         latents = denoise(adapter, request)
-        assert torch.equal(latents, adapted.called(request, "latent", dtype)), request.lora
+        theirs = adapted.called(request, "latent", dtype)
+        assert torch.equal(tiny.case.as_latents(adapter, request, latents), theirs), request.lora
         assert np.array_equal(adapter.decode(request, latents), np.asarray(adapted.called(request, "pil", dtype)))
         seen.append(latents)
     assert torch.equal(seen[0], seen[5])
@@ -160,7 +187,9 @@ def test_adapters_of_text_encoders_change_embeddings_and_leave_no_trace(adapted:
     plain, with_lora, again = (adapter.encode(tiny.request(lora=lora)) for lora in (None, adapted.lora("sketch"), None))
     for name in plain:
         assert torch.equal(plain[name], again[name])
-    assert not torch.equal(plain["pooled_prompt_embeds"], with_lora["pooled_prompt_embeds"])
+    is_changed = any(not torch.equal(plain[name], with_lora[name]) for name in plain)
+    targets = CASES[tiny.case.name].targets["sketch"]
+    assert is_changed == any(component.startswith("text_encoder") for component in targets)
 
 
 def test_steps_of_several_adapters_that_take_turns_have_the_bits_of_undisturbed_ones(adapted: Adapted) -> None:
@@ -186,7 +215,13 @@ def batches_of(card: ModelCard, guided: dict[str, Any]) -> list[list[Request]]:
 
 
 def run_plans(
-    team: ShmTeam, rank: int, end: Connection, path: Path, loras: list[LoraConfig], guided: dict[str, Any]
+    team: ShmTeam,
+    rank: int,
+    end: Connection,
+    path: Path,
+    loras: list[LoraConfig],
+    guided: dict[str, Any],
+    degrees: Sequence[int],
 ) -> list[list[torch.Tensor]]:
     """The latents of each batch, on each rank that made its last step; as `test_families.run_plans`."""
     card = with_loras(read_card(path), loras)
@@ -196,7 +231,7 @@ def run_plans(
     for number, batch in enumerate(batches_of(card, guided)):
         encoded = [adapter.encode(request) for request in batch]
         latents = [adapter.initial_latents(request) for request in batch]
-        for step, ranks in enumerate(plan_of(number, (1, 2, 4))):
+        for step, ranks in enumerate(plan_of(number, degrees)):
             meet(end)
             token += 1
             if rank in ranks:
@@ -222,14 +257,69 @@ def test_degrees_and_batches_with_an_adapter_give_the_latents_of_degree_1(adapte
     card, adapter = adapted.card, adapted.adapter()
     guided = dict(adapted.tiny.case.guided or {})
     loras = [LoraConfig(lora.name, str(lora.file)) for lora in card.loras]
-    by_rank = results_of(run_plans, "shm", NUM_RANKS, tmp_path, card.path, loras, guided)
-    assert any(len(ranks) > 1 for number in range(5) for ranks in plan_of(number, (1, 2, 4)))
+    degrees = adapted.tiny.case.degrees
+    by_rank = results_of(run_plans, "shm", NUM_RANKS, tmp_path, card.path, loras, guided, degrees)
+    assert any(len(ranks) > 1 for number in range(5) for ranks in plan_of(number, degrees))
     for number, batch in enumerate(batches_of(card, guided)):
         for index, request in enumerate(batch):
             expected = denoise(adapter, request)
             for latents in by_rank:
                 difference = (latents[number][index] - expected).abs().max().item()
-                assert difference < TOLERANCE, (plan_of(number, (1, 2, 4)), index, difference)
+                assert difference < TOLERANCE, (plan_of(number, degrees), index, difference)
+
+
+def test_a_picture_that_comes_along_is_seen_with_the_adapter(tmp_path: Path) -> None:
+    tiny = built(FLUX_KONTEXT, tmp_path / "model")
+    file = write_lora(tmp_path / "sketch", bare_pipeline(tiny), CASES["flux"].targets["sketch"], seed=0)
+    adapted, image = Adapted(tiny, {"sketch": file}), picture(200, 300)
+    adapter, drawn = adapted.adapter(), []
+    for lora in (adapted.lora("sketch"), None):
+        request = tiny.request(lora=lora, num_steps=1)
+        drawn.append(all_stages(adapter, seeing(tiny.card, request, [image]), image))
+        theirs = adapted.called(request, "pil", image=[Image.fromarray(image)])
+        assert np.array_equal(drawn[-1], np.asarray(theirs)), lora
+    assert not np.array_equal(*drawn)
+
+
+def test_without_text_encoders_the_other_parts_of_adapters_are_loaded_and_steps_are_the_same(
+    adapted: Adapted, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny, whole = adapted.tiny, adapted.adapter()
+    card = adapted.card
+    part = load_adapter(card, "cpu", has_text_encoders=False)
+    assert isinstance(part, DiffusionAdapter)
+    assert not caplog.records
+    held = held_bytes(part.pipeline)
+    assert held == {name: num_bytes for name, num_bytes in held_bytes(whole.pipeline).items() if name in held}
+    assert held["transformer"] > held_bytes(tiny.adapter().pipeline)["transformer"]
+    for mine, theirs in zip(part.weights, whole.weights, strict=False):
+        assert torch.equal(mine, theirs), "ranks share memory by the order of weights"
+    for lora in (adapted.lora("sketch"), None, adapted.lora("neon", 0.5)):
+        request = tiny.request(lora=lora)
+        member = Member(request, 0, {ENCODE: whole.encode(request)})
+        [left] = part.run(DENOISE, [member], request.num_steps, lambda: None)
+        assert torch.equal(left.tensors["latents"], denoise(whole, request)), lora
+
+
+def test_an_adapter_of_text_encoders_alone_changes_nothing_on_a_rank_without_them(
+    flux: Adapted, tmp_path: Path
+) -> None:
+    file = write_lora(tmp_path / "words", bare_pipeline(flux.tiny), {"text_encoder": ("q_proj",)}, seed=0)
+    adapted = Adapted(flux.tiny, {"words": file, "sketch": flux.files["sketch"]})
+    words, whole = adapted.lora("words"), adapted.adapter()
+    part = load_adapter(adapted.card, "cpu", has_text_encoders=False)
+    assert isinstance(part, DiffusionAdapter)
+    for lora in (words, adapted.lora("sketch"), words, None):
+        request = flux.tiny.request(lora=lora)
+        member = Member(request, 0, {ENCODE: whole.encode(request)})
+        [left] = part.run(DENOISE, [member], request.num_steps, lambda: None)
+        assert torch.equal(left.tensors["latents"], denoise(whole, request)), lora
+    alone = Adapted(flux.tiny, {"words": file})
+    request = flux.tiny.request(lora=alone.lora("words"))
+    part = load_adapter(alone.card, "cpu", has_text_encoders=False)
+    [left] = part.run(DENOISE, [Member(request, 0, {ENCODE: whole.encode(request)})], request.num_steps, lambda: None)
+    assert torch.equal(left.tensors["latents"], denoise(whole, request))
+    assert torch.equal(denoise(whole, request), adapted.called(request, "latent"))
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.lora_components])

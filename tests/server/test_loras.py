@@ -9,6 +9,7 @@ from pathlib import Path
 import fake_engine
 import pytest
 from fake_engine import CARD, FakeExecutor, make_journalled_jobs
+from pictures_sent import PNG, data_url
 
 from tests.waiting import until
 from tetriserve.core.errors import RequestFailed
@@ -78,7 +79,8 @@ async def test_a_request_names_its_lora_by_the_field_or_as_its_model(draw, execu
 async def test_an_unknown_lora_is_refused_with_those_that_are_served(draw, executor, fields, message, code):
     response = await draw(**fields)
     error = response.json()["error"]
-    assert (response.status_code, error["message"], error["code"]) == (400, message, code)
+    status = 404 if code == "model_not_found" else 400
+    assert (response.status_code, error["message"], error["code"]) == (status, message, code)
     assert error["param"] in fields
     assert not executor.started
 
@@ -87,6 +89,75 @@ async def test_an_unknown_lora_is_refused_with_those_that_are_served(draw, execu
 async def test_a_lora_of_another_form_is_refused(draw, lora):
     response = await draw(lora=lora)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "lora")
+
+
+def loras_of(executor):
+    return {work.request.lora for command in executor.started for work in command.work}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"lora": "sketch"}, Lora("sketch", 1.0, "5e")),
+        ({"model": "sketch"}, Lora("sketch", 1.0, "5e")),
+        ({"lora[name]": "neon/2"}, Lora("neon/2", 1.0, "0e")),
+        ({"lora[name]": "neon/2", "lora[scale]": "0.5"}, Lora("neon/2", 0.5, "0e")),
+    ],
+)
+async def test_a_form_names_a_lora_for_its_pictures(client, executor, fields, expected):
+    files = [("image", ("in.png", PNG, "image/png"))]
+    response = await client.post(
+        "/v1/images/edits", data={"prompt": "a lighthouse", "size": "64x64", **fields}, files=files
+    )
+    assert response.status_code == 200, response.text
+    assert loras_of(executor) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": "photo"}, "lora 'photo' is not served; served: sketch, neon/2"),
+        ({"lora": "sketch", "lora[scale]": "1"}, "lora is given twice"),
+        ({"lora[scale]": "1", "lora": "sketch"}, "lora is given twice"),
+        ({"lora[name]": ["sketch", "sketch"]}, "lora is given twice"),
+        ({"lora[name]": "sketch", "lora[scale]": "much"}, None),
+        ({"lora[weight]": "1"}, None),
+    ],
+)
+async def test_a_lora_of_another_form_in_a_form_is_refused(client, executor, fields, message):
+    files = [("image", ("in.png", PNG, "image/png"))]
+    response = await client.post("/v1/images/edits", data={"prompt": "a lighthouse", **fields}, files=files)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "lora")
+    assert message in (None, error["message"])
+    assert not executor.started
+
+
+async def test_edits_in_json_chats_and_quotes_name_loras_too(client, executor):
+    wanted, expected = {"lora": {"name": "neon/2", "scale": 0.5}}, {Lora("neon/2", 0.5, "0e")}
+    drawing = {"prompt": "a lighthouse", "size": "64x64"}
+    chat = {"messages": [{"role": "user", "content": "a lighthouse"}], "size": "64x64"}
+    for url, body in (
+        ("/v1/images/edits", {**drawing, **wanted, "image": data_url(PNG)}),
+        ("/v1/chat/completions", {**chat, **wanted}),
+        ("/v1/chat/completions", {**chat, "extra_body": wanted}),
+        ("/v1/chat/completions", {**chat, **wanted, "extra_body": wanted}),
+        ("/v1/quotes", {**drawing, **wanted}),
+    ):
+        executor.started.clear()
+        response = await client.post(url, json=body)
+        assert response.status_code == 200, response.text
+        assert loras_of(executor) == (expected if url != "/v1/quotes" else set())
+        assert "warnings" not in response.json(), "a LoRA is served, not ignored"
+    differing = {**chat, "lora": "sketch", "extra_body": wanted}
+    error = (await client.post("/v1/chat/completions", json=differing)).json()["error"]
+    assert error["message"] == "lora differs from lora in extra_body; leave one out"
+    for url, body in (
+        ("/v1/chat/completions", {**chat, "extra_body": {"lora": "photo"}}),
+        ("/v1/quotes", {**drawing, "lora": "photo"}),
+    ):
+        error = (await client.post(url, json=body)).json()["error"]
+        assert (error["message"], error["param"]) == ("lora 'photo' is not served; served: sketch, neon/2", "lora")
 
 
 async def test_without_loras_a_name_is_refused_too(connect, executor):

@@ -20,14 +20,15 @@ from tetriserve.core.events import StartTask, Submitted, TaskFinished, TensorRef
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Lora, Request, Shape
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE
+from tetriserve.core.stages import DECODE, DENOISE, ENCODE, encoders_on_first, from_images
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.models.card import LoraFile
 from tetriserve.models.lora import with_loras
 from tetriserve.policies.batching import may_share
 from tetriserve.policies.fixed import FixedDegree
-from tetriserve.policies.placement import place
+from tetriserve.policies.placement import num_foreign, place
 from tetriserve.policies.registry import make_policy
+from tetriserve.policies.room import Room
 from tetriserve.policies.rssp import ResolutionSpecific
 from tetriserve.profile import Profile, ProfileCost, load_profile, save_profile
 from tetriserve.profile.table import MIN_TIME_S
@@ -103,6 +104,36 @@ def test_a_rank_whose_adapter_another_request_wants_is_left_to_that() -> None:
 def test_policies_with_blocks_begin_where_the_adapter_is(policy: Any) -> None:
     state = State((Trajectory(with_lora(NEON)),), (), (0, 1, 2, 3), COST, loras={0: SKETCH, 2: NEON, 3: NEON})
     assert policy.plan(state, 0.0).tasks == (Task(("a",), ENCODE, (2,)),)
+
+
+@pytest.mark.parametrize("spec", ["lookahead", "tetriserve", "edf", "fixed:1", "rssp"])
+def test_a_prompt_is_encoded_where_the_adapter_is_of_the_ranks_that_may(spec: str) -> None:
+    policy = make_policy(spec, COST, num_ranks=4, shapes=COST.profile.shapes)
+    state = State(
+        (Trajectory(with_lora(NEON)),), (), (0, 1, 2, 3), COST, stage_ranks=encoders_on_first(2, 4),
+        loras={0: SKETCH, 1: NEON, 3: NEON},
+    )  # fmt: skip
+    assert policy.plan(state, 0.0).tasks == (Task(("a",), ENCODE, (1,)),)
+
+
+@pytest.mark.parametrize(("loras", "rank"), [({0: NEON, 3: NEON}, 3), ({0: NEON}, 1)], ids=["beside", "on it"])
+def test_steps_leave_a_rank_that_encodes_alone_whatever_its_adapter(loras: dict[int, Lora], rank: int) -> None:
+    for policy in (FixedDegree(1), ResolutionSpecific()):
+        request = dataclasses.replace(with_lora(NEON), degrees=(1,))
+        state = State(
+            (Trajectory.at(request, 1),), (), (0, 1, 2, 3), COST, stage_ranks=encoders_on_first(1, 4), loras=loras
+        )
+        assert [task.ranks for task in policy.plan(state, 0.0).tasks] == [(rank,)]
+    for team_s in (0.0, 0.7):
+        room = Room.of(state)
+        assert room.take(DENOISE)
+        assert room.place([(at_steps(NEON), 1)], team_s=team_s) == [(rank,)]
+
+
+def test_a_picture_is_encoded_without_regard_to_adapters() -> None:
+    request = with_lora(SKETCH)
+    request = dataclasses.replace(request, stages=from_images(request.stages, 1))
+    assert [num_foreign(Trajectory.at(request, index), (0,), {0: NEON}) for index in range(4)] == [1, 0, 1, 0]
 
 
 class Told:

@@ -110,7 +110,10 @@ class Flux2Adapter(DiffusionAdapter):
         pictures = [each.pictures_BRC for each in inputs if each.pictures_BRC is not None]
         guidances = [each.guidance_B for each in inputs if each.guidance_B is not None]
         timesteps_B = torch.stack([branch.loop.timestep for branch in branches])
-        tokens_BSC = torch.cat([latents_BSC, torch.cat(pictures)], dim=1) if pictures else latents_BSC
+        if pictures:
+            tokens_BSC = torch.cat([latents_BSC, torch.cat(pictures)], dim=1)
+        else:  # the pipeline's are transposed in memory: products with an adapter's narrow matrices depend on it
+            tokens_BSC = latents_BSC.mT.contiguous().mT
         velocity_BSC = transformer(
             hidden_states=tokens_BSC.to(transformer.dtype),
             timestep=timesteps_B.to(latents_BSC.dtype) / 1000,

@@ -123,4 +123,5 @@ QWEN_IMAGE = Family(
     read=read,
     num_tokens=num_tokens,
     stages=stages,
+    lora_components=("transformer",),
 )

@@ -64,4 +64,5 @@ QWEN_IMAGE_EDIT = Family(
     num_tokens=qwen_image.num_tokens,
     stages=qwen_image.stages,
     condition_shapes=condition_shapes,
+    lora_components=qwen_image.QWEN_IMAGE.lora_components,
 )
