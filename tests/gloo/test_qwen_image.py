@@ -17,11 +17,11 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 import tetriserve.models.preload  # noqa: F401  as in workers
 from tests.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_PLUS
 from tests.gloo.test_families import Tiny, built, denoise, request_of
-from tetriserve.core.errors import CheckpointError
+from tetriserve.core.errors import CheckpointError, InvalidRequest
 from tetriserve.core.request import Shape
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.execution import compile_blocks
-from tetriserve.models.qwen_image_edit.facts import READ_PIXELS, STEP_PIXELS, resized
+from tetriserve.models.qwen_image_edit.facts import READ_PIXELS, STEP_PIXELS, condition_shapes, resized
 from tetriserve.models.registry import dummy_request, load_adapter
 
 
@@ -43,6 +43,13 @@ def test_pictures_are_resized_as_the_pipeline_resizes_them() -> None:
                 theirs = calculate_dimensions(area, width / height)
                 ours = resized(Shape(height, width), area)
                 assert (ours.width, ours.height) == theirs
+
+
+def test_a_picture_that_is_too_narrow_is_refused_with_its_size(tiny_edit: Tiny) -> None:
+    card = tiny_edit.card
+    assert condition_shapes(card, [Shape(16, 1600)])[0].num_pixels > 0
+    with pytest.raises(InvalidRequest, match="a picture of 1616x16 came along; allowed: 100 times as long as wide"):
+        condition_shapes(card, [Shape(64, 64), Shape(16, 1616)])
 
 
 def test_a_stretched_schedule_has_two_steps_at_least(tiny: Tiny) -> None:

@@ -234,3 +234,11 @@ def test_a_degree_that_the_size_cannot_run_at_is_refused(degrees: tuple[int, ...
 def test_a_degree_that_the_policy_never_gives_is_refused_instead_of_waiting_for_ever() -> None:
     with pytest.raises(InvalidRequest, match="one or more of 1$"):
         take(dataclasses.replace(INTAKE, max_degree=1), degrees=(2,))
+
+
+def test_fewer_steps_than_the_schedule_of_the_model_allows_are_refused() -> None:
+    stretched = dataclasses.replace(INTAKE, card=dataclasses.replace(INTAKE.card, min_num_steps=2))
+    with pytest.raises(InvalidRequest, match="num_steps is 1; allowed: 2 to 100") as caught:
+        take(stretched, num_steps=1)
+    assert caught.value.param == "num_steps"
+    assert take(stretched, num_steps=2).num_steps == 2

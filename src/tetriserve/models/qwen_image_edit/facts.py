@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tetriserve.core.errors import CheckpointError
+from tetriserve.core.errors import CheckpointError, InvalidRequest
 from tetriserve.core.request import Shape
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Family
@@ -16,6 +16,8 @@ from tetriserve.models.files import read_json
 from tetriserve.models.qwen_image import facts as qwen_image
 
 PLUS = "QwenImageEditPlusPipeline"
+_MAX_PICTURE_ASPECT = 100
+"""Half of what `Qwen2VLProcessor` takes: sizes are rounded after that."""
 STEP_PIXELS = 1024 * 1024
 """Of a picture in the steps."""
 READ_PIXELS = 384 * 384
@@ -50,7 +52,16 @@ def resized(image: Shape, num_pixels: int) -> Shape:
 
 
 def condition_shapes(card: ModelCard, images: Sequence[Shape]) -> tuple[Shape, ...]:
-    """See `Family.condition_shapes`."""
+    """See `Family.condition_shapes`.
+
+    Raises:
+        InvalidRequest: a picture is narrower than the processor takes.
+    """
+    for image in images:
+        if max(image.height, image.width) > _MAX_PICTURE_ASPECT * min(image.height, image.width):
+            raise InvalidRequest(
+                f"a picture of {image} came along; allowed: {_MAX_PICTURE_ASPECT} times as long as wide", "image"
+            )
     return tuple(resized(image, STEP_PIXELS) for image in images)
 
 
