@@ -50,7 +50,7 @@ async def test_models_lists_what_can_be_asked(client):
     assert model["num_ranks"] == 2
     assert model["memory"] == [
         {
-            "ranks": [0, 1], "stages": ["encode", "denoise", "decode"], "total": 3_501_000,
+            "ranks": [0, 1], "stages": ["encode", "denoise", "encode_image", "decode"], "total": 3_501_000,
             "components": {"transformer": 3_000_000, "vae": 500_000, "text_encoder": 1000},
             "resident": [10_000_000, 10_000_001],
         }
@@ -63,8 +63,8 @@ async def test_models_say_by_role_what_ranks_hold_and_which_stages_they_run(clie
     executor.memory[1] = RankMemory(executor.memory[1].components[:2], 7)
     (model,) = (await client.get("/v1/models")).json()["data"]
     assert [(held["ranks"], held["stages"], list(held["components"])) for held in model["memory"]] == [
-        ([0], ["encode", "denoise", "decode"], ["transformer", "vae", "text_encoder"]),
-        ([1], ["denoise", "decode"], ["transformer", "vae"]),
+        ([0], ["encode", "denoise", "encode_image", "decode"], ["transformer", "vae", "text_encoder"]),
+        ([1], ["denoise", "encode_image", "decode"], ["transformer", "vae"]),
     ]
 
 
