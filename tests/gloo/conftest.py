@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,16 @@ DECODE_S = {256: 0.05, 512: 0.2}
 
 Paint = Callable[[Request], np.ndarray]
 """A request's pixels as one process computes them alone at degree 1."""
+
+
+@pytest.fixture(autouse=True)
+def same_attention_afterwards() -> Iterator[None]:
+    """diffusers sets an attention backend for the process, not for the model alone."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    backend = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(backend)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_utils import ModelMixin
 
 import tetriserve.models.preload  # noqa: F401  as in workers, the libraries' warnings are silent
@@ -38,14 +36,6 @@ REQUEST = Request(
 WIDE = dataclasses.replace(
     REQUEST, shape=Shape(64, 96), stages=image_stages(2, 2), negative_prompt="blurry", true_cfg_scale=3.0
 )
-
-
-@pytest.fixture(autouse=True)
-def same_attention_afterwards() -> Iterator[None]:
-    """A backend is set for the process, not for the model alone."""
-    backend = _AttentionBackendRegistry._active_backend
-    yield
-    _AttentionBackendRegistry.set_active_backend(backend)
 
 
 def adapter_of(card: ModelCard, **values: str) -> FluxAdapter:
