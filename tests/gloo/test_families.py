@@ -179,6 +179,8 @@ def test_another_kernel_of_attention_is_used_and_gives_the_bits_of_the_pipeline_
     latents = denoise(adapter, request)
     assert (latents - denoise(tiny.adapter(), request)).abs().max() < TOLERANCE
     transformer = tiny.pipeline().transformer
+    if tiny.card.min_images:
+        return  # its pipeline draws nothing without a picture; the transformer is another family's, too
     if any(hasattr(getattr(each, "processor", None), "_attention_backend") for each in transformer.modules()):
         transformer.set_attention_backend(BACKENDS["native_math"].value)
         theirs = tiny.called(request, "latent")
