@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from tetriserve.api import Picture
 from tetriserve.config import PoolConfig
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
+from tetriserve.executor.local import LocalExecutor
 from tetriserve.launch import StartProgress, measure_profile
 from tetriserve.models.registry import dummy_request
 from tetriserve.policies.registry import make_policy
@@ -31,7 +32,8 @@ from tetriserve.simulator.run import simulate
 SHAPES = (Shape(64, 64), Shape(64, 96))
 LARGE = Shape(1024, 1152)
 """Covers a small output beside a picture of a megapixel. Its times are made up: measuring it takes long."""
-STEPS = 40
+STEPS, LARGE_STEPS = 40, 8
+"""Of a picture, and of one whose steps see a picture of a megapixel."""
 MAX_LEVELS = 1
 
 
@@ -51,11 +53,12 @@ def test_a_family_is_measured_simulated_and_served_though_a_worker_is_killed(tin
 
     save_profile(covering_pictures(tiny, profile), tmp_path / "profile.json")
     images = [picture(96, 64)] if card.min_images else []
+    num_steps = LARGE_STEPS if images else STEPS
     with Engine(str(card.path), ranks=2, max_batch=2, profile=str(tmp_path / "profile.json")) as engine:
-        pictures = drawn_through_a_kill(engine, images)
+        pictures = drawn_through_a_kill(engine, num_steps, images)
     for seed, drawn in enumerate(pictures):
         request = drawn.outcome.request
-        assert (request.seed, request.num_steps, request.images) == (seed, STEPS, (Shape(96, 64),) * len(images))
+        assert (request.seed, request.num_steps, request.images) == (seed, num_steps, (Shape(96, 64),) * len(images))
         expected = all_stages(tiny.adapter(), request, *images)
         difference = np.abs(np.asarray(drawn.image).astype(int) - expected).max()
         assert difference <= MAX_LEVELS, (seed, difference)
@@ -87,26 +90,32 @@ def covering_pictures(tiny: Tiny, profile: Profile) -> Profile:
     return dataclasses.replace(profile, rows=(*profile.rows, *rows))
 
 
-def drawn_through_a_kill(engine: Engine, images: Sequence[np.ndarray]) -> list[Picture]:
+def drawn_through_a_kill(engine: Engine, num_steps: int, images: Sequence[np.ndarray]) -> list[Picture]:
     """Two pictures, while whose steps are made rank 1 dies."""
     pictures: dict[int, Picture] = {}
 
     def draw(seed: int) -> None:
         pictures[seed] = engine.generate(
-            PROMPT, images=images, size="64x96", seed=seed, num_steps=STEPS, slo_s=20 * HANG_S
+            PROMPT, images=images, size="64x96", seed=seed, num_steps=num_steps, slo_s=20 * HANG_S
         )
 
     live = engine._live
     assert live is not None
+    executor = live._executor
+    assert isinstance(executor, LocalExecutor)
     threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
-    give_up_at = time.monotonic() + 5 * HANG_S
-    while not any(trajectory.steps_done for trajectory in live.state.trajectories):
-        assert time.monotonic() < give_up_at, "no step was made"
-        time.sleep(0.005)
-    os.kill(live._executor.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
+    wait(lambda: any(trajectory.steps_done for trajectory in live.state.trajectories), "no step was made")
+    os.kill(executor.pids[1], signal.SIGKILL)
     for thread in threads:
         thread.join(20 * HANG_S)
-    assert live._executor.num_restarts >= 1  # type: ignore[attr-defined]
+    wait(lambda: executor.num_restarts >= 1, "the worker was not replaced")
     return [pictures[seed] for seed in range(2)]
+
+
+def wait(until: Callable[[], bool], problem: str) -> None:
+    give_up_at = time.monotonic() + 5 * HANG_S
+    while not until():
+        assert time.monotonic() < give_up_at, problem
+        time.sleep(0.005)
