@@ -20,6 +20,11 @@ class Guidance:
     true_cfg_scale: float = 1.0
 
 
+def image_tokens(card: ModelCard, shape: Shape) -> int:
+    """Squares of `pixels_per_token` pixels a side, in each frame."""
+    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
+
+
 def _no_conditions(card: ModelCard, images: Sequence[Shape]) -> tuple[Shape, ...]:
     return ()
 
@@ -47,8 +52,8 @@ class Family:
     components: tuple[str, ...]
     max_text_tokens: int
     read: Callable[[Path, str, Mapping[str, Any]], ModelCard]
-    num_tokens: Callable[[ModelCard, Shape], int]
     stages: Callable[[ModelCard, int, Guidance], tuple[Stage, ...]]
+    num_tokens: Callable[[ModelCard, Shape], int] = image_tokens
     condition_shapes: Callable[[ModelCard, Sequence[Shape]], tuple[Shape, ...]] = _no_conditions
     takes_any_class: bool = False
     lora_components: tuple[str, ...] = ()

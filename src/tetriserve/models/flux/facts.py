@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tetriserve.core.execution import Execution
-from tetriserve.core.request import Shape, Stage
+from tetriserve.core.request import Stage
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.models.components import (
@@ -74,11 +74,6 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     )
 
 
-def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. Guidance by a negative prompt takes a second pass at each step; the scale is an input."""
     has_second_pass = guidance.negative_prompt is not None and guidance.true_cfg_scale > 1
@@ -92,7 +87,6 @@ FLUX = Family(
     components=("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=num_tokens,
     stages=stages,
     lora_components=("transformer", "text_encoder"),
 )

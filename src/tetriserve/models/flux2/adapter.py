@@ -143,7 +143,7 @@ class Flux2Adapter(DiffusionAdapter):
         return self.pipeline.vae.decode(self.unpacked(latents, shape), return_dict=False)[0]  # type: ignore[no-any-return]
 
     def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        latents_BCHW = self.pipeline._encode_vae_image(image_BCHW, generator)  # the most likely, whatever the generator
+        latents_BCHW = self.pipeline._encode_vae_image(image_BCHW, generator)  # draws nothing from the generator
         return self.pipeline._pack_latents(latents_BCHW)  # type: ignore[no-any-return]
 
     @property

@@ -81,11 +81,6 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     )
 
 
-def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. Only klein's base model has a second pass, for an empty text; dev's scale is an input."""
     return image_stages(num_steps, 2 if card.guides_by_passes and guidance.scale > 1 else 1)
@@ -128,7 +123,6 @@ FLUX2 = Family(
     components=("scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=num_tokens,
     stages=stages,
     condition_shapes=condition_shapes,
     lora_components=("transformer",),

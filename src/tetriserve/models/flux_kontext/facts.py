@@ -44,7 +44,6 @@ FLUX_KONTEXT = Family(
     components=flux.FLUX.components,
     max_text_tokens=flux.FLUX.max_text_tokens,
     read=read,
-    num_tokens=flux.num_tokens,
     stages=flux.stages,
     condition_shapes=condition_shapes,
     lora_components=flux.FLUX.lora_components,

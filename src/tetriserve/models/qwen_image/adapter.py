@@ -17,8 +17,8 @@ from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.diffusion import Branch, DiffusionAdapter, drawn, num_text_tokens
+from tetriserve.models.family import image_tokens
 from tetriserve.models.parallel import SequenceParallel
-from tetriserve.models.qwen_image.facts import num_tokens
 
 _rotate = transformer_qwenimage.apply_rotary_emb_qwen
 
@@ -53,7 +53,7 @@ class QwenImageAdapter(DiffusionAdapter):
     def set_timesteps(self, scheduler: Any, request: Request) -> torch.Tensor:
         config, num_steps = scheduler.config, request.num_schedule_steps
         shift = calculate_shift(
-            num_tokens(self.card, request.shape),
+            image_tokens(self.card, request.shape),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),

@@ -72,7 +72,6 @@ QWEN_IMAGE_EDIT = Family(
     components=(*qwen_image.QWEN_IMAGE.components, "processor"),
     max_text_tokens=qwen_image.MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=qwen_image.num_tokens,
     stages=qwen_image.stages,
     condition_shapes=condition_shapes,
     lora_components=qwen_image.QWEN_IMAGE.lora_components,

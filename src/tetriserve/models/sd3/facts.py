@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tetriserve.core.execution import Execution
-from tetriserve.core.request import Shape, Stage
+from tetriserve.core.request import Stage
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.models.components import (
@@ -80,11 +80,6 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     )
 
 
-def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. Guidance above 1 takes a second pass, for the negative prompt or an empty one."""
     return image_stages(num_steps, 2 if guidance.scale > 1 else 1)
@@ -97,7 +92,6 @@ SD3 = Family(
     components=("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=num_tokens,
     stages=stages,
     lora_components=("transformer", "text_encoder", "text_encoder_2"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.execution import Execution
-from tetriserve.core.request import MAX_SIDE, Shape, Stage
+from tetriserve.core.request import MAX_SIDE, Stage
 from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.models.components import (
@@ -77,11 +77,6 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     )
 
 
-def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`. The model fills them up to a multiple of 32, at most 31 more."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. Any guidance takes a second pass, for the negative prompt or an empty one."""
     return image_stages(num_steps, 2 if guidance.scale > 0 else 1)
@@ -117,7 +112,6 @@ Z_IMAGE = Family(
     components=("scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=num_tokens,
     stages=stages,
     lora_components=("transformer",),
 )
