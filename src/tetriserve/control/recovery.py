@@ -8,7 +8,7 @@ from tetriserve.policies.room import Room
 
 
 def lost_tasks(state: State) -> list[Task]:
-    """The tasks to do again now, in order of arrival, on whatever ranks are idle and may run them.
+    """The tasks to do again now, in order of arrival, on idle ranks that may run them.
 
     Survivors of the loss are among them: a loss shall cost a request one task, and not its turn. Of a stage with steps
     this is one step, at the degree that was lost or the widest that idle ranks allow; what comes after it is the

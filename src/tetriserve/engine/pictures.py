@@ -47,7 +47,7 @@ class InputPicture:
     def of_image(cls, image: Image.Image) -> InputPicture:
         """Of any mode: turned upright as its EXIF says, and what is transparent laid on white.
 
-        Raises: whatever Pillow raises of a file that cannot be decoded.
+        Raises: an error of Pillow, of any class: the file cannot be decoded.
         """
         from PIL import Image, ImageOps
 

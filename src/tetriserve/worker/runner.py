@@ -126,7 +126,7 @@ class Runner:
             try:
                 return self._store.load(TensorRef(key, 0), self._device)
             except StateGone:
-                time.sleep(_LOOK_S)
+                time.sleep(_LOOK_S)  # at the start, before tasks come; heartbeats have a thread of their own
         return None
 
     def save_preview_basis(self, card: ModelCard) -> TensorRef:
