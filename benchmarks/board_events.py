@@ -68,7 +68,7 @@ class TimerExecutor:
         self.ranks = frozenset(range(num_ranks))
         self._cost = cost
         self.states = MemoryStates()
-        self.preview_basis: TensorRef | None = None
+        self.preview_bases: dict[str, TensorRef] = {}
         self.memory: dict[int, RankMemory] = {}
         self._on_event: OnEvent = lambda event: None
 
@@ -128,7 +128,7 @@ class Load:
         cost = ProfileCost(profile, lambda shape: card.valid_degrees(degrees))
         new_policy = partial(make_policy, self.policy, cost, num_ranks=self.num_ranks, shapes=shapes)
         engine = LiveEngine(
-            Controller(new_policy(), cost), TimerExecutor(self.num_ranks, cost), Intake(card=card, cost=cost),
+            Controller(new_policy(), cost), TimerExecutor(self.num_ranks, cost), [Intake(card=card, cost=cost)],
             Foresight(new_policy), max_queue=10_000, policy_name=self.policy,
         )  # fmt: skip
         engine.start()

@@ -72,7 +72,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
     """Ratios of denoise time through the engine over the bare loop, taken in turn so that drift hits both."""
     pool = PoolConfig(num_ranks=1)
     ours, theirs = multiprocessing.Pipe()
-    starter = ProcessStarter(find_model(None), pool)
+    starter = ProcessStarter([find_model(None)], pool)
     process = starter.context.Process(target=bare_loop, args=(directory, theirs), daemon=True)  # type: ignore[attr-defined]
     await starter.start(process)
     engine = (await launch(EngineConfig(pool=pool, scheduling=SchedulingConfig(policy=policy)), QUIET)).engine
@@ -107,7 +107,7 @@ async def overhead(directory: Path, policy: str, num_pairs: int) -> dict[Shape, 
 
 async def worker_memory(directory: Path) -> tuple[float, float]:
     """MiB that each worker holds alone (PSS, shared pages divided), and MiB of the model's weights."""
-    executor = LocalExecutor(read_card(directory), PoolConfig(num_ranks=3))
+    executor = LocalExecutor([read_card(directory)], PoolConfig(num_ranks=3))
     await executor.start(lambda text: None)
     try:
         pss = [_pss_mib(pid) for pid in executor.pids.values()]

@@ -136,7 +136,7 @@ async def hurt(pool: Pool, work: Work, rng: random.Random, outcome: Outcome) -> 
 async def campaign(directory: Path, num_faults: int, seed: int, collectives: str) -> Outcome:
     rng, outcome = random.Random(seed), Outcome()
     settings = PoolConfig(num_ranks=NUM_RANKS, collectives=collectives, heartbeat_timeout_s=HEARTBEAT_S)
-    pool = Pool(LocalExecutor(read_card(directory), settings))
+    pool = Pool(LocalExecutor([read_card(directory)], settings))
     await pool.executor.start(lambda text: None)
     pool.executor.subscribe(pool.on_event)
     try:

@@ -108,7 +108,7 @@ async def through_executors(card: ModelCard, num_rounds: int) -> dict[str, Times
     """Both kinds in turn, twice, so that drift hits both; only the workers of one are there at a time."""
     times = {kind: Times() for kind in COLLECTIVES}
     for kind in (*COLLECTIVES, *COLLECTIVES):
-        pool = Pool(LocalExecutor(card, PoolConfig(num_ranks=2, collectives=kind)))
+        pool = Pool(LocalExecutor([card], PoolConfig(num_ranks=2, collectives=kind)))
         try:
             await pool.start()
             for number in range(-1, num_rounds):  # one round of warm-up

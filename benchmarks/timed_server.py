@@ -81,7 +81,7 @@ def main() -> int:
         engine = LiveEngine(
             Controller(new_policy(), cost),
             TimedExecutor(cost, seed=0),
-            Intake(card=CARD, cost=cost),
+            [Intake(card=CARD, cost=cost)],
             Foresight(new_policy),
             max_queue=options.max_queue,
             policy_name=options.policy,

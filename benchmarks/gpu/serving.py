@@ -311,7 +311,7 @@ class Tasks:
 async def two_ranks(
     recording: Recording, card: ModelCard, setting: Setting
 ) -> AsyncIterator[tuple[LocalExecutor, Tasks]]:
-    executor = LocalExecutor(card, setting.pool(2))
+    executor = LocalExecutor([card], setting.pool(2))
     started_at = time.perf_counter()
     await executor.start(lambda text: None)
     try:
@@ -325,7 +325,7 @@ async def compare_with_bare_loop(
     recording: Recording, card: ModelCard, tasks: Tasks, setting: Setting, *, is_dry_run: bool
 ) -> None:
     """Seconds of a step in tasks of so many steps, over one in a bare loop, taken in turn so that drift hits both."""
-    starter = ProcessStarter(card, setting.pool(1))
+    starter = ProcessStarter([card], setting.pool(1))
     ours, theirs = Pipe()
     arguments = (setting.directory, setting.device, is_dry_run, theirs)
     process = starter.context.Process(target=bare_loop, args=arguments, daemon=True)  # type: ignore[attr-defined]

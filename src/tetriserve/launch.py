@@ -109,7 +109,7 @@ async def launch(
         planned = plan_with(profile, Corrections() if is_named else find_corrections(profile, card, pool))
     journal = _open_journal(config, card)
     try:
-        executor = LocalExecutor(card, pool)
+        executor = LocalExecutor([card], pool)
         await executor.start(progress.step)
         try:
             new_policy, cost = planned or plan_with(
@@ -147,7 +147,7 @@ async def launch(
             stage_ranks=pool.stage_ranks,
         ),
         executor,
-        intake,
+        [intake],
         Foresight(new_policy),
         max_queue=scheduling.max_queue,
         policy_name=spec,
@@ -331,7 +331,7 @@ async def measure_profile(
     for shape in shapes:
         if shape.height % card.size_multiple or shape.width % card.size_multiple:
             raise ConfigError(f"size {shape}: width and height must be multiples of {card.size_multiple}")
-    executor = LocalExecutor(card, pool)
+    executor = LocalExecutor([card], pool)
     await executor.start(progress.step)
     try:
         profile = await measure(executor, card, pool, shapes or card.sizes, progress.counted)

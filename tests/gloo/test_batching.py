@@ -56,7 +56,7 @@ def batched(profile: Profile) -> Profile:
 async def serving(card: ModelCard, profile: Profile, num_ranks: int, policy: Policy | str) -> AsyncIterator[LiveEngine]:
     """An engine whose workers fail to order."""
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
-    executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
+    executor = LocalExecutor([card], pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
     cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees))
 
@@ -66,7 +66,7 @@ async def serving(card: ModelCard, profile: Profile, num_ranks: int, policy: Pol
         return make_policy(policy, cost, num_ranks=num_ranks, shapes=profile.shapes)
 
     engine = LiveEngine(
-        Controller(new_policy(), cost), executor, Intake(card=card, cost=cost), Foresight(new_policy),
+        Controller(new_policy(), cost), executor, [Intake(card=card, cost=cost)], Foresight(new_policy),
         max_queue=256, policy_name="test",
     )  # fmt: skip
     engine.start()

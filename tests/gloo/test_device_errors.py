@@ -51,7 +51,7 @@ def region() -> Region:
 
 
 def runner_of(adapter: Failing, region: Region, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    runner = Runner(adapter, ShmTeam(region, 0), TensorStore(directory), 0, "cpu", 2**20)  # type: ignore[arg-type]
+    runner = Runner({"": adapter}, ShmTeam(region, 0), TensorStore(directory), 0, "cpu", 2**20)  # type: ignore[arg-type]
     runner._is_on_gpu = True
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return runner

@@ -42,7 +42,7 @@ POOL = PoolConfig(num_ranks=2, encoder_ranks=1, max_batch=1, heartbeat_timeout_s
 
 @pytest.fixture(scope="module")
 async def executor(bundled_card: ModelCard) -> AsyncIterator[LocalExecutor]:
-    executor = LocalExecutor(bundled_card, POOL, adapter="faulty_flux:FaultyFlux")
+    executor = LocalExecutor([bundled_card], POOL, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
     yield executor
     await executor.stop()
@@ -54,7 +54,7 @@ async def engine(executor: LocalExecutor, bundled_card: ModelCard, profile: Prof
     cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(POOL.degrees))
     new_policy = partial(make_policy, "lookahead", cost, num_ranks=POOL.num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
-        Controller(new_policy(), cost, stage_ranks=POOL.stage_ranks), executor, Intake(card=bundled_card, cost=cost),
+        Controller(new_policy(), cost, stage_ranks=POOL.stage_ranks), executor, [Intake(card=bundled_card, cost=cost)],
         Foresight(new_policy), max_queue=256, policy_name="lookahead",
     )  # fmt: skip
     engine.start()

@@ -119,14 +119,14 @@ class Setup:
 async def faulty_engine(card: ModelCard, profile: Profile, num_ranks: int, policy_name: str) -> AsyncIterator[Setup]:
     """As `launch` puts it together, with the adapter that fails to order, and little patience with silent workers."""
     pool = PoolConfig(num_ranks=num_ranks, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S)
-    executor = LocalExecutor(card, pool, adapter="faulty_flux:FaultyFlux")
+    executor = LocalExecutor([card], pool, adapter="faulty_flux:FaultyFlux")
     await executor.start(lambda text: None)
     cost = ProfileCost(profile, lambda shape: card.valid_degrees(pool.degrees))
     new_policy = partial(make_policy, policy_name, cost, num_ranks=num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),
         executor,
-        Intake(card=card, cost=cost),
+        [Intake(card=card, cost=cost)],
         Foresight(new_policy),
         max_queue=256,
         policy_name="test",

@@ -139,7 +139,7 @@ class Driver:
 async def driver(request: pytest.FixtureRequest, bundled_card: ModelCard) -> AsyncIterator[Driver]:
     """Four ranks with room for one process group only, so that groups are dropped and formed again all the time."""
     pool = PoolConfig(num_ranks=NUM_RANKS, collectives=request.param, max_groups=MAX_GROUPS, heartbeat_timeout_s=HANG_S)
-    executor = LocalExecutor(bundled_card, pool)
+    executor = LocalExecutor([bundled_card], pool)
     await executor.start(lambda text: None)
     driver = Driver(executor)
     yield driver
@@ -376,7 +376,7 @@ async def test_a_measured_profile_has_a_row_for_every_degree(driver: Driver, bun
 async def test_workers_that_cannot_load_end_the_start_with_one_line_that_says_why(
     bundled_card: ModelCard, adapter: str, message: str
 ) -> None:
-    executor = LocalExecutor(bundled_card, PoolConfig(num_ranks=2), adapter=adapter)
+    executor = LocalExecutor([bundled_card], PoolConfig(num_ranks=2), adapter=adapter)
     with pytest.raises(ConfigError, match=message) as caught:
         await executor.start(lambda text: None)
     assert "\n" not in str(caught.value)
@@ -387,7 +387,7 @@ async def test_a_replacement_refuses_a_directory_that_was_changed_since_the_serv
     bundled_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = shutil.copytree(bundled_dir, tmp_path / "model")
-    executor = LocalExecutor(read_card(path), PoolConfig(num_ranks=1))
+    executor = LocalExecutor([read_card(path)], PoolConfig(num_ranks=1))
     refused = asyncio.Event()
 
     class Listener(logging.Handler):

@@ -189,7 +189,7 @@ def test_the_lifeline_of_a_killed_process_ends_though_its_other_files_are_held_o
 async def test_orphans_of_a_dead_fork_server_can_still_be_killed_and_the_server_is_started_again(
     bundled_card: ModelCard,
 ) -> None:
-    starter = ProcessStarter(bundled_card, PoolConfig(num_ranks=1))
+    starter = ProcessStarter([bundled_card], PoolConfig(num_ranks=1))
     process = starter.context.Process(target=time.sleep, args=(10 * HANG_S,))  # type: ignore[attr-defined]
     await starter.start(process)
     assert process.pid is not None

@@ -131,7 +131,7 @@ class Ranks:
 
     def __init__(self, adapters: list[GenericAdapter], directory: Path, resident_bytes: int = 2**30) -> None:
         self.runners = [
-            Runner(adapter, cast(Any, None), TensorStore(directory), rank, "cpu", resident_bytes)
+            Runner({"": adapter}, cast(Any, None), TensorStore(directory), rank, "cpu", resident_bytes)
             for rank, adapter in enumerate(adapters)
         ]
         self.store = TensorStore(directory)

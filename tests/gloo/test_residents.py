@@ -41,7 +41,7 @@ class Rank:
     def __init__(self, adapter: FluxAdapter, directory: Path, resident_bytes: int) -> None:
         self.store = CountingStore(directory)
         no_team = cast(ShmTeam, None)
-        self._runner = Runner(adapter, no_team, self.store, 0, "cpu", resident_bytes)
+        self._runner = Runner({"": adapter}, no_team, self.store, 0, "cpu", resident_bytes)
         self.works = {name: Work(make_request(name), 0, 0, {}) for name in PROMPTS}
         self._num_tasks = 0
 

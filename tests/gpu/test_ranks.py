@@ -49,7 +49,7 @@ def four_ranks(device: str) -> PoolConfig:
 
 @asynccontextmanager
 async def driving(card: ModelCard, device: str, adapter: str | None = None) -> AsyncIterator[Driver]:
-    executor = LocalExecutor(card, four_ranks(device), adapter=adapter)
+    executor = LocalExecutor([card], four_ranks(device), adapter=adapter)
     await executor.start(lambda text: None)
     try:
         yield Driver(executor)

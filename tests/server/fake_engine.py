@@ -132,7 +132,7 @@ class FakeExecutor:
         self.started: MutableSequence[StartTask] = []
         self.states = MemoryStates()
         basis = np.zeros((2, PATCH * PATCH * 3), np.float32)
-        self.preview_basis: TensorRef | None = self.states.put(".preview-basis", bundle_of(basis=basis))
+        self.preview_bases: dict[str, TensorRef] = {"": self.states.put(".preview-basis", bundle_of(basis=basis))}
         self.memory = {rank: RankMemory(HELD, 10_000_000 + rank) for rank in self.ranks}
         self._on_event: OnEvent = lambda event: None
 
@@ -219,7 +219,7 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
     engine = LiveEngine(
         Controller(new_policy(), cost),
         executor,
-        Intake(card=CARD, cost=cost),
+        [Intake(card=CARD, cost=cost)],
         Foresight(new_policy),
         max_queue=max_queue,
         policy_name=policy,

@@ -24,6 +24,7 @@ from tetriserve.config import ApiConfig
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import ENCODE_IMAGE, INPUT
 from tetriserve.engine import Intake
+from tetriserve.engine.models import ServedModels
 from tetriserve.profile import ProfileCost
 from tetriserve.server import EngineSlot, create_app
 from tetriserve.server.forms import MAX_PARTS
@@ -377,7 +378,7 @@ async def test_a_form_names_what_is_missing_twice_or_a_file(edit, client):
 
 
 async def test_several_pictures_come_in_their_order_under_either_name(connect, engine, executor):
-    engine.intake = dataclasses.replace(engine.intake, card=dataclasses.replace(CARD, max_images=3))
+    engine.models = ServedModels((dataclasses.replace(engine.intake, card=dataclasses.replace(CARD, max_images=3)),))
     pictures = [pixels_of(seed=seed) for seed in range(3)]
     async with connect(EngineSlot(engine)) as client:
         for name in ("image", "image[]"):
@@ -391,7 +392,7 @@ async def test_several_pictures_come_in_their_order_under_either_name(connect, e
 
 
 async def test_a_model_that_takes_no_pictures_refuses_them_before_it_looks_at_them(connect, engine):
-    engine.intake = dataclasses.replace(engine.intake, card=dataclasses.replace(CARD, max_images=0))
+    engine.models = ServedModels((dataclasses.replace(engine.intake, card=dataclasses.replace(CARD, max_images=0)),))
     async with connect(EngineSlot(engine)) as client:
         response = await client.post(URL, data=BODY, files={"image": b"whatever"})
         assert error_of(response) == "image: tiny/flux takes no pictures"
@@ -401,7 +402,8 @@ async def test_a_model_that_takes_no_pictures_refuses_them_before_it_looks_at_th
 
 async def test_a_profile_without_pictures_is_named_and_how_to_mend_it(connect, engine):
     rows = tuple(row for row in PROFILE.rows if row.stage != ENCODE_IMAGE)
-    engine.intake = Intake(card=CARD, cost=ProfileCost(dataclasses.replace(PROFILE, rows=rows)))
+    intake = Intake(card=CARD, cost=ProfileCost(dataclasses.replace(PROFILE, rows=rows)))
+    engine.models = ServedModels((intake,))
     async with connect(EngineSlot(engine)) as client:
         response = await client.post(URL, data=BODY, files={"image": PNG})
         assert "measure it again: tetriserve serve --remeasure" in error_of(response)

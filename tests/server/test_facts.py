@@ -14,6 +14,7 @@ from tests.waiting import until
 from tetriserve.core.cluster import StageRanks
 from tetriserve.core.memory import RankMemory
 from tetriserve.core.stages import ENCODE
+from tetriserve.engine.models import ServedModels
 from tetriserve.server import EngineSlot
 
 
@@ -70,7 +71,7 @@ async def test_models_say_by_role_what_ranks_hold_and_which_stages_they_run(clie
 
 async def test_a_model_is_listed_and_served_under_each_of_its_names(client, engine, draw):
     card = dataclasses.replace(CARD, name="flux", aliases=("flux-dev", "b/c"), path=Path("/models/flux"))
-    engine.intake = dataclasses.replace(engine.intake, card=card)
+    engine.models = ServedModels((dataclasses.replace(engine.intake, card=card),))
     assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["flux", "flux-dev", "b/c"]
     for name in ("flux", "flux-dev", "b/c", "default", "/models/flux"):
         response = await draw(model=name)

@@ -15,6 +15,7 @@ from tests.waiting import until
 from tetriserve.core.errors import RequestFailed
 from tetriserve.core.request import Lora
 from tetriserve.engine import Generation
+from tetriserve.engine.models import ServedModels
 from tetriserve.journal import Key
 from tetriserve.models.card import LoraFile
 from tetriserve.server import EngineSlot
@@ -27,7 +28,7 @@ WITH_LORAS = dataclasses.replace(CARD, loras=(SKETCH, NEON))
 
 @pytest.fixture
 def engine(engine):
-    engine.intake = dataclasses.replace(engine.intake, card=WITH_LORAS)
+    engine.models = ServedModels((dataclasses.replace(engine.intake, card=WITH_LORAS),))
     return engine
 
 

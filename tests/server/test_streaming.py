@@ -88,7 +88,7 @@ async def test_several_images_interleave_by_index(client):
 def noisy_basis(executor):
     """Previews of many colours, as a real model's: one of a single colour takes no bytes in any format."""
     basis = np.random.default_rng(0).uniform(0, 1, (2, PATCH * PATCH * 3)).astype(np.float32)
-    executor.preview_basis = executor.states.put(".noisy-basis", bundle_of(basis=basis))
+    executor.preview_bases[""] = executor.states.put(".noisy-basis", bundle_of(basis=basis))
 
 
 def previews_of(response):

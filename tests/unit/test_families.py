@@ -57,7 +57,7 @@ def test_the_facts_of_a_family_import_no_torch(family: Family) -> None:
 
 
 def test_the_fork_server_loads_the_adapter_of_the_served_family_and_modules_that_exist(family: Family) -> None:
-    ProcessStarter(dataclasses.replace(find_model(None), family=family.name), PoolConfig())
+    ProcessStarter([dataclasses.replace(find_model(None), family=family.name)], PoolConfig())
     preloaded = forkserver._forkserver._preload_modules
     assert family.adapter.partition(":")[0] in preloaded
     assert [name for name in preloaded if find_spec(name) is None] == []  # it would start without them, in silence

@@ -237,7 +237,7 @@ def launched(cost: ProfileCost, pool: PoolConfig) -> LiveEngine:
     engine = LiveEngine(
         Controller(policy, cost),
         executor,
-        Intake(card=CARD, cost=cost),
+        [Intake(card=CARD, cost=cost)],
         Foresight(lambda: policy),
         max_queue=9,
         policy_name="test",

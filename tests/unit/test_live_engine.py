@@ -63,7 +63,7 @@ class ObedientExecutor:
     def __init__(self, unreadable: str = "") -> None:
         self._unreadable = unreadable
         self.states = MemoryStates()
-        self.preview_basis = None
+        self.preview_bases: dict[str, TensorRef] = {}
         self.forgotten: list[str] = []
         self._on_event: OnEvent = lambda event: None
 
@@ -93,7 +93,7 @@ def running(executor: ObedientExecutor, policy: Policy | None = None) -> tuple[L
     engine = LiveEngine(
         Controller(policy, COST),
         executor,
-        Intake(card=CARD, cost=COST),
+        [Intake(card=CARD, cost=COST)],
         Foresight(lambda: policy),
         max_queue=9,
         policy_name="test",

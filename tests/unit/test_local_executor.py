@@ -126,7 +126,7 @@ class Pool:
 
     def __init__(self, num_ranks: int, on_birth: Callable[[int, PlayedWorker], None], **settings: float) -> None:
         pool = PoolConfig(num_ranks=num_ranks, **settings)  # type: ignore[arg-type]
-        self.executor = LocalExecutor(CARD, pool)
+        self.executor = LocalExecutor([CARD], pool)
         self.workers: dict[int, PlayedWorker] = {}
         self.events: list[Event] = []
         self._on_birth = on_birth
@@ -236,7 +236,7 @@ async def test_what_ranks_hold_is_known_while_they_are_up_and_logged_by_role_at_
 
     def holding(rank: int, worker: PlayedWorker) -> None:
         worker.say(
-            Ready(None, RankMemory((*parts, Component("text_encoder", 9_000_000)) if rank == 0 else parts, 8 + rank))
+            Ready((), RankMemory((*parts, Component("text_encoder", 9_000_000)) if rank == 0 else parts, 8 + rank))
         )
 
     with caplog.at_level("INFO"):
@@ -437,7 +437,7 @@ GARBAGE = {
         pickle.dumps(TaskDone(1, 0.5, (replace(RESULT, text=TextCount("5", False)),)))  # type: ignore[arg-type]
     ),
     "a component of another type": framed(
-        pickle.dumps(Ready(None, RankMemory((Component("vae", "7"),), 1)))  # type: ignore[arg-type]
+        pickle.dumps(Ready((), RankMemory((Component("vae", "7"),), 1)))  # type: ignore[arg-type]
     ),
     "a list for a number": framed(pickle.dumps(Heartbeat([]))),  # type: ignore[arg-type]
     "nothing in it": framed(b""),
@@ -601,7 +601,7 @@ async def test_a_look_at_the_workers_that_fails_is_not_the_last_one(
 def test_a_step_that_compiles_may_take_as_long_as_a_start() -> None:
     pool = PoolConfig(device="cuda", num_ranks=1)
     compiled = replace(CARD, execution=Execution("bfloat16", compile="regional"))
-    assert [LocalExecutor(card, pool)._pool.step_timeout_s for card in (CARD, compiled)] == [60.0, 300.0]
+    assert [LocalExecutor([card], pool)._pool.step_timeout_s for card in (CARD, compiled)] == [60.0, 300.0]
 
 
 def test_restarts_wait_longer_and_longer_but_go_on_for_ever() -> None:

@@ -23,6 +23,7 @@ from tetriserve.core.request import Shape
 from tetriserve.core.stages import ENCODE_IMAGE, INPUT
 from tetriserve.engine import Generation, Intake, Jobs, LiveEngine
 from tetriserve.engine.jobs import digest_of
+from tetriserve.engine.models import ServedModels
 from tetriserve.engine.pictures import InputPicture, PictureEntrance
 from tetriserve.journal import Key
 from tetriserve.profile import ProfileCost
@@ -63,7 +64,7 @@ def running(executor: ObedientExecutor, monkeypatch: pytest.MonkeyPatch) -> Live
     cost = ProfileCost(profile_of(Shape(256, 256)))
     monkeypatch.setattr(live, "COST", cost)
     engine, _ = live.running(executor)
-    engine.intake = Intake(card=STARTING, cost=cost)
+    engine.models = ServedModels((Intake(card=STARTING, cost=cost),))
     return engine
 
 

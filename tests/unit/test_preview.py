@@ -114,8 +114,8 @@ def save(store_path, key, **arrays):
 
 @pytest.fixture
 def reader(tmp_path, basis):
-    executor = SimpleNamespace(states=TensorStore(tmp_path), preview_basis=save(tmp_path, "basis", basis=basis))
-    return PreviewReader(executor, CARD)
+    executor = SimpleNamespace(states=TensorStore(tmp_path), preview_bases={"": save(tmp_path, "basis", basis=basis)})
+    return PreviewReader(executor, {"": CARD})
 
 
 def test_a_preview_is_read_from_the_store_and_leads_to_the_next(reader, tmp_path, pixels):
@@ -139,5 +139,5 @@ def test_bfloat16_is_read_without_torch(reader, tmp_path, pixels):
 
 def test_latents_that_are_gone_and_a_matrix_that_never_came_give_no_preview(reader, tmp_path):
     assert reader.read(REQUEST, TensorRef("r.latents.3", 1), None) is None
-    without_matrix = SimpleNamespace(states=TensorStore(tmp_path), preview_basis=None)
-    assert PreviewReader(without_matrix, CARD).read(REQUEST, TensorRef("basis", 1), None) is None
+    without_matrix = SimpleNamespace(states=TensorStore(tmp_path), preview_bases={})
+    assert PreviewReader(without_matrix, {"": CARD}).read(REQUEST, TensorRef("basis", 1), None) is None

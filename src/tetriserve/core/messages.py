@@ -32,13 +32,22 @@ ToWorker = RunTask | Forget | Stop
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """The model is loaded and warm. `preview_basis` names the matrix of `models.preview`, if this rank left it.
+class PreviewBasis:
+    """Names the matrix of `models.preview` of the model whose key is `model`."""
 
+    model: str
+    ref: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The models are loaded and warm.
+
+    preview_bases: those that this rank left.
     memory: what the rank holds.
     """
 
-    preview_basis: TensorRef | None = None
+    preview_bases: tuple[PreviewBasis, ...] = ()
     memory: RankMemory = RankMemory()
 
 

@@ -9,6 +9,8 @@ MAX_SIDE = 999_999
 """Pixels of a height or width."""
 RAW_PIXELS = "application/x-raw-rgb8"
 """Media type of an image that nobody has encoded: a bundle with `pixels`, uint8, (height, width, 3)."""
+MP4 = "video/mp4"
+"""Media type of a video: a bundle with the bytes of two files, uint8: `video` (MP4, H.264) and `thumbnail` (JPEG)."""
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 
 
@@ -57,6 +59,22 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoOptions:
+    """What a request says of a video, beside its shape.
+
+    fps: frames per second of the file.
+    guidance_scale_2: of steps that a model's second transformer makes; None is `Request.guidance_scale`.
+    boundary_ratio: noise level below which steps are the second transformer's, 0 to 1; None is the checkpoint's own.
+    flow_shift: of the schedule's noise levels; None is the checkpoint's own.
+    """
+
+    fps: float
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of a request's life.
 
@@ -82,7 +100,8 @@ class Request:
     in no `repr`, which logs and tracebacks quote. `media_type` is that of what the last stage leaves. `skipped_steps`
     are those of its schedule that are not made, because the latents start from a picture. `images` are the sizes of the
     pictures that came with the prompt. `lora` is the adapter that its text encoders and steps run with; None is the
-    model as it is.
+    model as it is. `model` is the key of the model that it is for, of those that are served; empty where there is one.
+    `video` is there where a video is made.
     """
 
     request_id: str
@@ -102,6 +121,8 @@ class Request:
     skipped_steps: int = 0
     images: tuple[Shape, ...] = ()
     lora: Lora | None = None
+    model: str = ""
+    video: VideoOptions | None = None
 
     @property
     def num_steps(self) -> int:
@@ -133,7 +154,7 @@ class Request:
         Only they may share a task.
         """
         passes = [(stage.kind, stage.num_passes, stage.shape) for stage in self.stages]
-        return self.shape, self.images, self.degrees, self.max_sequence_length, self.lora, *passes
+        return self.model, self.shape, self.images, self.degrees, self.max_sequence_length, self.lora, *passes
 
     @property
     def is_exact(self) -> bool:

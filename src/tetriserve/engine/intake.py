@@ -30,13 +30,30 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoWish:
+    """What a client may say about a video beside what it may say about an image; None leaves the choice to the server.
+
+    num_frames: rounded to the nearest number that the model can make; `seconds` of `fps` frames each stand for as many.
+    The others are those of `core.request.VideoOptions`.
+    """
+
+    num_frames: int | None = None
+    seconds: float | None = None
+    fps: float | None = None
+    guidance_scale_2: float | None = None
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """What a client may say about one image; None leaves the choice to the server.
 
     `slo_s` is the deadline relative to arrival, in seconds. `request_id` is unique among unfinished requests: 1 to 128
     letters and digits of ASCII, `-` and `_`. `images` come with the prompt; where the picture starts from one,
     `strength` is how much of the noise is added to it, above 0 and at most 1. `lora` names an adapter that the server
-    has loaded; a text is its name, at scale 1.
+    has loaded; a text is its name, at scale 1. `model` is a name of one that is served; None is the first that makes
+    what is asked for. `video` is there where a video is asked for.
     """
 
     prompt: str = field(repr=False)
@@ -55,6 +72,12 @@ class Generation:
     images: tuple[InputPicture, ...] = ()
     strength: float | None = None
     lora: Lora | str | None = None
+    model: str | None = None
+    video: VideoWish | None = None
+
+    @property
+    def is_video(self) -> bool:
+        return self.video is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +130,7 @@ class Intake:
             skipped_steps=skipped_steps,
             images=images,
             lora=self._lora(generation.lora),
+            model=card.key,
         )
         slo_s = generation.slo_s
         if slo_s is None:

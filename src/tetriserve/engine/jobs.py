@@ -278,7 +278,7 @@ def digest_of(generations: Sequence[Generation]) -> str:
     for generation in generations:
         fields = asdict(replace(generation, images=()))
         fields |= {"images": [image.digest for image in generation.images]}
-        for name in ("images", "strength", "lora"):  # which journals of earlier versions do not know
+        for name in ("images", "strength", "lora", "model", "video"):  # which journals of earlier versions do not know
             if not fields[name]:
                 del fields[name]
         said.append({name: value for name, value in fields.items() if name not in _FREE_FIELDS})

@@ -40,6 +40,7 @@ from tetriserve.core.memory import HeldAlike, held_alike
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import Generation, Intake, check_ids
+from tetriserve.engine.models import ServedModels
 from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
 from tetriserve.engine.outlook import Outlook
 from tetriserve.engine.outputs import read_pixels
@@ -58,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 
 class LiveEngine:
-    """The engine on one event loop. `executor` is started already; `intake` holds the rules of admission.
+    """The engine on one event loop. `executor` is started already; `intakes` hold the rules of admission, one for each
+    model.
 
     foresight: looks ahead for quotes and forecasts.
     policy_name: the policy as the operator named it.
@@ -70,7 +72,7 @@ class LiveEngine:
         self,
         controller: Controller,
         executor: Executor,
-        intake: Intake,
+        intakes: Sequence[Intake],
         foresight: Foresight,
         *,
         max_queue: int,
@@ -78,8 +80,8 @@ class LiveEngine:
         observer: Observer | None = None,
     ) -> None:
         self.controller = controller
-        self.intake = intake
-        self.previews = PreviewReader(executor, intake.card)
+        self.models = ServedModels(tuple(intakes))
+        self.previews = PreviewReader(executor, {intake.card.key: intake.card for intake in intakes})
         self._executor = executor
         self._entrance = PictureEntrance(executor.states)
         self.policy_name = policy_name
@@ -127,6 +129,11 @@ class LiveEngine:
     def subscribe(self, observer: Observer) -> None:
         """Tell `observer` all that happens from now on; see `engine.observers`."""
         self._observers.add(observer)
+
+    @property
+    def intake(self) -> Intake:
+        """Of the first model."""
+        return self.models.first
 
     @property
     def open_requests(self) -> tuple[Request, ...]:
@@ -297,7 +304,7 @@ class LiveEngine:
         self._check_serving()
         now, cost = self.now, self.controller.cost
         return [
-            self.intake.request(
+            self.models.called(generation.model, makes_videos=generation.is_video).request(
                 generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now, cost=cost
             )
             for generation in generations

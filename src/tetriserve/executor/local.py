@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from typing import assert_never
@@ -54,12 +54,14 @@ a start that fails is for good."""
 
 
 class LocalExecutor:
-    """See `executor.protocol.Executor`. `adapter` replaces the card's own adapter, for tests."""
+    """See `executor.protocol.Executor`. `cards` are of the models, each with a key of its own; `adapter` replaces their
+    own adapters, for tests."""
 
-    def __init__(self, card: ModelCard, pool: PoolConfig, *, adapter: str | None = None) -> None:
-        self._card = card
+    def __init__(self, cards: Sequence[ModelCard], pool: PoolConfig, *, adapter: str | None = None) -> None:
+        self._cards = tuple(cards)
         # A step that compiles takes as long as a start may.
-        step_timeout_s = max(pool.step_timeout_s, pool.start_timeout_s if card.execution.compile != DEFAULT else 0.0)
+        compiles = any(card.execution.compile != DEFAULT for card in cards)
+        step_timeout_s = max(pool.step_timeout_s, pool.start_timeout_s if compiles else 0.0)
         self._pool = pool = replace(pool, step_timeout_s=step_timeout_s)
         self._adapter = adapter
         self._workers: dict[int, Worker] = {}
@@ -72,11 +74,11 @@ class LocalExecutor:
         self._on_event: OnEvent = lambda event: None
         self._is_stopping = False
         self.num_restarts = 0
-        self._starter = ProcessStarter(card, pool)
+        self._starter = ProcessStarter(cards, pool)
         self._region = Region(pool.num_ranks, SLOT_BYTES if pool.collectives == "shm" else 0)
         self._directory = StoreDirectory()
         self.states = TensorStore(self._directory.path)
-        self.preview_basis: TensorRef | None = None
+        self.preview_bases: Mapping[str, TensorRef] = {}
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -101,7 +103,7 @@ class LocalExecutor:
                 on_progress(f"starting {self._pool.num_ranks} workers")
                 for rank in range(self._pool.num_ranks):
                     await self._spawn(rank, patience=_FIRST_PATIENCE)
-                on_progress("loading the model")
+                on_progress("loading the model" if len(self._cards) == 1 else "loading the models")
                 await self._started
                 self._watch = asyncio.create_task(self._watch_heartbeats())
         except TimeoutError:
@@ -169,7 +171,7 @@ class LocalExecutor:
         ours, theirs = self._starter.context.Pipe()
         lifeline, held = self._starter.context.Pipe(duplex=False)
         spec = WorkerSpec(
-            rank=rank, card=self._card, pool=self._pool, region=self._region, store=self._directory.path,
+            rank=rank, cards=self._cards, pool=self._pool, region=self._region, store=self._directory.path,
             adapter=self._adapter,
         )  # fmt: skip
         process = self._starter.context.Process(  # type: ignore[attr-defined]
@@ -234,9 +236,9 @@ class LocalExecutor:
                     worker.num_steps, worker.last_step_s = num_steps, worker.last_sign_s
             case TaskDone() | TaskError():
                 self._answer(rank, message)
-            case Ready(preview_basis, memory):
+            case Ready(preview_bases, memory):
                 worker.is_ready, worker.memory = True, memory
-                self.preview_basis = preview_basis or self.preview_basis
+                self.preview_bases = {**self.preview_bases, **{basis.model: basis.ref for basis in preview_bases}}
                 self._num_failed_starts[rank] = 0
                 self._tell(WorkerJoined(rank))
                 if self._started and not self._started.done() and len(self.ranks) == self._pool.num_ranks:

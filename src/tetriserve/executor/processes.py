@@ -58,9 +58,9 @@ class NoProcess(Exception):
 class ProcessStarter:
     """Starts the processes of one executor, one at a time, and sees to the fork server where there is one."""
 
-    def __init__(self, card: ModelCard, pool: PoolConfig) -> None:
+    def __init__(self, cards: Sequence[ModelCard], pool: PoolConfig) -> None:
         self._pool = pool
-        self.context: BaseContext = _start_context(card)
+        self.context: BaseContext = _start_context(cards)
         self._turn = asyncio.Lock()
         self._processes: list[BaseProcess] = []
 
@@ -129,15 +129,15 @@ class ProcessStarter:
             await self._reap([process])
 
 
-def _start_context(card: ModelCard) -> ForkServerContext:
+def _start_context(cards: Sequence[ModelCard]) -> ForkServerContext:
     """Fork from a server that has the libraries loaded (seconds and hundreds of MB cheaper).
 
     On GPUs too: loading them does not initialise CUDA, which a fork would not survive; workers look.
     """
     context = multiprocessing.get_context("forkserver")
-    adapter_module = family_of(card).adapter.partition(":")[0]
+    adapters = dict.fromkeys(family_of(card).adapter.partition(":")[0] for card in cards)
     context.set_forkserver_preload(
-        ["tetriserve.worker.fork_server", "tetriserve.models.preload", adapter_module, "tetriserve.worker.runner"]
+        ["tetriserve.worker.fork_server", "tetriserve.models.preload", *adapters, "tetriserve.worker.runner"]
     )
     return context
 

@@ -27,8 +27,8 @@ class Executor(Protocol):
         ...
 
     @property
-    def preview_basis(self) -> TensorRef | None:
-        """Names the matrix of `models.preview` among the states, once a worker has left it."""
+    def preview_bases(self) -> Mapping[str, TensorRef]:
+        """Names matrices of `models.preview` among the states, by the keys of their models, once workers left them."""
         ...
 
     @property

@@ -71,6 +71,10 @@ class ModelCard:
     fingerprint: changes whenever the architecture does; a profile belongs to one fingerprint.
     stamp: changes whenever a file of the checkpoint does.
     loras: adapters that requests may name.
+    key: `Request.model` of what is for this model; empty where no other is served.
+    frame_step: frames that share a latent frame, so that a video has 1 + k * `frame_step` frames; 0: it makes images.
+    max_frames: of a video.
+    default_fps: frames per second of a video.
     """
 
     name: str
@@ -101,6 +105,14 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     stamp: str = ""
     loras: tuple[LoraFile, ...] = ()
+    key: str = ""
+    frame_step: int = 0
+    max_frames: int = 1
+    default_fps: float = 16.0
+
+    @property
+    def makes_videos(self) -> bool:
+        return self.frame_step > 0
 
     @property
     def tolerance(self) -> Tolerance:

@@ -178,16 +178,51 @@ class ProfileCost:
     def _batch_s(self, case: Case) -> float:
         rows = self._rows(case.stage, case.degree)
         batches = sorted(
-            {row.batch for row in rows if row.batch == 1 or _covers(_of_batch(rows, row.batch), case.shape)}
+            {row.batch for row in rows if row.batch == 1 or self._are_around(_of_batch(rows, row.batch), case.shape)}
         )
-        points = [(float(batch), _size_s(_of_batch(rows, batch), case)) for batch in batches]
+        points = [(float(batch), self._size_s(_of_batch(rows, batch), case)) for batch in batches]
         largest, largest_s = points[-1]
         if case.batch >= largest:
             return largest_s * case.batch / largest
         return _interpolate(points, case.batch, "", "requests")
 
     def _covers(self, kind: str, shape: Shape, degree: int) -> bool:
-        return _covers(_of_batch(self._rows(kind, degree), 1), shape)
+        return self._are_around(_of_batch(self._rows(kind, degree), 1), shape)
+
+    def _are_around(self, rows: Sequence[Row], shape: Shape | None) -> bool:
+        """Whether `rows`, of one stage, degree and batch, have the shape, or one above and one below."""
+        if shape is None or any(row.shape in (None, shape) for row in rows):
+            return True
+        measured = [self._size(row) for row in rows]
+        return min(measured) <= self._size_like(shape, rows[0]) <= max(measured)
+
+    def _size_s(self, rows: Sequence[Row], case: Case) -> float:
+        """Seconds of the case's shape, between `rows`, which are of one stage, degree and batch."""
+        shape = case.shape
+        for row in rows:
+            if row.shape == shape:
+                return row.seconds
+        assert shape is not None, "a stage has a row for every size, or none"
+        points = sorted({self._size(row): row.seconds for row in rows}.items())
+        size = self._size_like(shape, rows[0])
+        if rows[0].tokens is None:
+            return _interpolate(points, size, f"{case.stage} of {shape}", "pixels")
+        return _interpolate(points, size, f"a step of {shape} at degree {case.degree}", "tokens")
+
+    def _size(self, row: Row) -> float:
+        """What the times of a stage go by: tokens, or else pixels of latent frames."""
+        assert row.shape is not None
+        return float(self.profile.num_latent_pixels(row.shape) if row.tokens is None else row.tokens)
+
+    def _size_like(self, shape: Shape, row: Row) -> float:
+        """The size of `shape`; with as many tokens per pixel of a latent frame as `row` has."""
+        assert row.shape is not None
+        num_pixels = self.profile.num_latent_pixels(shape)
+        return (
+            float(num_pixels)
+            if row.tokens is None
+            else num_pixels * row.tokens / self.profile.num_latent_pixels(row.shape)
+        )
 
     def _rows(self, kind: str, degree: int | None = None) -> list[Row]:
         rows = [row for row in self._table.rows_of(kind) if degree is None or row.degree == degree]
@@ -198,39 +233,6 @@ class ProfileCost:
 
 def _of_batch(rows: Sequence[Row], batch: int) -> list[Row]:
     return [row for row in rows if row.batch == batch]
-
-
-def _covers(rows: Sequence[Row], shape: Shape | None) -> bool:
-    if shape is None or any(row.shape in (None, shape) for row in rows):
-        return True
-    measured = [_size(row) for row in rows]
-    return min(measured) <= _size_like(shape, rows[0]) <= max(measured)
-
-
-def _size_s(rows: Sequence[Row], case: Case) -> float:
-    """Seconds of the case's shape, between `rows`, which are of one stage, degree and batch."""
-    shape = case.shape
-    for row in rows:
-        if row.shape == shape:
-            return row.seconds
-    assert shape is not None, "a stage has a row for every size, or none"
-    points = sorted({_size(row): row.seconds for row in rows}.items())
-    if rows[0].tokens is None:
-        return _interpolate(points, _size_like(shape, rows[0]), f"{case.stage} of {shape}", "pixels")
-    what = f"a step of {shape} at degree {case.degree}"
-    return _interpolate(points, _size_like(shape, rows[0]), what, "tokens")
-
-
-def _size(row: Row) -> float:
-    """What the times of a stage go by: tokens, or else pixels."""
-    assert row.shape is not None
-    return float(row.shape.num_pixels if row.tokens is None else row.tokens)
-
-
-def _size_like(shape: Shape, row: Row) -> float:
-    """The size of `shape`; with as many tokens per pixel as `row` has."""
-    assert row.shape is not None
-    return float(shape.num_pixels) if row.tokens is None else shape.num_pixels * row.tokens / row.shape.num_pixels
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float, what: str, unit: str) -> float:

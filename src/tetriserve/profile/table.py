@@ -3,7 +3,7 @@
 ```
 {"format": "tetriserve-profile/2", "model": ..., "fingerprint": ..., "hardware": ...,
  "execution": {"dtype": "bfloat16", "attention": "default", ...}, "source": ..., "created": "2026-11-20", "doubt": "",
- "max_batch": 8, "switch_s": 0.001, "move_s": 0.001, "team_s": 0.0, "lora_s": 0.0,
+ "max_batch": 8, "frame_step": 1, "switch_s": 0.001, "move_s": 0.001, "team_s": 0.0, "lora_s": 0.0,
  "rows": [{"stage", "height", "width", "frames", "tokens", "degree", "batch", "seconds", "cv"}, ...]}
 ```
 
@@ -79,6 +79,8 @@ class Profile:
     fingerprint: ties it to an architecture; empty means any.
     doubt: why its times may be too long; empty if nothing is known against them.
     max_batch: batches up to this were tried; there are rows of those that pay, and of the first that does not.
+    frame_step: frames of a video that share a latent frame: times of numbers of frames that were not measured go by
+        latent frames.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Profile:
     lora_s: float = 0.0
     doubt: str = ""
     max_batch: int = 1
+    frame_step: int = 1
 
     def __post_init__(self) -> None:
         _check_seconds(self.switch_s, "switch_s")
@@ -101,6 +104,7 @@ class Profile:
             if getattr(self, name) != 0:
                 _check_seconds(getattr(self, name), name)
         _check_positive("max_batch", self.max_batch)
+        _check_positive("frame_step", self.frame_step)
         for number, row in enumerate(self.rows):
             _check_row(f"rows[{number}]", row)
         if not self.shapes:
@@ -117,12 +121,16 @@ class Profile:
     def shapes(self) -> tuple[Shape, ...]:
         """Measured shapes, smallest first."""
         found = {row.shape for row in self.rows if row.tokens is not None and row.shape is not None}
-        return tuple(sorted(found, key=_pixels))
+        return tuple(sorted(found, key=self.num_latent_pixels))
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Kinds of stages, in the order of the rows."""
         return tuple(dict.fromkeys(row.stage for row in self.rows))
+
+    def num_latent_pixels(self, shape: Shape) -> int:
+        """Pixels of `shape`, of one frame for each latent frame: what times go by."""
+        return shape.height * shape.width * (1 + (shape.frames - 1) // self.frame_step)
 
     def rows_of(self, stage: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.stage == stage)
@@ -147,9 +155,13 @@ class Profile:
     def _check_covered(self) -> None:
         """Stages without tokens have rows that every shape lies between, or rows for all sizes."""
         for stage in self.stages:
-            sizes = sorted({row.shape for row in self.rows_of(stage) if row.shape and row.tokens is None}, key=_pixels)
+            sizes = sorted(
+                {row.shape for row in self.rows_of(stage) if row.shape and row.tokens is None},
+                key=self.num_latent_pixels,
+            )
             for shape in self.shapes if sizes else ():
-                if not sizes[0].num_pixels <= shape.num_pixels <= sizes[-1].num_pixels:
+                low, high = self.num_latent_pixels(sizes[0]), self.num_latent_pixels(sizes[-1])
+                if not low <= self.num_latent_pixels(shape) <= high:
                     raise ProfileError(
                         f"profile has no {stage} row that covers {shape}; they go from {sizes[0]} to {sizes[-1]}"
                     )
@@ -276,10 +288,6 @@ def _check_known(values: dict[str, Any], known: set[str], required: Iterable[str
         raise ProfileError(f"{where} has the unknown field {unknown[0]!r}")
     if missing := sorted(set(required) - values.keys()):
         raise ProfileError(f"{where} lacks the field {missing[0]!r}")
-
-
-def _pixels(shape: Shape) -> int:
-    return shape.num_pixels
 
 
 def _check_row(where: str, row: Row, seconds: str = "seconds") -> None:

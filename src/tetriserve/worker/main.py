@@ -8,7 +8,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
@@ -19,6 +20,7 @@ from tetriserve.core.messages import (
     Forget,
     FromWorker,
     Heartbeat,
+    PreviewBasis,
     Ready,
     RunTask,
     StartFailed,
@@ -34,6 +36,7 @@ from tetriserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from tetriserve.models.adapter import Adapter
+    from tetriserve.models.card import ModelCard
     from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
@@ -114,21 +117,24 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     num_steps = lambda: 0 if runner is None else runner.num_steps  # noqa: E731
     threading.Thread(target=_beat, args=(pipe, num_steps, spec.pool.heartbeat_s), daemon=True).start()
     team = _team_of(spec)
-    check_unchanged(spec.card)
-    adapter = load_adapter(spec.card, spec.device, spec.adapter, has_text_encoders=spec.has_text_encoders)
+    adapters: dict[str, Adapter] = {}
+    for card in spec.cards:
+        check_unchanged(card)
+        adapters[card.key] = load_adapter(card, spec.device, spec.adapter, has_text_encoders=spec.has_text_encoders)
     if spec.device == "cpu":
-        share_weights(adapter.weights, spec.region)
-    runner = Runner(adapter, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
+        share_weights(chain.from_iterable(adapter.weights for adapter in adapters.values()), spec.region)
+    runner = Runner(adapters, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
     with torch.no_grad():
-        runner.warm(
-            _warm_up_request(spec),
-            lacks=spec.lacks,
-            gives=spec.pool.stage_ranks.by_kind.keys() - spec.lacks,
-            timeout_s=spec.pool.start_timeout_s / 2,
-        )
-    leaves_basis = spec.rank == 0 and spec.card.has_previews
-    basis = runner.save_preview_basis(spec.card) if leaves_basis else None
-    pipe.send(Ready(basis, _memory_of(adapter)))
+        for card in spec.cards:
+            runner.warm(
+                _warm_up_request(card),
+                lacks=spec.lacks,
+                gives=spec.pool.stage_ranks.by_kind.keys() - spec.lacks,
+                timeout_s=spec.pool.start_timeout_s / 2,
+            )
+    shown = [card for card in spec.cards if spec.rank == 0 and card.has_previews]
+    bases = tuple(PreviewBasis(card.key, runner.save_preview_basis(card)) for card in shown)
+    pipe.send(Ready(bases, _memory_of(adapters)))
     while True:
         message = pipe.receive()
         match message:
@@ -146,8 +152,13 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
                 assert_never(message)
 
 
-def _memory_of(adapter: Adapter) -> RankMemory:
-    components = tuple(Component(name, num_bytes) for name, num_bytes in adapter.held_bytes().items())
+def _memory_of(adapters: Mapping[str, Adapter]) -> RankMemory:
+    """Where there are several models, components have their keys before their names."""
+    components = tuple(
+        Component(f"{key}/{name}" if key else name, num_bytes)
+        for key, adapter in adapters.items()
+        for name, num_bytes in adapter.held_bytes().items()
+    )
     try:
         num_pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:  # not Linux
@@ -174,7 +185,6 @@ def _team_of(spec: WorkerSpec) -> ShmTeam:
     return GroupTeam(spec.region, spec.rank, pool.backend, spec.store, pool.group_timeout_s, pool.max_groups)
 
 
-def _warm_up_request(spec: WorkerSpec) -> Request:
-    card = spec.card
+def _warm_up_request(card: ModelCard) -> Request:
     smallest = min(card.sizes, key=lambda shape: shape.num_pixels)
     return dummy_request(card, smallest, "warm-up", 1, [smallest] if card.max_images else [])

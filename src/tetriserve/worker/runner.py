@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 import torch
 
 from tetriserve.core.events import FailureKind, Result, StartTask, TensorRef, Work
 from tetriserve.core.messages import RunTask, TaskDone, TaskError
+from tetriserve.core.models import of_model
 from tetriserve.core.request import Request
 from tetriserve.core.stages import INPUT
 from tetriserve.core.states import StateGone
@@ -40,19 +41,20 @@ class NonFinite(ArithmeticError):
 class Runner:
     """One rank's half of the executor. `num_steps` counts steps since it started: a sign of progress.
 
+    adapters: of the models that the rank serves, by their keys.
     resident_bytes: see `Residents`.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapters: Mapping[str, Adapter],
         team: ShmTeam,
         store: TensorStore,
         rank: int,
         device: str,
         resident_bytes: int,
     ) -> None:
-        self._adapter = adapter
+        self._adapters = adapters
         self._team = team
         self._store = store
         self._rank = rank
@@ -114,7 +116,7 @@ class Runner:
                 states[stage.kind] = others
                 continue
             member = Member(request, 0, states)
-            [left] = self._adapter.run(stage.kind, [member], min(1, stage.num_steps), lambda: None)
+            [left] = self._adapter_of(request).run(stage.kind, [member], min(1, stage.num_steps), lambda: None)
             states[stage.kind] = left.tensors
             if stage.kind in gives:
                 self._store.save(_WARM_UP_KEY.format(stage.kind), left.tensors)
@@ -130,20 +132,20 @@ class Runner:
         return None
 
     def save_preview_basis(self, card: ModelCard) -> TensorRef:
-        """Leave in the store what the server makes previews with."""
-        return self._store.save(".preview-basis", {"basis": torch.from_numpy(fit_basis(self._adapter, card))})
+        """Leave in the store what the server makes previews of this model with."""
+        key = ".preview-basis" + (f".{card.key}" if card.key else "")
+        return self._store.save(key, {"basis": torch.from_numpy(fit_basis(of_model(self._adapters, card.key), card))})
 
     def _run_task(self, message: RunTask) -> tuple[tuple[Result, ...], float]:
         """What it leaves of each member, empty if another rank leads; and what other threads spent: `Left.cpu_s`."""
         start, task = message.start, message.start.task
+        adapter = self._adapter_of(start.work[0].request)
         if task.degree > 1:
             self._team.enter(task.ranks, message.token)
-        self._adapter.use_team(self._team if task.degree > 1 else None)
+        adapter.use_team(self._team if task.degree > 1 else None)
         members = [self._member(work) for work in start.work]
         with torch.no_grad():
-            lefts = self._adapter.run(
-                task.stage, members, task.num_steps, self._count_step, joins_passes=start.joins_passes
-            )
+            lefts = adapter.run(task.stage, members, task.num_steps, self._count_step, joins_passes=start.joins_passes)
         if task.num_steps:
             for work, left in zip(start.work, lefts, strict=True):
                 _check_finite(work, left)
@@ -184,6 +186,9 @@ class Runner:
             torch.cuda.synchronize()
         except RuntimeError as error:
             raise DeviceLost(f"{failure}; {error}".splitlines()[0]) from error
+
+    def _adapter_of(self, request: Request) -> Adapter:
+        return of_model(self._adapters, request.model)
 
     def _count_step(self) -> None:
         self.num_steps += 1

@@ -15,13 +15,14 @@ from tetriserve.worker.team.region import Region
 class WorkerSpec:
     """Everything a rank needs; plain values, so that it survives a spawn.
 
+    cards: of the models that it serves, the pool's first model first.
     region: the memory that all ranks share.
     store: directory of the tensor store, shared by all ranks and the server on this host.
-    adapter: `module:Class` to load in place of the card's own adapter (tests inject faults with it).
+    adapter: `module:Class` to load in place of the cards' own adapters (tests inject faults with it).
     """
 
     rank: int
-    card: ModelCard
+    cards: tuple[ModelCard, ...]
     pool: PoolConfig
     region: Region
     store: Path
