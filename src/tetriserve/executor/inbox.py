@@ -12,13 +12,14 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import FailureKind, Result, TensorRef, TextCount
 from tetriserve.core.memory import Component, RankMemory
-from tetriserve.core.messages import FromWorker
+from tetriserve.core.messages import FromWorker, PreviewBasis
 
 MAX_MESSAGE_BYTES = 2**20
 _HEADER_BYTES = 4
 _READ_BYTES = 2**16
 _FIELDS: dict[type, dict[str, Any]] = {
-    kind: get_type_hints(kind) for kind in (*get_args(FromWorker), Result, TensorRef, TextCount, RankMemory, Component)
+    kind: get_type_hints(kind)
+    for kind in (*get_args(FromWorker), Result, TensorRef, TextCount, RankMemory, Component, PreviewBasis)
 }
 _CLASSES = {(kind.__module__, kind.__name__): kind for kind in (*_FIELDS, FailureKind)}
 
