@@ -60,7 +60,7 @@ async def test_models_lists_what_can_be_asked(client):
 
 
 async def test_models_say_by_role_what_ranks_hold_and_which_stages_they_run(client, engine, executor):
-    engine.controller._tracker.stage_ranks = StageRanks.of({ENCODE: [0]})
+    engine.controller._tracker.stage_ranks = StageRanks.of({("", ENCODE): [0]})
     executor.memory[1] = RankMemory(executor.memory[1].components[:2], 7)
     (model,) = (await client.get("/v1/models")).json()["data"]
     assert [(held["ranks"], held["stages"], list(held["components"])) for held in model["memory"]] == [

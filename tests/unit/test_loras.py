@@ -126,7 +126,7 @@ def test_steps_leave_a_rank_that_encodes_alone_whatever_its_adapter(loras: dict[
         assert [task.ranks for task in policy.plan(state, 0.0).tasks] == [(rank,)]
     for team_s in (0.0, 0.7):
         room = Room.of(state)
-        assert room.take(DENOISE)
+        assert room.take(at_steps(NEON))
         assert room.place([(at_steps(NEON), 1)], team_s=team_s) == [(rank,)]
 
 

@@ -269,7 +269,7 @@ def test_encoder_ranks_come_from_options_environment_or_file_and_go_with_offload
     assert run("--ranks", "4", "--encoder-ranks", "1", "--offload-text-encoders").exit_code == 0
     assert run("--ranks", "4", env={"TETRISERVE_ENCODER_RANKS": "1"}).exit_code == 0
     assert [engine.pool.encoder_ranks for engine in engines] == [None, 1, 1, 1]
-    assert [dict(engine.pool.stage_ranks.by_kind) for engine in engines] == [{}, *([{"encode": {0}}] * 3)]
+    assert [dict(engine.pool.stage_ranks.limits) for engine in engines] == [{}, *([{("", "encode"): {0}}] * 3)]
     assert [engine.execution.offload_text_encoders for engine in engines] == [False, False, True, False]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 
+from tetriserve.core.cluster import Role
 from tetriserve.core.cost import fastest_s, stages_gpu_s
 from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.room import unions
 
 
 def earliest_finish(state: State, request: Request, now: float) -> float:
@@ -20,7 +20,7 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
     request's own time is its fastest. A schedule cannot be much better than this, but it can be worse: ranks fragment.
     """
     ahead_s = _pool_s(state, [other for other in state.trajectories if _goes_before(other, request, now)])
-    alone_s = fastest_s(state.cost, request, state.num_ranks_for(request.stepped.kind))
+    alone_s = fastest_s(state.cost, request, state.num_ranks_for(request, request.stepped))
     return now + ahead_s + alone_s
 
 
@@ -51,14 +51,15 @@ def _goes_before(other: Trajectory, request: Request, now: float) -> bool:
 def _pool_s(state: State, trajectories: Sequence[Trajectory]) -> float:
     """Seconds that the pool needs for what is left of `trajectories`, if no rank idles that may run some of it."""
     seconds = _least_gpu_time(state, trajectories) / max(len(state.ranks), 1)
-    for kinds, allowed in unions(state.stage_ranks).items():
-        gpu_s = _least_gpu_time(state, trajectories, kinds)
+    for allowed in state.stage_ranks.unions:
+        gpu_s = _least_gpu_time(state, trajectories, allowed)
         seconds = max(seconds, gpu_s / max(len(allowed.intersection(state.ranks)), 1))
     return seconds
 
 
-def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], kinds: Set[str] | None = None) -> float:
-    """Rank-seconds left of `trajectories`, each at the degree that spends the fewest; of these kinds of stage alone."""
+def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], within: Role | None = None) -> float:
+    """Rank-seconds left of `trajectories`, each at the degree that spends the fewest; of the stages alone that no rank
+    outside of `within` may run."""
     cost = state.cost
     known: dict[tuple[object, ...], tuple[float, ...]] = {}  # per kind: of each stage, or of one step of it
     total_s = 0.0
@@ -66,10 +67,10 @@ def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], kinds: Set
         request = trajectory.request
         kind = request.kind
         if kind not in known:
-            num_ranks = state.num_ranks_for(request.stepped.kind)
+            num_ranks = state.num_ranks_for(request, request.stepped)
             known[kind] = tuple(
                 stages_gpu_s(cost, request, [Stage(stage.kind)], num_ranks)
-                if kinds is None or stage.kind in kinds
+                if within is None or _is_within(within, state.stage_ranks.role(request.model, stage.kind))
                 else 0.0
                 for stage in request.stages
             )
@@ -78,3 +79,7 @@ def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], kinds: Set
             total_s += max(1, stage.num_steps - done) * gpu_s
             done = 0
     return total_s
+
+
+def _is_within(ranks: Role, role: Role | None) -> bool:
+    return role is not None and role <= ranks

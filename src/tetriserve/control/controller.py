@@ -116,13 +116,15 @@ class Controller:
     def skip_first_stages(self) -> dict[str, float]:
         """Take short first stages that wait to begin for over; what each would have taken, by request id.
 
-        Those that only some ranks may run are left: what follows may run beside them.
+        Those that other ranks may run than the steps that follow are left: what follows may run beside them.
         """
-        limited = self._tracker.stage_ranks.by_kind
+        role = self._tracker.stage_ranks.role
         return {
-            record.request.request_id: stage_s(self.cost, record.request, skipped, 1)
+            request.request_id: stage_s(self.cost, request, skipped, 1)
             for record in self._tracker.records.values()
-            if record.trajectory.stage.kind not in limited and (skipped := record.skip_first_stage()) is not None
+            if role((request := record.request).model, record.trajectory.stage.kind)
+            == role(request.model, request.stepped.kind)
+            and (skipped := record.skip_first_stage()) is not None
         }
 
     def earliest_finish(self, request: Request, now: float) -> float:

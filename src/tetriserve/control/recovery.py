@@ -18,7 +18,7 @@ def lost_tasks(state: State) -> list[Task]:
     wanted: list[tuple[Trajectory, int]] = []
     for trajectory in state.waiting:
         degree = _degree(trajectory, state, room) if trajectory.lost_degree else 0
-        if degree and room.take(trajectory.stage.kind, degree):
+        if degree and room.take(trajectory, degree):
             wanted.append((trajectory, degree))
     if not wanted:
         return []
@@ -31,6 +31,6 @@ def lost_tasks(state: State) -> list[Task]:
 
 def _degree(trajectory: Trajectory, state: State, room: Room) -> int:
     """0 if it fits on no ranks that are idle."""
-    most = min(trajectory.lost_degree, room.free_for(trajectory.stage.kind))
+    most = min(trajectory.lost_degree, room.free_for(trajectory))
     degrees = state.cost.times(trajectory.request, trajectory.stage)
     return max((degree for degree in degrees if degree <= most), default=0)

@@ -78,7 +78,7 @@ class Tracker:
     """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks, and the
     adapters that those have active.
 
-    stage_ranks: which ranks may run which kinds of stage, living or not.
+    stage_ranks: which ranks may run which stages, living or not.
     """
 
     def __init__(self, stage_ranks: StageRanks = ANYWHERE) -> None:

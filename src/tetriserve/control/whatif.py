@@ -186,7 +186,7 @@ def _closing(state: State) -> tuple[Task, ...]:
         is_last = trajectory.stage_index == len(trajectory.request.stages) - 1
         if is_last and trajectory.is_short and leader in idle:
             task = Task((trajectory.request_id,), trajectory.stage.kind, (leader,))
-            if state.stage_ranks.allows(task.stage, task.ranks):
+            if state.stage_ranks.allows(trajectory.request.model, task.stage, task.ranks):
                 idle.discard(leader)
                 tasks.append(task)
     return tuple(tasks)

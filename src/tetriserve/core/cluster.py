@@ -5,43 +5,96 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
+
+Role: TypeAlias = frozenset[int]
+"""The ranks that may run a stage where not every rank may. Stages with equal sets compete for the same ranks, whatever
+their models and kinds, so that ranks are counted by role."""
 
 
 @dataclass(frozen=True)
 class StageRanks:
-    """Which ranks may run which kinds of stage: a kind that `limits` does not name runs on every rank.
+    """Which ranks may run which stages: those that all `limits` on a stage allow, and every rank where there is none.
 
-    limits: the allowed ranks of a kind, by kind; see `of`.
+    limits: the allowed ranks by model and kind of stage; see `of`.
     """
 
-    limits: tuple[tuple[str, frozenset[int]], ...] = ()
+    limits: tuple[tuple[tuple[str, str], Role], ...] = ()
 
     @classmethod
-    def of(cls, limits: Mapping[str, Iterable[int]]) -> StageRanks:
+    def of(cls, limits: Mapping[tuple[str, str], Iterable[int]]) -> StageRanks:
         """
-        >>> StageRanks.of({"encode": [0]}).among("encode", (0, 1, 2))
-        (0,)
+        Args:
+            limits: by key of a model and kind of stage. An empty key stands for every model, an empty kind for every
+                kind.
+
+        >>> StageRanks.of({("", "encode"): [0, 1], ("video", ""): [1, 2]}).among("video", "encode", (0, 1, 2))
+        (1,)
         """
-        return cls(tuple(sorted((kind, frozenset(ranks)) for kind, ranks in limits.items())))
+        return cls(tuple(sorted(((stage, frozenset(ranks)) for stage, ranks in limits.items()), key=_stage)))
 
     def __bool__(self) -> bool:
-        """Whether any kind of stage is limited."""
+        """Whether any stage is limited."""
         return bool(self.limits)
 
+    def __and__(self, other: StageRanks) -> StageRanks:
+        """What both allow."""
+        both = dict(self.limits)
+        for stage, ranks in other.limits:
+            both[stage] = both.get(stage, ranks) & ranks
+        return StageRanks.of(both)
+
     @cached_property
-    def by_kind(self) -> Mapping[str, frozenset[int]]:
-        """The allowed ranks of each kind that is limited."""
-        return dict(self.limits)
+    def kinds(self) -> frozenset[str]:
+        """The kinds of stage that some limit names."""
+        return frozenset(kind for (_, kind), _ in self.limits if kind)
 
-    def allows(self, kind: str, ranks: Iterable[int]) -> bool:
-        """Whether a stage of this kind may run on all of `ranks`."""
-        allowed = self.by_kind.get(kind)
-        return allowed is None or allowed.issuperset(ranks)
+    @cached_property
+    def roles(self) -> frozenset[Role]:
+        """The different sets of ranks that limited stages may have."""
+        models = {model for (model, _), _ in self.limits}
+        found = [self.role(model, kind) for model in ("", *models) for kind in ("", *self.kinds)]
+        return frozenset(role for role in found if role is not None)
 
-    def among(self, kind: str, ranks: Collection[int]) -> tuple[int, ...]:
-        """Those of `ranks` that may run a stage of this kind, in their order."""
-        allowed = self.by_kind.get(kind)
-        return tuple(ranks) if allowed is None else tuple(rank for rank in ranks if rank in allowed)
+    @cached_property
+    def unions(self) -> tuple[Role, ...]:
+        """Every role, and what roles that overlap have together.
+
+        Stages can be given ranks at once if no more ranks are taken within any of these sets, by the roles that lie in
+        it, than it has (Hall's theorem). A set that falls apart into others needs no check of its own.
+        """
+        found = set(self.roles)
+        reached = list(self.roles)
+        for union in reached:
+            wider = {union | role for role in self.roles if not union.isdisjoint(role)} - found
+            found |= wider
+            reached += wider
+        return tuple(sorted(found, key=sorted))
+
+    def role(self, model: str, kind: str) -> Role | None:
+        """The ranks that may run a stage of this model and kind; None for every rank."""
+        if (model, kind) not in self._known:
+            limits = [ranks for (of, at), ranks in self.limits if of in ("", model) and at in ("", kind)]
+            self._known[model, kind] = frozenset.intersection(*limits) if limits else None
+        return self._known[model, kind]
+
+    def allows(self, model: str, kind: str, ranks: Iterable[int]) -> bool:
+        """Whether a stage of this model and kind may run on all of `ranks`."""
+        role = self.role(model, kind)
+        return role is None or role.issuperset(ranks)
+
+    def among(self, model: str, kind: str, ranks: Collection[int]) -> tuple[int, ...]:
+        """Those of `ranks` that may run a stage of this model and kind, in their order."""
+        role = self.role(model, kind)
+        return tuple(ranks) if role is None else tuple(rank for rank in ranks if rank in role)
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, str], Role | None]:
+        return {}
+
+
+def _stage(limit: tuple[tuple[str, str], Role]) -> tuple[str, str]:
+    return limit[0]
 
 
 ANYWHERE = StageRanks()

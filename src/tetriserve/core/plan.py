@@ -103,7 +103,7 @@ class State:
     ranks: the living ranks, ascending; ranks busy with `in_flight` tasks included.
     late_credit_s: rank-seconds that the pool owes to the request longest overdue; while it is positive, that one may
         start before requests that can still be in time (`policies.overdue`).
-    stage_ranks: which ranks may run which kinds of stage.
+    stage_ranks: which ranks may run which stages.
     loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
         for placement: a rank switches by itself.
     """
@@ -131,9 +131,11 @@ class State:
         """Trajectories that no task runs for, in order of arrival."""
         return tuple(trajectory for trajectory in self.trajectories if not trajectory.is_running)
 
-    def num_ranks_for(self, kind: str) -> int:
-        """Living ranks that may run a stage of this kind."""
-        return len(self.stage_ranks.among(kind, self.ranks)) if self.stage_ranks else len(self.ranks)
+    def num_ranks_for(self, request: Request, stage: Stage) -> int:
+        """Living ranks that may run `stage` of `request`."""
+        if not self.stage_ranks:
+            return len(self.ranks)
+        return len(self.stage_ranks.among(request.model, stage.kind, self.ranks))
 
     def can_serve(self, trajectory: Trajectory) -> bool:
         """Whether living ranks may run its present stage, and its steps at one of its degrees."""
@@ -145,8 +147,8 @@ def can_serve(trajectory: Trajectory, ranks: Collection[int], stage_ranks: Stage
     request = trajectory.request
     if not stage_ranks:
         return request.can_run_on(len(ranks))
-    num_for_steps = len(stage_ranks.among(request.stepped.kind, ranks))
-    can_go_on = trajectory.is_over or bool(stage_ranks.among(trajectory.stage.kind, ranks))
+    num_for_steps = len(stage_ranks.among(request.model, request.stepped.kind, ranks))
+    can_go_on = trajectory.is_over or bool(stage_ranks.among(request.model, trajectory.stage.kind, ranks))
     return can_go_on and num_for_steps > 0 and request.can_run_on(num_for_steps)
 
 

@@ -19,7 +19,7 @@ def encoders_on_first(num_encoders: int | None, num_ranks: int) -> StageRanks:
     """What ranks may run if only the first `num_encoders` hold text encoders; None: all do."""
     if num_encoders is None or num_encoders >= num_ranks:
         return ANYWHERE
-    return StageRanks.of({ENCODE: range(num_encoders)})
+    return StageRanks.of({("", ENCODE): range(num_encoders)})
 
 
 def image_stages(num_steps: int, num_passes: int = 1) -> tuple[Stage, ...]:

@@ -47,7 +47,7 @@ class Sharing:
         if found is None:
             found = self._speeds[kind] = [job.speeds]
             cost, request = self._state.cost, job.trajectory.request
-            num_ranks = self._state.num_ranks_for(request.stepped.kind)
+            num_ranks = self._state.num_ranks_for(request, request.stepped)
             for batch, _ in sizes_that_pay(cost, request, min(job.speeds.times))[1:]:
                 times = tuple(times_per_step(cost, request, batch).items())
                 speeds = speeds_of(times, num_ranks, cost.switch_s, self._task_s)

@@ -212,9 +212,9 @@ def _jobs(state: State, now: float) -> tuple[_Job, ...]:
 
 def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: float) -> _Job | None:
     request, cost = trajectory.request, state.cost
-    num_ranks = state.num_ranks_for(request.stepped.kind)
+    num_ranks = state.num_ranks_for(request, request.stepped)
     times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= num_ranks}
-    first_free_s = now if flight is not None else _first_free_s(trajectory.stage.kind, state, now)
+    first_free_s = now if flight is not None else _first_free_s(trajectory, state, now)
     if not times or first_free_s is None:
         return None
     useful = [degree for degree in times if all(times[degree] < times[less] for less in times if less < degree)]
@@ -242,12 +242,13 @@ def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: flo
     )
 
 
-def _first_free_s(kind: str, state: State, now: float) -> float | None:
-    """When the first rank that may run a stage of this kind is free; None where none lives."""
+def _first_free_s(trajectory: Trajectory, state: State, now: float) -> float | None:
+    """When the first rank that may run the stage that it is at is free; None where none lives."""
     if not state.stage_ranks:
         return now
     ends_s = {rank: max(now, flight.end_s) for flight in state.in_flight for rank in flight.task.ranks}
-    return min((ends_s.get(rank, now) for rank in state.stage_ranks.among(kind, state.ranks)), default=None)
+    allowed = state.stage_ranks.among(trajectory.request.model, trajectory.stage.kind, state.ranks)
+    return min((ends_s.get(rank, now) for rank in allowed), default=None)
 
 
 def _left_s(request: Request, cost: CostModel, step_s: float) -> tuple[float, ...]:

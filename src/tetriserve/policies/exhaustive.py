@@ -36,7 +36,7 @@ class Exhaustive:
         # may one for which the search took any rank to do. Those that go on where they are come first: nobody else
         # shall take their ranks.
         for start in sorted(best, key=lambda start: len(waiting[start.request_id].holders) != start.degree):
-            if room.take(waiting[start.request_id].stage.kind, start.degree):
+            if room.take(waiting[start.request_id], start.degree):
                 starts.append(start)
         placed = room.place([(waiting[start.request_id], start.degree) for start in starts], team_s=state.cost.team_s)
         return Plan(

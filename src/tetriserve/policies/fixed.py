@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 
+from tetriserve.core.cluster import Role
 from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
@@ -48,70 +49,75 @@ class BlockPolicy(ABC):
         """The ranks of `block` that steps run on; none when the shape needs more ranks than the block has."""
 
     def plan(self, state: State, now: float) -> Plan:
-        blocks = self.blocks(ranks_for_steps(state))
-        floating = afloat(state, blocks)
-        owners = self._owners(state, blocks, floating)
-        idle = set(state.idle_ranks)
-        tasks = self._float(state, blocks, owners, floating) if floating else []
-        idle.difference_update(rank for task in tasks for rank in task.ranks)
-        held: dict[Block, list[Trajectory]] = {block: [] for block in blocks if idle.issuperset(block)}
-        free = [block for block in held if block not in owners.values()]
+        floor = _Floor(state, self.blocks)
+        owners = self._owners(state, floor)
+        tasks = self._float(state, floor, owners)
+        idle = set(state.idle_ranks).difference(rank for task in tasks for rank in task.ranks)
+        floor.keep_free(idle, owners.values())
+        held: dict[Block, list[Trajectory]] = {}
         for trajectory in sorted(state.waiting, key=lambda trajectory: not trajectory.has_started):
-            if trajectory.stage.kind in floating:
+            if trajectory.stage.kind in floor.afloat_of(trajectory):
                 continue
-            block = owners.get(trajectory.request_id) or best_block(trajectory, free, state)
+            block = owners.get(trajectory.request_id) or best_block(trajectory, floor.free_for(trajectory), state)
             block = block or next((block for block in held if self._has_room(held[block], trajectory)), None)
             # Its own block may be busy for a moment, when a rank has returned and two blocks become one again.
-            if block is None or block not in held:
+            if block is not None and not idle.issuperset(block):
                 continue
-            if self.step_ranks(block, times_per_step(state.cost, trajectory.request)):
-                held[block].append(trajectory)
-                free = [other for other in free if other != block]
-        tasks += [self._next_task(members, block, state) for block, members in held.items() if members]
+            if block is None:
+                floor.await_block(trajectory)
+            elif self.step_ranks(block, times_per_step(state.cost, trajectory.request)):
+                held.setdefault(block, []).append(trajectory)
+                floor.take(block)
+        tasks += [self._next_task(members, block, state) for block, members in sorted(held.items())]
         return Plan(tuple(tasks))
 
-    def _float(
-        self, state: State, blocks: Sequence[Block], owners: Mapping[str, Block], floating: Set[str]
-    ) -> list[Task]:
+    def _float(self, state: State, floor: _Floor, owners: Mapping[str, Block]) -> list[Task]:
         """Tasks of stages that are afloat, in order of arrival, but those that have started first."""
-        num_places = self.batch * len(blocks) - len(owners)
+        if not state.stage_ranks or not any(floor.afloat_of(trajectory) for trajectory in state.trajectories):
+            return []
+        places = floor.places(list(owners.values()), self.batch)
         ready: list[Trajectory] = []
         for trajectory in sorted(state.trajectories, key=lambda trajectory: not trajectory.has_started):
             needs_place = trajectory.remaining_steps > 0 and trajectory.request_id not in owners
             step_times = times_per_step(state.cost, trajectory.request)
+            blocks = floor.blocks_of(trajectory)
             if needs_place and not any(self.step_ranks(block, step_times) for block in blocks):
                 continue
-            if trajectory.is_running or trajectory.stage.kind not in floating:
-                num_places -= needs_place and trajectory.has_started
-            elif num_places > 0 or not needs_place:
-                num_places -= needs_place
+            if trajectory.is_running or trajectory.stage.kind not in floor.afloat_of(trajectory):
+                if needs_place and trajectory.has_started:
+                    places.take(blocks)
+            elif not needs_place or places.are_left(blocks):
+                if needs_place:
+                    places.take(blocks)
                 ready.append(trajectory)
         return float_tasks(ready, state, frozenset(chain.from_iterable(owners.values())))
 
     def _has_room(self, members: Sequence[Trajectory], newcomer: Trajectory) -> bool:
         return 0 < len(members) < self.batch and may_share([*members, newcomer])
 
-    def _owners(self, state: State, blocks: tuple[Block, ...], floating: Set[str]) -> dict[str, Block]:
+    def _owners(self, state: State, floor: _Floor) -> dict[str, Block]:
         """The block of each started request, by request id, but of those whose block is gone or that are afloat."""
         trajectories = {trajectory.request_id: trajectory for trajectory in state.trajectories}
+        running = [trajectories[name] for name in state.flights if name in trajectories]  # not cancelled
         leaders = {
-            request_id: flight.task.ranks[0]
-            for request_id, flight in state.flights.items()
-            if flight.task.stage not in floating
+            trajectory.request_id: state.flights[trajectory.request_id].task.ranks[0]
+            for trajectory in running
+            if trajectory.stage.kind not in floor.afloat_of(trajectory)
         }
         leaders |= {
             trajectory.request_id: trajectory.holders[0]
             for trajectory in state.waiting
-            if trajectory.has_started and trajectory.holders and not is_afloat(trajectory, floating)
+            if trajectory.has_started and trajectory.holders and not is_afloat(trajectory, floor.afloat_of(trajectory))
         }
         owners: dict[str, Block] = {}
         for request_id, leader in leaders.items():
-            block = next((block for block in blocks if leader in block), None)
+            block = next((block for block in floor.blocks_of(trajectories[request_id]) if leader in block), None)
             if block is None:
                 continue
-            others = [other for other, theirs in owners.items() if theirs == block]
-            company = [trajectories[name] for name in (*others, request_id) if name in trajectories]  # not cancelled
-            if not others or (len(others) < self.batch and may_share(company)):
+            others = [other for other, theirs in owners.items() if not set(theirs).isdisjoint(block)]
+            company = [trajectories[name] for name in (*others, request_id)]
+            is_shared = all(owners[other] == block for other in others) and len(others) < self.batch
+            if not others or (is_shared and may_share(company)):
                 owners[request_id] = block
         return owners
 
@@ -167,19 +173,93 @@ class FirstComeFirstServed(BlockPolicy):
         return next(whole_blocks(block, degree), block[:degree])
 
 
-def ranks_for_steps(state: State) -> Block:
-    """The living ranks that may run the steps of all unfinished requests."""
-    ranks = state.ranks
-    if state.stage_ranks:
-        for kind in {trajectory.request.stepped.kind for trajectory in state.trajectories}:
-            ranks = state.stage_ranks.among(kind, ranks)
-    return ranks
+class _Floor:
+    """The blocks of the pool: those that a request may hold depend on which ranks may run its steps."""
+
+    def __init__(self, state: State, blocks: Callable[[Block], tuple[Block, ...]]) -> None:
+        self._state = state
+        self._blocks: dict[Role | None, tuple[Block, ...]] = {}
+        for trajectory in state.trajectories:
+            if (role := self._role(trajectory)) not in self._blocks:
+                self._blocks[role] = blocks(ranks_for_steps(trajectory, state))
+        self._afloat: dict[tuple[object, ...], frozenset[str]] = {}
+        self._free: dict[Role | None, list[Block]] = {}
+
+    def blocks_of(self, trajectory: Trajectory) -> tuple[Block, ...]:
+        """Disjoint blocks of living ranks that may run its steps."""
+        return self._blocks[self._role(trajectory)]
+
+    def afloat_of(self, trajectory: Trajectory) -> frozenset[str]:
+        """See `afloat`."""
+        if not self._state.stage_ranks:
+            return frozenset()
+        kinds = trajectory.request.model, *(stage.kind for stage in trajectory.request.stages)
+        if kinds not in self._afloat:
+            self._afloat[kinds] = afloat(trajectory, self.blocks_of(trajectory), self._state)
+        return self._afloat[kinds]
+
+    def places(self, held: Collection[Block], batch: int) -> _Places:
+        return _Places(self._blocks.values(), held, batch)
+
+    def keep_free(self, idle: Set[int], held: Iterable[Block]) -> None:
+        """From now on blocks are free that are idle and that do not overlap with those that are held."""
+        self._free = {role: [block for block in blocks if idle >= set(block)] for role, blocks in self._blocks.items()}
+        for block in held:
+            self.take(block)
+
+    def free_for(self, trajectory: Trajectory) -> list[Block]:
+        return self._free[self._role(trajectory)]
+
+    def take(self, block: Block) -> None:
+        """It is free no more, nor is any that overlaps with it."""
+        for role, blocks in self._free.items():
+            self._free[role] = [other for other in blocks if set(other).isdisjoint(block)]
+
+    def await_block(self, trajectory: Trajectory) -> None:
+        """No request behind this one takes what it waits for."""
+        if len(self._free) > 1:
+            for block in self.blocks_of(trajectory):
+                self.take(block)
+
+    def _role(self, trajectory: Trajectory) -> Role | None:
+        request = trajectory.request
+        return self._state.stage_ranks.role(request.model, request.stepped.kind)
 
 
-def afloat(state: State, blocks: Sequence[Block]) -> frozenset[str]:
-    """The kinds of stage that a request cannot count on running in its block: some block has no rank for them."""
-    limits = state.stage_ranks.by_kind
-    return frozenset(kind for kind, ranks in limits.items() if not all(ranks.intersection(block) for block in blocks))
+class _Places:
+    """How many more requests can hold blocks, in each division of the pool, if `batch` share one."""
+
+    def __init__(self, divisions: Iterable[tuple[Block, ...]], held: Collection[Block], batch: int) -> None:
+        self._left = dict.fromkeys(divisions, 0)
+        for blocks in self._left:
+            for block in blocks:
+                theirs = [other for other in held if not set(other).isdisjoint(block)]
+                if all(other == block for other in theirs):
+                    self._left[blocks] += batch - len(theirs)
+
+    def are_left(self, blocks: tuple[Block, ...]) -> bool:
+        return self._left[blocks] > 0
+
+    def take(self, blocks: tuple[Block, ...]) -> None:
+        """One in this division, and as many in those that overlap with it."""
+        ranks = set(chain.from_iterable(blocks))
+        for others in self._left:
+            if others == blocks or not ranks.isdisjoint(chain.from_iterable(others)):
+                self._left[others] -= 1
+
+
+def ranks_for_steps(trajectory: Trajectory, state: State) -> Block:
+    """The living ranks that may run its steps."""
+    return state.stage_ranks.among(trajectory.request.model, trajectory.request.stepped.kind, state.ranks)
+
+
+def afloat(trajectory: Trajectory, blocks: Sequence[Block], state: State) -> frozenset[str]:
+    """The kinds of stage that it cannot count on running in its block, one of `blocks`: some has no rank for them."""
+    request = trajectory.request
+    roles = {stage.kind: state.stage_ranks.role(request.model, stage.kind) for stage in request.stages}
+    return frozenset(
+        kind for kind, role in roles.items() if role is not None and any(role.isdisjoint(block) for block in blocks)
+    )
 
 
 def is_afloat(trajectory: Trajectory, floating: Set[str]) -> bool:
@@ -196,7 +276,7 @@ def float_tasks(ready: Sequence[Trajectory], state: State, held: Set[int]) -> li
     for trajectory in ready:
         ratings = {
             rank: (rank in held, num_foreign(trajectory, (rank,), state.loras), rank)
-            for rank in state.stage_ranks.among(trajectory.stage.kind, idle)
+            for rank in state.stage_ranks.among(trajectory.request.model, trajectory.stage.kind, idle)
         }
         if ratings:
             rank = min(ratings, key=ratings.__getitem__)
@@ -208,7 +288,8 @@ def float_tasks(ready: Sequence[Trajectory], state: State, held: Set[int]) -> li
 def best_block(trajectory: Trajectory, blocks: Sequence[Block], state: State) -> Block | None:
     """The first without ranks that stages depend on which not every rank may run, and of those on which fewest ranks
     would switch adapters; None if there are no blocks."""
-    needed = frozenset(chain.from_iterable(state.stage_ranks.by_kind.values()))
+    own = state.stage_ranks.role(trajectory.request.model, trajectory.request.stepped.kind)
+    needed = frozenset(chain.from_iterable(role for role in state.stage_ranks.roles if role != own))
 
     def rating(block: Block) -> tuple[bool, int]:
         return not needed.isdisjoint(block), num_foreign(trajectory, block, state.loras)
@@ -218,8 +299,8 @@ def best_block(trajectory: Trajectory, blocks: Sequence[Block], state: State) ->
 
 def leader_of(trajectory: Trajectory, ranks: Block, block: Block, state: State) -> Block:
     """The rank of `block`, of its `ranks` for steps if it can be, that a short stage runs on."""
-    stage_ranks, kind = state.stage_ranks, trajectory.stage.kind
-    return (stage_ranks.among(kind, ranks) or stage_ranks.among(kind, block))[:1]
+    model, kind = trajectory.request.model, trajectory.stage.kind
+    return (state.stage_ranks.among(model, kind, ranks) or state.stage_ranks.among(model, kind, block))[:1]
 
 
 def whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:

@@ -52,18 +52,17 @@ class ListScheduler:
         for trajectory in keyed:
             if not room.num_free:
                 break
-            kind = trajectory.stage.kind
             if trajectory.is_short:
-                if room.take(kind):
+                if room.take(trajectory):
                     short.append(trajectory)
                 continue
             times = times_per_step(cost, trajectory.request)
-            spare = room.free_for(kind)
+            spare = room.free_for(trajectory)
             fitting = {degree: step_s for degree, step_s in times.items() if degree <= spare}
             if fitting:
                 degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
                 chosen.append(_Choice(trajectory, times, degree))
-                room.take(kind, degree)
+                room.take(trajectory, degree)
         if self.best_fit:
             chosen = _widen(chosen, room)
         placed = room.place([(choice.trajectory, choice.degree) for choice in chosen], team_s=cost.team_s)
@@ -85,11 +84,10 @@ def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostMo
 def _widen(chosen: list[_Choice], room: Room) -> list[_Choice]:
     widened = []
     for choice in chosen:
-        kind = choice.trajectory.stage.kind
-        spare = room.free_for(kind)
+        spare = room.free_for(choice.trajectory)
         reachable = {degree: step_s for degree, step_s in choice.times.items() if 0 <= degree - choice.degree <= spare}
         degree = fastest_degree(reachable)
-        room.take(kind, degree - choice.degree)
+        room.take(choice.trajectory, degree - choice.degree)
         widened.append(choice._replace(degree=degree))
     return widened
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
+from tetriserve.core.cluster import Role
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.reservation import JobBook, PendingJob, expected_end_s, num_reserved, reserve
-from tetriserve.policies.room import Room, unions
+from tetriserve.policies.room import Room
 from tetriserve.policies.stages import place_short_stages
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
@@ -142,13 +143,13 @@ def _timeline_of(state: State, now: float) -> Timeline:
     if not state.stage_ranks:
         return timeline
     timeline.narrower = {
-        kinds: Timeline.of(
+        ranks: Timeline.of(
             now,
             len(ranks.intersection(state.idle_ranks)),
             [(end_s, len(ranks.intersection(task.ranks))) for end_s, task in ends],
             resolution=resolution,
         )
-        for kinds, ranks in unions(state.stage_ranks).items()
+        for ranks in state.stage_ranks.unions
     }
     return timeline
 
@@ -183,16 +184,16 @@ def _ahead(
 def _late_piece(job: PendingJob, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
     if job.here.is_short:
-        duration_s, kind = job.here.short_s, job.short_kind if timeline.narrower else ""
-        start_s = timeline.of_kind(kind).earliest(duration_s, now)
-        return Piece(start_s, start_s + duration_s, 1, kind=timeline.limited(kind))
+        duration_s, role = job.here.short_s, job.here.role
+        start_s = timeline.of_role(role).earliest(duration_s, now)
+        return Piece(start_s, start_s + duration_s, 1, role=role)
     times = job.speeds.times
     degree = next(degree for degree, step_s in times.items() if step_s <= max(longest_s, job.speeds.fastest_s))
     num_steps = min(job.num_steps, _steps_in(TASK_S, times[degree]))
     duration_s = switch_s + num_steps * times[degree]
-    kind = job.trajectory.request.stepped.kind
-    start_s = timeline.of_kind(kind).earliest(duration_s, now, degree)
-    return Piece(start_s, start_s + duration_s, degree, num_steps, timeline.limited(kind))
+    role = job.here.steps_role
+    start_s = timeline.of_role(role).earliest(duration_s, now, degree)
+    return Piece(start_s, start_s + duration_s, degree, num_steps, role)
 
 
 class _Wanted(NamedTuple):
@@ -229,7 +230,7 @@ class _Start:
         self._widest = widest
         self._num_ranks = num_ranks
         self._free_until = timeline.free_until(widest)
-        self._free_until_for: dict[str, list[float]] = {}  # by kind of stage that not every rank may run
+        self._free_until_for: dict[Role, list[float]] = {}
         self._sharing = sharing
         self.riders: Mapping[int, Sequence[PendingJob]] = {}
         self._started: set[int] = set()
@@ -243,9 +244,8 @@ class _Start:
         piece, times = pieces[0], job.speeds.times
         most = min([part.num_steps for part in job.parts])
         degree, num_steps = piece.degree, min(piece.num_steps, most, _steps_in(task_s, times[piece.degree]))
-        kind = job.trajectory.request.stepped.kind
         if widen:
-            free_until = self._until(kind)
+            free_until = self._until(job.here.steps_role)
             for wider, step_s in times.items():
                 added = wider - piece.degree
                 if added > 0 and step_s < times[degree] and self._leaves_headroom(added, step_s):
@@ -254,7 +254,7 @@ class _Start:
                     if fitting > 0:
                         degree, num_steps = wider, fitting
             if degree > piece.degree:
-                self._claim(num_steps * times[degree], degree - piece.degree, kind)
+                self._claim(num_steps * times[degree], degree - piece.degree, job.here.steps_role)
         members = self._with_riders(job, degree, num_steps, job.deadline_s - pieces[-1].end_s)
         self._want(members, degree, num_steps)
 
@@ -296,7 +296,7 @@ class _Start:
         else:
             ordered = sorted(failed, key=lambda job: (job.priority, job.gpu_s))
             ordered += sorted(late, key=attrgetter("priority"))
-        hopeless: set[tuple[int, bool]] = set()
+        hopeless: set[tuple[int, Role | None, bool]] = set()
         is_crowded = len(ordered) > self.timeline.free[0]
         alike = {} if self._sharing is None else _by_kind(ordered)
         for job in ordered:
@@ -308,7 +308,7 @@ class _Start:
                 self._fill_short(job)
                 continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
-            kind = id(job.speeds), is_patient
+            kind = id(job.speeds), job.here.steps_role, is_patient
             if kind in hopeless:
                 continue
             others = alike.get(id(job.ahead), ())
@@ -319,11 +319,10 @@ class _Start:
 
     def _fill_short(self, job: PendingJob) -> bool:
         duration_s = job.here.short_s
-        kind = job.short_kind if self.timeline.narrower else ""
-        is_fitting = self.now + duration_s <= self._until(kind)[1] + EPSILON_S
+        is_fitting = self.now + duration_s <= self._until(job.here.role)[1] + EPSILON_S
         if not (is_fitting and self._leaves_headroom(1, duration_s)):
             return False
-        self._claim_until(self.now + duration_s, 1, kind)
+        self._claim_until(self.now + duration_s, 1, job.here.role)
         self.short.append(job.trajectory)
         self._started.add(id(job))
         return True
@@ -363,8 +362,7 @@ class _Start:
         most = min([each.num_steps for each in jobs])
         longest_s = max(AGED_STEP_S if is_patient else FILL_STEP_S, 2 * job.speeds.fastest_s)
         degree = num_steps = 0
-        kind = job.trajectory.request.stepped.kind
-        free_until = self._until(kind)
+        free_until = self._until(job.here.steps_role)
         narrowest = next((wider for wider, step_s in times.items() if step_s <= longest_s), min(times))
         for wider, step_s in times.items():
             hole_s = free_until[wider] - self._ready_s
@@ -376,7 +374,7 @@ class _Start:
             if is_patient or step_s <= FILL_TASK_S:
                 break
         if degree:
-            self._claim(num_steps * times[degree], degree, kind)
+            self._claim(num_steps * times[degree], degree, job.here.steps_role)
             self._want(jobs, degree, num_steps)
         return degree > 0
 
@@ -391,8 +389,8 @@ class _Start:
     def tasks(self, state: State) -> tuple[Task, ...]:
         """Everything started, on ranks."""
         room, team_s = Room.of(state), state.cost.team_s
-        started = [each for each in self._wanted if room.take(each.members[0].stage.kind, each.degree)]
-        short = [trajectory for trajectory in self.short if room.take(trajectory.stage.kind)]
+        started = [each for each in self._wanted if room.take(each.members[0], each.degree)]
+        short = [trajectory for trajectory in self.short if room.take(trajectory)]
         tasks = []
         placed = room.place([(wanted.members[0], wanted.degree) for wanted in started], team_s=team_s)
         for wanted, ranks in zip(started, placed, strict=True):
@@ -400,19 +398,19 @@ class _Start:
             tasks.append(Task(names, wanted.members[0].stage.kind, ranks, wanted.num_steps))
         return (*tasks, *place_short_stages(short, room, team_s=team_s))
 
-    def _until(self, kind: str) -> list[float]:
-        """Until when so many ranks are free for stages of this kind, by their number; see `Timeline.free_until`."""
-        if not self.timeline.limited(kind):
+    def _until(self, role: Role | None) -> list[float]:
+        """Until when so many ranks are free for stages of this role, by their number; see `Timeline.free_until`."""
+        if role is None:
             return self._free_until
-        if kind not in self._free_until_for:
-            self._free_until_for[kind] = self.timeline.of_kind(kind).free_until(self._widest)
-        return self._free_until_for[kind]
+        if role not in self._free_until_for:
+            self._free_until_for[role] = self.timeline.of_role(role).free_until(self._widest)
+        return self._free_until_for[role]
 
-    def _claim(self, duration_s: float, num_ranks: int, kind: str) -> None:
-        self._claim_until(self._ready_s + duration_s, num_ranks, kind)
+    def _claim(self, duration_s: float, num_ranks: int, role: Role | None) -> None:
+        self._claim_until(self._ready_s + duration_s, num_ranks, role)
 
-    def _claim_until(self, end_s: float, num_ranks: int, kind: str) -> None:
-        self.timeline.claim([Piece(self.now, end_s, num_ranks, kind=self.timeline.limited(kind))])
+    def _claim_until(self, end_s: float, num_ranks: int, role: Role | None) -> None:
+        self.timeline.claim([Piece(self.now, end_s, num_ranks, role=role)])
         self._free_until = self.timeline.free_until(self._widest)
         self._free_until_for.clear()
 

@@ -110,18 +110,6 @@ class PendingJob:
         return len(self.members) or 1
 
     @property
-    def short_kind(self) -> str:
-        """Of the short stage that comes next; empty at steps."""
-        first = next((part for part in self.parts if part.here.is_short), None)
-        return first.trajectory.request.stages[first.stage_index].kind if first is not None else ""
-
-    @property
-    def last_kind(self) -> str:
-        """Of the stage that follows the steps; empty if none does."""
-        request = self.trajectory.request
-        return next((stage.kind for stage in request.stages[request.stages.index(request.stepped) + 1 :]), "")
-
-    @property
     def parts(self) -> tuple[PendingJob, ...]:
         """The jobs of single requests that it stands for."""
         return self.members or (self,)
@@ -192,9 +180,9 @@ class JobBook:
 
     def _terms_of(self, request: Request, state: State) -> JobTerms:
         step_times = tuple(times_per_step(state.cost, request).items())
-        num_ranks = state.num_ranks_for(request.stepped.kind)
+        num_ranks = state.num_ranks_for(request, request.stepped)
         speeds = speeds_of(step_times, num_ranks, state.cost.switch_s, self._task_s)
-        return JobTerms(speeds, ahead_of(request, state.cost))
+        return JobTerms(speeds, ahead_of(request, state.cost, state.stage_ranks))
 
 
 def bundle_of(jobs: Sequence[PendingJob], speeds: Speeds, now: float) -> PendingJob:
@@ -206,7 +194,9 @@ def bundle_of(jobs: Sequence[PendingJob], speeds: Speeds, now: float) -> Pending
     first = jobs[0]
     num_steps = max([job.num_steps for job in jobs])
     before_s, after_s = sum([job.here.before_s for job in jobs]), sum([job.here.after_s for job in jobs])
-    here = first.here._replace(is_short=any(job.here.is_short for job in jobs), before_s=before_s, after_s=after_s)
+    short = next((job for job in jobs if job.here.is_short), None)
+    role = None if short is None else short.here.role
+    here = first.here._replace(is_short=short is not None, before_s=before_s, after_s=after_s, role=role)
     deadline_s = min([job.deadline_s + (num_steps - job.num_steps) * speeds.fastest_s for job in jobs])
     rest_s = here.before_s + here.after_s
     gpu_s = rest_s + num_steps * speeds.efficient[0][2]
@@ -297,15 +287,15 @@ def fit(job: PendingJob, timeline: Timeline) -> list[Piece] | None:
     from_s = max(job.ready_s, timeline.times[0])
     before_s, after_s = job.here.before_s, job.here.after_s
     if job.here.is_short:
-        kind = job.short_kind if timeline.narrower else ""
-        from_s = timeline.of_kind(kind).earliest(before_s, from_s)
-        pieces.append(Piece(from_s, from_s + before_s, 1, kind=timeline.limited(kind)))
+        role = job.here.role
+        from_s = timeline.of_role(role).earliest(before_s, from_s)
+        pieces.append(Piece(from_s, from_s + before_s, 1, role=role))
         from_s += before_s
     if job.num_steps:
         steps_by_s = job.deadline_s - after_s
         steps = None
-        kind = job.trajectory.request.stepped.kind
-        free = timeline.of_kind(kind) if timeline.narrower else timeline
+        role = job.here.steps_role
+        free = timeline.of_role(role)
         for degree, step_s, _ in job.speeds.efficient:
             if from_s + job.num_steps * step_s <= steps_by_s + EPSILON_S:
                 steps = step_pieces(free, job.speeds, job.num_steps, from_s, steps_by_s, degree)
@@ -313,12 +303,12 @@ def fit(job: PendingJob, timeline: Timeline) -> list[Piece] | None:
                     break
         if not steps:
             return None
-        pieces += [piece._replace(kind=kind) for piece in steps] if free is not timeline else steps
+        pieces += steps if role is None else [piece._replace(role=role) for piece in steps]
         from_s = steps[-1].end_s
     if job.here.is_followed:
-        kind = job.last_kind if timeline.narrower else ""
-        from_s = timeline.of_kind(kind).earliest(after_s, from_s)
-        pieces.append(Piece(from_s, from_s + after_s, 1, kind=timeline.limited(kind)))
+        role = job.here.after_role
+        from_s = timeline.of_role(role).earliest(after_s, from_s)
+        pieces.append(Piece(from_s, from_s + after_s, 1, role=role))
         from_s += after_s
     return None if from_s > job.deadline_s + EPSILON_S else pieces
 

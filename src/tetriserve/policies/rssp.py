@@ -16,6 +16,7 @@ from tetriserve.policies.fixed import (
     float_tasks,
     is_afloat,
     leader_of,
+    ranks_for_steps,
     whole_blocks,
 )
 
@@ -59,7 +60,7 @@ class ResolutionSpecific:
             leader = leaders.get(trajectory.request_id, next(iter(trajectory.holders), None))
             degree = self._degree(trajectory, state)
             blocks = self._blocks(trajectory, degree, state)
-            floating = afloat(state, blocks)
+            floating = afloat(trajectory, blocks, state)
             if is_afloat(trajectory, floating):
                 if trajectory.remaining_steps:
                     moving.append(trajectory)  # it holds no block: it has the next
@@ -81,13 +82,15 @@ class ResolutionSpecific:
             blocks = self._blocks(trajectory, degree, state)
             block = best_block(trajectory, [each for each in blocks if not taken.intersection(each)], state)
             if block is not None:
-                if trajectory.stage.kind in afloat(state, blocks):
+                if trajectory.stage.kind in afloat(trajectory, blocks, state):
                     floats += [trajectory] if not trajectory.is_running else []
                 else:
                     held[trajectory.request_id] = block
                 taken.update(block)
             elif degree and not self.backfill:
-                break
+                taken.update(ranks_for_steps(trajectory, state))
+                if taken.issuperset(state.ranks):
+                    break
         tasks = float_tasks(floats, state, frozenset(chain.from_iterable(held.values()))) if floats else []
         used = {rank for task in tasks for rank in task.ranks}
         tasks += [
@@ -99,7 +102,7 @@ class ResolutionSpecific:
 
     def _degree(self, trajectory: Trajectory, state: State) -> int:
         """The degree of the shape among those for which a whole block lives; 0 for none."""
-        ranks = _ranks_for_steps(trajectory, state)
+        ranks = ranks_for_steps(trajectory, state)
         step_times = {
             degree: step_s
             for degree, step_s in times_per_step(state.cost, trajectory.request).items()
@@ -109,11 +112,7 @@ class ResolutionSpecific:
 
     @staticmethod
     def _blocks(trajectory: Trajectory, degree: int, state: State) -> list[Block]:
-        return list(whole_blocks(_ranks_for_steps(trajectory, state), degree)) if degree else []
-
-
-def _ranks_for_steps(trajectory: Trajectory, state: State) -> Block:
-    return state.stage_ranks.among(trajectory.request.stepped.kind, state.ranks)
+        return list(whole_blocks(ranks_for_steps(trajectory, state), degree)) if degree else []
 
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:

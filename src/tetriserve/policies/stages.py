@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tetriserve.core.cluster import ANYWHERE, Role, StageRanks
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
@@ -24,6 +25,8 @@ class Ahead(NamedTuple):
     before_s: short stages up to the next one with steps, the present one included.
     has_steps: whether there is one with steps.
     is_followed, after_s: whether stages come after that one, and what they take.
+    role, steps_role, after_role: of the present stage, of the one with steps and of what follows it: the ranks that
+        may run it, None for every rank.
     """
 
     is_short: bool
@@ -32,10 +35,16 @@ class Ahead(NamedTuple):
     has_steps: bool
     is_followed: bool
     after_s: float
+    role: Role | None = None
+    steps_role: Role | None = None
+    after_role: Role | None = None
 
 
-def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
+def ahead_of(request: Request, cost: CostModel, stage_ranks: StageRanks = ANYWHERE) -> tuple[Ahead, ...]:
     """One entry for each of the request's stages; short stages count at their narrowest degrees."""
+    roles = [stage_ranks.role(request.model, stage.kind) if stage_ranks else None for stage in request.stages]
+    steps_at = request.stages.index(request.stepped)
+    after_role = roles[steps_at + 1] if steps_at + 1 < len(roles) else None
     taken: list[float | None] = []  # None: it has steps
     for stage in request.stages:
         if stage.num_steps:
@@ -54,7 +63,19 @@ def ahead_of(request: Request, cost: CostModel) -> tuple[Ahead, ...]:
                 is_followed, after_s = True, after_s + seconds
             else:
                 before_s += seconds
-        found.append(Ahead(present is not None, present or 0.0, before_s, has_steps, is_followed, after_s))
+        found.append(
+            Ahead(
+                present is not None,
+                present or 0.0,
+                before_s,
+                has_steps,
+                is_followed,
+                after_s,
+                roles[index],
+                roles[steps_at],
+                after_role,
+            )  # fmt: skip
+        )
     return tuple(found)
 
 

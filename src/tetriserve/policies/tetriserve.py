@@ -8,6 +8,7 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
+from tetriserve.core.cluster import Role
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import may_share, sizes_that_pay
@@ -135,12 +136,12 @@ class TetriServe:
         for _, members in groupby(on_time, key=attrgetter("priority")):
             able = list(members)
             if room.is_limited:
-                able = [candidate for candidate in able if room.free_for(candidate.trajectory.stage.kind)]
+                able = [candidate for candidate in able if room.free_for(candidate.trajectory)]
             if not able:
                 continue
             packed, left = pack_candidates(able, room.within(one.trajectory for one in able), window)
             for choice in packed:
-                room.take(choice.trajectory.stage.kind, choice.degree)
+                room.take(choice.trajectory, choice.degree)
             chosen += packed
             deferred += left
         return chosen + _fill(deferred, room, window) if self.fill else chosen
@@ -227,25 +228,25 @@ def _widened(choices: Sequence[Choice], room: Room, window: Window) -> list[Choi
     """`scale_up` with what is left in `room`."""
     widened, _ = scale_up(choices, room.within(choice.trajectory for choice in choices), window.steps_that_fit)
     for before, after in zip(choices, widened, strict=True):
-        room.take(after.trajectory.stage.kind, after.degree - before.degree)
+        room.take(after.trajectory, after.degree - before.degree)
     return widened
 
 
 def _fill(deferred: Sequence[Candidate], room: Room, window: Window) -> list[Choice]:
     """What the packing deferred, on ranks that would idle: least slack first."""
     chosen: list[Choice] = []
-    hopeless: set[tuple[str, int]] = set()  # tables none of whose degrees fits, which less room does not change
+    hopeless: set[tuple[Role | None, int]] = set()  # tables none of whose degrees fits, which less room does not change
     for candidate in deferred:
         if not room.num_free:
             break
-        kind = candidate.trajectory.stage.kind
-        if (kind, id(candidate.table)) in hopeless:
+        role = room.role_of(candidate.trajectory)
+        if (role, id(candidate.table)) in hopeless:
             continue
-        choice = _most_steps(candidate, room.free_for(kind), window)
+        choice = _most_steps(candidate, room.free_for(candidate.trajectory), window)
         if choice is None:
-            hopeless.add((kind, id(candidate.table)))
+            hopeless.add((role, id(candidate.table)))
         else:
-            room.take(kind, choice.degree)
+            room.take(candidate.trajectory, choice.degree)
             chosen.append(choice)
     return chosen
 
@@ -306,7 +307,7 @@ def _share(shares: list[TaskShare], waiting: Triage, room: Room, window: Window,
                 both = company.joined(host, share.members) if host.degree == share.degree else None
                 if both is not None and company.joined(share, host.members) is not None:
                     merged[index] = both
-                    room.give(share.members[0].stage.kind, share.degree)
+                    room.give(share.members[0], share.degree)
                     break
             else:
                 merged.append(share)
@@ -387,11 +388,13 @@ def _choose_late_short(late: Sequence[ShortStage], room: Room, window: Window) -
     """Short stages of late requests, most urgent first."""
     if not room.num_free:
         return []
-    startable: dict[str, list[ShortStage]] = {}
+    startable: dict[Role | None, list[ShortStage]] = {}
     for stage in late:
         if window.may_start(stage.duration_s):
-            startable.setdefault(stage.trajectory.stage.kind, []).append(stage)
-    first = [nsmallest(room.free_for(kind), stages, key=attrgetter("order")) for kind, stages in startable.items()]
+            startable.setdefault(room.role_of(stage.trajectory), []).append(stage)
+    first = [
+        nsmallest(room.free_for(stages[0].trajectory), stages, key=attrgetter("order")) for stages in startable.values()
+    ]
     ordered = sorted(chain.from_iterable(first), key=attrgetter("order"))
     return [stage.trajectory for stage in room.take_each(ordered)]
 
@@ -407,7 +410,7 @@ def _choose_late(late: Sequence[Candidate], room: Room, window: Window) -> list[
         table = candidate.table
         degree = table.narrowest
         num_steps = 1 if table.carries_over else window.steps_that_fit(table.times[degree])
-        if num_steps and room.take(candidate.trajectory.stage.kind, degree):
+        if num_steps and room.take(candidate.trajectory, degree):
             num_steps = min(num_steps, candidate.trajectory.remaining_steps)
             chosen.append(Choice(candidate.trajectory, table.times, degree, num_steps))
     return chosen

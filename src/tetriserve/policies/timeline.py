@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from tetriserve.core.cluster import Role
+
 EPSILON_S = 1e-9
 """Rounding slack in comparisons of sums of seconds."""
 
@@ -16,22 +18,22 @@ NEVER_S = 1e12
 class Piece(NamedTuple):
     """`degree` ranks from `start_s` to `end_s`, for `num_steps` steps (0 for short stages).
 
-    kind: of the stage, where only some ranks may run it.
+    role: the ranks that may run it, where not every rank may.
     """
 
     start_s: float
     end_s: float
     degree: int
     num_steps: int = 0
-    kind: str = ""
+    role: Role | None = None
 
 
 class Timeline:
     """Free ranks as a step function of time: `free[i]` of them from `times[i]` to `times[i + 1]`, the last for ever.
 
-    Which ranks they are does not matter here: a group may be any set. Where only some ranks may run a kind of stage,
-    `narrower` has a timeline of those ranks alone, for each set of such kinds: no more of them can be claimed for these
-    kinds. Times that are nearer to the breakpoint before
+    Which ranks they are does not matter here: a group may be any set. Where only some ranks may run a stage, `narrower`
+    has a timeline of each set of `StageRanks.unions` alone: no more of it can be claimed by the roles that lie in it.
+    Times that are nearer to the breakpoint before
     them than `resolution`, as a fraction of how far ahead they lie, count as that breakpoint: this bounds the number of
     breakpoints by the logarithm of the time that is planned, however many ranks there are.
     """
@@ -41,7 +43,7 @@ class Timeline:
         times: Sequence[float],
         free: Sequence[int],
         resolution: float = 0.0,
-        narrower: Mapping[frozenset[str], Timeline] | None = None,
+        narrower: Mapping[Role, Timeline] | None = None,
     ) -> None:
         self.times = list(times)
         self.free = list(free)
@@ -64,19 +66,14 @@ class Timeline:
         return cls(times, free, resolution)
 
     def copy(self) -> Timeline:
-        narrower = {kinds: timeline.copy() for kinds, timeline in self.narrower.items()}
+        narrower = {ranks: timeline.copy() for ranks, timeline in self.narrower.items()}
         return Timeline(self.times, self.free, self.resolution, narrower)
 
-    def limited(self, kind: str) -> str:
-        """`kind` if only some ranks may run it, else nothing."""
-        return kind if any(kind in kinds for kinds in self.narrower) else ""
-
-    def of_kind(self, kind: str) -> Timeline:
-        """What is free for stages of this kind; to be read, not to be claimed in."""
-        limits = [timeline for kinds, timeline in self.narrower.items() if kind in kinds]
-        if not limits:
+    def of_role(self, role: Role | None) -> Timeline:
+        """What is free for stages of this role; to be read, not to be claimed in."""
+        if role is None:
             return self
-        both = [self, *limits]
+        both = [self, *(timeline for ranks, timeline in self.narrower.items() if role <= ranks)]
         times = sorted({time_s for timeline in both for time_s in timeline.times})
         return Timeline(times, [min(timeline.free[timeline.index_at(at)] for timeline in both) for at in times])
 
@@ -111,13 +108,13 @@ class Timeline:
         """Take the ranks of `pieces` out."""
         free = self.free
         for piece in pieces:
-            start_s, end_s, degree, _, kind = piece
+            start_s, end_s, degree, _, role = piece
             first, last = self._split(start_s), self._split(end_s)
             for position in range(first, last):
                 free[position] -= degree
-            if kind:
-                for kinds, timeline in self.narrower.items():
-                    if kind in kinds:
+            if role is not None:
+                for ranks, timeline in self.narrower.items():
+                    if role <= ranks:
                         timeline.claim([piece])
 
     def _split(self, time_s: float) -> int:

@@ -120,10 +120,12 @@ class Sorter:
         return sum(segment.num_steps * gpu_s[segment.degree] for segment in mix)
 
     def _terms_of(self, request: Request, state: State) -> RoundTerms:
-        return RoundTerms(ahead_of(request, state.cost), state.cost.switch_s, self._table_of(request, state))
+        return RoundTerms(
+            ahead_of(request, state.cost, state.stage_ranks), state.cost.switch_s, self._table_of(request, state)
+        )
 
     def _table_of(self, request: Request, state: State) -> RoundTable | None:
-        cost, num_ranks = state.cost, state.num_ranks_for(request.stepped.kind)
+        cost, num_ranks = state.cost, state.num_ranks_for(request, request.stepped)
         return round_table(tuple(times_per_step(cost, request).items()), num_ranks, cost.switch_s, self.clock)
 
 

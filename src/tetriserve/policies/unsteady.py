@@ -24,16 +24,16 @@ class Unsteady:
         idle = list(state.idle_ranks)
         tasks: list[Task] = []
         for trajectory in state.waiting:
-            kind = trajectory.stage.kind
+            request, stage = trajectory.request, trajectory.stage
             if state.stage_ranks and not state.can_serve(trajectory):
                 continue  # it waits for a rank to come back
-            degree = _degree(trajectory, state.cost, state.num_ranks_for(kind))
-            allowed = list(state.stage_ranks.among(kind, idle)) if state.stage_ranks else idle
+            degree = _degree(trajectory, state.cost, state.num_ranks_for(request, stage))
+            allowed = list(state.stage_ranks.among(request.model, stage.kind, idle)) if state.stage_ranks else idle
             if not 0 < degree <= len(allowed):
                 break
             ranks = tuple(sorted(_take(allowed, trajectory, number) for number in range(degree)))
             idle = [rank for rank in idle if rank not in ranks]
-            tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, int(not trajectory.is_short)))
+            tasks.append(Task((trajectory.request_id,), stage.kind, ranks, int(not trajectory.is_short)))
         return Plan(tuple(tasks))
 
 

@@ -64,8 +64,8 @@ class Bench:
 
     async def encode(self, request: Request, rank: int) -> None:
         """On `rank`, or where that may not encode on one that may."""
-        encoders = self.stage_ranks.by_kind.get(ENCODE, frozenset((rank,)))
-        if rank not in encoders:
+        encoders = self.stage_ranks.role(request.model, ENCODE)
+        if encoders is not None and rank not in encoders:
             rank = sorted(encoders)[rank % len(encoders)]
         finished = await self._run([request], ENCODE, (rank,))
         self.encode_s.append(finished.elapsed_s)

@@ -98,10 +98,10 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
 
 
 def _held(held: HeldAlike, engine: LiveEngine) -> HeldMemory:
-    stage_ranks = engine.state.stage_ranks
+    intake, stage_ranks = engine.intake, engine.state.stage_ranks
     return HeldMemory(
         ranks=list(held.ranks),
-        stages=[kind for kind in engine.intake.cost.profile.stages if stage_ranks.allows(kind, held.ranks)],
+        stages=[kind for kind in intake.cost.profile.stages if stage_ranks.allows(intake.card.key, kind, held.ranks)],
         components={component.name: component.num_bytes for component in held.components},
         total=held.num_bytes,
         resident=list(held.resident_bytes),

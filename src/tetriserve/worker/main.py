@@ -120,7 +120,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     adapters: dict[str, Adapter] = {}
     for card in spec.cards:
         check_unchanged(card)
-        adapters[card.key] = load_adapter(card, spec.device, spec.adapter, has_text_encoders=spec.has_text_encoders)
+        has_text_encoders = spec.has_text_encoders(card.key)
+        adapters[card.key] = load_adapter(card, spec.device, spec.adapter, has_text_encoders=has_text_encoders)
     if spec.device == "cpu":
         share_weights(chain.from_iterable(adapter.weights for adapter in adapters.values()), spec.region)
     runner = Runner(adapters, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
@@ -128,8 +129,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
         for card in spec.cards:
             runner.warm(
                 _warm_up_request(card),
-                lacks=spec.lacks,
-                gives=spec.pool.stage_ranks.by_kind.keys() - spec.lacks,
+                lacks=spec.lacks(card.key),
+                gives=spec.pool.stage_ranks.kinds - spec.lacks(card.key),
                 timeout_s=spec.pool.start_timeout_s / 2,
             )
     shown = [card for card in spec.cards if spec.rank == 0 and card.has_previews]

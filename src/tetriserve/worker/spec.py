@@ -33,13 +33,11 @@ class WorkerSpec:
         """Torch's name of this rank's device, such as `cpu` or `cuda:3`."""
         return self.pool.device_of(self.rank)
 
-    @property
-    def lacks(self) -> frozenset[str]:
-        """The kinds of stage that this rank does not run."""
+    def lacks(self, model: str) -> frozenset[str]:
+        """The kinds of stage of this model that this rank does not run, of those that only some ranks run."""
         ranks = self.pool.stage_ranks
-        return frozenset(kind for kind in ranks.by_kind if not ranks.allows(kind, (self.rank,)))
+        return frozenset(kind for kind in ranks.kinds if not ranks.allows(model, kind, (self.rank,)))
 
-    @property
-    def has_text_encoders(self) -> bool:
-        """Whether this rank loads what reads prompts."""
-        return ENCODE not in self.lacks
+    def has_text_encoders(self, model: str) -> bool:
+        """Whether this rank loads what reads this model's prompts."""
+        return self.pool.stage_ranks.allows(model, ENCODE, (self.rank,))

@@ -96,7 +96,9 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
         assert not [one.request_id for one in state.waiting if state.can_serve(one)], "idle ranks stand still"
     for task in plan.tasks:
         trajectory = waiting[task.members[0]]
-        assert state.stage_ranks.allows(task.stage, task.ranks), "only ranks that may run the stage"
+        assert state.stage_ranks.allows(trajectory.request.model, task.stage, task.ranks), (
+            "only ranks that may run the stage"
+        )
         assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
         if task.stage == DENOISE:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tetriserve.core.cluster import StageRanks
@@ -51,22 +52,21 @@ def step_tables(draw: st.DrawFn) -> dict[int, dict[int, float]]:
 
 
 @st.composite
-def workloads(draw: st.DrawFn, request_of, max_size: int = 10):
+def workloads(draw: st.DrawFn, request_of, max_size: int = 10, models: Sequence[str] = ("",)):
     """Arrivals in bursts, deadlines from long past to far away, three priority classes, one step to ten."""
     requests = []
     now = 0.0
     for index in range(draw(st.integers(1, max_size))):
         now += draw(st.sampled_from([0.0, 0.0, 0.05, 0.4, 3.0]))
-        requests.append(
-            request_of(
-                draw(st.sampled_from(HEIGHTS)),
-                request_id=f"r{index}",
-                arrival_s=now,
-                deadline_s=now + draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 5.0, 20.0, 1e4])),
-                num_steps=draw(st.integers(1, 10)),
-                priority=draw(st.integers(0, 2)),
-            )
+        request = request_of(
+            draw(st.sampled_from(HEIGHTS)),
+            request_id=f"r{index}",
+            arrival_s=now,
+            deadline_s=now + draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 5.0, 20.0, 1e4])),
+            num_steps=draw(st.integers(1, 10)),
+            priority=draw(st.integers(0, 2)),
         )
+        requests.append(replace(request, model=draw(st.sampled_from(models))))
     return requests
 
 
@@ -176,19 +176,21 @@ def test_overload_with_deadlines_completes(spec, drive, make, poisson, flux):
 
 @st.composite
 def limits(draw: st.DrawFn, num_ranks: int) -> StageRanks:
-    """Encoders on the first ranks, ranks of their own for each stage, or any sets that overlap."""
+    """Encoders on the first ranks, ranks of their own for each stage, ranks of their own for each model, some of which
+    encode, or any sets that overlap; every stage of every model has a rank."""
     ranks = list(range(num_ranks))
     first = draw(st.integers(1, num_ranks - 1))
     some = st.lists(st.sampled_from(ranks), min_size=1, unique=True)
-    return StageRanks.of(
-        draw(
-            st.one_of(
-                st.just({ENCODE: ranks[:first]}),
-                st.just({ENCODE: ranks[:1], DECODE: ranks[:first], DENOISE: ranks[first:]}),
-                st.fixed_dictionaries({}, optional={ENCODE: some, DENOISE: some, DECODE: some}),
-            )
-        )
+    encoders = {("", ENCODE): ranks[:first]}
+    set_aside = {("", ENCODE): ranks[:1], ("", DECODE): ranks[:first], ("", DENOISE): ranks[first:]}
+    by_model = {("a", ""): ranks[:first], ("b", ""): ranks[first:]}
+    by_both = {**by_model, ("a", ENCODE): ranks[:1], ("b", DECODE): ranks[-1:]}
+    any_stage = st.tuples(st.sampled_from(["", "a", "b"]), st.sampled_from(["", ENCODE, DENOISE, DECODE]))
+    found = draw(
+        st.one_of(*map(st.just, (encoders, set_aside, by_model, by_both)), st.dictionaries(any_stage, some, max_size=4))
     )
+    assume(all(StageRanks.of(found).roles))
+    return StageRanks.of(found)
 
 
 @every_policy
@@ -202,7 +204,7 @@ def test_stages_run_on_the_ranks_that_may_run_them_and_every_request_completes(
         decode = {height: data.draw(seconds) for height in HEIGHTS}
         team_s = data.draw(st.sampled_from([0.0, 0.5]))
         cost = table_cost(data.draw(step_tables()), decode, encode=data.draw(seconds), team_s=team_s)
-        requests = data.draw(workloads(request_of))
+        requests = data.draw(workloads(request_of, models=("a", "b", "c")))
         times = st.floats(0.0, 4.0)
         deaths = [
             death(at := data.draw(times), rank, at + data.draw(times))
@@ -223,7 +225,7 @@ def test_while_no_rank_may_encode_those_that_are_encoded_go_on_and_the_others_wa
 ):
     requests = [request_of(1024, request_id="encoded"), request_of(256, request_id="new", arrival_s=1.0)]
     run = drive(
-        make(spec, flux), requests, flux, deaths=[death(0.3, 0, 60.0)], stage_ranks=StageRanks.of({ENCODE: [0]})
+        make(spec, flux), requests, flux, deaths=[death(0.3, 0, 60.0)], stage_ranks=StageRanks.of({("", ENCODE): [0]})
     )
     assert run.finish_s["encoded"] < 10
     assert [start_s for start_s, _, task in run.tasks if task.stage == ENCODE] == [0.0, 60.0]
@@ -235,7 +237,7 @@ def test_an_encode_gets_the_one_rank_for_it_while_others_are_idle_too(spec, driv
     if spec == "fcfs":
         return  # one request at a time
     requests = [request_of(256, request_id="first"), request_of(256, request_id="second")]
-    run = drive(make(spec, flux, 8), requests, flux, stage_ranks=StageRanks.of({ENCODE: [3]}))
+    run = drive(make(spec, flux, 8), requests, flux, stage_ranks=StageRanks.of({("", ENCODE): [3]}))
     encodes = {task.members[0]: start_s for start_s, _, task in run.tasks if task.stage == ENCODE}
     assert sorted(encodes.values()) == [0.0, pytest.approx(0.021)]
 

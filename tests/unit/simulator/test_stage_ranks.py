@@ -23,8 +23,8 @@ from tetriserve.simulator.scenario import Scenario, prepare
 from tetriserve.workload.outcome import Status
 
 POLICIES = [*prepare(Scenario()).policies("all"), "unsteady"]
-ONE_ENCODES = StageRanks.of({ENCODE: [0]})
-SET_ASIDE = StageRanks.of({ENCODE: [0], DECODE: [0, 1], DENOISE: range(2, 8)})
+ONE_ENCODES = StageRanks.of({("", ENCODE): [0]})
+SET_ASIDE = StageRanks.of({("", ENCODE): [0], ("", DECODE): [0, 1], ("", DENOISE): range(2, 8)})
 
 
 class Unaware:
@@ -49,7 +49,7 @@ def test_under_every_policy_all_requests_finish_on_ranks_that_may_run_them(spec,
     outcomes = list(simulate(policy, flux, requests, num_ranks=8, stage_ranks=limits))
     assert [outcome.status for outcome in outcomes] == [Status.FINISHED] * 25
     tasks = [run.task for outcome in outcomes for run in outcome.runs]
-    assert all(limits.allows(task.stage, task.ranks) for task in tasks)
+    assert all(limits.allows("", task.stage, task.ranks) for task in tasks)
     used = {rank for task in tasks for rank in task.ranks}
     assert used == set(range(8)) or spec in ("fixed:1", "fixed:2", "fixed:4", "fixed:8", "fcfs", "rssp", "unaware")
     attained = sum(outcome.is_attained for outcome in outcomes)
@@ -93,7 +93,7 @@ def test_forecasts_have_requests_wait_for_the_rank_that_encodes(encoding, resolu
         policy = make_policy("lookahead", controller.cost, num_ranks=8, shapes=flux.profile.shapes)
         found = forecast(controller, 0.0, policy, resolution=resolution)
         assert len(found.finish_s) == 40
-        assert all(limits.allows(run.task.stage, run.task.ranks) for run in found.runs)
+        assert all(limits.allows("", run.task.stage, run.task.ranks) for run in found.runs)
         course[limits] = max(found.finish_s.values())
     assert course[ONE_ENCODES] > 40 * 0.5
 
@@ -116,7 +116,7 @@ def test_a_request_that_no_living_rank_can_encode_is_owed_nothing(encoding):
 
 def test_a_scenario_has_its_encoders_on_the_first_ranks_and_plans_start_at_as_many():
     setting = prepare(Scenario(encoder_ranks=2))
-    assert setting.stage_ranks.by_kind == {ENCODE: {0, 1}}
+    assert setting.stage_ranks == StageRanks.of({("", ENCODE): [0, 1]})
     assert not prepare(Scenario(encoder_ranks=8)).stage_ranks
     for number in (0, -1, 9):
         with pytest.raises(ConfigError, match=rf"^encoder-ranks is {number}; allowed: 1 to 8$"):
