@@ -1,0 +1,1 @@
+"""What helps to try TetriServe without a checkpoint: `python -m tetriserve.examples.NAME`."""
