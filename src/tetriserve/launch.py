@@ -32,6 +32,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.lora import with_loras
 from tetriserve.models.registry import family_of
+from tetriserve.models.video_file import check_encoder
 from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy, warn_of_long_rounds
@@ -187,9 +188,12 @@ def find_model(
 
     Raises:
         CheckpointError: missing, incomplete or of an unsupported class.
-        ConfigError: `max_sequence_length` is out of range, or the execution does not go with the model's dtype.
+        ConfigError: `max_sequence_length` is out of range, the execution does not go with the model's dtype, or what
+            encodes videos is not installed.
     """
     card = read_card(BUNDLED_MODEL if model is None else Path(model), adapter)
+    if card.makes_videos:
+        check_encoder()
     if execution is not None:
         card = replace(card, execution=execution.of(card.execution.dtype))
     if max_sequence_length in (None, card.num_text_tokens):

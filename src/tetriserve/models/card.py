@@ -75,6 +75,9 @@ class ModelCard:
     frame_step: frames that share a latent frame, so that a video has 1 + k * `frame_step` frames; 0: it makes images.
     max_frames: of a video.
     default_fps: frames per second of a video.
+    has_boundary: steps below a noise level are made by a second transformer: `VideoOptions.boundary_ratio` and
+        `guidance_scale_2` have a meaning.
+    has_flow_shift: requests may shift the schedule's noise levels.
     """
 
     name: str
@@ -109,6 +112,8 @@ class ModelCard:
     frame_step: int = 0
     max_frames: int = 1
     default_fps: float = 16.0
+    has_boundary: bool = False
+    has_flow_shift: bool = False
 
     @property
     def makes_videos(self) -> bool:

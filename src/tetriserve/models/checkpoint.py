@@ -40,7 +40,8 @@ def read_card(path: Path, adapter: str | None = None) -> ModelCard:
 
     `path` may be a hub folder `models--...` with one snapshot. A `tetriserve.json` beside `model_index.json` overrides
     any of {"name": str, "num_steps": int, "guidance_scale": number, "sizes": ["WIDTHxHEIGHT", ...], "dtype":
-    "float32" | "bfloat16" | "float16", "max_sequence_length": int}; the first of the sizes is the default.
+    "float32" | "bfloat16" | "float16", "max_sequence_length": int}; the first of the sizes is the default. A size of a
+    video is "WIDTHxHEIGHTxFRAMES".
     Only JSON files and the headers of weights files are read.
 
     adapter: the name of the family to serve it; None is the one that serves its pipeline class.
@@ -110,16 +111,38 @@ def _read_overrides(file: Path, card: ModelCard, max_text_tokens: int) -> dict[s
             raise CheckpointError(f"{file}: {error}") from None
     if "sizes" in overrides:
         try:
-            sizes = tuple(Shape.parse(str(size)) for size in overrides["sizes"])
+            sizes = tuple(_size(str(size), card) for size in overrides["sizes"])
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from None
-        bad = [str(size) for size in sizes if size.height % card.size_multiple or size.width % card.size_multiple]
+        bad = [str(size) for size in sizes if not _is_possible(size, card)]
         if bad or not sizes:
+            frames = f", and 1 + a multiple of {card.frame_step} frames, at most {card.max_frames}"
             raise CheckpointError(
-                f"{file}: sizes {bad} are not possible; list at least one, each side a multiple of {card.size_multiple}"
+                f"{file}: sizes {bad} are not possible; list at least one, each side a multiple of "
+                f"{card.size_multiple}{frames if card.makes_videos else ''}"
             )
         overrides["sizes"] = sizes
     return {_FIELDS[key]: value for key, value in overrides.items()}
+
+
+def _size(text: str, card: ModelCard) -> Shape:
+    """Of `WIDTHxHEIGHT`, or of a video `WIDTHxHEIGHTxFRAMES`; without frames it has those of the default.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    size, times, frames = text, "", ""
+    if card.makes_videos and text.count("x") == 2:
+        size, times, frames = text.rpartition("x")
+        if not (frames.isascii() and frames.isdigit() and len(frames) <= 6):
+            raise ValueError(f"size {text[:40]!r} is not of the form WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+    return replace(Shape.parse(size), frames=int(frames) if times else card.sizes[0].frames)
+
+
+def _is_possible(size: Shape, card: ModelCard) -> bool:
+    if size.height % card.size_multiple or size.width % card.size_multiple:
+        return False
+    return size.frames <= card.max_frames and (size.frames - 1) % max(card.frame_step, 1) == 0 < size.frames
 
 
 def _stamp(path: Path) -> str:

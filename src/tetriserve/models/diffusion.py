@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.loading import held_bytes, load_pipeline, weights_of
 from tetriserve.models.parallel import SequenceParallel
+from tetriserve.models.schedulers import restore, state_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,19 +43,38 @@ class DenoiseLoop:
     inputs: what all its forwards take, besides latents, time and embeddings; see `DiffusionAdapter.inputs`.
     """
 
-    def __init__(self, adapter: DiffusionAdapter, request: Request, encoded: Tensors, steps_done: int) -> None:
+    def __init__(
+        self, adapter: DiffusionAdapter, request: Request, encoded: Tensors, steps_done: int, left: Tensors
+    ) -> None:
         self._adapter = adapter
         self._scheduler, self._timesteps_N = adapter.schedule(request)
         self.request = request
         self.encoded = encoded
         self.inputs = adapter.inputs(request, encoded)
-        self.go_to(steps_done)
+        self.go_to(steps_done, left)
 
-    def go_to(self, steps_done: int) -> None:
-        """Stand before step `steps_done`: the scheduler keeps no more than its place."""
+    def go_to(self, steps_done: int, left: Tensors) -> None:
+        """Stand before step `steps_done`, whatever steps were made here before.
+
+        left: by the steps before it, of which the scheduler's `history` is read.
+        """
         self.steps_done = steps_done
+        if self._adapter.has_history:
+            self._scheduler, self._timesteps_N = self._adapter.schedule(self.request)
+            restore(self._scheduler, left)
         self._scheduler.set_begin_index(self._place)
         self._scheduler._step_index = None  # it begins anew
+
+    def history(self) -> Tensors:
+        """What the scheduler keeps for the steps that follow, besides its place."""
+        if not self._adapter.has_history or self.is_over:
+            return {}
+        unused, _ = self._adapter.schedule(self.request)
+        return state_of(self._scheduler, unused)
+
+    @property
+    def is_over(self) -> bool:
+        return self.steps_done == self.request.num_steps
 
     @property
     def _place(self) -> int:
@@ -104,11 +125,15 @@ class DiffusionAdapter(ABC):
     passes: in the order in which the pipeline makes them.
     joins_passes: the pipeline itself makes both passes of a step in one forward.
     num_template_tokens: that come before a prompt, at most.
+    has_history: the scheduler keeps more than its place between steps.
+    in_float32: components that do not take the card's dtype.
     """
 
     passes: ClassVar[tuple[str, str]] = (PROMPT, NEGATIVE)
     joins_passes: ClassVar[bool] = False
     num_template_tokens: ClassVar[int] = 0
+    has_history: ClassVar[bool] = False
+    in_float32: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, card: ModelCard, device: torch.device | str, *, has_text_encoders: bool = True) -> None:
         """
@@ -124,7 +149,12 @@ class DiffusionAdapter(ABC):
         self.dtype: torch.dtype = getattr(torch, card.execution.dtype)
         self.pipeline: Any
         self.pipeline, self._adapters = load_pipeline(
-            card, self.dtype, self.device, self.components, has_text_encoders=has_text_encoders
+            card,
+            self.dtype,
+            self.device,
+            self.components,
+            has_text_encoders=has_text_encoders,
+            in_float32=self.in_float32,
         )
         self._sequence_parallel = self.sequence_parallel()
         if has_text_encoders:
@@ -188,11 +218,11 @@ class DiffusionAdapter(ABC):
     def forward(self, branches: Sequence[Branch]) -> Sequence[torch.Tensor]:
         """What the transformer says of each branch, in one forward, in the form of its latents; all are of one kind."""
 
-    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+    def guide(self, loop: DenoiseLoop, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         """What the scheduler is given, of the passes' predictions."""
         if negative is None:
             return prediction
-        return negative + request.true_cfg_scale * (prediction - negative)
+        return negative + loop.request.true_cfg_scale * (prediction - negative)
 
     @abstractmethod
     def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -266,9 +296,14 @@ class DiffusionAdapter(ABC):
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         return scheduler, self.set_timesteps(scheduler, request)
 
-    def denoise_loop(self, request: Request, encoded: Tensors, steps_done: int) -> DenoiseLoop:
-        """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps)."""
-        return DenoiseLoop(self, request, encoded, steps_done)
+    def denoise_loop(
+        self, request: Request, encoded: Tensors, steps_done: int, left: Tensors = MappingProxyType({})
+    ) -> DenoiseLoop:
+        """The request's loop, standing before step `steps_done` (0 <= steps_done <= num_steps).
+
+        left: by the steps before that.
+        """
+        return DenoiseLoop(self, request, encoded, steps_done, left)
 
     @torch.no_grad()
     def step_together(
@@ -290,7 +325,7 @@ class DiffusionAdapter(ABC):
             predictions = {prefix: self._forward(branches) for prefix, branches in zip(used, by_pass, strict=True)}
         negatives: Sequence[torch.Tensor | None] = predictions.get(NEGATIVE) or [None] * len(loops)
         return [
-            loop.advance(before, self.guide(loop.request, prediction, negative))
+            loop.advance(before, self.guide(loop, prediction, negative))
             for loop, before, prediction, negative in zip(loops, latents, predictions[PROMPT], negatives, strict=True)
         ]
 
@@ -338,9 +373,8 @@ class DiffusionAdapter(ABC):
         lefts = []
         for member, loop, after in zip(members, loops, latents, strict=True):
             member.memo["loop"] = loop
-            tensors = {"latents": after, "noise_level": torch.tensor(loop.noise_level)}
-            is_over = loop.steps_done == member.request.num_steps
-            lefts.append(Left(tensors, num_steps, is_stage_over=is_over))
+            tensors = {"latents": after, "noise_level": torch.tensor(loop.noise_level), **loop.history()}
+            lefts.append(Left(tensors, num_steps, is_stage_over=loop.is_over))
         return lefts
 
     def _latents_of(self, member: Member) -> torch.Tensor:
@@ -351,9 +385,10 @@ class DiffusionAdapter(ABC):
 
     def _loop_of(self, member: Member) -> DenoiseLoop:
         loop: DenoiseLoop | None = member.memo.get("loop")
+        left = member.states.get(DENOISE, {}) if member.steps_done else {}
         if loop is None or loop.request != member.request:
-            return self.denoise_loop(member.request, _encoded(member), member.steps_done)
-        loop.go_to(member.steps_done)  # it may have stayed behind, or stand where a task failed
+            return self.denoise_loop(member.request, _encoded(member), member.steps_done, left)
+        loop.go_to(member.steps_done, left)  # it may have stayed behind, or stand where a task failed
         return loop
 
     def _decode(self, member: Member) -> Left:

@@ -73,7 +73,7 @@ def takes_masks(execution: Execution) -> bool:
 
 
 def loading_options(execution: Execution, device: torch.device) -> dict[str, Any]:
-    """For `from_pretrained` of the transformer."""
+    """For `from_pretrained` of each transformer."""
     if execution.quantization != FP8:
         return {}
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
@@ -105,14 +105,22 @@ def apply(execution: Execution, pipeline: Any, dtype: torch.dtype, device: torch
     Raises:
         ConfigError: the attention backend cannot run here; one line names it and those that can.
     """
-    if execution.quantization == FP8:
-        _fill_empty_rows(pipeline.transformer)
-    if execution.attention != DEFAULT:
-        _set_attention(pipeline.transformer, execution.attention, dtype, device)
+    for transformer in transformers_of(pipeline):
+        if execution.quantization == FP8:
+            _fill_empty_rows(transformer)
+        if execution.attention != DEFAULT:
+            _set_attention(transformer, execution.attention, dtype, device)
     if execution.tiling == VAE:
         pipeline.vae.enable_tiling()
     if execution.compile == REGIONAL:
-        compile_blocks(pipeline.transformer)
+        for transformer in transformers_of(pipeline):
+            compile_blocks(transformer)
+
+
+def transformers_of(pipeline: Any) -> list[Any]:
+    """The models that make the steps; some pipelines have another for those of little noise."""
+    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return [each for each in found if each is not None]
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -21,8 +21,9 @@ class Guidance:
 
 
 def image_tokens(card: ModelCard, shape: Shape) -> int:
-    """Squares of `pixels_per_token` pixels a side, in each frame."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * shape.frames
+    """Squares of `pixels_per_token` pixels a side, in each frame, or each latent frame of a video."""
+    num_frames = 1 + (shape.frames - 1) // card.frame_step if card.makes_videos else shape.frames
+    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token) * num_frames
 
 
 def _no_conditions(card: ModelCard, images: Sequence[Shape]) -> tuple[Shape, ...]:

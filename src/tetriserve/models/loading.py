@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +39,21 @@ def load_pipeline(
     components: Callable[[], dict[str, Any]] = dict,
     *,
     has_text_encoders: bool = True,
+    in_float32: Collection[str] = (),
 ) -> tuple[Any, Adapters]:
     """The pipeline on `device`, such that it runs as the card's execution says, and its adapters.
 
     Without text encoders neither they nor their tokenizers are read, and the pipeline has None in their place.
 
     components: loads parts of it, by name, that are not to be loaded as the library would.
+    in_float32: components that do not take the other models' dtype.
 
     Raises:
         CheckpointError: the model cannot be loaded; one line says why.
         ConfigError: this machine cannot run it so; one line names the value, and what is allowed.
     """
     check_machine(card.execution, device)
-    pipeline, adapters = _load(card, dtype, device, components, has_text_encoders)
+    pipeline, adapters = _load(card, dtype, device, components, has_text_encoders, in_float32)
     apply(card.execution, pipeline, dtype, device)
     return pipeline, adapters
 
@@ -87,6 +89,7 @@ def _load(
     device: torch.device,
     components: Callable[[], dict[str, Any]],
     has_text_encoders: bool,
+    in_float32: Collection[str],
 ) -> tuple[Any, Adapters]:
     """Each model is loaded alone: only then the libraries tell what they filled in or left out."""
     diffusers.utils.logging.disable_progress_bar()
@@ -100,8 +103,9 @@ def _load(
                 models[component] = None  # a pipeline may insist on being told
             elif isinstance(entry, list):
                 folder, (library, class_name) = card.path / component, entry
-                extra = loading_options(card.execution, device) if component == "transformer" else {}
-                model = _load_model(folder, library, class_name, dtype, extra)
+                extra = loading_options(card.execution, device) if component.startswith("transformer") else {}
+                own = torch.float32 if component in in_float32 else dtype
+                model = _load_model(folder, library, class_name, own, extra)
                 if model is not None:
                     models[component] = model
                 elif component.startswith("tokenizer") and class_name.endswith("Processor"):

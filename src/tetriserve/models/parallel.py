@@ -98,7 +98,7 @@ class SequenceParallel:
                 return None
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
             for name, part in plan.items():
-                if (tensor := given.get(name)) is not None:
+                if (tensor := given.get(name)) is not None and part.expected_dims in (None, tensor.ndim):
                     if name in self._tokens:
                         self._lengths[name] = tensor.shape[part.split_dim]
                     given[name] = self._share(tensor, part)

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from tetriserve.core.errors import CheckpointError, ConfigError
-from tetriserve.core.request import Request, Shape, Stage
+from tetriserve.core.request import MP4, RAW_PIXELS, Request, Shape, Stage, VideoOptions
 from tetriserve.core.stages import from_images
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Family, Guidance
@@ -18,6 +18,7 @@ from tetriserve.models.generic.facts import GENERIC
 from tetriserve.models.qwen_image.facts import QWEN_IMAGE
 from tetriserve.models.qwen_image_edit.facts import QWEN_IMAGE_EDIT
 from tetriserve.models.sd3.facts import SD3
+from tetriserve.models.wan.facts import WAN
 from tetriserve.models.z_image.facts import Z_IMAGE
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from tetriserve.models.adapter import Adapter
 
-FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, QWEN_IMAGE, QWEN_IMAGE_EDIT, SD3, Z_IMAGE, GENERIC)
+FAMILIES = (FLUX, FLUX_KONTEXT, FLUX2, QWEN_IMAGE, QWEN_IMAGE_EDIT, SD3, WAN, Z_IMAGE, GENERIC)
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
@@ -84,12 +85,14 @@ def stages_of(
 def dummy_request(
     card: ModelCard, shape: Shape, request_id: str, num_steps: int, images: Sequence[Shape] = ()
 ) -> Request:
-    """One to measure or to warm up with: a pass a step. Pictures of the shapes `images` come along."""
+    """One to measure or to warm up with: a pass a step. Pictures of the heights and widths of `images` come along."""
     num_steps, guidance = max(num_steps, card.min_num_steps), Guidance(card.one_pass_scale)
+    images = tuple(Shape(image.height, image.width) for image in images)
     return Request(
-        request_id=request_id, prompt="a picture", shape=shape, images=tuple(images),
+        request_id=request_id, prompt="a picture", shape=shape, images=images,
         stages=stages_of(card, shape, num_steps, guidance, images), seed=0, arrival_s=0.0, deadline_s=0.0,
-        guidance_scale=guidance.scale,
+        guidance_scale=guidance.scale, model=card.key, media_type=MP4 if card.makes_videos else RAW_PIXELS,
+        video=VideoOptions(card.default_fps) if card.makes_videos else None,
     )  # fmt: skip
 
 

@@ -87,6 +87,7 @@ async def measure(
         ),
         doubt=doubt,
         max_batch=pool.max_batch,
+        frame_step=max(card.frame_step, 1),
     )
 
 

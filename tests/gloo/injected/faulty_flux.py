@@ -39,8 +39,8 @@ class FaultyFlux(FluxAdapter):
             time.sleep(SLOW_STAGE_S)
         return super().encode(request, images)
 
-    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> Any:
-        return FaultyLoop(self, request, super().denoise_loop(request, embeds, steps_done))
+    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int, *left: Tensors) -> Any:
+        return FaultyLoop(self, request, super().denoise_loop(request, embeds, steps_done, *left))
 
     def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
         if SLOW in request.prompt:

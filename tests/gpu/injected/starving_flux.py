@@ -19,7 +19,7 @@ _MARK = re.compile(r"\[starve (.+)\]")
 
 
 class StarvingFlux(FluxAdapter):
-    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int) -> DenoiseLoop:
+    def denoise_loop(self, request: Request, embeds: Tensors, steps_done: int, *left: Tensors) -> DenoiseLoop:
         if mark := _MARK.search(request.prompt):
             try:
                 Path(mark[1]).touch(exist_ok=False)
@@ -27,7 +27,7 @@ class StarvingFlux(FluxAdapter):
                 pass
             else:
                 self._starve()
-        return super().denoise_loop(request, embeds, steps_done)
+        return super().denoise_loop(request, embeds, steps_done, *left)
 
     def _starve(self) -> torch.Tensor:
         """Ask the allocator for more than it may have, which on a GPU is next to nothing from here on."""

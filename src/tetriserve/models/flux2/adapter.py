@@ -17,7 +17,7 @@ from PIL import Image
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import Branch, DiffusionAdapter, num_text_tokens
+from tetriserve.models.diffusion import Branch, DenoiseLoop, DiffusionAdapter, num_text_tokens
 from tetriserve.models.flux2.facts import DEV, condition_shapes
 
 
@@ -125,10 +125,10 @@ class Flux2Adapter(DiffusionAdapter):
         )[0]
         return velocity_BSC[:, : latents_BSC.shape[1]].split(1)  # type: ignore[no-any-return]
 
-    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+    def guide(self, loop: DenoiseLoop, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         if negative is None:
             return prediction
-        return negative + request.guidance_scale * (prediction - negative)
+        return negative + loop.request.guidance_scale * (prediction - negative)
 
     def unpacked(self, latents_BSC: torch.Tensor, shape: Shape) -> torch.Tensor:
         """As the VAE takes them: (B, C, H, W)."""

@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, re
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import Branch, DiffusionAdapter, drawn, num_text_tokens
+from tetriserve.models.diffusion import Branch, DenoiseLoop, DiffusionAdapter, drawn, num_text_tokens
 from tetriserve.models.family import image_tokens
 from tetriserve.models.parallel import SequenceParallel
 
@@ -80,11 +80,11 @@ class QwenImageAdapter(DiffusionAdapter):
         )[0]
         return velocity_BSC.split(1)  # type: ignore[no-any-return]
 
-    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+    def guide(self, loop: DenoiseLoop, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         """Each token is brought back to the norm that it has without guidance."""
         if negative is None:
             return prediction
-        guided = super().guide(request, prediction, negative)
+        guided = super().guide(loop, prediction, negative)
         norms = [torch.norm(each, dim=-1, keepdim=True) for each in (prediction, guided)]
         return guided * (norms[0] / norms[1])  # type: ignore[no-any-return]
 

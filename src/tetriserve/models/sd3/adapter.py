@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import NEGATIVE, PROMPT, Branch, DiffusionAdapter, drawn, num_text_tokens
+from tetriserve.models.diffusion import NEGATIVE, PROMPT, Branch, DenoiseLoop, DiffusionAdapter, drawn, num_text_tokens
 from tetriserve.models.execution import backend_of
 from tetriserve.models.parallel import IMAGE, TEXT, SequenceParallel
 from tetriserve.models.sd3.attention import JointAttention
@@ -90,10 +90,10 @@ class SD3Adapter(DiffusionAdapter):
         )[0]
         return velocity_BCHW.split(1)  # type: ignore[no-any-return]
 
-    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+    def guide(self, loop: DenoiseLoop, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         if negative is None:
             return prediction
-        return negative + request.guidance_scale * (prediction - negative)
+        return negative + loop.request.guidance_scale * (prediction - negative)
 
     def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
         vae = self.pipeline.vae

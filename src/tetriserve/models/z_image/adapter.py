@@ -19,7 +19,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import (
 from tetriserve.core.events import TextCount
 from tetriserve.core.request import Request, Shape
 from tetriserve.models.adapter import Tensors
-from tetriserve.models.diffusion import Branch, DiffusionAdapter, drawn, num_text_tokens
+from tetriserve.models.diffusion import Branch, DenoiseLoop, DiffusionAdapter, drawn, num_text_tokens
 from tetriserve.models.execution import takes_masks
 from tetriserve.models.parallel import SequenceParallel
 
@@ -90,10 +90,10 @@ class ZImageAdapter(DiffusionAdapter):
         )[0]
         return [-velocity_CFHW.float().transpose(0, 1) for velocity_CFHW in velocities_CFHW]
 
-    def guide(self, request: Request, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+    def guide(self, loop: DenoiseLoop, prediction: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         if negative is None:
             return prediction
-        return prediction + request.guidance_scale * (prediction - negative)
+        return prediction + loop.request.guidance_scale * (prediction - negative)
 
     def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
         vae = self.pipeline.vae
