@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from tetriserve.core.request import Request
+from tetriserve.core.request import MP4, Request
 from tetriserve.launch import BUNDLED_MODEL
 
 Call = Callable[[Any, Request, int], Mapping[str, Any]]
@@ -42,6 +43,10 @@ class FamilyCase:
     pictures: tuple[tuple[int, int], ...] = ()
     """Height and width of pictures that the pipeline's own call takes as `image`, and whose tokens take part in steps:
     the most that it takes."""
+    picture_pipeline: str | None = None
+    """The pipeline class that takes them, of the same components; None is that of the checkpoint."""
+    in_float32: tuple[str, ...] = ()
+    """Components that do not take the other models' dtype."""
     image_to_image: str | None = None
     """The pipeline class that starts from a picture, of the same components."""
     resizes: bool = True
@@ -53,15 +58,17 @@ class FamilyCase:
 def call_pipeline(
     case: FamilyCase, pipeline: Any, request: Request, length: int, output_type: str, **options: Any
 ) -> Any:
-    """What the pipeline itself makes of a request: latents (1, ...), or a picture."""
-    images = pipeline(
+    """What the pipeline itself makes of a request: latents (1, ...), or a picture, or a video's frames (N, H, W, 3)."""
+    output = pipeline(
         **case.call(pipeline, request, length),
         num_inference_steps=request.num_schedule_steps,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type=output_type,
         **options,
-    ).images
-    return images if output_type == "latent" else images[0]
+    )
+    if request.media_type == MP4:
+        return output.frames if output_type == "latent" else np.stack(output.frames[0])
+    return output.images if output_type == "latent" else output.images[0]
 
 
 def bundled_tokenizer(name: str) -> Any:
