@@ -37,7 +37,7 @@ from tetriserve.simulator import Simulation
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.slo import MultipleRule
-from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.synthesis import Portion, Synthesis
 
 POLICIES = ("tetriserve", "lookahead", "fixed:1", "fixed:2", "fcfs", "rssp", "sjf", "srtf", "edf", "edf-best-fit")
 POOLS = (("flux.1-dev-8xh100", 16, 28, 1.0), ("tetriserve-tiny.2-epyc-cores.2-ranks", 2, 20, 3.0))
@@ -157,10 +157,9 @@ def workload(pool: Pool, load: float, num_requests: int, seed: int) -> Iterator[
     cost = pool.cost
     synthesis = Synthesis(
         arrivals=parse_arrivals("poisson", 60 * load * pool.num_ranks / mean_gpu_s(pool)),
-        mix=parse_mix("uniform", cost.profile.shapes),
+        portions=(Portion(mix=parse_mix("uniform", cost.profile.shapes), num_steps=pool.num_steps),),
         deadlines=MultipleRule(pool.slo_multiple, cost),
         num_requests=num_requests,
-        num_steps=pool.num_steps,
     )
     return synthesis.requests(random.Random(seed))
 

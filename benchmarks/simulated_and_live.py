@@ -34,7 +34,7 @@ from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.slo import MultipleRule, slack_s
-from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.synthesis import Portion, Synthesis
 
 BAR_SAR = 0.05
 BAR_LATENCY = 0.10
@@ -63,7 +63,10 @@ def workload(cost: ProfileCost, options: argparse.Namespace) -> list[Request]:
     def at(rate_per_min: float, num_requests: int) -> list[Request]:
         arrivals = parse_arrivals("poisson", rate_per_min)
         synthesis = Synthesis(
-            arrivals=arrivals, mix=mix, deadlines=deadlines, num_requests=num_requests, num_steps=options.steps
+            arrivals=arrivals,
+            portions=(Portion(mix=mix, num_steps=options.steps),),
+            deadlines=deadlines,
+            num_requests=num_requests,
         )
         return list(synthesis.requests(random.Random(options.seed)))
 

@@ -256,8 +256,16 @@ OtlpEndpoint = Annotated[
            show_default=False),
 ]  # fmt: skip
 
-SimulatedProfile = Annotated[str, option("profile", "Bundled profile's name or a profile file.")]
-Mix = Annotated[str, option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1.")]
+SimulatedProfiles = Annotated[
+    list[str] | None,
+    option("profile", f"Bundled profile's name or a profile file; NAME=PROFILE of each of several models that share "
+           f"the pool (repeatable). Default: {PROFILE}.", show_default=False),
+]  # fmt: skip
+Mix = Annotated[
+    str,
+    option("mix", "uniform, skewed[:ALPHA], homogeneous:WxH, or weights: 256x256:3,1024x1024:1. Of several models: "
+           "images:20,videos:1, or with sizes images[skewed]:20,videos[832x480x81]:1."),
+]  # fmt: skip
 Rate = Annotated[float, option("rate", "Requests per minute, on average.")]
 Arrivals = Annotated[
     str, option("arrivals", "poisson, constant, gamma:cv=3, on-off:on_s=30,off_s=30 or step:at_s=300,factor=2.")
@@ -266,8 +274,23 @@ SloScale = Annotated[float, option("slo-scale", "Factor on the base deadlines of
 SloMultiple = Annotated[
     float | None, option("slo-multiple", "Instead: deadlines as a multiple of the time alone at degree 1.")
 ]
+SloScales = Annotated[
+    str, option("slo-scale", "Factor on the base deadlines of the sizes; NAME=FACTOR with commas for several models.")
+]
+SloMultiples = Annotated[
+    str | None,
+    option("slo-multiple", "Instead: deadlines as a multiple of the time alone at degree 1, or NAME=MULTIPLE."),
+]
 Requests = Annotated[int, option("requests", "Requests per seed.")]
-Steps = Annotated[int, option("steps", "Denoise steps per request.")]
+Steps = Annotated[
+    str | None,
+    option("steps", "Denoise steps per request, or NAME=STEPS. Default: 28, and 50 of a video.", show_default=False),
+]
+Passes = Annotated[
+    str | None,
+    option("passes", "Passes of the model per step, or NAME=PASSES. Default: 1, and 2 of a video, which is guided.",
+           show_default=False),
+]  # fmt: skip
 Cache = Annotated[
     str, option("cache", "Approximate cache: none, nirvana[:HIT_RATE], or skipped steps of 50: 10:0.3,25:0.2.")
 ]

@@ -20,15 +20,16 @@ console = Console(stderr=True, highlight=False)
 
 def simulate(
     config: options.Config = None,
-    profile: options.SimulatedProfile = options.PROFILE,
+    profile: options.SimulatedProfiles = None,
     policies: Annotated[str, option("policies", "Names with commas, such as tetriserve,fixed:2, or all.")] = "all",
     mix: options.Mix = "uniform",
     rate: options.Rate = 12.0,
     arrivals: options.Arrivals = "poisson",
-    slo_scale: options.SloScale = 1.0,
-    slo_multiple: options.SloMultiple = None,
+    slo_scale: options.SloScales = "1",
+    slo_multiple: options.SloMultiples = None,
     requests: options.Requests = 300,
-    steps: options.Steps = 28,
+    steps: options.Steps = None,
+    passes: options.Passes = None,
     cache: options.Cache = "none",
     ranks: Annotated[int | None, option("ranks", "Default: the profile's largest degree.")] = None,
     encoder_ranks: options.EncoderRanks = None,
@@ -56,18 +57,19 @@ def simulate(
     with one_line_errors():
         from tetriserve.report.comparing import compare_and_print
         from tetriserve.report.publishing import publish_paper
-        from tetriserve.simulator.scenario import Scenario
+        from tetriserve.simulator.writing import scenario_of
 
         is_json = options.is_json(format)
-        scenario = Scenario(
-            profile=profile,
+        scenario = scenario_of(
+            profile or [options.PROFILE],
+            steps=steps,
+            passes=passes,
+            slo_scale=slo_scale,
+            slo_multiple=slo_multiple,
             mix=mix,
             arrivals=arrivals,
             rate_per_min=rate,
-            slo_scale=slo_scale,
-            slo_multiple=slo_multiple,
             num_requests=requests,
-            num_steps=steps,
             num_ranks=ranks,
             encoder_ranks=encoder_ranks,
             noise=noise,
@@ -111,7 +113,7 @@ def simulate(
 
 def plan(
     config: options.Config = None,
-    profile: options.SimulatedProfile = options.PROFILE,
+    profile: options.SimulatedProfiles = None,
     target: Annotated[float, option("target", "SAR to hold: the share of requests that finish in time.")] = 0.99,
     policies: Annotated[
         str, option("policies", "Policies to try; tetriserve with several lengths of a round.")
@@ -119,10 +121,11 @@ def plan(
     mix: options.Mix = "uniform",
     rate: options.Rate = 12.0,
     arrivals: options.Arrivals = "poisson",
-    slo_scale: options.SloScale = 1.0,
-    slo_multiple: options.SloMultiple = None,
+    slo_scale: options.SloScales = "1",
+    slo_multiple: options.SloMultiples = None,
     requests: options.Requests = 300,
-    steps: options.Steps = 28,
+    steps: options.Steps = None,
+    passes: options.Passes = None,
     cache: options.Cache = "none",
     encoder_ranks: options.EncoderRanks = None,
     max_ranks: Annotated[int, option("max-ranks", "The largest pool to consider.")] = 64,
@@ -136,17 +139,18 @@ def plan(
     """Find the smallest number of GPUs that holds a target, by simulation. Exit code 1: none does."""
     with one_line_errors():
         from tetriserve.report.sizing import plan_and_print
-        from tetriserve.simulator.scenario import Scenario
+        from tetriserve.simulator.writing import scenario_of
 
-        scenario = Scenario(
-            profile=profile,
+        scenario = scenario_of(
+            profile or [options.PROFILE],
+            steps=steps,
+            passes=passes,
+            slo_scale=slo_scale,
+            slo_multiple=slo_multiple,
             mix=mix,
             arrivals=arrivals,
             rate_per_min=rate,
-            slo_scale=slo_scale,
-            slo_multiple=slo_multiple,
             num_requests=requests,
-            num_steps=steps,
             encoder_ranks=encoder_ranks,
             noise=noise,
             late_share=late_share,

@@ -20,7 +20,7 @@ from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import Mix, parse_mix
 from tetriserve.workload.randomness import RandomSource
 from tetriserve.workload.slo import BASE_DEADLINES_S, DeadlineRule, TableRule
-from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.synthesis import Portion, Synthesis
 from tetriserve.workload.traces import load_trace
 
 _UNKNOWN_STEPS = 0
@@ -99,10 +99,9 @@ class Load:
         mix, steps = self._mix(target)
         synthesis = Synthesis(
             arrivals=AtOnce() if self.rate_per_min == math.inf else parse_arrivals(self.arrivals, self.rate_per_min),
-            mix=mix,
+            portions=(Portion(mix=mix, num_steps=num_steps or 1),),
             deadlines=deadlines,
             num_requests=self.num_requests,
-            num_steps=num_steps or 1,
         )
         for request in synthesis.requests(random.Random(self.seed)):
             yield replace(request, stages=image_stages(steps.get(request.shape, num_steps)))

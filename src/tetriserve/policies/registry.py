@@ -11,8 +11,8 @@ from importlib.metadata import entry_points
 from tetriserve.core.cost import times_per_step
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
+from tetriserve.core.probes import probe
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
 from tetriserve.policies.exhaustive import NUM_NODES, Exhaustive
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.policies.greedy import (
@@ -39,28 +39,35 @@ class PolicyContext:
     """What a policy may know of the pool when it is made.
 
     argument: what followed the colon in the policy's name; empty without one.
-    shapes: the shapes that the cost model was measured at.
+    probes: a request of each model and shape that the cost model was measured at, as clients send it by default.
     slack_s: how long a request of the smallest size can wait if it has the default deadline (`workload.slo.slack_s`).
     """
 
     argument: str
     cost: CostModel
     num_ranks: int
-    shapes: tuple[Shape, ...]
+    probes: tuple[Request, ...]
     slack_s: float = math.inf
 
-    def step_times(self, shape: Shape) -> dict[int, float]:
+    def step_times(self, request: Request) -> dict[int, float]:
         """Seconds per step by degree, for the degrees that fit on the pool."""
-        request = Request(
-            request_id="probe", prompt="", shape=shape, stages=image_stages(1), seed=0, arrival_s=0.0, deadline_s=0.0
-        )
         times = times_per_step(self.cost, request)
         return {degree: step_s for degree, step_s in times.items() if degree <= self.num_ranks}
 
     @property
     def degrees(self) -> tuple[int, ...]:
         """Every degree that some measured shape can run at on this pool, ascending."""
-        return tuple(sorted({degree for shape in self.shapes for degree in self.step_times(shape)}))
+        return tuple(sorted({degree for request in self.probes for degree in self.step_times(request)}))
+
+    @property
+    def reference(self) -> Request:
+        """The largest shape measured; of several models', the one whose step takes longest at its fastest degree."""
+        largest: dict[str, Request] = {}
+        for request in self.probes:
+            known = largest.setdefault(request.model, request)
+            if request.shape.num_pixels > known.shape.num_pixels:
+                largest[request.model] = request
+        return max(largest.values(), key=lambda request: min(self.step_times(request).values(), default=0.0))
 
 
 PolicyFactory = Callable[[PolicyContext], Policy]
@@ -166,7 +173,7 @@ def _make_tetriserve(context: PolicyContext) -> Policy:
             switches[name] = _SWITCHES[value]
         else:
             raise ConfigError(f"policy 'tetriserve': cannot use option {item!r}; write {_TETRISERVE_USAGE}")
-    reference = context.step_times(max(context.shapes, key=lambda shape: shape.num_pixels))
+    reference = context.step_times(context.reference)
     switch_s = context.cost.switch_s
     if step_granularity is None:
         lengths_s = round_lengths(reference, switch_s, context.slack_s)
@@ -226,7 +233,13 @@ POLICIES: Mapping[str, PolicySpec] = {
 
 
 def make_policy(
-    spec: str, cost: CostModel, *, num_ranks: int, shapes: Sequence[Shape], slack_s: float = math.inf
+    spec: str,
+    cost: CostModel,
+    *,
+    num_ranks: int,
+    shapes: Sequence[Shape] = (),
+    probes: Sequence[Request] = (),
+    slack_s: float = math.inf,
 ) -> Policy:
     """The policy that `spec` names: `"tetriserve"`, `"fixed:2"`, `"fcfs"`, or one from an installed package.
 
@@ -237,6 +250,7 @@ def make_policy(
         cost: the cost model at start; `tetriserve` takes the lengths of its rounds from it.
         num_ranks: ranks of the pool.
         shapes: the shapes that the cost model was measured at, at least one.
+        probes: instead, where there are several models or steps of several passes: a request of each model and shape.
         slack_s: how long a request of the smallest size can wait if it has the default deadline.
 
     Raises:
@@ -244,7 +258,11 @@ def make_policy(
     """
     make = find_policy(spec)
     context = PolicyContext(
-        argument=spec.partition(":")[2], cost=cost, num_ranks=num_ranks, shapes=tuple(shapes), slack_s=slack_s
+        argument=spec.partition(":")[2],
+        cost=cost,
+        num_ranks=num_ranks,
+        probes=tuple(probes) or tuple(map(probe, shapes)),
+        slack_s=slack_s,
     )
     if not context.degrees:
         raise ConfigError(f"policy {spec!r}: no measured shape can run on {num_ranks} ranks")

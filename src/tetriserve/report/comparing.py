@@ -16,6 +16,7 @@ from tetriserve.report.recording import Recorder
 from tetriserve.report.single import render_comparison
 from tetriserve.report.tables import comparison_json, comparison_table
 from tetriserve.simulator.comparison import Comparison, compare
+from tetriserve.simulator.models import SimulatedModel
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
 from tetriserve.workload.cache import NO_CACHE
 from tetriserve.workload.outcome import Outcome
@@ -99,7 +100,7 @@ def _write_report(
 
 def describe_workload(scenario: Scenario, seeds: str) -> str:
     """What is asked of the pool, as part of a title. seeds: how many, in words."""
-    slo = f"scale {scenario.slo_scale:g}" if scenario.slo_multiple is None else f"{scenario.slo_multiple:g} x degree 1"
+    slo = ", ".join(map(_slo, scenario.simulated))
     extra = "" if scenario.cache == NO_CACHE else f", cache {scenario.cache}"
     if scenario.encoder_ranks is not None:
         extra += f", encode on the first {scenario.encoder_ranks}"
@@ -109,3 +110,8 @@ def describe_workload(scenario: Scenario, seeds: str) -> str:
         f"{scenario.num_requests} requests x {seeds}, {scenario.mix}, "
         f"{scenario.rate_per_min:g}/min {scenario.arrivals}, SLO {slo}{extra}"
     )
+
+
+def _slo(model: SimulatedModel) -> str:
+    rule = f"scale {model.slo_scale:g}" if model.slo_multiple is None else f"{model.slo_multiple:g} x degree 1"
+    return f"{model.key} {rule}".strip()

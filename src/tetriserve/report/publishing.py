@@ -14,7 +14,7 @@ from tetriserve.report.page import one_line_error, render_page, reserve_page, wr
 from tetriserve.report.paper.exhibits import EXHIBITS
 from tetriserve.report.paper.experiment import BASELINES, OURS, Experiment, fixed_degrees_of
 from tetriserve.report.style import save_png, styled
-from tetriserve.simulator.scenario import ALL_POLICIES, Scenario, prepare
+from tetriserve.simulator.scenario import ALL_POLICIES, Scenario, Setting, prepare
 from tetriserve.simulator.study import Study
 
 INDEX = "index.html"
@@ -70,9 +70,7 @@ def publish_paper(
                 exhibit = entry.make(experiment)
                 _save_files(exhibit, folder)
                 exhibits.append(exhibit)
-        page = render_page(
-            "The TetriServe evaluation, simulated", _introduction(scenario, setting.num_ranks, seeds), exhibits
-        )
+        page = render_page("The TetriServe evaluation, simulated", _introduction(scenario, setting, seeds), exhibits)
     write_page(page, folder / INDEX)
     progress.print(f"written to {folder / INDEX}", markup=False, soft_wrap=True)
 
@@ -99,10 +97,11 @@ def _save_files(exhibit: Exhibit, folder: Path) -> None:
             save_png(exhibit.figure, folder / f"{exhibit.name}.png")
 
 
-def _introduction(scenario: Scenario, num_ranks: int, seeds: Sequence[int]) -> list[str]:
+def _introduction(scenario: Scenario, setting: Setting, seeds: Sequence[int]) -> list[str]:
     return [
-        f"{scenario.profile_name} on {num_ranks} GPUs; {scenario.num_requests} requests of {scenario.num_steps} steps, "
-        f"{scenario.arrivals} arrivals; each point is the mean over {len(seeds)} seed{'s' if len(seeds) > 1 else ''}. "
+        f"{scenario.profile_name} on {setting.num_ranks} GPUs; {scenario.num_requests} requests of "
+        f"{setting.models[0].num_steps} steps, {scenario.arrivals} arrivals; each point is the mean over "
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}. "
         "SAR is the SLO attainment ratio: the share of requests that finish by their deadline.",
         "Figures and tables are numbered as in the TetriServe paper (R. Lu et al., ASPLOS 2026, arXiv 2510.01565, "
         "section 6). Its hardware is not this profile: compare policies with each other, not these numbers with the "

@@ -152,7 +152,7 @@ class _Search:
         self._sizes: dict[int, PoolSize] = {}
 
     def find(self) -> Sizing:
-        least = max(self._setting(self._max_ranks).cost.profile.degrees[0], self._scenario.encoder_ranks or 1)
+        least = max(self._setting(self._max_ranks).least_ranks, self._scenario.encoder_ranks or 1)
         if not self._is_possible(self._max_ranks):
             self._note(self._max_ranks, ())
             answer = None

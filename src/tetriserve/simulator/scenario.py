@@ -1,29 +1,27 @@
-"""What is simulated: a profile, a pool and a workload, all from one frozen description."""
+"""What is simulated: profiles, a pool and a workload, all from one frozen description."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetriserve.core.bounds import MAX_RANKS, MAX_STEPS, check_range
+from tetriserve.core.bounds import MAX_RANKS, check_range
 from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.cost import narrowest_s
-from tetriserve.core.errors import ConfigError, ProfileError
-from tetriserve.core.plan import LATE_SHARE
+from tetriserve.core.plan import LATE_SHARE, CostModel
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import encoders_on_first, image_stages
+from tetriserve.core.stages import encoders_on_first
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import POLICIES, PolicyContext, make_policy, warn_of_long_rounds
-from tetriserve.profile.bundled import open_profile
-from tetriserve.profile.cost import ProfileCost
+from tetriserve.profile.by_model import CostByModel
+from tetriserve.simulator.models import PooledModel, SimulatedModel, open_models
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.cache import NO_CACHE, Cache, parse_cache
-from tetriserve.workload.mixes import parse_mix
-from tetriserve.workload.slo import DeadlineRule, MultipleRule, TableRule, slack_s
-from tetriserve.workload.synthesis import Synthesis
-from tetriserve.workload.traces import load_trace
+from tetriserve.workload.mixes import WeightedMix, parse_mix, parse_mix_of_models
+from tetriserve.workload.slo import DeadlineRule, RuleByModel
+from tetriserve.workload.synthesis import Portion, Synthesis
+from tetriserve.workload.traces import Steps, load_trace
 
 ALL_POLICIES = "all"
 
@@ -32,8 +30,9 @@ ALL_POLICIES = "all"
 class Scenario:
     """As the user writes it.
 
-    profile: name of a bundled profile, or a path.
-    slo_multiple: deadlines as a multiple of the time alone at degree 1; None takes the paper's table times `slo_scale`.
+    profile, num_steps, num_passes, slo_scale, slo_multiple: of the one model, as `SimulatedModel` has them.
+    models: several models that share the pool; then the fields of one model are not used.
+    mix: of sizes, as `parse_mix` reads it; of several models, as `parse_mix_of_models` does.
     num_ranks: None takes the profile's largest degree.
     encoder_ranks: the first so many ranks encode, and no others; None: all do.
     noise: standard deviation of a task's duration, as a fraction of it.
@@ -43,13 +42,15 @@ class Scenario:
     """
 
     profile: str = "flux.1-dev-8xh100"
+    models: tuple[SimulatedModel, ...] = ()
     mix: str = "uniform"
     arrivals: str = "poisson"
     rate_per_min: float = 12.0
     slo_scale: float = 1.0
     slo_multiple: float | None = None
     num_requests: int = 300
-    num_steps: int = 28
+    num_steps: int | None = None
+    num_passes: int | None = None
     num_ranks: int | None = None
     encoder_ranks: int | None = None
     noise: float = 0.0
@@ -58,19 +59,39 @@ class Scenario:
     cache: str = NO_CACHE
 
     @property
+    def simulated(self) -> tuple[SimulatedModel, ...]:
+        """Its models; one without a key where there is one."""
+        return self.models or (
+            SimulatedModel(
+                profile=self.profile,
+                num_steps=self.num_steps,
+                num_passes=self.num_passes,
+                slo_scale=self.slo_scale,
+                slo_multiple=self.slo_multiple,
+            ),
+        )
+
+    @property
     def profile_name(self) -> str:
-        """The profile's name without folder and suffix."""
-        return Path(self.profile).stem if self.profile.endswith(".json") else self.profile
+        """The profiles' names without folder and suffix."""
+        names = [
+            Path(model.profile).stem if model.profile.endswith(".json") else model.profile for model in self.simulated
+        ]
+        if not self.models:
+            return names[0]
+        return ", ".join(f"{model.key}={name}" for model, name in zip(self.models, names, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A scenario made ready: everything that can be wrong with it has been checked.
 
-    slack_s: how long a request of the smallest measured size can wait, by the scenario's deadlines.
+    slack_s: how long a request of the smallest measured size can wait, by the scenario's deadlines: of the model where
+        that is shortest.
     """
 
-    cost: ProfileCost
+    models: tuple[PooledModel, ...]
+    cost: CostModel
     num_ranks: int
     slack_s: float
     noise: float
@@ -80,13 +101,28 @@ class Setting:
     stage_ranks: StageRanks = ANYWHERE
 
     @property
+    def kinds(self) -> tuple[tuple[str, Shape], ...]:
+        """The models and shapes that requests have, smallest shape first."""
+        if isinstance(self.source, Synthesis):
+            found = {(portion.model, shape) for portion in self.source.portions for shape in portion.mix.shapes}
+        else:
+            found = {(request.model, request.shape) for request in self.source}
+        return tuple(sorted(found, key=lambda kind: (kind[1].num_pixels, kind[1], kind[0])))
+
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes that requests have, smallest first."""
-        if isinstance(self.source, Synthesis):
-            found: Iterable[Shape] = self.source.mix.shapes
-        else:
-            found = {request.shape for request in self.source}
-        return tuple(sorted(found, key=lambda shape: (shape.num_pixels, shape)))
+        return tuple(dict.fromkeys(shape for _, shape in self.kinds))
+
+    @property
+    def probes(self) -> tuple[Request, ...]:
+        """A request of each model and measured shape."""
+        return tuple(request for model in self.models for request in model.probes)
+
+    @property
+    def least_ranks(self) -> int:
+        """Of a pool that runs every model."""
+        return max(model.least_degree for model in self.models)
 
     @property
     def num_requests(self) -> int:
@@ -110,8 +146,7 @@ class Setting:
         Raises:
             ConfigError: unknown, or an argument that is not allowed here.
         """
-        shapes = self.cost.profile.shapes
-        return make_policy(spec, self.cost, num_ranks=self.num_ranks, shapes=shapes, slack_s=self.slack_s)
+        return make_policy(spec, self.cost, num_ranks=self.num_ranks, probes=self.probes, slack_s=self.slack_s)
 
     def policies(self, specs: str) -> list[str]:
         """The policies in a list with commas; `all` is every registered one, `fixed` at each degree.
@@ -135,8 +170,7 @@ class Setting:
         return names
 
     def _all_policies(self) -> list[str]:
-        shapes = self.cost.profile.shapes
-        context = PolicyContext(argument="", cost=self.cost, num_ranks=self.num_ranks, shapes=shapes)
+        context = PolicyContext(argument="", cost=self.cost, num_ranks=self.num_ranks, probes=self.probes)
         names = []
         for name, spec in POLICIES.items():
             if name == "fixed":
@@ -152,67 +186,65 @@ def prepare(scenario: Scenario) -> Setting:
     Raises:
         ConfigError: one line that says what is wrong and what is allowed.
     """
-    profile = open_profile(scenario.profile)
-    num_ranks = profile.degrees[-1] if scenario.num_ranks is None else scenario.num_ranks
-    check_range("ranks", num_ranks, 1, MAX_RANKS)
+    if scenario.num_ranks is not None:
+        check_range("ranks", scenario.num_ranks, 1, MAX_RANKS)
+    models, num_ranks = open_models(scenario.simulated, scenario.num_ranks)
     if scenario.encoder_ranks is not None:
         check_range("encoder-ranks", scenario.encoder_ranks, 1, num_ranks)
-    check_range("steps", scenario.num_steps, 1, MAX_STEPS)
     check_range("noise", scenario.noise, 0.0, 1.0)
     check_range("late-share", scenario.late_share, 0, 1)
-    degrees = tuple(degree for degree in profile.degrees if degree <= num_ranks)
-    if not degrees:
-        raise ConfigError(f"ranks is {num_ranks}; profile {scenario.profile} starts at degree {profile.degrees[0]}")
-    cost = ProfileCost(profile, lambda shape: degrees)
-    deadlines = _deadlines(scenario, cost)
+    by_key = {model.key: model for model in models}
+    is_one = list(by_key) == [""]
     setting = Setting(
-        cost=cost,
+        models=models,
+        cost=models[0].cost if is_one else CostByModel({model.key: model.cost for model in models}),
         num_ranks=num_ranks,
-        slack_s=slack_s(profile.shapes, cost, deadlines, scenario.num_steps),
+        slack_s=min(model.slack_s for model in models),
         noise=scenario.noise,
         late_share=scenario.late_share,
         stage_ranks=encoders_on_first(scenario.encoder_ranks, num_ranks),
-        source=_source(scenario, cost, deadlines),
+        source=_source(
+            scenario,
+            by_key,
+            models[0].deadlines if is_one else RuleByModel({model.key: model.deadlines for model in models}),
+        ),
         cache=parse_cache(scenario.cache),
     )
-    for shape in setting.shapes:
-        _check_covered(shape, scenario, cost)
+    for key, shape in setting.kinds:
+        by_key[key].check_covered(shape)
     return setting
 
 
-def _deadlines(scenario: Scenario, cost: ProfileCost) -> DeadlineRule:
-    if scenario.slo_multiple is None:
-        return TableRule(scenario.slo_scale)
-    return MultipleRule(scenario.slo_multiple, cost)
-
-
-def _source(scenario: Scenario, cost: ProfileCost, deadlines: DeadlineRule) -> Synthesis | tuple[Request, ...]:
+def _source(
+    scenario: Scenario, models: Mapping[str, PooledModel], deadlines: DeadlineRule
+) -> Synthesis | tuple[Request, ...]:
     if scenario.trace is not None:
-        return tuple(load_trace(scenario.trace, default_steps=scenario.num_steps, deadlines=deadlines))
+        steps = {key: Steps(model.num_steps, model.num_passes) for key, model in models.items()}
+        return tuple(load_trace(scenario.trace, default_steps=steps, deadlines=deadlines))
     synthesis = Synthesis(
         arrivals=parse_arrivals(scenario.arrivals, scenario.rate_per_min),
-        mix=parse_mix(scenario.mix, cost.profile.shapes),
+        portions=_portions(scenario.mix, models),
         deadlines=deadlines,
         num_requests=scenario.num_requests,
-        num_steps=scenario.num_steps,
     )
-    for shape in synthesis.mix.shapes:
-        _check_covered(shape, scenario, cost)
-        deadlines.slo_s(_probe(shape))
+    for portion in synthesis.portions:
+        for shape in portion.mix.shapes:
+            models[portion.model].check_covered(shape)
+            models[portion.model].check_deadline(shape)
     return synthesis
 
 
-def _check_covered(shape: Shape, scenario: Scenario, cost: ProfileCost) -> None:
-    """Every shape is checked before anything runs: a missing one would show only when it first arrives."""
-    try:
-        narrowest_s(cost, _probe(shape))
-    except ProfileError as error:
-        measured = ", ".join(map(str, cost.profile.shapes))
-        raise ProfileError(
-            f"profile {scenario.profile} does not cover {shape}: {error} (measured: {measured})"
-        ) from error
-
-
-def _probe(shape: Shape) -> Request:
-    stages = image_stages(1)
-    return Request(request_id="probe", prompt="", shape=shape, stages=stages, seed=0, arrival_s=0.0, deadline_s=0.0)
+def _portions(mix: str, models: Mapping[str, PooledModel]) -> tuple[Portion, ...]:
+    shapes = {key: model.profile.shapes for key, model in models.items()}
+    is_one = list(models) == [""]
+    mixes = {"": WeightedMix(parse_mix(mix, shapes[""]))} if is_one else parse_mix_of_models(mix, shapes)
+    return tuple(
+        Portion(
+            model=key,
+            mix=weighted.mix,
+            weight=weighted.weight,
+            num_steps=models[key].num_steps,
+            num_passes=models[key].num_passes,
+        )
+        for key, weighted in mixes.items()
+    )

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tetriserve.core.errors import ConfigError
-from tetriserve.core.request import Request
-from tetriserve.core.stages import image_stages
+from tetriserve.core.request import Request, Stage
 from tetriserve.workload.randomness import RandomSource, draw
 
 SKIPPED_STEPS = (5, 10, 15, 20, 25)
@@ -58,8 +57,14 @@ class Cache:
         choices, weights = (*self.skipped, 0), (*self.shares, max(0.0, 1 - self.hit_rate))
         for request in requests:
             part = draw(random, choices, weights) / OF_STEPS
-            skipped = math.floor(part * request.num_steps + 0.5)
-            yield replace(request, stages=image_stages(max(1, request.num_steps - skipped)))
+            yield replace(request, stages=tuple(_shortened(stage, part) for stage in request.stages))
+
+
+def _shortened(stage: Stage, part: float) -> Stage:
+    """`stage` without `part` of its steps; as it is where it has none."""
+    if not stage.num_steps:
+        return stage
+    return replace(stage, num_steps=max(1, stage.num_steps - math.floor(part * stage.num_steps + 0.5)))
 
 
 def parse_cache(spec: str) -> Cache | None:

@@ -1,10 +1,11 @@
-"""Which sizes are asked for, and how often."""
+"""Which models and sizes are asked for, and how often."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tetriserve.core.bounds import check_range
 from tetriserve.core.errors import ConfigError
@@ -12,7 +13,11 @@ from tetriserve.core.request import Shape
 from tetriserve.workload.randomness import RandomSource, draw
 
 USAGE = "uniform, skewed[:ALPHA], homogeneous:WxH, or weights such as 256x256:3,1024x1024:1"
+MODELS_USAGE = "uniform, or weights of models such as images:20,videos:1 or images[skewed]:20,videos[832x480x81]:1"
 _WEIGHTS = (1e-100, 1e100)
+_MAX_FRAMES = 100_000
+_OF_MODEL = re.compile(r"\s*([^,:\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*(?::([^,:\[\]]*))?\s*(?:,|$)")
+"""A model, the mix of its sizes, and its weight: `videos[832x480x81:1,1280x704x121:2]:3`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,59 @@ def parse_mix(spec: str, shapes: Sequence[Shape]) -> Mix:
     return Mix(tuple(weights), tuple(weights.values()))
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedMix:
+    """The mix of one model's sizes, and how often the model is asked for."""
+
+    mix: Mix
+    weight: float = 1.0
+
+
+def parse_mix_of_models(spec: str, shapes: Mapping[str, Sequence[Shape]]) -> dict[str, WeightedMix]:
+    """The mix over several models that `spec` names: `uniform`, `images:20,videos:1`, `images[skewed]:20,videos:1`.
+
+    `uniform` asks for every model equally often. A model without brackets has every size equally often, one that is
+    not named is not asked for, and one without a weight has weight 1.
+
+    Args:
+        shapes: by model, those that its `uniform` and `skewed` spread over.
+
+    Raises:
+        ConfigError: an unknown model or mix, or a number that cannot be used.
+    """
+    if spec == "uniform":
+        return {model: WeightedMix(uniform(sizes)) for model, sizes in shapes.items()}
+    found: dict[str, WeightedMix] = {}
+    at = 0
+    while at < len(spec):
+        item = _OF_MODEL.match(spec, at)
+        if item is None:
+            raise ConfigError(f"mix {spec!r}: cannot use {spec[at:]!r}; write {MODELS_USAGE}")
+        model, sizes, weight = item.groups()
+        if model not in shapes:
+            raise ConfigError(
+                f"mix {spec!r}: unknown model {model!r}; models: {', '.join(shapes)}; write {MODELS_USAGE}"
+            )
+        if model in found:
+            raise ConfigError(f"mix {spec!r} names {model} twice; give each model one weight")
+        found[model] = WeightedMix(
+            parse_mix("uniform" if sizes is None else sizes, shapes[model]),
+            1.0 if weight is None else _number(spec, weight),
+        )
+        check_range(f"the weight of {model}", found[model].weight, *_WEIGHTS)
+        at = item.end()
+    if not found:
+        raise ConfigError(f"mix {spec!r} names no model; write {MODELS_USAGE}")
+    return found
+
+
 def _shape(spec: str, size: str) -> Shape:
+    """From WxH, or WxHxFRAMES of a video."""
     try:
-        return Shape.parse(size)
+        frame, _, frames = size.rpartition("x") if size.count("x") == 2 else (size, "", "1")
+        if not (frames.isdecimal() and len(frames) <= 6 and 1 <= int(frames) <= _MAX_FRAMES):
+            raise ValueError(f"size {size[:40]!r} is not of the form WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+        return replace(Shape.parse(frame), frames=int(frames))
     except ValueError as error:
         raise ConfigError(f"mix {spec!r}: {error}") from None
 

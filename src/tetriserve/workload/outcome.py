@@ -68,6 +68,7 @@ class Outcome:
         request = self.request
         return {
             "request_id": request.request_id,
+            "model": request.model,
             "status": self.status.value,
             "height": request.shape.height,
             "width": request.shape.width,

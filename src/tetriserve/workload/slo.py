@@ -12,9 +12,10 @@ from typing import Protocol
 from tetriserve.core.bounds import SLO_SCALES, check_range
 from tetriserve.core.cost import fastest_s, narrowest_s
 from tetriserve.core.errors import ConfigError
+from tetriserve.core.models import of_model
 from tetriserve.core.plan import CostModel
+from tetriserve.core.probes import probe
 from tetriserve.core.request import Request, Shape
-from tetriserve.core.stages import image_stages
 
 BASE_DEADLINES_S: Mapping[Shape, float] = MappingProxyType(
     {Shape(256, 256): 1.5, Shape(512, 512): 2.0, Shape(1024, 1024): 3.0, Shape(2048, 2048): 5.0}
@@ -80,14 +81,31 @@ class MultipleRule:
         return self.multiple * narrowest_s(self.cost, request)
 
 
-def slack_s(shapes: Sequence[Shape], cost: CostModel, deadlines: DeadlineRule, num_steps: int) -> float:
+@dataclass(frozen=True)
+class RuleByModel:
+    """Each model's own rule; `rules` are by the keys that requests name models with."""
+
+    rules: Mapping[str, DeadlineRule]
+
+    def slo_s(self, request: Request) -> float:
+        return of_model(self.rules, request.model).slo_s(request)
+
+
+def slack_s(
+    shapes: Sequence[Shape],
+    cost: CostModel,
+    deadlines: DeadlineRule,
+    num_steps: int,
+    *,
+    num_passes: int = 1,
+    model: str = "",
+) -> float:
     """How long a request of the smallest of `shapes` can wait: its deadline less its time alone at its best degree.
 
     Negative when it cannot be in time at all; infinite when `deadlines` has none for it.
     """
     shape = min(shapes, key=lambda shape: shape.num_pixels)
-    stages = image_stages(num_steps)
-    request = Request(request_id="probe", prompt="", shape=shape, stages=stages, seed=0, arrival_s=0.0, deadline_s=0.0)
+    request = probe(shape, num_steps, num_passes, model)
     try:
         return deadlines.slo_s(request) - fastest_s(cost, request)
     except ConfigError:

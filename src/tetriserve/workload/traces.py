@@ -1,6 +1,7 @@
 """Recorded requests as CSV (with a header) or JSON Lines: read, written, replayed.
 
-Fields: arrival_s, height, width (needed); frames, num_steps, slo_ms, seed, priority, request_id, prompt (optional).
+Fields: arrival_s, height, width (needed); model (needed where several share the pool), frames, num_steps, slo_ms, seed,
+priority, request_id, prompt (optional).
 `slo_ms` is the time from arrival to deadline. A result file of `tetriserve simulate --out` or of a live run is a trace
 too: it says `deadline_s` where a trace says `slo_ms`, and what became of each request is left out.
 """
@@ -11,7 +12,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tetriserve.core.bounds import MAX_REQUESTS, MAX_SEED, MAX_STEPS, shown
@@ -22,7 +23,7 @@ from tetriserve.files import read_text
 from tetriserve.workload.slo import DeadlineRule
 
 _NEEDED = ("arrival_s", "height", "width")
-_OPTIONAL = ("frames", "num_steps", "slo_ms", "seed", "priority", "request_id", "prompt")
+_OPTIONAL = ("model", "frames", "num_steps", "slo_ms", "seed", "priority", "request_id", "prompt")
 _WRITTEN = ("request_id", "arrival_s", "height", "width", "frames", "num_steps", "slo_ms", "seed", "priority")
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -34,11 +35,20 @@ _MAX_PRIORITY = 1_000_000
 Row = Mapping[str, object]
 
 
-def load_trace(path: Path, *, default_steps: int, deadlines: DeadlineRule) -> list[Request]:
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Denoise steps of a request that names none, and passes of the model in each step of any request."""
+
+    number: int
+    num_passes: int = 1
+
+
+def load_trace(path: Path, *, default_steps: int | Mapping[str, Steps], deadlines: DeadlineRule) -> list[Request]:
     """The trace's requests in order of arrival.
 
     Args:
-        default_steps: denoise steps of a request that names none.
+        default_steps: denoise steps of a request that names none, or what is to be known of each model by its key. The
+            empty key, and a plain number, stand for the model of requests that name none.
         deadlines: the rule for a request without `slo_ms`.
 
     Raises:
@@ -51,13 +61,14 @@ def load_trace(path: Path, *, default_steps: int, deadlines: DeadlineRule) -> li
         rows = _read_csv(path, text)
     else:
         raise ConfigError(f"trace {path}: the name must end in .csv, {' or '.join(_LINES_SUFFIXES)}")
+    by_model = {"": Steps(default_steps)} if isinstance(default_steps, int) else default_steps
     requests: list[Request] = []
     numbers_of_ids: dict[str, int] = {}
     for number, row in rows:
         if len(requests) == MAX_REQUESTS:
             raise ConfigError(f"trace {path} has more than {MAX_REQUESTS} requests; split it")
         try:
-            request = _request(row, f"r{len(requests)}", default_steps, deadlines)
+            request = _request(row, f"r{len(requests)}", by_model, deadlines)
             if request.request_id in numbers_of_ids:
                 raise ValueError(f"request_id {request.request_id!r} is line {numbers_of_ids[request.request_id]}'s")
         except ValueError as error:
@@ -75,13 +86,14 @@ def save_trace(requests: Iterable[Request], path: Path) -> None:
     Raises:
         ConfigError: the name ends in neither .csv nor .jsonl.
     """
-    rows = (_row(request) for request in requests)
+    rows = [_row(request) for request in requests]
     if path.suffix in _LINES_SUFFIXES:
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     elif path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, _WRITTEN)
+            has_models = any("model" in row for row in rows)
+            writer = csv.DictWriter(file, (*_WRITTEN, "model") if has_models else _WRITTEN)
             writer.writeheader()
             writer.writerows(rows)
     else:
@@ -99,6 +111,7 @@ def _row(request: Request) -> dict[str, object]:
         "slo_ms": (request.deadline_s - request.arrival_s) * 1000,
         "seed": request.seed,
         "priority": request.priority,
+        **({"model": request.model} if request.model else {}),
     }
 
 
@@ -129,7 +142,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, Row]]:
         raise ConfigError(f"trace {path}, line {reader.reader.line_num}: {error}") from error
 
 
-def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineRule) -> Request:
+def _request(row: Row, default_id: str, steps: Mapping[str, Steps], deadlines: DeadlineRule) -> Request:
     """
     Raises:
         ValueError: a field is missing, unknown or out of range.
@@ -140,6 +153,7 @@ def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineR
     unknown = sorted(row.keys() - {*_NEEDED, *_OPTIONAL})
     if unknown and not is_result:
         raise ValueError(f"unknown field {unknown[0]!r}; allowed: {', '.join((*_NEEDED, *_OPTIONAL))}")
+    model = _model(row, steps)
     arrival_s = _number(row, "arrival_s", 0.0, _MAX_TIME_S)
     request = Request(
         request_id=str(row.get("request_id", default_id)),
@@ -149,16 +163,31 @@ def _request(row: Row, default_id: str, default_steps: int, deadlines: DeadlineR
             _whole(row, "width", 1, MAX_SIDE),
             _whole(row, "frames", 1, _MAX_FRAMES, default=1),
         ),
-        stages=image_stages(_whole(row, "num_steps", 1, MAX_STEPS) if "num_steps" in row else default_steps),
+        stages=image_stages(
+            _whole(row, "num_steps", 1, MAX_STEPS) if "num_steps" in row else steps[model].number,
+            steps[model].num_passes,
+        ),
         seed=_whole(row, "seed", 0, MAX_SEED, default=0),
         arrival_s=arrival_s,
         deadline_s=arrival_s,
         priority=_whole(row, "priority", -_MAX_PRIORITY, _MAX_PRIORITY, default=0),
+        model=model,
     )
     if is_result:
         return replace(request, deadline_s=_number(row, "deadline_s", arrival_s, 2 * _MAX_TIME_S))
     slo_s = _number(row, "slo_ms", 0.0, _MAX_TIME_S * 1000) / 1000 if "slo_ms" in row else deadlines.slo_s(request)
     return replace(request, deadline_s=arrival_s + slo_s)
+
+
+def _model(row: Row, known: Mapping[str, Steps]) -> str:
+    model = row.get("model", "")
+    if isinstance(model, str) and model in known:
+        return model
+    if list(known) == [""]:
+        raise ValueError(f"model is {shown(model)}; there is one model here, which no request names")
+    if model == "":
+        raise ValueError(f"model is missing; it must be one of {', '.join(known)}")
+    raise ValueError(f"model is {shown(model)}; it must be one of {', '.join(known)}")
 
 
 def _number(row: Row, name: str, least: float, most: float) -> float:

@@ -16,7 +16,7 @@ from tetriserve.profile.bundled import open_profile
 from tetriserve.workload.arrivals import parse_arrivals
 from tetriserve.workload.mixes import parse_mix
 from tetriserve.workload.slo import TableRule
-from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.synthesis import Portion, Synthesis
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ def workload(flux: ProfileCost) -> Callable[..., list[Request]]:
     ) -> list[Request]:
         synthesis = Synthesis(
             arrivals=parse_arrivals("poisson", rate),
-            mix=parse_mix(mix, flux.profile.shapes),
+            portions=(Portion(mix=parse_mix(mix, flux.profile.shapes), num_steps=28),),
             deadlines=TableRule(scale),
             num_requests=count,
-            num_steps=28,
         )
         return list(synthesis.requests(random.Random(seed)))
 

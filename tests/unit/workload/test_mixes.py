@@ -10,7 +10,7 @@ import pytest
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Shape
-from tetriserve.workload.mixes import Mix, parse_mix
+from tetriserve.workload.mixes import Mix, WeightedMix, parse_mix, parse_mix_of_models, uniform
 
 SHAPES = tuple(Shape(side, side) for side in (256, 512, 1024, 2048))
 
@@ -71,4 +71,51 @@ def test_draws_have_the_shares_and_follow_from_the_seed() -> None:
 def test_what_cannot_be_is_named(spec: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_mix(spec, SHAPES)
+    assert str(caught.value).startswith(message)
+
+
+OF_MODELS = {"images": SHAPES, "videos": (Shape(480, 832, 81), Shape(704, 1280, 121))}
+
+
+def test_models_have_weights_and_mixes_of_their_own() -> None:
+    images, videos = parse_mix_of_models(
+        "images[skewed:-2]:20, videos[832x480x81:3,1280x704x121:1] :1", OF_MODELS
+    ).values()
+    assert (images.weight, videos.weight) == (20.0, 1.0)
+    assert images.mix == parse_mix("skewed:-2", SHAPES)
+    assert dict(zip(videos.mix.shapes, videos.mix.shares, strict=True)) == {
+        Shape(480, 832, 81): 0.75,
+        Shape(704, 1280, 121): 0.25,
+    }
+
+
+def test_a_model_without_brackets_has_every_size_equally_often() -> None:
+    assert parse_mix_of_models("videos:3", OF_MODELS) == {"videos": WeightedMix(uniform(OF_MODELS["videos"]), 3.0)}
+    assert parse_mix_of_models("videos", OF_MODELS)["videos"].weight == 1.0
+    equal = parse_mix_of_models("uniform", OF_MODELS)
+    assert {model: weighted.weight for model, weighted in equal.items()} == {"images": 1.0, "videos": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "sound:1",
+            "mix 'sound:1': unknown model 'sound'; models: images, videos; write uniform, or ",
+        ),
+        ("skewed", "mix 'skewed': unknown model 'skewed'"),
+        ("images:1,images:2", "mix 'images:1,images:2' names images twice"),
+        ("images:0", "the weight of images is 0; allowed: 1e-100 to 1e+100"),
+        ("images:many", "mix 'images:many': 'many' is not a number"),
+        ("images:", "mix 'images:': '' is not a number"),
+        ("", "mix '' names no model; write uniform"),
+        ("images[256x256", "mix 'images[256x256': cannot use 'images[256x256'; write uniform"),
+        ("images:1,,videos:1", "mix 'images:1,,videos:1': cannot use ',videos:1'"),
+        ("videos[832x480x0]", "mix '832x480x0': size '832x480x0' is not of the form WIDTHxHEIGHTxFRAMES"),
+        ("videos[zipf]", "unknown mix 'zipf'"),
+    ],
+)
+def test_what_cannot_be_a_mix_of_models_is_named(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_mix_of_models(spec, OF_MODELS)
     assert str(caught.value).startswith(message)

@@ -15,7 +15,7 @@ from tetriserve.workload.arrivals import Constant, Poisson
 from tetriserve.workload.mixes import homogeneous, uniform
 from tetriserve.workload.randomness import RandomSource
 from tetriserve.workload.slo import TableRule
-from tetriserve.workload.synthesis import Synthesis
+from tetriserve.workload.synthesis import Portion, Synthesis
 
 SHAPES = tuple(Shape(side, side) for side in (256, 512, 1024, 2048))
 
@@ -23,10 +23,9 @@ SHAPES = tuple(Shape(side, side) for side in (256, 512, 1024, 2048))
 def test_each_request_has_its_arrival_and_its_sizes_deadline() -> None:
     synthesis = Synthesis(
         arrivals=Constant(rate_per_min=60),
-        mix=homogeneous(Shape(512, 512)),
+        portions=(Portion(mix=homogeneous(Shape(512, 512)), num_steps=28),),
         deadlines=TableRule(1.5),
         num_requests=3,
-        num_steps=28,
     )
     requests = list(synthesis.requests(random.Random(0)))
     assert [request.arrival_s for request in requests] == [1.0, 2.0, 3.0]
@@ -37,7 +36,10 @@ def test_each_request_has_its_arrival_and_its_sizes_deadline() -> None:
 
 def test_the_seed_decides_everything() -> None:
     synthesis = Synthesis(
-        arrivals=Poisson(rate_per_min=24), mix=uniform(SHAPES), deadlines=TableRule(), num_requests=50, num_steps=28
+        arrivals=Poisson(rate_per_min=24),
+        portions=(Portion(mix=uniform(SHAPES), num_steps=28),),
+        deadlines=TableRule(),
+        num_requests=50,
     )
     requests = list(synthesis.requests(random.Random(3)))
     assert requests == list(synthesis.requests(random.Random(3)))
@@ -52,7 +54,10 @@ def test_a_long_workload_is_made_one_request_at_a_time() -> None:
             raise AssertionError("a sixth was made")
 
     synthesis = Synthesis(
-        arrivals=Five(), mix=uniform(SHAPES), deadlines=TableRule(), num_requests=MAX_REQUESTS, num_steps=1
+        arrivals=Five(),
+        portions=(Portion(mix=uniform(SHAPES), num_steps=1),),
+        deadlines=TableRule(),
+        num_requests=MAX_REQUESTS,
     )
     assert len(list(islice(synthesis.requests(random.Random(3)), 5))) == 5
 
@@ -66,4 +71,9 @@ def test_a_long_workload_is_made_one_request_at_a_time() -> None:
 )
 def test_numbers_below_one_are_refused(numbers: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Synthesis(arrivals=Poisson(rate_per_min=24), mix=uniform(SHAPES), deadlines=TableRule(), **numbers)
+        Synthesis(
+            arrivals=Poisson(rate_per_min=24),
+            portions=(Portion(mix=uniform(SHAPES), num_steps=numbers["num_steps"]),),
+            deadlines=TableRule(),
+            num_requests=numbers["num_requests"],
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,13 @@ from tetriserve.workload.arrivals import Poisson
 from tetriserve.workload.mixes import uniform
 from tetriserve.workload.outcome import Outcome, Status
 from tetriserve.workload.slo import TableRule
-from tetriserve.workload.synthesis import Synthesis
-from tetriserve.workload.traces import load_trace, save_trace
+from tetriserve.workload.synthesis import Portion, Synthesis
+from tetriserve.workload.traces import Steps, load_trace, save_trace
+
+LARGE = Shape(480, 832, 81)
+REQUEST = Request(
+    request_id="a", prompt="", shape=Shape(256, 512), stages=image_stages(5), seed=9, arrival_s=10.0, deadline_s=12.5
+)
 
 
 def load(path: Path) -> list[Request]:
@@ -60,7 +66,10 @@ def test_json_lines_are_read_and_empty_lines_skipped(tmp_path: Path) -> None:
 def test_what_is_saved_is_loaded_again(tmp_path: Path, name: str) -> None:
     shapes = (Shape(256, 256), Shape(512, 1024))
     synthesis = Synthesis(
-        arrivals=Poisson(rate_per_min=24), mix=uniform(shapes), deadlines=TableRule(), num_requests=40, num_steps=9
+        arrivals=Poisson(rate_per_min=24),
+        portions=(Portion(mix=uniform(shapes), num_steps=9),),
+        deadlines=TableRule(),
+        num_requests=40,
     )
     requests = list(synthesis.requests(random.Random(1)))
     save_trace(requests, tmp_path / name)
@@ -71,19 +80,10 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, name: str) -> None:
 
 
 def test_a_result_file_is_a_trace(tmp_path: Path) -> None:
-    request = Request(
-        request_id="a",
-        prompt="",
-        shape=Shape(256, 512),
-        stages=image_stages(5),
-        seed=9,
-        arrival_s=10.0,
-        deadline_s=12.5,
-    )
-    outcome = Outcome(request=request, status=Status.FINISHED, runs=(), predicted_finish_s=11.0, finish_s=11.5)
+    outcome = Outcome(request=REQUEST, status=Status.FINISHED, runs=(), predicted_finish_s=11.0, finish_s=11.5)
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(outcome.as_json()) + "\n")
-    assert load(path) == [request]
+    assert load(path) == [REQUEST]
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load(tmp_path / "b.csv")
     with pytest.raises(ConfigError, match=re.escape("must end in .csv, .jsonl or .ndjson")):
         save_trace([], tmp_path / "t.xml")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_models_and_frames_are_saved_and_loaded_again(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("arrival_s,model,height,width,frames\n0,images,256,256,1\n1,videos,480,832,81\n")
+    known = {"images": Steps(28), "videos": Steps(50, 2)}
+    if name.endswith("jsonl"):
+        path.write_text('{"arrival_s": 0, "model": "images", "height": 256, "width": 256}\n'
+                        '{"arrival_s": 1, "model": "videos", "height": 480, "width": 832, "frames": 81}\n')  # fmt: skip
+    requests = load_trace(path, default_steps=known, deadlines=TableRule(2.0, {Shape(256, 256): 1.5, LARGE: 90.0}))
+    assert [(request.model, request.shape, request.num_steps) for request in requests] == [
+        ("images", Shape(256, 256), 28),
+        ("videos", LARGE, 50),
+    ]
+    save_trace(requests, path)
+    assert load_trace(path, default_steps=known, deadlines=TableRule()) == requests
+
+
+def test_a_result_file_says_the_model() -> None:
+    request = replace(REQUEST, model="videos")
+    outcome = Outcome(request=request, status=Status.FINISHED, runs=(), predicted_finish_s=11.0, finish_s=11.5)
+    assert outcome.as_json()["model"] == "videos"

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tetriserve.core.cost import stages_gpu_s
-from tetriserve.core.request import Request
-from tetriserve.core.stages import image_stages
 from tetriserve.report.charts import add_legend, add_radar, draw_sars
 from tetriserve.report.exhibit import Column, Exhibit, Sheet, comparison_sheet
 from tetriserve.report.paper.experiment import (
@@ -138,19 +136,10 @@ def homogeneous(experiment: Experiment) -> Exhibit:
     """Figure 14."""
     setting = prepare(experiment.cell("uniform", TYPICAL_RATE, 1.0))
     cells = []
-    for shape in setting.shapes:
-        request = Request(
-            request_id="",
-            prompt="",
-            shape=shape,
-            stages=image_stages(experiment.base.num_steps),
-            seed=0,
-            arrival_s=0.0,
-            deadline_s=0.0,
-        )
+    for request in setting.probes:
         least_s = stages_gpu_s(setting.cost, request, request.stages)
         rate = float(f"{60 * LOAD * setting.num_ranks / least_s:.2g}")
-        cells.append([experiment.cell(f"homogeneous:{shape}", rate, scale) for scale in FEW_SCALES])
+        cells.append([experiment.cell(f"homogeneous:{request.shape}", rate, scale) for scale in FEW_SCALES])
     rows = [experiment.compare(row) for row in cells]
     titles = [f"{shape}, {row[0].rate_per_min:g}/min" for shape, row in zip(setting.shapes, cells, strict=True)]
     return Exhibit(
