@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from tetriserve.core.events import Run
-from tetriserve.core.request import Request
+from tetriserve.core.request import Request, Shape
 from tetriserve.report.exhibit import Cell, Column, Sheet
 from tetriserve.report.style import INK, MUTED
 from tetriserve.workload.outcome import Outcome
@@ -60,7 +60,7 @@ def draw_board(axes: Axes, outcomes: Sequence[Outcome], num_ranks: int, window: 
         axes.text(
             (max(start_s, first_run.start_s) + min(end_s, last_run.end_s)) / 2,
             low + (height - 1) / 2,
-            str(outcome.request.shape.height),
+            _label(outcome.request.shape),
             ha="center", va="center", fontsize=6.5, color="#000000",
             bbox={"facecolor": "#ffffff", "alpha": 0.65, "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
@@ -115,6 +115,10 @@ def _labels(outcomes: Sequence[Outcome], window: tuple[float, float]) -> Iterato
             later.start_s - earlier.end_s < 0.1 for earlier, later in zip(runs, runs[1:], strict=False)
         ):
             yield outcome, runs[0], runs[-1]
+
+
+def _label(shape: Shape) -> str:
+    return str(shape.height) if shape.frames == 1 else f"{shape.height}×{shape.frames}"
 
 
 def _stretches(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:

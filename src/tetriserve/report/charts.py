@@ -87,19 +87,23 @@ def add_radar(figure: Figure, place: SubplotSpec, comparison: Comparison) -> Pol
     return axes
 
 
-def draw_ranking(axes: Axes, comparison: Comparison) -> None:
-    """SAR of every policy as a dot with its 95 % confidence interval, best on top; the upper bound as a line."""
-    ordered = sorted(comparison.results, key=lambda result: result.sar)
+def draw_ranking(axes: Axes, comparison: Comparison, model: str = "") -> None:
+    """SAR of every policy as a dot with its 95 % confidence interval, best on top; the upper bound as a line.
+
+    Args:
+        model: of several: SARs and bound are those of its requests, without intervals.
+    """
+    sars = {result.policy: result.sar_by_model[model] if model else result.sar for result in comparison.results}
+    ordered = sorted(comparison.results, key=lambda result: sars[result.policy])
     for row, result in enumerate(ordered):
-        look = look_of(result.policy)
-        axes.plot([0, result.sar], [row, row], color=look.colour, linewidth=1.5, alpha=0.4)
-        axes.errorbar(result.sar, row, xerr=result.sar_half_width, capsize=2, **look.line)
-        axes.text(1.04, row, f"{result.sar:.3f}", va="center")
-    if comparison.bound is not None:
-        axes.axvline(comparison.bound, **BOUND.line)
-        axes.text(
-            comparison.bound, len(ordered) - 0.4, f"{UPPER_BOUND} {comparison.bound:.3f}", ha="center", va="bottom"
-        )
+        look, sar = look_of(result.policy), sars[result.policy]
+        axes.plot([0, sar], [row, row], color=look.colour, linewidth=1.5, alpha=0.4)
+        axes.errorbar(sar, row, xerr=None if model else result.sar_half_width, capsize=2, **look.line)
+        axes.text(1.04, row, f"{sar:.3f}", va="center")
+    bound = (comparison.bound_by_model or {}).get(model) if model else comparison.bound
+    if bound is not None:
+        axes.axvline(bound, **BOUND.line)
+        axes.text(bound, len(ordered) - 0.4, f"{UPPER_BOUND} {bound:.3f}", ha="center", va="bottom")
     axes.set_yticks(range(len(ordered)), [result.policy for result in ordered])
     axes.set_ylim(-0.6, len(ordered) - 0.5)
     axes.set_xlim(0, 1.02)

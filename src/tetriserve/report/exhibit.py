@@ -73,7 +73,8 @@ class Exhibit:
 
 
 def comparison_sheet(keys: Sequence[Column], comparisons: Sequence[tuple[tuple[Cell, ...], Comparison]]) -> Sheet:
-    """One row per comparison and policy, and one for the upper bound: SAR, SAR of each size, latencies, GPU time.
+    """One row per comparison and policy, and one for the upper bound: SAR, SAR of each model and size, latencies, GPU
+    time.
 
     Args:
         keys: columns that tell the comparisons apart, in front of the others; each comparison brings its cells.
@@ -82,28 +83,33 @@ def comparison_sheet(keys: Sequence[Column], comparisons: Sequence[tuple[tuple[C
         {shape for _, comparison in comparisons for result in comparison.results for shape in result.sar_by_shape},
         key=lambda shape: (shape.num_pixels, shape),
     )
+    models = list(dict.fromkeys(model for _, comparison in comparisons for model in comparison.models))
     columns = (
         *keys,
         Column("policy"),
         Column("SAR", ".3f"),
         Column("± 95 %", ".3f"),
+        *(Column(f"SAR {model}", ".3f") for model in models),
         *(Column(f"SAR {shape}", ".3f") for shape in shapes),
         Column("mean s", ".2f"),
         Column("p50 s", ".2f"),
         Column("p99 s", ".2f"),
         Column("GPU s", ".0f"),
     )
-    rows = [row for cells, comparison in comparisons for row in _rows(cells, comparison, shapes)]
+    rows = [row for cells, comparison in comparisons for row in _rows(cells, comparison, models, shapes)]
     return Sheet(columns, tuple(rows))
 
 
-def _rows(cells: tuple[Cell, ...], comparison: Comparison, shapes: Sequence[Shape]) -> list[tuple[Cell, ...]]:
+def _rows(
+    cells: tuple[Cell, ...], comparison: Comparison, models: Sequence[str], shapes: Sequence[Shape]
+) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = [
         (
             *cells,
             result.policy,
             result.sar,
             result.sar_half_width,
+            *(result.sar_by_model.get(model) for model in models),
             *(result.sar_by_shape.get(shape) for shape in shapes),
             result.mean_latency_s,
             result.p50_latency_s,
@@ -113,5 +119,7 @@ def _rows(cells: tuple[Cell, ...], comparison: Comparison, shapes: Sequence[Shap
         for result in comparison.results
     ]
     if comparison.bound is not None:
-        rows.append((*cells, UPPER_BOUND, comparison.bound, *[None] * (len(shapes) + 5)))
+        by_model = comparison.bound_by_model or {}
+        bounds = (comparison.bound, None, *map(by_model.get, models))
+        rows.append((*cells, UPPER_BOUND, *bounds, *[None] * (len(shapes) + 4)))
     return rows

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BOARD_CAPTION = (
-    "A row per GPU, a block per task, a colour per request with its height in pixels; hatched requests missed their "
-    "deadlines."
+    "A row per GPU, a block per task, a colour per request with its height in pixels, and the frames of a video; "
+    "hatched requests missed their deadlines."
 )
 PERCENTS = (5, 10, 25, 50, 75, 90, 95, 99, 100)
 
@@ -122,7 +122,7 @@ def _by_panel(columns: tuple[Column, ...], rows: Mapping[str, Sequence[tuple[Cel
 
 
 def latency_exhibit(
-    comparison: Comparison, command: str, span: str = "from arrival to image, over all seeds"
+    comparison: Comparison, command: str, span: str = "from arrival to result, over all seeds"
 ) -> Exhibit:
     """The distribution of latency. span: what it counts, in words."""
     return Exhibit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tetriserve.report.charts import add_legend, add_radar, draw_ranking
-from tetriserve.report.exhibit import Exhibit, comparison_sheet
+from tetriserve.report.exhibit import UPPER_BOUND, Cell, Column, Exhibit, Sheet, comparison_sheet
 from tetriserve.report.page import render_page
 from tetriserve.report.panels import board_exhibit, course_figure, course_sheet, latency_exhibit
 from tetriserve.report.style import canvas, styled
@@ -34,6 +34,7 @@ def render_comparison(
     with styled():
         exhibits = (
             _attainment(comparison, command),
+            *_by_model(comparison, command),
             latency_exhibit(comparison, command),
             *_courses(first_runs, command),
             board_exhibit(
@@ -65,6 +66,38 @@ def _attainment(comparison: Comparison, command: str) -> Exhibit:
         sheet=comparison_sheet((), [((), comparison)]),
         figure=figure,
     )
+
+
+def _by_model(comparison: Comparison, command: str) -> list[Exhibit]:
+    """SAR of each model apart; nothing where there is one."""
+    models = comparison.models
+    if len(models) < 2:
+        return []
+    figure = canvas(5.0 * len(models), max(3.4, 1.0 + 0.32 * len(comparison.results)))
+    for number, model in enumerate(models, 1):
+        axes = figure.add_subplot(1, len(models), number)
+        draw_ranking(axes, comparison, model)
+        axes.set_title(model, loc="left", pad=18)
+    bounds = comparison.bound_by_model or {}
+    rows: list[tuple[Cell, ...]] = [
+        (result.policy, *(result.sar_by_model[model] for model in models)) for result in comparison.results
+    ]
+    return [
+        Exhibit(
+            name="sar-by-model",
+            title="SLO attainment ratio of each model",
+            caption=(
+                "The share of each model's requests that finish by their deadline, over all seeds. A model's upper "
+                "bound is that of its requests with the pool to themselves: no scheduler reaches all of them at once."
+            ),
+            command=command,
+            sheet=Sheet(
+                (Column("policy"), *(Column(f"SAR {model}", ".3f") for model in models)),
+                (*rows, *([(UPPER_BOUND, *map(bounds.get, models))] if bounds else [])),
+            ),
+            figure=figure,
+        )
+    ]
 
 
 def _courses(first_runs: Mapping[str, Sequence[Outcome]], command: str) -> list[Exhibit]:

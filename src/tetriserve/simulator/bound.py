@@ -10,20 +10,19 @@ is attained. Requests whose fastest schedule is longer than their window are lef
 satisfies every row, because N ranks offer N * (t - s) and requests that are not attained only take more away. So the
 optimum is at least what any schedule attains; so is the optimum over fewer rows, and so is any dual bound.
 
-**w_i(s, t).** A request is a chain that must be run through in order: a head on one rank (start of a task, encode,
-start of the first denoise task), n steps, each at a degree k of its shape in T(k) seconds and k * T(k) GPU seconds,
-and a tail on one rank (start of a task, decode). Further tasks, pauses, transfers and waiting only add to it. Let the
-Requests that share a task each take their part of its GPU time, so that a
-degree k in a batch of b is one more pace: T(k, b) seconds a step for k * T(k, b) / b GPU seconds.
-Let the
+**w_i(s, t).** A request is a chain of stages that must be run through in order. A short stage takes T(k) seconds at a
+degree k, with the start of its task, and k * T(k) GPU seconds; so does each step of a stage that has some. Requests
+that share a task each take their part of its GPU time, so that a degree k in a batch of b is one more pace: T(k, b)
+seconds a step for k * T(k, b) / b GPU seconds. Further tasks, pauses, transfers and waiting only add to it. Let the
 window have L seconds before s, R after t and I inside. In L seconds no schedule gets further than the fastest one, so
 at least the rest of the chain lies after s; in R seconds nobody runs more of its end than the fastest one. What the
 fastest schedule leaves in between must be run inside [s, t] (energetic reasoning: the part that cannot be done
-outside). It has h seconds of head, r of tail and m steps, perhaps fractions of them. So the steps have at most I - h -
-r seconds inside. The points (T(k), k * T(k)) of the m steps have a mean on or above their lower convex hull H, and
-that mean lies at most at (I - h - r) / m on the time axis; H falls and then stays, hence at least m * H((I - h - r) /
-m) GPU seconds. With L = R = 0 this is the least GPU time of the whole request: the cost of a mix of two degrees
-(TetriServe, 4.2.1) whose numbers of steps need not be whole.
+outside). It has m_j steps of stage j, perhaps fractions of them, a short stage being one step, and takes F seconds at
+the fastest. The points (T(k), k * T(k)) of the m_j steps have a mean on or above the lower convex hull H_j of stage
+j, and the means x_j satisfy sum of m_j * x_j <= I: hence at least the least sum of m_j * H_j(x_j) under this condition.
+Each H_j is convex and falls, so that the I - F seconds to spare go to the edges of all hulls in order of what a second
+saves, until they are used up. With L = R = 0 this is the least GPU time of the whole request: with one stage the cost
+of a mix of two degrees (TetriServe, 4.2.1) whose numbers of steps need not be whole.
 
 **Size.** Rows are generated: the relaxation is solved with some, and those that its solution breaks are added.
 Intervals that span many arrivals use every second arrival and deadline, longer ones every fourth, and so on. More

@@ -8,8 +8,9 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from tetriserve.core.request import Shape
+from tetriserve.core.request import Request, Shape
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Setting
 from tetriserve.workload.outcome import Outcome, Status
@@ -21,6 +22,7 @@ _STUDENT_T = (
 )  # fmt: skip
 """Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
+Part = TypeVar("Part", str, Shape)
 OnOutcome = Callable[[str, int, Outcome], None]
 
 
@@ -29,13 +31,14 @@ class PolicyTally:
     """Counts over the outcomes of one policy, all seeds together.
 
     sars: the SLO attainment ratio of each seed.
+    totals, attained: requests by model and shape.
     latencies_s: of the requests that finished.
     gpu_time_s: rank-seconds, summed.
     """
 
     sars: list[float] = field(default_factory=list)
-    totals: Counter[Shape] = field(default_factory=Counter)
-    attained: Counter[Shape] = field(default_factory=Counter)
+    totals: Counter[tuple[str, Shape]] = field(default_factory=Counter)
+    attained: Counter[tuple[str, Shape]] = field(default_factory=Counter)
     latencies_s: array[float] = field(default_factory=lambda: array("d"))
     gpu_time_s: float = 0.0
 
@@ -44,11 +47,11 @@ class PolicyTally:
         total = attained = 0
         gpu_time_s = 0.0
         for outcome in outcomes:
-            shape = outcome.request.shape
+            kind = outcome.request.model, outcome.request.shape
             total += 1
             attained += outcome.is_attained
-            self.totals[shape] += 1
-            self.attained[shape] += outcome.is_attained
+            self.totals[kind] += 1
+            self.attained[kind] += outcome.is_attained
             gpu_time_s += outcome.gpu_time_s
             if outcome.status is Status.FINISHED:
                 self.latencies_s.append(outcome.latency_s)
@@ -73,7 +76,8 @@ class PolicyTally:
             policy=policy,
             sar=statistics.fmean(self.sars),
             sar_half_width=half_width(self.sars),
-            sar_by_shape={shape: self.attained[shape] / self.totals[shape] for shape in sorted(self.totals)},
+            sar_by_shape=self._sar_by(lambda kind: kind[1]),
+            sar_by_model=self._sar_by(lambda kind: kind[0]),
             mean_latency_s=statistics.fmean(latencies) if latencies else math.nan,
             p50_latency_s=percentile(latencies, 50),
             p99_latency_s=percentile(latencies, 99),
@@ -81,12 +85,21 @@ class PolicyTally:
             latencies_s=latencies,
         )
 
+    def _sar_by(self, part: Callable[[tuple[str, Shape]], Part]) -> dict[Part, float]:
+        """The attainment ratio over all seeds of what `part` says of model and shape, in its order."""
+        totals, attained = Counter[Part](), Counter[Part]()
+        for kind, total in self.totals.items():
+            totals[part(kind)] += total
+            attained[part(kind)] += self.attained[kind]
+        return {each: attained[each] / totals[each] for each in sorted(totals)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyResult:
     """One policy: a row of the table.
 
     sar: SLO attainment ratio, mean over seeds, give or take `sar_half_width` (95 %; None for a single seed).
+    sar_by_shape, sar_by_model: of the requests of each, over all seeds.
     latencies: of the requests that finished, over all seeds, `latencies_s` ascending; NaN where none did.
     gpu_time_s: rank-seconds per seed.
     """
@@ -95,6 +108,7 @@ class PolicyResult:
     sar: float
     sar_half_width: float | None
     sar_by_shape: dict[Shape, float]
+    sar_by_model: dict[str, float]
     mean_latency_s: float
     p50_latency_s: float
     p99_latency_s: float
@@ -104,11 +118,22 @@ class PolicyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All policies. `bound` is a SAR that no scheduler exceeds, mean over seeds; None where it was not computed."""
+    """All policies.
+
+    bound: a SAR that no scheduler exceeds, mean over seeds; None where it was not computed.
+    bound_by_model: of each model's requests over all seeds, if the pool were theirs alone: no scheduler reaches all of
+        these at once. None where there is one model.
+    """
 
     results: tuple[PolicyResult, ...]
     bound: float | None
     num_seeds: int
+    bound_by_model: dict[str, float] | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models' keys; none where there is one model, which has no key."""
+        return tuple(key for key in self.results[0].sar_by_model if key)
 
 
 def compare(
@@ -144,8 +169,11 @@ def compare(
             )
             tally.take_run(outcomes if on_outcome is None else _told(outcomes, policy, seed, on_outcome))
         results.append(tally.result(policy))
-    bound = _bound(setting, seeds, on_run) if has_bound and not setting.noise else None
-    return Comparison(results=tuple(results), bound=bound, num_seeds=len(seeds))
+    bounds = []
+    for seed in seeds if has_bound and not setting.noise else ():
+        on_run(f"upper bound, seed {seed}")
+        bounds.append(seed_bound(setting, seed))
+    return comparison_of(results, bounds, len(seeds))
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -163,6 +191,30 @@ def _told(outcomes: Iterable[Outcome], policy: str, seed: int, on_outcome: OnOut
         yield outcome
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedBound:
+    """What no scheduler exceeds on one seed's workload: the SAR, and how many requests of each model by itself.
+
+    attained, totals: by model; empty where there is one model.
+    """
+
+    sar: float
+    attained: Counter[str]
+    totals: Counter[str]
+
+
+def comparison_of(results: Sequence[PolicyResult], bounds: Sequence[SeedBound], num_seeds: int) -> Comparison:
+    """bounds: of every seed, or none."""
+    attained = sum((bound.attained for bound in bounds), Counter[str]())
+    totals = sum((bound.totals for bound in bounds), Counter[str]())
+    return Comparison(
+        results=tuple(results),
+        bound=statistics.fmean(bound.sar for bound in bounds) if bounds else None,
+        num_seeds=num_seeds,
+        bound_by_model={model: attained[model] / totals[model] for model in sorted(totals)} or None,
+    )
+
+
 def sar_bound(setting: Setting, seed: int) -> float:
     """A SAR that no scheduler exceeds on one seed's workload; see `simulator.bound`."""
     from tetriserve.simulator.bound import max_attained  # loads scipy, which only a bound needs
@@ -171,9 +223,17 @@ def sar_bound(setting: Setting, seed: int) -> float:
     return max_attained(requests, setting.cost, setting.num_ranks) / len(requests)
 
 
-def _bound(setting: Setting, seeds: Sequence[int], on_run: Callable[[str], None]) -> float:
-    ratios = []
-    for seed in seeds:
-        on_run(f"upper bound, seed {seed}")
-        ratios.append(sar_bound(setting, seed))
-    return statistics.fmean(ratios)
+def seed_bound(setting: Setting, seed: int) -> SeedBound:
+    """`sar_bound`, and the same of each model's requests without those of the others."""
+    from tetriserve.simulator.bound import max_attained
+
+    by_model: dict[str, list[Request]] = {}
+    for request in setting.requests(seed) if len(setting.models) > 1 else ():
+        by_model.setdefault(request.model, []).append(request)
+    return SeedBound(
+        sar=sar_bound(setting, seed),
+        attained=Counter(
+            {key: max_attained(requests, setting.cost, setting.num_ranks) for key, requests in by_model.items()}
+        ),
+        totals=Counter({key: len(requests) for key, requests in by_model.items()}),
+    )

@@ -8,11 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
-from statistics import fmean
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tetriserve.simulator.comparison import Comparison, PolicyResult, PolicyTally, sar_bound
+from tetriserve.simulator.comparison import Comparison, PolicyResult, PolicyTally, SeedBound, comparison_of, seed_bound
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, Setting, prepare
 from tetriserve.workload.outcome import Outcome
@@ -83,15 +82,11 @@ class Study:
         def result(scenario: Scenario, policy: str) -> PolicyResult:
             return PolicyTally.merged(tallies[WorkUnit(scenario, policy, seed)] for seed in self.seeds).result(policy)
 
-        def bound(scenario: Scenario) -> float | None:
-            found = [bounds[unit] for unit in self._units([scenario], [_NO_POLICY]) if unit in bounds]
-            return fmean(found) if found else None
-
         return [
-            Comparison(
-                results=tuple(result(scenario, policy) for policy in policies),
-                bound=bound(scenario),
-                num_seeds=len(self.seeds),
+            comparison_of(
+                [result(scenario, policy) for policy in policies],
+                [bounds[unit] for unit in self._units([scenario], [_NO_POLICY]) if unit in bounds],
+                len(self.seeds),
             )
             for scenario in scenarios
         ]
@@ -156,5 +151,5 @@ def _outcomes(unit: WorkUnit) -> tuple[Outcome, ...]:
     return tuple(_run(unit))
 
 
-def _bound(unit: WorkUnit) -> float:
-    return sar_bound(_setting(unit.scenario), unit.seed)
+def _bound(unit: WorkUnit) -> SeedBound:
+    return seed_bound(_setting(unit.scenario), unit.seed)

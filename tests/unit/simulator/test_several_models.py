@@ -13,14 +13,21 @@ from tetriserve.core.cost import narrowest_s
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Request, Shape
 from tetriserve.policies.tetriserve import TetriServe
-from tetriserve.profile import ProfileCost
+from tetriserve.profile import ProfileCost, save_profile
 from tetriserve.profile.bundled import open_profile
 from tetriserve.profile.by_model import CostByModel
 from tetriserve.report.command import command_of
+from tetriserve.report.printing import print_table
+from tetriserve.report.single import render_comparison
+from tetriserve.report.tables import comparison_json, comparison_table
+from tetriserve.simulator.comparison import compare
 from tetriserve.simulator.models import SimulatedModel
+from tetriserve.simulator.planner import find_smallest_pool
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
+from tetriserve.simulator.study import Study
 from tetriserve.simulator.writing import scenario_of
+from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.slo import TableRule
 
 FLUX, WAN = "flux.1-dev-8xh100", "wan2.2-ti2v-5b-8xh100"
@@ -199,3 +206,85 @@ def test_what_cannot_be_simulated_names_its_model(changes: dict[str, Any], messa
     with pytest.raises(ConfigError) as caught:
         prepare(dataclasses.replace(POOL, **changes))
     assert str(caught.value).startswith(message)
+
+
+def test_attainment_is_told_of_each_model_and_none_exceeds_its_bound() -> None:
+    setting = prepare(dataclasses.replace(POOL, rate_per_min=40))
+    seen: list[Outcome] = []
+    comparison = compare(
+        setting, ["lookahead", "fcfs"], [0, 1], on_outcome=lambda policy, seed, outcome: seen.append(outcome)
+    )
+    assert comparison.models == ("images", "videos")
+    assert comparison.bound is not None
+    assert comparison.bound_by_model is not None
+    for number, result in enumerate(comparison.results):
+        of_policy = seen[number * 120 : (number + 1) * 120]
+        for model, sar in result.sar_by_model.items():
+            own = [outcome.is_attained for outcome in of_policy if outcome.request.model == model]
+            assert sar == sum(own) / len(own)
+            assert sar <= comparison.bound_by_model[model] + 1e-12
+        assert result.sar <= comparison.bound + 1e-12
+    fcfs = comparison.results[1].sar_by_model
+    assert fcfs["images"] < 0.5 < fcfs["videos"]
+
+
+def test_a_study_says_the_same_of_each_model() -> None:
+    scenario = dataclasses.replace(POOL, num_requests=40)
+    with Study([0, 1]) as study:
+        (comparison,) = study.compare([scenario], ["fcfs"])
+    assert comparison == compare(prepare(scenario), ["fcfs"], [0, 1])
+
+
+def test_the_table_has_a_column_for_each_model_within_80_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = compare(prepare(dataclasses.replace(POOL, num_requests=40)), ["edf-best-fit"], [0, 1])
+    table = comparison_table(comparison, "title")
+    assert [str(column.header) for column in table.columns] == [
+        "policy", "SAR", "images", "videos", "mean s", "p99 s", "GPU s",
+    ]  # fmt: skip
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([cell for cell in lines[-2].split("│")[3:5] if float(cell)]) == 2  # the bound of each model
+    document = comparison_json(comparison)
+    assert set(document["policies"][0]["sar_by_model"]) == {"images", "videos"}
+    assert document["bound_by_model"] == comparison.bound_by_model
+
+
+def test_one_model_has_no_columns_of_models() -> None:
+    comparison = compare(prepare(Scenario(num_requests=10)), ["fcfs"], [0])
+    assert comparison.models == ()
+    assert comparison.bound_by_model is None
+    assert comparison_json(comparison)["policies"][0]["sar_by_model"] == {}
+
+
+def test_the_report_draws_the_attainment_of_each_model() -> None:
+    setting = prepare(dataclasses.replace(POOL, num_requests=40))
+    runs: dict[str, list[Outcome]] = {}
+    comparison = compare(
+        setting, ["fcfs"], [0], on_outcome=lambda policy, _, outcome: runs.setdefault(policy, []).append(outcome)
+    )
+    page = render_comparison(comparison, runs, num_ranks=8, title="both", command="tetriserve simulate")
+    assert 'id="sar-by-model"' in page
+    assert "SAR videos" in page
+
+
+def test_the_smallest_pool_holds_the_deadlines_of_all_models(tmp_path: Path) -> None:
+    """The video takes 58 s at degree 2, decode too, and at degree 4 it takes 44 s with a decode at degree 1."""
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "arrival_s,model,height,width,frames,slo_ms\n0,videos,704,1280,121,55000\n90,images,512,512,1,9000\n"
+    )
+    found = find_smallest_pool(dataclasses.replace(POOL, trace=path), target=1.0, policies="lookahead", max_ranks=8)
+    assert found.answer is not None
+    assert found.answer.num_ranks == 4
+    assert {size.bound for size in found.sizes if not size.is_held} == {0.5}
+
+
+def test_a_pool_is_at_least_as_large_as_every_models_smallest_degree(tmp_path: Path) -> None:
+    profile = open_profile(WAN)
+    wide = dataclasses.replace(profile, rows=tuple(row for row in profile.rows if row.tokens is None or row.degree > 2))
+    save_profile(wide, tmp_path / "wide.json")
+    videos = dataclasses.replace(VIDEOS, profile=str(tmp_path / "wide.json"))
+    assert prepare(dataclasses.replace(POOL, models=(IMAGES, videos))).least_ranks == 4
+    with pytest.raises(ConfigError, match="ranks is 2; profile .*wide.json starts at degree 4"):
+        prepare(dataclasses.replace(POOL, models=(IMAGES, videos), num_ranks=2))
