@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -65,12 +65,14 @@ class VideoWriter:
         # A file with a name: the index, which players want at the beginning, is moved there in the end.
         self._directory = tempfile.TemporaryDirectory(prefix="tetriserve-video-")
         self._path = Path(self._directory.name) / "video.mp4"
-        self._container: Any = av.open(str(self._path), "w", options={"movflags": "+faststart"})
-        self._stream: Any = self._container.add_stream(
+        self._container = av.open(str(self._path), "w", options={"movflags": "+faststart"})
+        stream = self._container.add_stream(
             _CODEC, rate=Fraction(fps).limit_denominator(_FPS_DENOMINATOR), options=_CODEC_OPTIONS
         )
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-        self._stream.thread_count = 1  # as other work of a rank; slices of more threads would be other bytes
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.thread_count = 1  # as other work of a rank; slices of more threads would be other bytes
+        self._stream = stream
         self._thumbnail = b""
 
     def add(self, frames: np.ndarray) -> None:
