@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.plan import CostModel, State
-from tetriserve.core.request import Lora, Request, Shape
+from tetriserve.core.request import MP4, RAW_PIXELS, Lora, Request, Shape
 from tetriserve.engine.picture_rules import PictureRules
 from tetriserve.engine.pictures import InputPicture
+from tetriserve.engine.video_rules import VideoRules, VideoWish
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Guidance
 from tetriserve.models.registry import family_of
@@ -23,26 +24,10 @@ MAX_SLO_S = 24 * 3600.0
 MAX_PRIORITY = 1_000_000
 MAX_LORA_SCALE = 10.0
 DEFAULT_TRUE_CFG_SCALE = 4.0
-_ANY = (None, "auto")
-"""Sizes that leave the choice to the server."""
+_AUTO = "auto"
+"""A size that leaves the choice to the server, as none does."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}", re.ASCII)
 """Files of the tensor store begin with it, and what follows begins with a dot."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoWish:
-    """What a client may say about a video beside what it may say about an image; None leaves the choice to the server.
-
-    num_frames: rounded to the nearest number that the model can make; `seconds` of `fps` frames each stand for as many.
-    The others are those of `core.request.VideoOptions`.
-    """
-
-    num_frames: int | None = None
-    seconds: float | None = None
-    fps: float | None = None
-    guidance_scale_2: float | None = None
-    boundary_ratio: float | None = None
-    flow_shift: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +89,10 @@ class Intake:
         Raises:
             InvalidRequest: a value is out of range; `param` is the field's name in `Generation`.
         """
-        pictures, card = self.pictures, self.card
+        pictures, card, wish = self.pictures, self.card, generation.video
+        self.videos.check_kind(is_video=wish is not None)
         images = pictures.shapes_of([image.shape for image in generation.images])
-        is_free = generation.size in _ANY
-        shape = pictures.size_like(images) if images and is_free else self._shape(generation.size)
+        shape = self._shape(generation.size, images) if wish is None else self._video_shape(generation, wish, images)
         least, default = card.min_num_steps, card.default_num_steps
         num_steps = int(_in_range("num_steps", generation.num_steps, default, least, self.max_steps))
         skipped_steps = pictures.skipped_steps(generation.strength, num_steps, len(images))
@@ -131,6 +116,8 @@ class Intake:
             images=images,
             lora=self._lora(generation.lora),
             model=card.key,
+            media_type=RAW_PIXELS if wish is None else MP4,
+            video=None if wish is None else self.videos.options(wish),
         )
         slo_s = generation.slo_s
         if slo_s is None:
@@ -139,16 +126,11 @@ class Intake:
             raise InvalidRequest(f"slo_s is {slo_s:g}; allowed: above 0, at most {MAX_SLO_S:g}", "slo_s")
         return replace(request, deadline_s=now + slo_s)
 
-    def _shape(self, size: str | None) -> Shape:
-        if size in _ANY:
-            return self.sizes[0]
-        try:
-            shape = Shape.parse(size)
-        except ValueError as error:
-            raise InvalidRequest(str(error), "size") from error
-        multiple = self.card.size_multiple
-        if shape.height % multiple or shape.width % multiple:
-            raise InvalidRequest(f"size {size!r}: width and height must be multiples of {multiple}", "size")
+    def _shape(self, size: str | None, images: Sequence[Shape] = ()) -> Shape:
+        """Of an image that is made with `images`."""
+        if size is None or size == _AUTO:
+            return self.pictures.size_like(images) if images else self.sizes[0]
+        shape = self._parsed(size)
         tokens, low, high = (
             family_of(self.card).num_tokens(self.card, each) for each in (shape, self.shapes[0], self.largest)
         )
@@ -158,14 +140,44 @@ class Intake:
                 f"({self.shapes[0]}) to {self.largest.num_pixels} ({self.largest})",
                 "size",
             )
+        self._check_sides(shape, size)
+        return shape
+
+    def _video_shape(self, generation: Generation, wish: VideoWish, images: Sequence[Shape]) -> Shape:
+        size = None if generation.size == _AUTO else generation.size
+        sized = None if size is None else self._parsed(size)
+        num_frames = self.videos.num_frames(wish, sized)
+        if sized is None:
+            sized = self.pictures.size_like(images, num_frames) if images else self.sizes[0]
+        shape = replace(sized, frames=num_frames)
+        self.videos.check_measured(shape, wish, size)
+        if size is not None:
+            self._check_sides(shape, size)
+        return shape
+
+    def _parsed(self, size: str) -> Shape:
+        try:
+            shape = Shape.parse(size)
+        except ValueError as error:
+            raise InvalidRequest(str(error), "size") from error
+        multiple = self.card.size_multiple
+        if shape.height % multiple or shape.width % multiple:
+            raise InvalidRequest(f"size {size!r}: width and height must be multiples of {multiple}", "size")
+        return shape
+
+    def _check_sides(self, shape: Shape, size: str) -> None:
         if max(shape.height, shape.width) > (most := self.pictures.longest_side):
             raise InvalidRequest(f"size {size!r}: no side may be longer than {most}", "size")
-        return shape
 
     @property
     def pictures(self) -> PictureRules:
         """What pictures may come along."""
         return PictureRules(self.card, self.cost)
+
+    @property
+    def videos(self) -> VideoRules:
+        """What may be asked of a video."""
+        return VideoRules(self.card, self.cost)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -179,8 +191,9 @@ class Intake:
     @property
     def sizes(self) -> tuple[Shape, ...]:
         """The model's own sizes that the profile covers, then the measured ones; the first is the default."""
-        low, high = self.shapes[0].num_pixels, self.shapes[-1].num_pixels
-        own = [shape for shape in self.card.sizes if low <= shape.num_pixels <= high]
+        num_pixels = self.cost.profile.num_latent_pixels
+        low, high = num_pixels(self.shapes[0]), num_pixels(self.shapes[-1])
+        own = [shape for shape in self.card.sizes if low <= num_pixels(shape) <= high]
         return tuple(dict.fromkeys((*own, *self.shapes)))
 
     def _degrees(self, wanted: Sequence[int] | None, shape: Shape) -> tuple[int, ...]:

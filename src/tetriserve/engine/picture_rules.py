@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.request import Shape, Stage
@@ -57,27 +57,32 @@ class PictureRules:
                 raise InvalidRequest(f"image is {shape}; allowed: at least {least} pixels a side", "image")
         return tuple(shapes)
 
-    def size_like(self, images: Sequence[Shape]) -> Shape:
-        """The size nearest to the first picture's, of those that are served with `images`.
+    def size_like(self, images: Sequence[Shape], num_frames: int = 1) -> Shape:
+        """The size nearest to the first picture's, of those that are served with `images`; of one frame.
 
-        A picture of too many pixels or too few is first scaled to the most or the fewest. Sizes are as far apart as the
-        logarithms of their heights and widths. There is one size at least: the smallest that was measured.
+        A picture of too many pixels or too few is first scaled to the most or the fewest, of an output of `num_frames`
+        frames. Sizes are as far apart as the logarithms of their heights and widths. There is one size at least: the
+        smallest that was measured.
         """
         image, multiple, longest = images[0], self.card.size_multiple, self.longest_side
+        profile = self.cost.profile
         seen = sum(each.num_pixels for each in family_of(self.card).condition_shapes(self.card, images))
-        smallest, largest = self.cost.profile.shapes[0], self.cost.profile.shapes[-1]
-        low = smallest.num_pixels // multiple**2
-        high = max((largest.num_pixels - seen) // multiple**2, low)
+        smallest, largest = profile.shapes[0], profile.shapes[-1]
+        num_cell_pixels = profile.num_latent_pixels(Shape(multiple, multiple, num_frames))
+        low = -(-profile.num_latent_pixels(smallest) // num_cell_pixels)
+        high = max((profile.num_latent_pixels(largest) - seen) // num_cell_pixels, low)
         num_pixels = min(max(image.num_pixels, low * multiple**2), high * multiple**2)
         scale = math.sqrt(num_pixels / image.num_pixels) / multiple
         wanted_height, wanted_width = image.height * scale, image.width * scale
-        sizes = [smallest]
+        sizes = [replace(smallest, frames=1)]
         for height in range(1, longest // multiple + 1):
             narrowest, widest = -(-low // height), min(high // height, longest // multiple)
             if narrowest <= widest:
                 near = math.floor(wanted_width), math.ceil(wanted_width)
                 widths = {min(max(width, narrowest), widest) for width in near}
                 sizes += [Shape(height * multiple, width * multiple) for width in widths]
+        if smallest.frames != num_frames and len(sizes) > 1:
+            del sizes[0]  # with so many frames it may be too small
 
         def distance(size: Shape) -> float:
             height, width = size.height / multiple, size.width / multiple
@@ -115,13 +120,13 @@ class PictureRules:
             InvalidRequest: with the pictures its steps are larger than any that was measured.
         """
         stages = stages_of(self.card, shape, num_steps, guidance, images)
-        low, high = self.cost.profile.shapes[0].num_pixels, self.cost.largest.num_pixels
+        measure = self.cost.profile.num_latent_pixels
+        low, high = measure(self.cost.profile.shapes[0]), measure(self.cost.largest)
         for stage in stages:
-            if stage.shape is not None and not low <= stage.shape.num_pixels <= high:
+            if stage.shape is not None and not low <= (num_pixels := measure(stage.shape)) <= high:
                 what = "the pictures" if stage.kind == ENCODE_IMAGE else f"size {shape} and the pictures"
                 raise InvalidRequest(
-                    f"size: {what} that came along make {stage.shape.num_pixels} pixels of a step; measured: {low} to "
-                    f"{high}",
+                    f"size: {what} that came along make {num_pixels} pixels of a step; measured: {low} to {high}",
                     "size",
                 )
         return stages

@@ -22,10 +22,10 @@ def with_largest(profile: Profile, size_multiple: int) -> Profile:
     """`profile` with estimated rows of `LARGEST`; as it is if that is covered, too far away, or no size of the model.
 
     Times grow with a power of the size, that of the two largest sizes measured at the same degree. They are corrected
-    by what is observed, as all others.
+    by what is observed, as all others. That of a model of videos stays as it is.
     """
     measured = profile.shapes[-1]
-    is_reached = _ENOUGH_PIXELS <= measured.num_pixels < LARGEST.num_pixels
+    is_reached = measured.frames == 1 and _ENOUGH_PIXELS <= measured.num_pixels < LARGEST.num_pixels
     if not is_reached or LARGEST.height % size_multiple or LARGEST.width % size_multiple:
         return profile
     rows = sorted(
