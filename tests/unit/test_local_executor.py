@@ -51,10 +51,11 @@ from tetriserve.core.messages import (
 from tetriserve.core.plan import Task
 from tetriserve.core.request import RAW_PIXELS, Request, Shape
 from tetriserve.core.stages import DENOISE, ENCODE, image_stages
-from tetriserve.engine.outputs import read_pixels
+from tetriserve.engine.outputs import read_output
 from tetriserve.executor.inbox import Garbled, Inbox
 from tetriserve.executor.local import LocalExecutor, restart_delay_s
 from tetriserve.models.card import ModelCard
+from tetriserve.workload.outcome import Outcome, Status
 
 CARD = ModelCard(
     name="tiny", path=Path("tiny"), family="flux", pipeline_class="FluxPipeline",
@@ -66,6 +67,7 @@ REQUEST = Request(
     request_id="a", prompt="a", shape=Shape(256, 256), stages=image_stages(9), seed=0, arrival_s=0.0, deadline_s=9.0
 )
 RESULT = Result(TensorRef("a.denoise.1.1", 1), 1, is_stage_over=False)
+OUTCOME = Outcome(request=REQUEST, status=Status.FINISHED, runs=(), predicted_finish_s=1.0, finish_s=1.0)
 
 
 class PlayedWorker:
@@ -504,7 +506,7 @@ def test_no_bytes_make_the_inbox_do_anything_but_refuse_them(content: bytes, is_
 async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(pools: Callable[..., Pool]) -> None:
     pool = pools(1)
     with pytest.raises(RequestFailed, match=r"the finished image cannot be read \(StateGone\)"):
-        await read_pixels(pool.executor.states, Output(TensorRef("a.decode.0.2", 1), RAW_PIXELS))
+        await read_output(pool.executor.states, Output(TensorRef("a.decode.0.2", 1), RAW_PIXELS), OUTCOME)
 
 
 async def test_a_message_that_cannot_be_handled_costs_its_worker_and_not_the_request(

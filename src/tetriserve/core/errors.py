@@ -76,6 +76,18 @@ class RequestFailed(TetriServeError):
         self.kind = kind
 
 
+class UnknownVideo(TetriServeError):
+    """The client has no video of this id, or none any more."""
+
+
+class VideoNotReady(TetriServeError):
+    """The video is not finished, and what was asked for needs it to be."""
+
+
+class VideoFailed(TetriServeError):
+    """The video has failed, and what was asked for needs it to be finished."""
+
+
 class JournalError(TetriServeError):
     """The journal cannot keep what it must: nothing may be promised, or answered, on its strength."""
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import BinaryIO
 
 from tetriserve.core.errors import JournalError, RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind, Submitted
@@ -20,14 +21,27 @@ from tetriserve.core.request import Request
 from tetriserve.core.stages import INPUT
 from tetriserve.engine.courses import Courses
 from tetriserve.engine.intake import Generation
-from tetriserve.engine.jobs import Job, Jobs, Known, Tell
+from tetriserve.engine.job import Job, Known, Tell
+from tetriserve.engine.jobs import Jobs
 from tetriserve.engine.live import LiveEngine
-from tetriserve.engine.progress import Admitted, GeneratedImage, Progress, first_progress
+from tetriserve.engine.progress import (
+    Admitted,
+    Generated,
+    GeneratedImage,
+    GeneratedVideo,
+    Progress,
+    StoredFile,
+    StoredVideo,
+    first_progress,
+)
 from tetriserve.engine.suspects import HOLD_S, MAX_STARTS, Trials, is_guilty, is_suspect, num_starts
+from tetriserve.engine.videos import MAX_BYTES, Video
 from tetriserve.executor.protocol import Executor
-from tetriserve.journal import Course, Entry, Failure, Journal, Kept, KeptImage, Key
+from tetriserve.journal import Course, Entry, Failure, Journal, Kept, KeptFile, KeptImage, KeptVideo, Key
 from tetriserve.journal.times import moved_outcome, moved_request, moved_runs
 from tetriserve.logs import fields
+from tetriserve.models.video_file import VideoFile
+from tetriserve.workload.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +67,9 @@ class JournalledJobs(Jobs):
         result_ttl_s: float,
         wall_clock: Callable[[], float] = time.time,
         hold_s: float = HOLD_S,
+        max_video_bytes: int = MAX_BYTES,
     ) -> None:
-        super().__init__(engine, result_ttl_s=result_ttl_s, wall_clock=wall_clock)
+        super().__init__(engine, result_ttl_s=result_ttl_s, wall_clock=wall_clock, max_video_bytes=max_video_bytes)
         self.journal = journal
         self.num_resumed = 0
         self.num_steps_saved = 0
@@ -69,14 +84,14 @@ class JournalledJobs(Jobs):
         unfinished: list[tuple[Kept, Known]] = []
         for kept in self.journal.take_loaded():
             key = kept.entry.key
-            before = self._known.pop(key, None)
-            if before is not None and before.name is not None:  # dropping it failed
-                self.journal.drop(before.name)
-            known = Known(kept.entry.digest, kept.entry.name, kept.ended_at, kept.failure is not None)
-            self._known[key] = known
+            before = self._known.get(key)
+            if before is not None:  # dropping it failed
+                self._forget(key, before)
+            known = self._known_of(kept)
             if kept.ended_at is None:
                 unfinished.append((kept, known))
         self._expire()
+        self._make_room()
         for kept, known in unfinished:
             try:
                 await self._take_up(kept, known)
@@ -96,19 +111,22 @@ class JournalledJobs(Jobs):
 
     def _reopen(self, key: Key, known: Known, generations: Sequence[Generation]) -> Job:
         self.num_replayed += 1
-        job = Job()
+        job = Job(known.hear)
         return self._begin(known, job, self._replay(key, known, job.tell))
 
-    def _rest(self, known: Known) -> None:
-        known.job = None  # its images are in the journal: the next call reads them there
+    def _go_on(self, video: Video) -> None:
+        if video.ended_at is None and video.job is None:
+            self._reopen(video.key, video, ())
 
-    async def _execute(
-        self, key: Key, known: Known, generations: Sequence[Generation], tell: Tell
-    ) -> list[GeneratedImage]:
+    def _rest(self, known: Known) -> None:
+        super()._rest(known)
+        known.job = None  # what it made is in the journal: the next call reads it there
+
+    async def _execute(self, key: Key, known: Known, generations: Sequence[Generation], tell: Tell) -> list[Generated]:
         accepted: list[str] = []
 
         async def accept(arriving: Sequence[Submitted]) -> None:
-            entry = self._entry(key, known.digest, [event.request for event in arriving])
+            entry = self._entry(key, known, [event.request for event in arriving])
             known.name = entry.name
             begin = {event.request.request_id: event.checkpoint for event in arriving}
             await asyncio.wrap_future(self.journal.accept(entry, begin, self._executor.states))
@@ -124,17 +142,17 @@ class JournalledJobs(Jobs):
             raise
         return await self._see_through(known, {}, dict(enumerate(admitted)), tell)
 
-    async def _replay(self, key: Key, known: Known, tell: Tell) -> list[GeneratedImage]:
+    async def _replay(self, key: Key, known: Known, tell: Tell) -> list[Generated]:
         """What is in the journal; what is missing or corrupt is done again, with the same seed."""
-        images, admitted = await self._readmit(key, known, tell)
-        return await self._see_through(known, images, admitted, tell)
+        made, admitted = await self._readmit(key, known, tell)
+        return await self._see_through(known, made, admitted, tell)
 
     async def _see_through(
-        self, known: Known, images: dict[int, GeneratedImage], admitted: Mapping[int, Admitted], tell: Tell
-    ) -> list[GeneratedImage]:
+        self, known: Known, made: dict[int, Generated], admitted: Mapping[int, Admitted], tell: Tell
+    ) -> list[Generated]:
         """As `Jobs`; what stays open is gone on with in the next life of the server, too."""
         try:
-            return await super()._see_through(known, images, admitted, tell)
+            return await super()._see_through(known, made, admitted, tell)
         except ShuttingDown:
             self._courses.clear_starts(client.request.request_id for client in admitted.values())
             raise
@@ -142,7 +160,7 @@ class JournalledJobs(Jobs):
             self._courses.leave(client.request.request_id for client in admitted.values())
 
     async def _take_up(self, kept: Kept, known: Known) -> None:
-        key, job = kept.entry.key, Job()
+        key, job = kept.entry.key, Job(known.hear)
         try:
             self._check_loras(kept.entry.requests)
         except RequestFailed as error:
@@ -160,19 +178,19 @@ class JournalledJobs(Jobs):
             await asyncio.wrap_future(self.journal.clear_starts(kept.entry.name))
             self._begin(known, job, self._try(key, known, job.tell))
         else:
-            images, admitted = await self._readmit(key, known, job.tell)
-            self._begin(known, job, self._see_through(known, images, admitted, job.tell))
+            made, admitted = await self._readmit(key, known, job.tell)
+            self._begin(known, job, self._see_through(known, made, admitted, job.tell))
 
-    async def _try(self, key: Key, known: Known, tell: Tell) -> list[GeneratedImage]:
+    async def _try(self, key: Key, known: Known, tell: Tell) -> list[Generated]:
         """See a suspect through when its turn has come."""
         async with self._trials.turn():
-            images, admitted = await self._readmit(key, known, tell, is_suspect=True)
-            return await self._see_through(known, images, admitted, tell)
+            made, admitted = await self._readmit(key, known, tell, is_suspect=True)
+            return await self._see_through(known, made, admitted, tell)
 
     async def _readmit(
         self, key: Key, known: Known, tell: Tell, *, is_suspect: bool = False
-    ) -> tuple[dict[int, GeneratedImage], dict[int, Admitted]]:
-        """Of an entry's images those that are there, and those that are to be made, by number.
+    ) -> tuple[dict[int, Generated], dict[int, Admitted]]:
+        """Of an entry's outputs those that are there, and those that are to be made, by number.
 
         Raises:
             RequestFailed: it has failed, or cannot be read, or not the pictures that came with it.
@@ -184,18 +202,18 @@ class JournalledJobs(Jobs):
             raise RequestFailed("what was kept under this key cannot be read any more; the same request starts anew")
         if kept.failure is not None:
             raise RequestFailed(kept.failure.message, kept.failure.kind)
-        images = {}
+        made: dict[int, Generated] = {}
         for number, request_id in enumerate(kept.entry.request_ids):
-            picture = kept.pictures.get(request_id)
-            image = None if picture is None else await self._image(picture)
-            if image is not None:
-                images[number] = image
-                tell(number, image)
-        missing = [number for number in range(len(kept.entry.requests)) if number not in images]
+            output = kept.outputs.get(request_id)
+            read = None if output is None else await self._read(output)
+            if read is not None:
+                made[number] = read
+                tell(number, read)
+        missing = [number for number in range(len(kept.entry.requests)) if number not in made]
         if not missing:
-            return images, {}
+            return made, {}
         try:
-            return images, await self._resume(kept, missing, tell, is_suspect)
+            return made, await self._resume(kept, missing, tell, is_suspect)
         except RequestFailed as error:
             if error.kind is FailureKind.STEP:
                 await self._fail(known, error)
@@ -237,12 +255,31 @@ class JournalledJobs(Jobs):
                     "ask anew, or have it started with that --lora"
                 )
 
-    async def _keep(self, image: GeneratedImage) -> None:
-        outcome, pixels = image.outcome, image.pixels
+    async def _keep(self, made: Generated) -> Generated:
+        outcome = made.outcome
         relative = moved_outcome(outcome, -outcome.request.arrival_s)
-        copied = await asyncio.to_thread(pixels.tobytes)
-        stored = self.journal.keep_picture(relative, pixels.shape, copied, self._wall_clock())
+        if isinstance(made, GeneratedVideo):
+            assert isinstance(made.content, VideoFile), "it was just made"
+            files = made.content
+            kept = await asyncio.wrap_future(
+                self.journal.keep_video(relative, files.video, files.thumbnail, self._wall_clock())
+            )
+            return self._stored(kept, outcome)
+        copied = await asyncio.to_thread(made.pixels.tobytes)
+        stored = self.journal.keep_picture(relative, made.pixels.shape, copied, self._wall_clock())
         await asyncio.wrap_future(stored)
+        return made
+
+    async def _read(self, output: KeptImage | KeptVideo) -> Generated | None:
+        """None if it is not as it was written."""
+        if isinstance(output, KeptImage):
+            return await self._image(output)
+        for file in output.files:
+            opened = await asyncio.to_thread(self.journal.open, file)
+            if opened is None:
+                return None
+            opened.close()
+        return self._stored(output, output.outcome)
 
     async def _image(self, picture: KeptImage) -> GeneratedImage | None:
         import numpy as np
@@ -252,23 +289,66 @@ class JournalledJobs(Jobs):
             return None
         return GeneratedImage(np.frombuffer(data, np.uint8).reshape(picture.shape), picture.outcome)
 
+    def _stored(self, kept: KeptVideo, outcome: Outcome) -> GeneratedVideo:
+        video, thumbnail = (
+            StoredFile(self.journal.path_of(file), file.num_bytes, file.checksum) for file in kept.files
+        )
+        return GeneratedVideo(StoredVideo(video, thumbnail), outcome)
+
+    def _known_of(self, kept: Kept) -> Known:
+        """What an earlier life's key stands for, noted."""
+        entry, failure = kept.entry, kept.failure
+        known = Known(entry.digest)
+        if entry.video is not None:
+            made = next((one for one in kept.outputs.values() if isinstance(one, KeptVideo)), None)
+            video = known = Video(
+                digest=entry.digest, key=entry.key, facts=entry.video, created_at=entry.arrived_at,
+                request=entry.requests[0],
+            )  # fmt: skip
+            if made is not None:
+                video.hear(0, self._stored(made, made.outcome))
+            self._add(video)
+        self._known[entry.key] = known
+        known.name, known.ended_at = entry.name, kept.ended_at
+        known.failure = None if failure is None else RequestFailed(failure.message, failure.kind)
+        return known
+
+    def _remove_files(self, video: Video) -> None:
+        """They go with its entry."""
+
+    async def _drop(self, video: Video) -> None:
+        if video.name is not None:
+            await asyncio.wrap_future(self.journal.drop(video.name))
+
+    def _open(self, file: StoredFile) -> BinaryIO | None:
+        return self.journal.open(KeptFile(file.path.name, file.num_bytes, file.checksum))
+
+    def _lose(self, video: Video) -> None:
+        logger.warning("video %s was damaged, and is made again", video.facts.id)
+        video.lose()
+        self._go_on(video)
+
     async def _fail(self, known: Known, error: RequestFailed) -> None:
         assert known.name is not None
         failed_at = self._wall_clock()
         failure = Failure(entry=known.name, failed_at=failed_at, message=str(error), kind=error.kind)
         await asyncio.wrap_future(self.journal.fail(failure))
-        known.ended_at, known.has_failed = failed_at, True
+        known.ended_at, known.failure = failed_at, error
 
-    def _entry(self, key: Key, digest: str, requests: Sequence[Request]) -> Entry:
+    def _entry(self, key: Key, known: Known, requests: Sequence[Request]) -> Entry:
         arrival_s = requests[0].arrival_s
+        arrived_at = self._wall_clock() - (self.engine.now - arrival_s)
+        if isinstance(known, Video):
+            known.created_at = arrived_at
         model = self.journal.model
         return Entry(
             key=key,
-            digest=digest,
+            digest=known.digest,
             model=model.name,
             fingerprint=model.fingerprint,
-            arrived_at=self._wall_clock() - (self.engine.now - arrival_s),
+            arrived_at=arrived_at,
             requests=tuple(moved_request(request, -arrival_s) for request in requests),
+            video=known.facts if isinstance(known, Video) else None,
         )
 
     def _note(self, progress: Progress) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from tetriserve.control.admission import check_room
 from tetriserve.control.controller import Controller
@@ -43,17 +43,24 @@ from tetriserve.engine.intake import Generation, Intake, check_ids
 from tetriserve.engine.models import ServedModels
 from tetriserve.engine.observers import Observer, Observers, Occurred, Stopped
 from tetriserve.engine.outlook import Outlook
-from tetriserve.engine.outputs import read_pixels
+from tetriserve.engine.outputs import read_output
 from tetriserve.engine.pictures import PictureEntrance
 from tetriserve.engine.previews import PreviewReader
-from tetriserve.engine.progress import Accept, Admitted, GeneratedImage, Progress, Watcher, first_progress, unheard
+from tetriserve.engine.progress import (
+    Accept,
+    Admitted,
+    Generated,
+    GeneratedImage,
+    GeneratedVideo,
+    Progress,
+    Watcher,
+    first_progress,
+    unheard,
+)
 from tetriserve.engine.tasks import TaskBook
 from tetriserve.executor.protocol import Executor
 from tetriserve.logs import fields
 from tetriserve.workload.outcome import Outcome, Status
-
-if TYPE_CHECKING:
-    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +101,7 @@ class LiveEngine:
         self._tasks = TaskBook()
         self._clients: dict[str, Admitted] = {}
         self._open: dict[str, Request] = {}
-        self._readings: dict[str, asyncio.Task[np.ndarray]] = {}
+        self._readings: dict[str, asyncio.Task[Generated]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seeds = random.SystemRandom()
         self._origin = time.monotonic()
@@ -181,9 +188,18 @@ class LiveEngine:
 
         Raises: as `generate`.
         """
+        return [made for made in await self._make(generations, watch) if isinstance(made, GeneratedImage)]
+
+    async def generate_video(self, generation: Generation) -> GeneratedVideo:
+        """As `generate`, of what is a video; its files are in memory."""
+        (made,) = await self._make([generation], None)
+        assert isinstance(made, GeneratedVideo)
+        return made
+
+    async def _make(self, generations: Sequence[Generation], watch: Watcher | None) -> list[Generated]:
         clients = await self.admit(generations, watch)
         try:
-            return list(await asyncio.gather(*(client.image for client in clients)))
+            return list(await asyncio.gather(*(client.made for client in clients)))
         finally:
             self.leave(clients)
 
@@ -226,7 +242,7 @@ class LiveEngine:
     def leave(self, clients: Sequence[Admitted]) -> None:
         """Nobody waits for these: those that are not finished are cancelled. What runs of them ends with its task."""
         for client in clients:
-            if not client.image.done() or client.image.cancelled():
+            if not client.made.done() or client.made.cancelled():
                 self._leave(client)
 
     async def quote(self, generations: Sequence[Generation]) -> Quote:
@@ -338,18 +354,18 @@ class LiveEngine:
         request_id = client.request.request_id
         if self._clients.pop(request_id, None) is None:
             return
-        client.image.cancel()
+        client.made.cancel()
         self._note_empty()
         self.handle(Cancelled(request_id))
 
     def _abandon(self, error: Exception) -> None:
         """Tell everyone who still waits that there will be no image."""
         for client in self._clients.values():
-            if not client.image.done():
-                client.image.set_exception(error)
+            if not client.made.done():
+                client.made.set_exception(error)
         for request in [*self._open.values()]:
             waiting = self._clients.get(request.request_id)
-            status = Status.CANCELLED if waiting is None or waiting.image.cancelled() else Status.FAILED
+            status = Status.CANCELLED if waiting is None or waiting.made.cancelled() else Status.FAILED
             self._report(self._outcome(request, status, (), request.deadline_s, str(error)))
         self._clients.clear()
         self._note_empty()
@@ -383,42 +399,43 @@ class LiveEngine:
         request_id = command.request.request_id
         outcome = self._outcome(command.request, Status.FINISHED, command.runs, command.predicted_finish_s)
         client = self._clients.get(request_id)
-        if client is None or client.image.done():
+        if client is None or client.made.done():
             self._clients.pop(request_id, None)
             self._report(outcome)
             self._note_empty()
             return
-        reading = self._readings[request_id] = asyncio.create_task(read_pixels(self._executor.states, command.output))
-        reading.add_done_callback(partial(self._hand_over, command, outcome))
+        reading = asyncio.create_task(read_output(self._executor.states, command.output, outcome))
+        self._readings[request_id] = reading
+        reading.add_done_callback(partial(self._hand_over, command))
 
-    def _hand_over(self, command: FinishRequest, outcome: Outcome, reading: asyncio.Task[np.ndarray]) -> None:
+    def _hand_over(self, command: FinishRequest, reading: asyncio.Task[Generated]) -> None:
         """Give the client what was read of its request's output, and have the request's state dropped."""
         request, request_id = command.request, command.request.request_id
         del self._readings[request_id]
         error = None if reading.cancelled() else reading.exception()
         if reading.cancelled() or request_id not in self._open:
             return  # the engine has given it up meanwhile
-        with self._guarded("a finished image"):
+        with self._guarded("a finished output"):
             self._executor.forget(request_id)
             if isinstance(error, RequestFailed):
                 logger.error(
-                    "request %s: the image is lost", request_id, exc_info=error, extra=fields(image_ids=request_id)
+                    "request %s: its output is lost", request_id, exc_info=error, extra=fields(image_ids=request_id)
                 )
                 self._fail(FailRequest(request, command.runs, command.predicted_finish_s, str(error), error.kind))
                 return
-            image = GeneratedImage(reading.result(), outcome)
+            made = reading.result()
             client = self._clients.pop(request_id, None)
-            if client is not None and not client.image.done():
-                client.image.set_result(image)
-                self._observers.call(client.tell, image)
-            self._report(outcome)
+            if client is not None and not client.made.done():
+                client.made.set_result(made)
+                self._observers.call(client.tell, made)
+            self._report(made.outcome)
             self._note_empty()
 
     def _fail(self, command: FailRequest) -> None:
         request = command.request
         client = self._clients.pop(request.request_id, None)
-        if client is not None and not client.image.done():
-            client.image.set_exception(RequestFailed(command.message, command.kind))
+        if client is not None and not client.made.done():
+            client.made.set_exception(RequestFailed(command.message, command.kind))
         self._report(self._outcome(request, Status.FAILED, command.runs, command.predicted_finish_s, command.message))
         self._note_empty()
 

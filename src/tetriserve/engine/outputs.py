@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from tetriserve.core.errors import RequestFailed
 from tetriserve.core.events import Output
-from tetriserve.core.request import RAW_PIXELS
+from tetriserve.core.request import MP4, RAW_PIXELS
 from tetriserve.core.states import StateStore
+from tetriserve.engine.progress import Generated, GeneratedImage, GeneratedVideo
+from tetriserve.models.video_file import VideoFile
 from tetriserve.worker.bundle import arrays_of
-
-if TYPE_CHECKING:
-    import numpy as np
+from tetriserve.workload.outcome import Outcome
 
 
-async def read_pixels(states: StateStore, output: Output) -> np.ndarray:
-    """Pixels, uint8, (height, width, 3). A thread waits for the store, and not the event loop.
+async def read_output(states: StateStore, output: Output, outcome: Outcome) -> Generated:
+    """What a request asked for, with its `outcome`. A thread waits for the store, and not the event loop.
 
     Raises:
-        RequestFailed: they cannot be read.
+        RequestFailed: it cannot be read.
     """
-    assert output.media_type == RAW_PIXELS, output.media_type
+    assert output.media_type in (RAW_PIXELS, MP4), output.media_type
     try:
-        return await asyncio.to_thread(_read, states, output)
+        return await asyncio.to_thread(_read, states, output, outcome)
     except RuntimeError as error:  # no thread at the moment
-        raise _unreadable(error) from error
+        raise _unreadable(output, error) from error
 
 
-def _read(states: StateStore, output: Output) -> np.ndarray:
+def _read(states: StateStore, output: Output, outcome: Outcome) -> Generated:
     try:
         data = states.get(output.ref)
     except (OSError, MemoryError) as error:
-        raise _unreadable(error) from error
+        raise _unreadable(output, error) from error
     try:
-        return arrays_of(data)["pixels"]
+        arrays = arrays_of(data)
+        if output.media_type == MP4:
+            files = VideoFile(arrays["video"].tobytes(), arrays["thumbnail"].tobytes())
+            return GeneratedVideo(files, outcome)
+        return GeneratedImage(arrays["pixels"], outcome)
     except Exception as error:  # safetensors has errors of its own
-        raise _unreadable(error) from error
+        raise _unreadable(output, error) from error
 
 
-def _unreadable(error: Exception) -> RequestFailed:
-    return RequestFailed(f"the finished image cannot be read ({type(error).__name__})")
+def _unreadable(output: Output, error: Exception) -> RequestFailed:
+    what = "video" if output.media_type == MP4 else "image"
+    return RequestFailed(f"the finished {what} cannot be read ({type(error).__name__})")

@@ -1,15 +1,17 @@
-"""What those who wait for an image hear on the way."""
+"""What those who wait for an image or a video hear on the way."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetriserve.core.events import Submitted, TensorRef
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.models.video_file import VideoFile
 from tetriserve.workload.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -22,6 +24,38 @@ class GeneratedImage:
 
     pixels: np.ndarray
     outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file on disk; `checksum` is that of `journal.records`."""
+
+    path: Path
+    num_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVideo:
+    """A video's files on disk: MP4, and JPEG."""
+
+    video: StoredFile
+    thumbnail: StoredFile
+
+    @property
+    def num_bytes(self) -> int:
+        return self.video.num_bytes + self.thumbnail.num_bytes
+
+
+@dataclass(frozen=True)
+class GeneratedVideo:
+    """`content` is in memory when it has just been made, and on disk once a job has kept it."""
+
+    content: VideoFile | StoredVideo
+    outcome: Outcome
+
+
+Generated = GeneratedImage | GeneratedVideo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +75,7 @@ class Progress:
     latents: TensorRef | None = None
 
 
-Watcher = Callable[[int, Progress | GeneratedImage], None]
+Watcher = Callable[[int, Progress | Generated], None]
 """Hears of one of several images, counted from 0, on the event loop. It should be quick: the pool waits."""
 
 Accept = Callable[[Sequence[Submitted]], Awaitable[None]]
@@ -50,11 +84,11 @@ Accept = Callable[[Sequence[Submitted]], Awaitable[None]]
 
 @dataclass
 class Admitted:
-    """A request that runs, and who waits for it: `image` ends with it, `tell` hears of it until then."""
+    """A request that runs, and who waits for it: `made` ends with it, `tell` hears of it until then."""
 
     request: Request
-    image: asyncio.Future[GeneratedImage]
-    tell: Callable[[Progress | GeneratedImage], None]
+    made: asyncio.Future[Generated]
+    tell: Callable[[Progress | Generated], None]
 
 
 def first_progress(event: Submitted) -> Progress:
@@ -66,5 +100,5 @@ def first_progress(event: Submitted) -> Progress:
     return Progress(request=request, stage=begun.stage.kind, steps_done=begun.steps_done, degree=0)
 
 
-def unheard(update: Progress | GeneratedImage) -> None:
+def unheard(update: Progress | Generated) -> None:
     """Nobody watches."""

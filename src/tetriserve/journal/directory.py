@@ -9,16 +9,18 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.files import read_bounded
-from tetriserve.journal.records import Corrupt, KeptFile, checksum_of
+from tetriserve.journal.records import Checksum, Corrupt, KeptFile, checksum_of
 
 DATABASE = "journal.sqlite3"
 _COMMITS = "commits"
 _MAX_DIGITS = 20
+_PIECE_BYTES = 2**20
 _FOLDER = "tensors"
-_OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels|embeds|latents\.\d+)(\.tmp)?")
+_OURS = re.compile(r"[^/]+\.(\w+\.\d+\.\d+|pixels|mp4|jpg|embeds|latents\.\d+)(\.tmp)?")
 """Names that may be removed, earlier versions' too: an operator's own files may lie in the same place."""
 
 
@@ -84,6 +86,35 @@ class Directory:
         if len(data) != file.num_bytes or checksum_of(data) != file.checksum:
             raise Corrupt(f"file {file.name} does not match its checksum")
         return data
+
+    def path_of(self, file: KeptFile) -> Path:
+        return self._folder / file.name
+
+    def open(self, file: KeptFile) -> BinaryIO:
+        """To be read from its beginning, as often as it is needed, and never in memory as a whole.
+
+        Raises:
+            Corrupt: it is not what was written.
+        """
+        checksum, num_bytes = Checksum(), 0
+        try:
+            opened = self.path_of(file).open("rb")
+        except OSError as error:
+            raise Corrupt(f"file {file.name} cannot be read: {error.strerror}") from None
+        try:
+            while piece := opened.read(_PIECE_BYTES):
+                checksum.update(piece)
+                num_bytes += len(piece)
+            if num_bytes != file.num_bytes or checksum.text != file.checksum:
+                raise Corrupt(f"file {file.name} does not match its checksum")
+            opened.seek(0)
+        except OSError as error:
+            opened.close()
+            raise Corrupt(f"file {file.name} cannot be read: {error.strerror}") from None
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(OSError):  # an orphan is removed at the next start

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import Checkpoint, TensorRef
@@ -17,6 +17,7 @@ from tetriserve.core.stages import INPUT
 from tetriserve.core.states import StateStore
 from tetriserve.journal.database import NUM_COMMITS, Database, DatabaseErrors, read_database, replace_database
 from tetriserve.journal.directory import Directory, sync_folder
+from tetriserve.journal.kept import Kept, assembled
 from tetriserve.journal.records import (
     Corrupt,
     Course,
@@ -24,7 +25,9 @@ from tetriserve.journal.records import (
     Failure,
     KeptFile,
     KeptImage,
+    KeptOutput,
     KeptTensors,
+    KeptVideo,
     Record,
     kind_of,
     record_of,
@@ -42,30 +45,6 @@ R = TypeVar("R", bound=Record)
 class Model:
     name: str
     fingerprint: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """All that is known of an entry. Courses and pictures are by request id."""
-
-    entry: Entry
-    courses: dict[str, Course] = field(default_factory=dict)
-    pictures: dict[str, KeptImage] = field(default_factory=dict)
-    failure: Failure | None = None
-
-    @property
-    def ended_at(self) -> float | None:
-        """Unix time; None while it is unfinished."""
-        if self.failure is not None:
-            return self.failure.failed_at
-        if len(self.pictures) < len(self.entry.requests):
-            return None
-        return max(picture.stored_at for picture in self.pictures.values())
-
-    @property
-    def files(self) -> tuple[KeptFile, ...]:
-        files = [file for course in self.courses.values() for file in course.files]
-        return (*files, *(picture.file for picture in self.pictures.values()))
 
 
 class Journal:
@@ -108,7 +87,7 @@ class Journal:
             for kept in self._loaded
             if kept.ended_at is None
             for name in kept.entry.request_ids
-            if name not in kept.pictures
+            if name not in kept.outputs
         }
         self._writer = Writer(self._database, self._directory)
         self._closing = threading.Lock()
@@ -185,8 +164,24 @@ class Journal:
 
         return self._writer.submit(work)
 
+    def keep_video(self, outcome: Outcome, video: bytes, thumbnail: bytes, stored_at: float) -> Future[KeptVideo]:
+        def work(batch: Batch) -> KeptVideo:
+            request_id = outcome.request.request_id
+            kept = KeptVideo(
+                request_id=request_id,
+                stored_at=stored_at,
+                outcome=outcome,
+                video=self._directory.write(f"{request_id}.mp4", video),
+                thumbnail=self._directory.write(f"{request_id}.jpg", thumbnail),
+            )
+            batch.put(kept)
+            self._drop_course(batch, request_id)
+            return kept
+
+        return self._writer.submit(work)
+
     def fail(self, failure: Failure) -> Future[None]:
-        """The entry ends without its images; those that are there go."""
+        """The entry ends without its outputs; those that are there go."""
 
         def work(batch: Batch) -> None:
             kept = self._kept(failure.entry)
@@ -214,6 +209,18 @@ class Journal:
 
     def read_pixels(self, picture: KeptImage) -> Future[bytes | None]:
         return self._writer.submit(lambda batch: self._read(picture.file))
+
+    def path_of(self, file: KeptFile) -> Path:
+        """Of a file of a video; what is in it is known only of one that was opened."""
+        return self._directory.path_of(file)
+
+    def open(self, file: KeptFile) -> BinaryIO | None:
+        """To be read by any thread, once all of it was verified, which takes as long as to read it."""
+        try:
+            return self._directory.open(file)
+        except Corrupt as error:
+            self._report("file", error)
+            return None
 
     def restore(self, course: Course, store: StateStore) -> Future[Checkpoint | None]:
         """Bring a request's state into `store`; None if there is none, or not all of it.
@@ -260,7 +267,7 @@ class Journal:
         """
         content = read_database(self._directory.database)
         records = [record for row in content.rows if (record := self._verified(row)) is not None]
-        kept = _assembled(records)
+        kept = assembled(records)
         for entry in (one.entry for one in kept):
             if entry.fingerprint != self.model.fingerprint:
                 raise ConfigError(
@@ -318,9 +325,12 @@ class Journal:
         return Kept(
             entry=entry,
             courses={one: self._courses[one] for one in names if one in self._courses},
-            pictures={one: picture for one in names if (picture := self._get(KeptImage, one)) is not None},
+            outputs={one: output for one in names if (output := self._output(one)) is not None},
             failure=self._get(Failure, name),
         )
+
+    def _output(self, request_id: str) -> KeptOutput | None:
+        return self._get(KeptImage, request_id) or self._get(KeptVideo, request_id)
 
     def _get(self, kind: type[R], name: str) -> R | None:
         row = self._database.get(kind_of(kind), name)
@@ -374,28 +384,12 @@ class Journal:
     def _drop_requests(self, batch: Batch, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._drop_course(batch, request_id)
-            batch.drop(KeptImage, request_id)
-            batch.stale_files.append(f"{request_id}.pixels")
+            for kind in (KeptImage, KeptVideo):
+                batch.drop(kind, request_id)
+            batch.stale_files += [f"{request_id}.{suffix}" for suffix in ("pixels", "mp4", "jpg")]
 
     def _drop_course(self, batch: Batch, request_id: str) -> None:
         course = self._courses.pop(request_id, None)
         if course is not None:
             batch.drop(Course, request_id)
             batch.drop_files(course.files)
-
-
-def _assembled(records: Iterable[Record]) -> list[Kept]:
-    """What belongs together, in order of arrival. Records without their entry are left out."""
-    by_kind: defaultdict[str, dict[str, Record]] = defaultdict(dict)
-    for record in records:
-        by_kind[kind_of(type(record))][record.name] = record
-    kept = []
-    for entry in by_kind["entry"].values():
-        assert isinstance(entry, Entry)
-        failure = by_kind["failure"].get(entry.name)
-        assert failure is None or isinstance(failure, Failure)
-        courses = {name: one for name in entry.request_ids if isinstance(one := by_kind["course"].get(name), Course)}
-        images = by_kind[kind_of(KeptImage)]
-        pictures = {name: one for name in entry.request_ids if isinstance(one := images.get(name), KeptImage)}
-        kept.append(Kept(entry=entry, courses=courses, pictures=pictures, failure=failure))
-    return sorted(kept, key=lambda one: one.entry.arrived_at)

@@ -49,12 +49,27 @@ class KeptTensors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFacts:
+    """What is said of a video beside its request.
+
+    id: by which clients ask for it.
+    remixed_from: id of the video whose prompt was changed.
+    warnings: what was rounded or ignored, a sentence each.
+    """
+
+    id: str
+    remixed_from: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """Accepted work: the requests of one call, admitted together.
 
     digest: of what was asked for; the same key with another one is a mistake.
     fingerprint: of the model.
     arrived_at: unix time.
+    video: where it is one, of one request.
     """
 
     key: Key
@@ -63,6 +78,7 @@ class Entry:
     fingerprint: str
     arrived_at: float
     requests: tuple[Request, ...]
+    video: VideoFacts | None = None
 
     @property
     def name(self) -> str:
@@ -113,6 +129,29 @@ class KeptImage:
     def name(self) -> str:
         return self.request_id
 
+    @property
+    def files(self) -> tuple[KeptFile, ...]:
+        return (self.file,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptVideo:
+    """A finished video: an MP4 file, and a JPEG file of its first frame. `stored_at` is unix time."""
+
+    request_id: str
+    stored_at: float
+    outcome: Outcome
+    video: KeptFile
+    thumbnail: KeptFile
+
+    @property
+    def name(self) -> str:
+        return self.request_id
+
+    @property
+    def files(self) -> tuple[KeptFile, ...]:
+        return self.video, self.thumbnail
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -128,11 +167,18 @@ class Failure:
         return self.entry
 
 
-Record = Entry | Course | KeptImage | Failure
+KeptOutput = KeptImage | KeptVideo
+Record = Entry | Course | KeptImage | KeptVideo | Failure
 Row = tuple[str, str, bytes, bytes]
 """kind, name, payload, checksum: kind and name identify it."""
 
-_KINDS: dict[str, type[Record]] = {"entry": Entry, "course": Course, "picture": KeptImage, "failure": Failure}
+_KINDS: dict[str, type[Record]] = {
+    "entry": Entry,
+    "course": Course,
+    "picture": KeptImage,
+    "video": KeptVideo,
+    "failure": Failure,
+}
 """By what is written in the database: it outlives the names of classes."""
 _KIND_NAMES: dict[type[object], str] = {kind: name for name, kind in _KINDS.items()}
 
@@ -164,8 +210,24 @@ def record_of(row: tuple[object, ...]) -> Record:
     return record
 
 
+class Checksum:
+    """Of what is read in pieces; of the whole as `checksum_of` has it."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def update(self, data: bytes) -> None:
+        self._digest.update(data)
+
+    @property
+    def text(self) -> str:
+        return self._digest.hexdigest()
+
+
 def checksum_of(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    checksum = Checksum()
+    checksum.update(data)
+    return checksum.text
 
 
 def _seal(kind: str, name: str, payload: bytes) -> bytes:

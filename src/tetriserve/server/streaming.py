@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from tetriserve.core.errors import TetriServeError
-from tetriserve.engine import GeneratedImage, Progress
+from tetriserve.engine import Generated, GeneratedImage, Progress
 from tetriserve.server.disconnect import ClientGone, unless_gone
 from tetriserve.server.errors import response_to
 from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -56,7 +56,7 @@ GENERATION = EventTypes("image_generation.progress", "image_generation.partial_i
 EDIT = EventTypes("image_edit.progress", "image_edit.partial_image", "image_edit.completed")
 
 StreamEvent = ProgressEvent | PartialImageEvent | CompletedEvent
-Update = tuple[int, Progress | GeneratedImage]
+Update = tuple[int, Progress | Generated]
 
 
 class Updates:
@@ -115,10 +115,11 @@ class ImageEvents:
         self._makers: dict[int, PreviewMaker] = {}
         self._num_previews: Counter[int] = Counter()
 
-    async def of(self, number: int, update: Progress | GeneratedImage) -> AsyncIterator[StreamEvent]:
+    async def of(self, number: int, update: Progress | Generated) -> AsyncIterator[StreamEvent]:
         """The events that one update of image `number` leads to."""
         if isinstance(update, GeneratedImage):
             yield await asyncio.to_thread(self._completed, number, update)
+        if not isinstance(update, Progress):
             return
         yield await self._progress(number, update)
         if update.latents is not None and self._num_previews_wanted:

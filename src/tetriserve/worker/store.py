@@ -145,17 +145,18 @@ class TensorStore:
 
 
 class StoreDirectory:
-    """A store's directory for the life of one server, in memory where there is enough of it.
+    """A directory for the life of one server: a store's, in memory where there is enough of it.
 
     The owner holds a lock in it. What a killed server left behind is nobody's, so it can be locked, and the next
     server on this host removes it.
     """
 
-    def __init__(self) -> None:
-        parent = _parent()
-        for stale in parent.glob(f"{_PREFIX}*"):
+    def __init__(self, parent: Path | None = None, prefix: str = _PREFIX) -> None:
+        """`parent` and `prefix` of its name are those of a store where none are named."""
+        parent = parent or _parent()
+        for stale in parent.glob(f"{prefix}*"):
             _remove_if_stale(stale)
-        unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+        unnamed = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
         self._lock = _locked(unnamed)
         self.path = unnamed.rename(parent / unnamed.name.removeprefix("."))  # locked before anybody looks for it
 
@@ -163,7 +164,7 @@ class StoreDirectory:
         """Make it again if somebody has removed it: a cleaner of temporary files, or a login session that ended."""
         if self.path.exists():
             return
-        logger.error("the tensor store %s was removed, with the state of what runs; it is made again", self.path)
+        logger.error("the directory %s was removed, with all that was in it; it is made again", self.path)
         with contextlib.suppress(OSError):  # it is tried again
             self.path.mkdir(mode=0o700)
             self._lock.close()

@@ -59,9 +59,9 @@ def check(path: Path, expected: dict[str, Kept]) -> Journal:
             truth = expected[kept.entry.name]
             assert kept.entry == truth.entry
             assert kept.courses.items() <= truth.courses.items()
-            assert kept.pictures.items() <= truth.pictures.items()
+            assert kept.outputs.items() <= truth.outputs.items()
             assert kept.failure in (None, truth.failure)
-            for picture in kept.pictures.values():
+            for picture in kept.outputs.values():
                 assert wait(journal.read_pixels(picture)) in (None, PIXELS)
             for course in kept.courses.values():
                 found = MemoryStates()

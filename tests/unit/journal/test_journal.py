@@ -165,7 +165,7 @@ def test_a_finished_image_replaces_its_checkpoints_and_comes_back_as_it_was(
     (kept,) = journal.take_loaded()
     assert kept.ended_at == 1004.0
     assert kept.courses == {}
-    picture = kept.pictures["a"]
+    picture = kept.outputs["a"]
     assert (picture.outcome, picture.shape) == (make_outcome(make_request()), (2, 2, 3))
     assert wait(journal.read_pixels(picture)) == PIXELS
     assert wait(journal.read("a")) == kept
