@@ -1,4 +1,4 @@
-"""A real engine over an executor that only waits: asyncio timers for ranks, noise for pictures, no torch.
+"""A real engine over an executor that only waits: asyncio timers for ranks, noise for pictures and videos, no torch.
 
 Run as a program, it serves on a free port, prints the URL, and exits as the server does.
 """
@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import zlib
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,18 @@ from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.execution import Execution
 from tetriserve.core.memory import Component, RankMemory
-from tetriserve.core.request import Request, Shape
+from tetriserve.core.request import MP4, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
+from tetriserve.engine.videos import MAX_BYTES
 from tetriserve.executor.protocol import OnEvent
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.preview import PATCH
+from tetriserve.models.video_file import VideoFile, VideoWriter
 from tetriserve.policies import make_policy
+from tetriserve.profile.by_model import CostByModel
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
 from tetriserve.workload.outcome import Outcome
@@ -70,6 +73,21 @@ CARD = ModelCard(
 )
 
 
+VIDEO_CARD = replace(
+    CARD,
+    name="tiny/wan",
+    key="videos",
+    default_strength=None,
+    sizes=(Shape(64, 96, 9), Shape(64, 64, 5)),
+    fingerprint="ba9876543210",
+    frame_step=4,
+    max_frames=17,
+    default_fps=8.0,
+)
+BOTH = (replace(CARD, key="images"), VIDEO_CARD)
+"""Images and videos from one pool."""
+
+
 def step_s(shape: Shape, degree: int) -> float:
     """Linear in tokens, with 80 % efficiency per doubling of the degree."""
     return STEP_S * FLUX.num_tokens(CARD, shape) / 64 / {1: 1.0, 2: 1.6}[degree]
@@ -100,6 +118,35 @@ PROFILE = Profile(
             Row(stage=stage, height=side, width=side, seconds=DECODE_S)
             for stage in (ENCODE_IMAGE, DECODE)
             for side in SIDES
+        ),
+    ),
+)
+
+
+_VIDEO_SHAPES = (Shape(64, 64, 5), Shape(96, 96, 17))
+VIDEO_PROFILE = replace(
+    PROFILE,
+    model=VIDEO_CARD.name,
+    frame_step=4,
+    rows=(
+        Row(stage=ENCODE, seconds=ENCODE_S),
+        *(
+            Row(
+                stage=DENOISE,
+                height=shape.height,
+                width=shape.width,
+                frames=shape.frames,
+                tokens=shape.height * shape.width // 256 * (1 + shape.frames // 4),
+                degree=degree,
+                seconds=step_s(shape, degree),
+            )
+            for shape in _VIDEO_SHAPES
+            for degree in (1, 2)
+        ),
+        *(
+            Row(stage=stage, height=shape.height, width=shape.width, frames=shape.frames, seconds=DECODE_S)
+            for stage in (ENCODE_IMAGE, DECODE)
+            for shape in _VIDEO_SHAPES
         ),
     ),
 )
@@ -165,6 +212,12 @@ class FakeExecutor:
 
     def leave(self, key: str, stage: str, request: Request) -> TensorRef:
         """What a task of `stage` leaves of `request` in the store, under `key`."""
+        if stage == DECODE and request.media_type == MP4:
+            file = video_file(request)
+            arrays = {"video": file.video, "thumbnail": file.thumbnail}
+            return self.states.put(
+                key, bundle_of(**{name: np.frombuffer(each, np.uint8) for name, each in arrays.items()})
+            )
         if stage == DECODE:
             return self.states.put(key, bundle_of(pixels=picture(request.prompt, request.seed, request.shape)))
         if stage in (ENCODE, ENCODE_IMAGE):
@@ -209,17 +262,34 @@ def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
     return pixels
 
 
+def video_file(request: Request) -> VideoFile:
+    """What a worker leaves of the request: its picture, which moves to the right."""
+    assert request.video is not None
+    shape = request.shape
+    first = picture(request.prompt, request.seed, shape)
+    writer = VideoWriter(shape.height, shape.width, request.video.fps)
+    for number in range(shape.frames):
+        writer.add(np.roll(first, 2 * number, axis=1)[None])
+    return writer.finish()
+
+
 MODEL = Model(CARD.name, CARD.fingerprint)
 
 
-def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
+def make_engine(
+    executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64, cards: Sequence[ModelCard] = (CARD,)
+) -> LiveEngine:
     """A started engine; call it on the loop that it will run on."""
-    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees((1, 2)))
-    new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=PROFILE.shapes)
+    costs = {
+        card.key: ProfileCost(VIDEO_PROFILE if card.makes_videos else PROFILE, lambda shape: CARD.valid_degrees((1, 2)))
+        for card in cards
+    }
+    cost = CostByModel(costs) if len(cards) > 1 else costs[cards[0].key]
+    new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=costs[cards[0].key].profile.shapes)
     engine = LiveEngine(
         Controller(new_policy(), cost),
         executor,
-        [Intake(card=CARD, cost=cost)],
+        [Intake(card=card, cost=costs[card.key]) for card in cards],
         Foresight(new_policy),
         max_queue=max_queue,
         policy_name=policy,
@@ -230,13 +300,13 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
 
 async def make_journalled_jobs(
     executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
-    wall_clock: Callable[[], float] = time.time, **settings: Any,
+    wall_clock: Callable[[], float] = time.time, max_video_bytes: int = MAX_BYTES, **settings: Any,
 ) -> JournalledJobs:  # fmt: skip
     """Jobs above a `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
     journal = Journal(directory, MODEL)
     jobs = JournalledJobs(
         make_engine(executor, **settings), executor, journal,
-        result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s,
+        result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s, max_video_bytes=max_video_bytes,
     )  # fmt: skip
     await jobs.recover()
     return jobs
@@ -250,13 +320,15 @@ def main() -> int:
     parser.add_argument("--launch-time", type=float, default=0.0)
     parser.add_argument("--instant", action="store_true", help="tasks take no time")
     parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--videos", action="store_true", help="a model of videos beside the one of images")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 
     async def launch() -> Jobs:
         print("launching", flush=True)
         await asyncio.sleep(arguments.launch_time)
-        return Jobs(make_engine(FakeExecutor(takes_time=not arguments.instant)))
+        cards = BOTH if arguments.videos else (CARD,)
+        return Jobs(make_engine(FakeExecutor(takes_time=not arguments.instant), cards=cards))
 
     access = AccessConfig(api_keys=tuple(arguments.api_key))
     config = ServerConfig(port=0, shutdown_timeout_s=arguments.shutdown_timeout, access=access)

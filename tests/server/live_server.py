@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 
-from fake_engine import make_engine
+from fake_engine import CARD, make_engine
 
 from tests.waiting import HANG_S, until
 from tetriserve.config import AccessConfig, ServerConfig
@@ -21,14 +21,14 @@ class Live:
     access: settings of `AccessConfig`.
     """
 
-    def __init__(self, executor, *, max_queue=64, may_launch=None, shutdown_timeout_s=HANG_S, **access):
+    def __init__(self, executor, *, max_queue=64, cards=(CARD,), may_launch=None, shutdown_timeout_s=HANG_S, **access):
         self.engine = None
         self.url = asyncio.get_running_loop().create_future()
 
         async def launch():
             if may_launch is not None:
                 await may_launch.wait()
-            self.engine = make_engine(executor, max_queue=max_queue)
+            self.engine = make_engine(executor, max_queue=max_queue, cards=cards)
             return Jobs(self.engine)
 
         config = ServerConfig(port=0, shutdown_timeout_s=shutdown_timeout_s, access=AccessConfig(**access))

@@ -82,6 +82,7 @@ async def test_the_description_says_where_a_key_is_needed(guarded, client):
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/quotes",
+        *(f"/v1/videos{rest}" for rest in ("", "/sync", "/{video_id}", "/{video_id}/content", "/{video_id}/remix")),
         "/debug/trace",
     }
     assert "securitySchemes" not in (await client.get("/openapi.json")).json()["components"]

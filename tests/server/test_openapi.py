@@ -24,6 +24,8 @@ from tests.waiting import HANG_S
 
 OPERATIONS = (
     "POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/chat/completions", "POST /v1/quotes",
+    "POST /v1/videos", "POST /v1/videos/sync", "GET /v1/videos", "GET /v1/videos/{video_id}",
+    "DELETE /v1/videos/{video_id}", "GET /v1/videos/{video_id}/content", "POST /v1/videos/{video_id}/remix",
     "GET /v1/models",
     "GET /v1/models/{model_id}", "GET /v1/images/links/{name}",
     "GET /debug/trace", "GET /health", "GET /ready", "GET /metrics",
@@ -36,7 +38,7 @@ thorough = settings(max_examples=30, deadline=None, derandomize=True, suppress_h
 @pytest.fixture(scope="module")
 def described() -> Iterator[schemathesis.BaseSchema]:
     """The document of a server whose tasks take no time."""
-    command = [sys.executable, str(Path(__file__).parent / "fake_engine.py"), "--instant"]
+    command = [sys.executable, str(Path(__file__).parent / "fake_engine.py"), "--instant", "--videos"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == "launching\n"
@@ -71,7 +73,7 @@ def test_every_answer_is_documented_and_none_is_a_5xx(
         pytest.skip("nothing can be wrong with a request without parameters")
 
 
-@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/quotes"])
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/quotes", "/v1/videos"])
 def test_so_it_is_where_most_of_the_body_can_be_served(described: schemathesis.BaseSchema, path: str) -> None:
     """Alone, hardly any body that the document allows gets past the first check."""
     statuses = set()

@@ -25,6 +25,7 @@ from tetriserve.server.quotes import quote_router
 from tetriserve.server.recent import RecentRuns
 from tetriserve.server.slot import EngineSlot
 from tetriserve.server.uploads import Uploads
+from tetriserve.server.videos import videos_router
 from tetriserve.server.work import Service
 
 if TYPE_CHECKING:
@@ -61,9 +62,18 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=access.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "X-SLO-Ms"),
-            expose_headers=("Retry-After", "X-Request-Id", "X-Should-Retry"),
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "Range", "X-Request-Id", "X-SLO-Ms"),
+            expose_headers=(
+                "Content-Range",
+                "Retry-After",
+                "X-Num-Frames",
+                "X-Request-Id",
+                "X-Seed",
+                "X-Should-Retry",
+                "X-Warnings",
+                "openai-poll-after-ms",
+            ),
         )
     if tracing is not None:
         app.add_middleware(tracing.middleware)
@@ -75,6 +85,7 @@ def create_app(
     app.include_router(openai_router(service), dependencies=guards)
     app.include_router(edits_router(service), dependencies=guards)
     app.include_router(chat_router(service), dependencies=guards)
+    app.include_router(videos_router(service), dependencies=guards)
     app.include_router(quote_router(service), dependencies=guards)
     app.include_router(links_router(service.links))
     app.include_router(probe_router(slot, metrics))

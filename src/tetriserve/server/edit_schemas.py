@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from tetriserve.server.schemas import ImagesRequest
+from tetriserve.server.schemas import ImagesRequest, inlined
 
 MAX_IMAGES = 16
 """As OpenAI says; models take fewer."""
@@ -76,9 +76,9 @@ UNSERVED = {
 
 def edits_body() -> dict[str, Any]:
     """`requestBody` for `/openapi.json`."""
-    form = EditsRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    described = inlined(EditsRequest)
     file = {"type": "string", "format": "binary"}
-    fields = {name: schema for name, schema in form["properties"].items() if name not in ("image", "images")}
+    fields = {name: schema for name, schema in described["properties"].items() if name not in ("image", "images")}
     picture = {"description": "A png, jpeg or webp file; several under the same name or `image[]`."}
     image = picture | {"anyOf": [file, {"type": "array", "items": file, "maxItems": MAX_IMAGES}]}
     return {
@@ -92,6 +92,6 @@ def edits_body() -> dict[str, Any]:
                     "additionalProperties": False,
                 }
             },
-            "application/json": {"schema": {"$ref": "#/components/schemas/EditsRequest"}},
+            "application/json": {"schema": described},
         },
     }

@@ -24,23 +24,32 @@ from tetriserve.core.errors import (
     ShuttingDown,
     TetriServeError,
     UnknownModel,
+    UnknownVideo,
+    VideoFailed,
+    VideoNotReady,
 )
 from tetriserve.core.events import FailureKind
-from tetriserve.server import chat_schemas, edit_schemas, schemas
+from tetriserve.server import chat_schemas, edit_schemas, schemas, video_schemas
 from tetriserve.server.chat_schemas import ChatRequest
 from tetriserve.server.edit_schemas import EditsRequest
 from tetriserve.server.limits import OverLimit
 from tetriserve.server.schemas import ErrorEnvelope, ImagesRequest
 from tetriserve.server.slot import NotReady
-from tetriserve.server.uploads import CHAT, EDITS, QUOTES
+from tetriserve.server.uploads import CHAT
+from tetriserve.server.video_schemas import VideosRequest
 
 RESTART_S = 5.0
 """When to come back to a server that starts or shuts down."""
+_SOON_S = 1.0
+"""When to come back for a video that is on its way: `/v1/videos/{id}` says it better."""
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorEnvelope, "description": "The request is at fault; `param` names the field."},
     401: {"model": ErrorEnvelope, "description": "No API key, or one that is not known here."},
-    404: {"model": ErrorEnvelope, "description": "The model is not served here, or nothing is at this address."},
+    404: {
+        "model": ErrorEnvelope,
+        "description": "The model is not served here, or nothing is at this address, or no video has this id.",
+    },
     405: {"model": ErrorEnvelope, "description": "The address takes another method."},
     413: {"model": ErrorEnvelope, "description": "The body is too large."},
     429: {
@@ -70,16 +79,20 @@ KEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "queue_full"}
 _HTTP_NAMES = {"num_steps": "num_inference_steps"}
 """Of fields that Python names otherwise (`engine.intake.Generation`)."""
-_UNSERVED = schemas.UNSERVED | chat_schemas.UNSERVED | edit_schemas.UNSERVED
+_UNSERVED = schemas.UNSERVED | chat_schemas.UNSERVED | edit_schemas.UNSERVED | video_schemas.UNSERVED
 _LOGGED_PARAMS = frozenset(
     (
         *EditsRequest.model_fields,
         *ChatRequest.model_fields,
+        *VideosRequest.model_fields,
         *_UNSERVED,
         "Idempotency-Key",
         "X-Request-Id",
         "X-SLO-Ms",
-        "seconds",
+        "after",
+        "limit",
+        "order",
+        "variant",
     )
 )
 _FAILURE_CODES = {
@@ -137,7 +150,7 @@ class ErrorResponse(Response):
     def __init__(self, status: int, error: Mapping[str, object], headers: Mapping[str, str]) -> None:
         # Messages quote clients, who may send what UTF-8 cannot hold (a lone surrogate): json.dumps escapes to ASCII.
         super().__init__(json.dumps({"error": error}), status, headers, media_type="application/json")
-        self.code = str(error["code"])
+        self.code, self.message = str(error["code"]), str(error["message"])
         self.facts: dict[str, object] = {"code": self.code}
         if error["param"] in _LOGGED_PARAMS:
             self.facts["param"] = error["param"]
@@ -187,6 +200,12 @@ def response_to(error: TetriServeError) -> ErrorResponse:
             if param is not None and name is not None and message.startswith(param):
                 message = name + message[len(param) :]
             return envelope(400, message, "invalid_value", name)
+        case UnknownVideo():
+            return envelope(404, message, "not_found")
+        case VideoNotReady():
+            return envelope(409, message, "video_not_ready", retry_after_s=_SOON_S)
+        case VideoFailed():
+            return envelope(409, message, "video_failed", headers={"X-Should-Retry": "false"})
         case QueueFull():
             return envelope(429, message, "queue_full", retry_after_s=error.retry_after_s)
         case DeadlineInfeasible():
@@ -216,9 +235,10 @@ def response_to(error: TetriServeError) -> ErrorResponse:
 
 
 def _fields_of(request: Request) -> Collection[str]:
-    """What the body of a request to this route may hold."""
-    bodies: dict[str, type[BaseModel]] = {CHAT: ChatRequest, EDITS: EditsRequest, QUOTES: EditsRequest}
-    return bodies.get(request.url.path, ImagesRequest).model_fields
+    """What the body of the request may hold: `state.schema` is set by what reads bodies of more than one kind."""
+    default = ChatRequest if request.url.path == CHAT else ImagesRequest
+    schema: type[BaseModel] = getattr(request.state, "schema", default)
+    return schema.model_fields
 
 
 def _milliseconds(seconds: float | None) -> float | None:

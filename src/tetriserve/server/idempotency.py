@@ -1,4 +1,7 @@
-"""Images for one call: made for it and given up with it, or, under an idempotency key, made once and kept."""
+"""Images for one call: made for it and given up with it, or, under an idempotency key, made once and kept.
+
+Videos are always made once and kept.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from typing import Annotated, Any
 from fastapi import Header
 
 from tetriserve.core.errors import InvalidRequest
-from tetriserve.engine import GeneratedImage, Generation, Watcher
-from tetriserve.journal import Key
+from tetriserve.engine import GeneratedImage, Generation, Jobs, Video, Watcher
+from tetriserve.journal import Key, VideoFacts
 from tetriserve.server.access import Caller
 from tetriserve.server.schemas import ClientId
 from tetriserve.server.slot import EngineSlot
@@ -44,9 +47,8 @@ def begin(
     if key is None:
         pending.enter_context(client.allowance.admitted(num_images, now))
         return partial(slot.require().generate_all, generations)
-    jobs = slot.jobs
-    if jobs is None or not jobs.is_durable:
-        raise InvalidRequest(f"{HEADER} needs a server with a journal: tetriserve serve --journal DIR", HEADER)
+    jobs = slot.require_jobs()
+    _check_durable(jobs)
     name = Key(client.tenant, key)
     if jobs.is_known(name):
         client.allowance.use_rate(num_images, now)
@@ -54,3 +56,26 @@ def begin(
     with ExitStack() as held:
         held.enter_context(client.allowance.admitted(num_images, now))
         return jobs.call(name, generations, held.pop_all()).images
+
+
+def begin_video(slot: EngineSlot, client: Caller, generation: Generation, facts: VideoFacts, key: str | None) -> Video:
+    """The job of a video, which counts as the client's for as long as it goes on; see `begin`. It may not be admitted
+    yet.
+
+    Raises: as `begin`.
+    """
+    jobs, now = slot.require_jobs(), time.monotonic()
+    if key is not None:
+        _check_durable(jobs)
+    name = Key(client.tenant, key or facts.id)
+    if jobs.is_known(name):
+        client.allowance.use_rate(1, now)
+        return jobs.call_video(name, generation, facts)
+    with ExitStack() as held:
+        held.enter_context(client.allowance.admitted(1, now))
+        return jobs.call_video(name, generation, facts, held.pop_all())
+
+
+def _check_durable(jobs: Jobs) -> None:
+    if not jobs.is_durable:
+        raise InvalidRequest(f"{HEADER} needs a server with a journal: tetriserve serve --journal DIR", HEADER)

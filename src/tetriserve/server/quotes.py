@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from tetriserve.core.forecast import Quote
 from tetriserve.server.access import Caller
 from tetriserve.server.compat import EDIT, warnings_of
-from tetriserve.server.edit_schemas import EditsRequest
-from tetriserve.server.edits import pictures_of
 from tetriserve.server.errors import RESPONSES
+from tetriserve.server.exchange import CLIENT_CLOSED_REQUEST
+from tetriserve.server.quote_bodies import quote_body, read_quote
 from tetriserve.server.schemas import QuotedImage, QuoteResponse
 from tetriserve.server.uploads import QUOTES
+from tetriserve.server.video_schemas import VideosRequest
+from tetriserve.server.video_work import work_of
 from tetriserve.server.work import IdHeader, Service, SloHeader
 
 
 def quote_router(service: Service) -> APIRouter:
     router = APIRouter(responses=RESPONSES)
 
-    @router.post(QUOTES, response_model_exclude_unset=True)
-    async def quote_images(
-        request: Request, body: EditsRequest, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None
-    ) -> QuoteResponse:
-        """Could these images be made by their deadline, and when would they be done? Takes the body of a generation, or
-        of an edit as JSON.
+    @router.post(QUOTES, response_model=QuoteResponse, openapi_extra={"requestBody": quote_body()})
+    async def quote(request: Request, x_slo_ms: SloHeader = None, x_request_id: IdHeader = None) -> Response:
+        """Could these images, or this video, be made by their deadline, and when would they be done? Takes the body of
+        a generation, an edit or a video as JSON.
         """
-        service.slot.require()
-        warnings = warnings_of(body, EDIT, service.api.compat)
-        files, param = await asyncio.to_thread(pictures_of, body)
-        work = await service.work_with(request, body, x_slo_ms, files, param, warnings)
+        engine = service.slot.require()
+        try:
+            asked = await read_quote(request, engine.models)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if isinstance(asked.body, VideosRequest):
+            video = await work_of(service, request, asked, x_slo_ms)
+            generations, warnings = [video.generation], list(video.facts.warnings)
+        else:
+            ignored = warnings_of(asked.body, EDIT, service.api.compat)
+            work = await service.work_with(request, asked.body, x_slo_ms, asked.files, asked.param, ignored)
+            generations, warnings = work.generations, work.warnings
         client: Caller = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
-        quote = await work.engine.quote(work.generations)
-        work.exchange.facts["feasible"] = quote.is_feasible
-        return _response(quote, work.warnings)
+        quote = await engine.quote(generations)
+        request.state.exchange.facts["feasible"] = quote.is_feasible
+        return Response(_response(quote, warnings).model_dump_json(exclude_unset=True), media_type="application/json")
 
     return router
 

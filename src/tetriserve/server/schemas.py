@@ -41,8 +41,8 @@ class LoraChoice(BaseModel):
     scale: float = Field(1.0, description="1 is as it was trained; -10 to 10.")
 
 
-class PictureOptions(BaseModel):
-    """What may be asked of pictures beside what to draw. A field that is null is a field that is absent."""
+class WorkOptions(BaseModel):
+    """What may be asked of an image or a video beside what to draw. A field that is null is a field that is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -50,7 +50,6 @@ class PictureOptions(BaseModel):
         None,
         description="A name that `/v1/models` lists, `default`, or the directory that the server was started with.",
     )
-    n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto": the model\'s first size.')
     width: Side | None = Field(None, description="With `height`, instead of `size`.")
     height: Side | None = Field(None, description="With `width`, instead of `size`.")
@@ -63,11 +62,6 @@ class PictureOptions(BaseModel):
         None, description="What not to draw; each step then takes two passes.", repr=False
     )
     true_cfg_scale: float | None = Field(None, description="Classifier-free guidance towards `prompt`.")
-    strength: float | None = Field(
-        None,
-        description="Where the image starts from a picture: how much of the noise is added to it, above 0 (hardly any "
-        "change) and at most 1 (hardly anything is left of it); the model's own by default.",
-    )
     max_sequence_length: int | None = Field(
         None, description="Text tokens, to which the prompt is padded and at which it is cut; the model's by default."
     )
@@ -78,14 +72,6 @@ class PictureOptions(BaseModel):
     )
     lora: LoraChoice | str | None = Field(
         None, description="An adapter that `/v1/models` lists, by name or with a scale; none by default."
-    )
-    response_format: Literal["b64_json", "url"] | None = Field(
-        None,
-        description="`url`: the server keeps the image for a while, and the answer says where; b64_json by default.",
-    )
-    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Quality of a jpeg or webp image, 0 to 100 (the default)."
     )
     slo_ms: float | None = Field(
         None,
@@ -100,6 +86,31 @@ class PictureOptions(BaseModel):
     )
     request_id: ClientId | None = Field(
         None, description="The client's own id, echoed in `id` and X-Request-Id; wins over the header X-Request-Id."
+    )
+    extra_args: dict[str, Any] | str | None = Field(
+        None,
+        description="Of GF-DiT's load generator: an object, or one as text. Its deadline is that of the request if "
+        "there is no other; the rest is ignored.",
+        repr=False,
+    )
+
+
+class PictureOptions(WorkOptions):
+    """What may be asked of pictures beside what to draw."""
+
+    n: Annotated[int, Field(ge=1, le=10)] | None = Field(None, description="How many images; 1 by default.")
+    strength: float | None = Field(
+        None,
+        description="Where the image starts from a picture: how much of the noise is added to it, above 0 (hardly any "
+        "change) and at most 1 (hardly anything is left of it); the model's own by default.",
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None,
+        description="`url`: the server keeps the image for a while, and the answer says where; b64_json by default.",
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png by default.")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a jpeg or webp image, 0 to 100 (the default)."
     )
     user: Text | None = Field(None, description="Echoed.")
     safety_identifier: Text | None = Field(None, description="Echoed.")
@@ -117,12 +128,6 @@ class PictureOptions(BaseModel):
     num_frames: Literal[1] | None = Field(None, description="Of other servers: an image is one frame.")
     fps: float | None = Field(None, description="Of other servers: frames per second of a video. Ignored.")
     guidance_scale_2: float | None = Field(None, description="Of other servers: for a second transformer. Ignored.")
-    extra_args: dict[str, Any] | str | None = Field(
-        None,
-        description="Of GF-DiT's load generator: an object, or one as text. Its deadline is that of the request if "
-        "there is no other; the rest is ignored.",
-        repr=False,
-    )
 
 
 class ImagesRequest(PictureOptions):
@@ -362,3 +367,10 @@ class ErrorEnvelope(BaseModel):
     """OpenAI's error envelope: every answer that is not a success has this form."""
 
     error: ErrorBody
+
+
+def inlined(schema: type[BaseModel]) -> dict[str, Any]:
+    """For a body in `/openapi.json` that its route reads itself: FastAPI describes only what it reads."""
+    described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
+    described.pop("$defs", None)
+    return described

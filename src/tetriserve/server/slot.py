@@ -17,17 +17,17 @@ class NotReady(TetriServeError):
 class EngineSlot:
     """Empty while the model loads: the app listens, answers probes and refuses work politely until `put` fills it.
 
-    jobs: those above the engine; None for none.
+    jobs: those above the engine, in memory where `put` is given none; None while it is empty.
     """
 
     def __init__(self, engine: LiveEngine | None = None, jobs: Jobs | None = None) -> None:
         self.engine = engine
-        self.jobs = jobs
+        self.jobs = jobs if engine is None else jobs or Jobs(engine)
         self._when_filled: list[Callable[[LiveEngine], None]] = []
 
     def put(self, engine: LiveEngine, jobs: Jobs | None = None) -> None:
         assert self.engine is None, "an app serves one engine in its life"
-        self.engine, self.jobs = engine, jobs
+        self.engine, self.jobs = engine, jobs or Jobs(engine)
         for callback in self._when_filled:
             callback(engine)
 
@@ -47,6 +47,16 @@ class EngineSlot:
         if self.engine is None:
             raise NotReady(_STARTING)
         return self.engine
+
+    def require_jobs(self) -> Jobs:
+        """The jobs above the engine.
+
+        Raises:
+            NotReady: it is still starting.
+        """
+        if self.jobs is None:
+            raise NotReady(_STARTING)
+        return self.jobs
 
     @property
     def unready_reason(self) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 
 EDITS, CHAT, QUOTES = "/v1/images/edits", "/v1/chat/completions", "/v1/quotes"
-_WITH_PICTURES = frozenset({EDITS, CHAT, QUOTES})
+VIDEOS, VIDEOS_SYNC = "/v1/videos", "/v1/videos/sync"
+_WITH_PICTURES = frozenset({EDITS, CHAT, QUOTES, VIDEOS, VIDEOS_SYNC})
 """Addresses whose bodies may hold pictures."""
 
 MAX_BODY_BYTES = 2**20
