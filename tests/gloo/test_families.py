@@ -72,9 +72,12 @@ class Tiny:
         assert isinstance(adapter, DiffusionAdapter)
         return adapter
 
-    @cache  # noqa: B019
     def pipeline(self, dtype: str = "float32", name: str | None = None) -> Any:
         """`name`: of another class than the checkpoint's."""
+        return self._pipeline(dtype, name)
+
+    @cache  # noqa: B019
+    def _pipeline(self, dtype: str, name: str | None) -> Any:
         pipeline_class = getattr(diffusers, name or self.card.pipeline_class)
         given = self.case.given(self.card.path)
         absent = dict.fromkeys((*self.case.absent, *given))
