@@ -111,7 +111,10 @@ class Load:
         if self.request_config is not None:
             return parse_request_config(self.request_config)
         named = () if self.slo_table is None else tuple(parse_slo_table(self.slo_table))
-        return parse_mix(self.mix, named or target.shapes or tuple(BASE_DEADLINES_S)), {}
+        mix = parse_mix(self.mix, named or target.shapes or tuple(BASE_DEADLINES_S))
+        if videos := [shape for shape in mix.shapes if shape.frames != 1]:
+            raise ConfigError(f"mix {self.mix!r} asks for {videos[0].frames} frames; the bench asks for 1")
+        return mix, {}
 
 
 def _only_images(requests: Iterable[Request]) -> Iterator[Request]:

@@ -21,18 +21,23 @@ _LEGEND_COLUMNS = 5
 _CDF_POINTS = 400
 
 
-def draw_sars(axes: Axes, xs: Sequence[float], comparisons: Sequence[Comparison]) -> None:
-    """SAR of every policy over `xs`, one comparison each; the upper bound as a dashed line."""
+def draw_sars(axes: Axes, xs: Sequence[float], comparisons: Sequence[Comparison], model: str = "") -> None:
+    """SAR of every policy over `xs`, one comparison each; the upper bound as a dashed line.
+
+    Args:
+        model: of several: SARs and bounds are those of its requests, without intervals.
+    """
     for results in zip(*(comparison.results for comparison in comparisons), strict=True):
         look = look_of(results[0].policy)
-        sars = [result.sar for result in results]
+        sars = [result.sar_by_model[model] if model else result.sar for result in results]
         axes.plot(xs, sars, label=results[0].policy, **look.line)
-        widths = [result.sar_half_width or 0.0 for result in results]
+        widths = [0.0 if model else result.sar_half_width or 0.0 for result in results]
         if look.is_featured and any(widths):
             low = [max(0.0, sar - width) for sar, width in zip(sars, widths, strict=True)]
             high = [min(1.0, sar + width) for sar, width in zip(sars, widths, strict=True)]
             axes.fill_between(xs, low, high, color=look.colour, alpha=0.15, linewidth=0)
-    bounds = [comparison.bound for comparison in comparisons if comparison.bound is not None]
+    found = [(comparison.bound_by_model or {}).get(model) if model else comparison.bound for comparison in comparisons]
+    bounds = [bound for bound in found if bound is not None]
     if len(bounds) == len(xs):
         axes.plot(xs, bounds, label=UPPER_BOUND, **BOUND.line)
     axes.set_xticks(xs, [f"{x:g}" for x in xs])

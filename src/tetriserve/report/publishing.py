@@ -76,6 +76,11 @@ def publish_paper(
 
 
 def _refuse_what_figures_set(scenario: Scenario) -> None:
+    if scenario.models:
+        raise ConfigError(
+            f"profile names {len(scenario.models)} models beside paper, whose figures are of one; write one profile "
+            "without a name"
+        )
     usual = Scenario()
     for name, field in (
         ("mix", "mix"),

@@ -102,6 +102,11 @@ def test_a_trace_of_videos_is_refused(tmp_path: Path) -> None:
         requests_of(Load(trace=path))
 
 
+def test_a_mix_of_videos_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mix 'homogeneous:832x480x81' asks for 81 frames; the bench asks for 1"):
+        requests_of(Load(mix="homogeneous:832x480x81"))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -51,7 +51,7 @@ def test_every_exhibit_has_its_files_and_its_place_on_the_page(paper: Path) -> N
         assert f'<section id="{name}">' in page
         if not name.startswith(("overview", "table")):
             assert (paper / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("<svg") == len(list(paper.glob("*.png"))) == 11
+    assert page.count("<svg") == len(list(paper.glob("*.png"))) == 12
 
 
 def test_a_sweep_has_all_its_cells_with_the_bound_and_the_policies_asked_for(paper: Path) -> None:
@@ -140,6 +140,10 @@ def test_a_search_is_timed_beside_the_papers_seconds(paper: Path) -> None:
     [
         (["--rate", "24"], "rate is 24.0 beside paper, whose figures set it; leave out --rate or --paper"),
         (["--mix", "skewed"], "mix is skewed beside paper, whose figures set it; leave out --mix or --paper"),
+        (
+            ["--profile", "a=flux.1-dev-8xh100"],
+            "profile names 1 models beside paper, whose figures are of",
+        ),
         (["--out", "o.jsonl"], "out is o.jsonl beside paper, which writes files of its own; leave one out"),
         (["--report", "r.html"], "report is r.html beside paper, which writes files of its own; leave one out"),
         (["--seeds", "0"], "seeds is 0; allowed: 1 to 10000"),

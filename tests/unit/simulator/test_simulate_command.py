@@ -117,6 +117,12 @@ def test_the_trace_has_a_row_per_rank_a_block_per_task_and_every_deadline(tmp_pa
         (["--mix", "homogeneous:64x64"], "profile flux.1-dev-8xh100 does not cover 64x64: "),
         (["--format", "xml"], "format is 'xml'; allowed: table, json"),
         (["--trace", "/nonexistent.csv"], "trace /nonexistent.csv cannot be read: No such file or directory"),
+        (["--steps", "many"], "steps is 'many'; it must be a whole number, or NAME=NUMBER with commas"),
+        (["--profile", "a=nowhere", "--mix", "a:1"], "profile 'nowhere' is neither a file nor bundled"),
+        (
+            ["--slo-multiple", "videos=2"],
+            "slo-multiple 'videos=2': unknown model 'videos'; models: one, which has",
+        ),
         (["--out", "/nonexistent/o.jsonl"], "/nonexistent/o.jsonl cannot be written: No such file or directory"),
     ],
 )
@@ -126,6 +132,32 @@ def test_a_mistake_is_one_line_and_a_failing_exit_code(arguments: list[str], mes
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"tetriserve: {message}")
+
+
+def test_several_profiles_come_from_the_command_line_or_a_file(tmp_path: Path) -> None:
+    arguments = [
+        "--profile", "images=flux.1-dev-8xh100", "--profile", "videos=wan2.2-ti2v-5b-8xh100",
+        "--mix", "images:4,videos:1", "--slo-multiple", "videos=2", "--slo-scale", "images=1.5", "--steps", "videos=20",
+    ]  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    common = ["--requests", "15", "--seeds", "1", "--policies", "srtf", "--format", "json"]
+    result = run(*arguments, *common, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["policies"]
+    assert set(row["sar_by_model"]) == {"images", "videos"}
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(line["model"], line["num_steps"], line["frames"] > 1) for line in lines} == {
+        ("images", 28, False),
+        ("videos", 20, True),
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "profile: [images=flux.1-dev-8xh100, videos=wan2.2-ti2v-5b-8xh100]\nmix: 'images:4,videos:1'\n"
+        "slo-multiple: videos=2\nslo-scale: images=1.5\nsteps: videos=20\n"
+    )
+    assert run("--config", path, *common).stdout == result.stdout
+    replayed = json.loads(run(*arguments, *common, "--trace", out).stdout)
+    assert replayed["policies"] == [{**row, "sar_half_width": None}]
 
 
 def test_it_starts_without_torch_and_without_scipy_when_no_bound_is_asked_for() -> None:
