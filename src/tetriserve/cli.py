@@ -329,13 +329,13 @@ def _print_profile(measured: Profile) -> None:
 
     table = Table(title=f"{measured.model} on {measured.hardware}: seconds per step by degree")
     others = [row for row in measured.rows if row.tokens is None and row.shape is not None]
-    other_stages = tuple(dict.fromkeys(row.stage for row in others))
-    for heading in ("size", "tokens", *(f"degree {degree}" for degree in measured.degrees), *other_stages):
+    others_by = {(row.stage, row.degree): row.stage + (f" at {row.degree}" if row.degree > 1 else "") for row in others}
+    for heading in ("size", "tokens", *(f"degree {degree}" for degree in measured.degrees), *others_by.values()):
         table.add_column(heading, justify="right")
     for shape in measured.shapes:
         rows = {row.degree: row for row in measured.rows if row.shape == shape and row.tokens and row.batch == 1}
         steps = [f"{rows[degree].seconds:.4f}" if degree in rows else "-" for degree in measured.degrees]
-        short = {row.stage: f"{row.seconds:.3f}" for row in others if row.shape == shape}
-        short_s = [short.get(stage, "-") for stage in other_stages]
+        short = {(row.stage, row.degree): f"{row.seconds:.3f}" for row in others if row.shape == shape}
+        short_s = [short.get(each, "-") for each in others_by]
         table.add_row(str(shape), str(next(iter(rows.values())).tokens), *steps, *short_s)
     console.print(table)

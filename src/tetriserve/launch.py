@@ -19,7 +19,7 @@ from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.execution import DEFAULT
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import ENCODE_IMAGE
+from tetriserve.core.stages import DECODE, ENCODE_IMAGE
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.jobs import Jobs
 from tetriserve.engine.journalled import JournalledJobs
@@ -95,6 +95,7 @@ async def launch(
             pool.max_batch,
             with_largest(profile, card.size_multiple),
             lora_s,
+            lambda kind, shape: card.short_degrees(kind, shape, pool.degrees),
         )
         deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
         can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
@@ -246,6 +247,7 @@ def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
         is_enough = path != kept or profile.max_batch >= config.pool.max_batch
         is_enough = is_enough and (path != kept or not card.max_images or ENCODE_IMAGE in profile.stages)
         is_enough = is_enough and _knows_teams(profile, config.pool)
+        is_enough = is_enough and (path != kept or _knows_decodes(profile, card, config.pool))
         if known == wanted and set(profile.shapes) >= set(card.sizes) and is_enough:
             if profile.doubt:
                 logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
@@ -280,6 +282,14 @@ def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig
 def _knows_teams(profile: Profile, pool: PoolConfig) -> bool:
     """Whether `team_s` is right where groups of torch are formed, which takes time; earlier versions wrote none."""
     return pool.collectives == "shm" or profile.team_s > 0
+
+
+def _knows_decodes(profile: Profile, card: ModelCard, pool: PoolConfig) -> bool:
+    """Whether it has each size's decode at all degrees that its tiles allow; earlier versions measured one."""
+    known = {(row.shape, row.degree) for row in profile.rows_of(DECODE)}
+    return all(
+        (shape, degree) in known for shape in card.sizes for degree in card.short_degrees(DECODE, shape, pool.degrees)
+    )
 
 
 def find_corrections(profile: Profile, card: ModelCard, pool: PoolConfig) -> Corrections:

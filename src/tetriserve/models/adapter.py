@@ -70,8 +70,9 @@ class Adapter(Protocol):
 
         joins_passes: all passes of a step in one forward, by a family that can.
 
-        Every member of the team returns the whole. `on_step` is called after each step. The members' states are left as
-        they were: should the task fail, it is run again from them.
+        Every member of the team returns the whole; of a decode its leader alone does, the others no tensors. `on_step`
+        is called after each step, or part of a decode; it may raise, which ends the task. The members' states are left
+        as they were: should the task fail, it is run again from them.
 
         Raises:
             ValueError: the family has no such stage.
@@ -79,7 +80,8 @@ class Adapter(Protocol):
         ...
 
     def use_team(self, team: Team | None) -> None:
-        """Divide the sequence among the members of `team` from the next task on; None is degree 1, the bare model."""
+        """Divide the sequence, and the tiles of a decode, among the members of `team` from the next task on; None is
+        degree 1, the bare model."""
         ...
 
     def latents_of(self, pixels: np.ndarray) -> torch.Tensor:

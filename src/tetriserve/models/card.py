@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetriserve.core.execution import Execution
+from tetriserve.core.execution import VAE, Execution
 from tetriserve.core.request import MAX_SIDE, Shape
+from tetriserve.core.stages import DECODE
+from tetriserve.models.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class ModelCard:
     has_boundary: steps below a noise level are made by a second transformer: `VideoOptions.boundary_ratio` and
         `guidance_scale_2` have a meaning.
     has_flow_shift: requests may shift the schedule's noise levels.
+    tiles: in which the VAE decodes what is large, where the execution says so; None where ranks cannot share them.
     """
 
     name: str
@@ -114,6 +117,7 @@ class ModelCard:
     default_fps: float = 16.0
     has_boundary: bool = False
     has_flow_shift: bool = False
+    tiles: Tiles | None = None
 
     @property
     def makes_videos(self) -> bool:
@@ -131,6 +135,13 @@ class ModelCard:
     def valid_degrees(self, degrees: Sequence[int]) -> tuple[int, ...]:
         """Those of `degrees` at which steps can run: the ranks share the heads evenly, and tokens in any numbers."""
         return tuple(degree for degree in degrees if self.num_heads % degree == 0)
+
+    def short_degrees(self, kind: str, shape: Shape, degrees: Sequence[int]) -> tuple[int, ...]:
+        """Those of `degrees` at which a stage without steps can run, of a kind: a decode at as many as it has tiles."""
+        num_tiles = 1
+        if kind == DECODE and self.tiles is not None and self.execution.tiling == VAE:
+            num_tiles = self.tiles.count(shape)
+        return tuple(degree for degree in degrees if degree <= num_tiles)
 
     def is_called(self, name: str) -> bool:
         """Whether clients may write `name`: a served name, the directory's path, or `default`; or an adapter's name,

@@ -15,6 +15,7 @@ from tetriserve.core.request import Shape
 from tetriserve.models.card import ModelCard
 from tetriserve.models.files import check_component, find_root, get, quoted, read_json
 from tetriserve.models.registry import find_family
+from tetriserve.models.tiles import read_tiles
 
 _OVERRIDES: dict[str, type | tuple[type, ...]] = {
     "name": str,
@@ -68,7 +69,9 @@ def read_card(path: Path, adapter: str | None = None) -> ModelCard:
             check_component(root, component, entry)
     card = family.read(root, pipeline_class, index)
     overrides = _read_overrides(root / "tetriserve.json", card, family.max_text_tokens)
-    return replace(card, stamp=_stamp(root), **overrides)
+    # A pipeline's own call, which any class is driven by, decodes on one rank.
+    tiles = None if family.takes_any_class else read_tiles(root)
+    return replace(card, stamp=_stamp(root), tiles=tiles, **overrides)
 
 
 def check_unchanged(card: ModelCard) -> None:

@@ -24,6 +24,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.loading import held_bytes, load_pipeline, weights_of
 from tetriserve.models.parallel import SequenceParallel
 from tetriserve.models.schedulers import restore, state_of
+from tetriserve.models.tiled_decode import TiledDecode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,6 +158,7 @@ class DiffusionAdapter(ABC):
             in_float32=self.in_float32,
         )
         self._sequence_parallel = self.sequence_parallel()
+        self._tiled_decode = TiledDecode(self.pipeline.vae)
         if has_text_encoders:
             self._check_texts()
 
@@ -225,8 +227,8 @@ class DiffusionAdapter(ABC):
         return negative + loop.request.true_cfg_scale * (prediction - negative)
 
     @abstractmethod
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """The image (B, 3, H, W) as the VAE draws it, -1 to 1."""
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
+        """The image (B, 3, H, W) as the VAE draws it, -1 to 1; None where another member of the team leads."""
 
     @abstractmethod
     def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -259,7 +261,7 @@ class DiffusionAdapter(ABC):
         *,
         joins_passes: bool = False,
     ) -> list[Left]:
-        """See `Adapter.run`. Latents come with their `noise_level`; decode leaves `pixels` (H, W, 3)."""
+        """See `Adapter.run`. Latents come with their `noise_level`; decode leaves `pixels` (H, W, 3) on the leader."""
         if stage == ENCODE:
             return [
                 Left(self.encode(one.request, _pictures(one)), text=self.count_text(one.request)) for one in members
@@ -269,6 +271,7 @@ class DiffusionAdapter(ABC):
         if stage == DENOISE:
             return self._denoise(members, num_steps, on_step, joins_passes)
         if stage == DECODE:
+            self._tiled_decode.on_part = on_step
             return [self._decode(one) for one in members]
         raise ValueError(f"this model has no stage {stage!r}")
 
@@ -330,9 +333,11 @@ class DiffusionAdapter(ABC):
         ]
 
     @torch.no_grad()
-    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
-        """Pixels (H, W, 3), uint8, exactly those of the pipeline's PIL image."""
+    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray | None:
+        """Pixels (H, W, 3), uint8, exactly those of the pipeline's PIL image; None where another member leads."""
         image_BCHW = self.decode_latents(latents, request.shape)
+        if image_BCHW is None:
+            return None
         [image_CHW] = self.pipeline.image_processor.postprocess(image_BCHW, output_type="pt")
         # As numpy would, but on the device, so that only bytes are copied.
         return image_CHW.permute(1, 2, 0).float().mul(255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
@@ -345,8 +350,9 @@ class DiffusionAdapter(ABC):
         return self.encode_pixels(image_BCHW.to(self.device, self.dtype))
 
     def use_team(self, team: Team | None) -> None:
-        """Divide the sequence among `team` from the next step on; None is the bare model."""
+        """Divide the sequence, and tiles of a decode, among `team` from the next step on; None is the bare model."""
         self._sequence_parallel.use(team)
+        self._tiled_decode.use(team)
 
     def generator(self, request: Request) -> torch.Generator:
         """As it stands before the request's first draw."""
@@ -393,7 +399,7 @@ class DiffusionAdapter(ABC):
 
     def _decode(self, member: Member) -> Left:
         pixels = self.decode(member.request, member.states[DENOISE]["latents"])
-        return Left({"pixels": torch.from_numpy(pixels)})
+        return Left({} if pixels is None else {"pixels": torch.from_numpy(pixels)})
 
     @torch.no_grad()
     def _check_texts(self) -> None:

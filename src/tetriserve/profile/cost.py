@@ -25,10 +25,11 @@ class ProfileCost:
     `corrections` are what observed times of tasks taught. `switch_s`, `move_s`, `team_s` and `lora_s` stay as measured:
     on a loaded machine the first two grew by 3 ms a task, where steps grew by 30 to 900 and decodes by seconds.
 
-    `degrees_of` says at which degrees the sequence of a shape may be shared; by default at every degree of the profile.
-    `batch_limit` bounds batches beyond what was measured. `estimates` is the profile with rows of sizes that were not
-    measured; None for none. `measured_lora_s` takes the place of a `lora_s` that the profile lacks: it depends on the
-    adapters that a server has loaded.
+    `degrees_of` says at which degrees the sequence of a shape may be shared, `short_degrees_of` at which a stage of a
+    kind without one can run, for a shape; by default at every degree of the profile. `batch_limit` bounds batches
+    beyond what was measured. `estimates` is the profile with rows of sizes that were not measured; None for none.
+    `measured_lora_s` takes the place of a `lora_s` that the profile lacks: it depends on the adapters that a server has
+    loaded.
 
     **Batches.** Between two measured batch sizes times are interpolated; beyond the largest, and where none was
     measured, requests cost as much each as in the largest that was: without measured batches, a batch costs the sum.
@@ -40,6 +41,7 @@ class ProfileCost:
     batch_limit: int | None = None
     estimates: Profile | None = None
     measured_lora_s: float = 0.0
+    short_degrees_of: Callable[[str, Shape], Sequence[int]] | None = None
     _memo: dict[_Question, Mapping[int, float]] = field(default_factory=dict, repr=False, compare=False)
     _profiled: dict[Case, float] = field(default_factory=dict, repr=False, compare=False)
     _known_cases: dict[tuple[str, Shape], list[Case]] = field(default_factory=dict, repr=False, compare=False)
@@ -135,6 +137,7 @@ class ProfileCost:
             self.batch_limit,
             self.estimates,
             self.measured_lora_s,
+            self.short_degrees_of,
             memo,
             self._profiled,
             self._known_cases,
@@ -159,6 +162,9 @@ class ProfileCost:
             allowed = self.degrees_of(shape)
             if not allowed:
                 raise ProfileError(f"{shape} can run at none of the degrees {measured}")
+        elif rows[0].tokens is None and self.short_degrees_of is not None:
+            can_run = self.short_degrees_of(kind, shape)
+            allowed = [degree for degree in measured if degree in can_run] or measured[:1]
         covered = [degree for degree in allowed if self._covers(kind, shape, degree)]
         sized = self._sized(kind, shape)
         return [Case(kind, sized, degree) for degree in covered or allowed[:1]]

@@ -153,10 +153,16 @@ class Profile:
                     )
 
     def _check_covered(self) -> None:
-        """Stages without tokens have rows that every shape lies between, or rows for all sizes."""
+        """Stages without tokens have rows that every shape lies between, or rows for all sizes; at their narrowest
+        degree, since some shapes have no other."""
         for stage in self.stages:
+            narrowest = min(row.degree for row in self.rows_of(stage))
             sizes = sorted(
-                {row.shape for row in self.rows_of(stage) if row.shape and row.tokens is None},
+                {
+                    row.shape
+                    for row in self.rows_of(stage)
+                    if row.shape and row.tokens is None and row.degree == narrowest
+                },
                 key=self.num_latent_pixels,
             )
             for shape in self.shapes if sizes else ():

@@ -73,11 +73,11 @@ class Bench:
     async def denoise(self, requests: Sequence[Request], ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
         return await self._run(requests, DENOISE, ranks, num_steps)
 
-    async def encode_image(self, request: Request, rank: int) -> TaskFinished:
-        return await self._run([request], ENCODE_IMAGE, (rank,))
+    async def encode_image(self, request: Request, ranks: tuple[int, ...]) -> TaskFinished:
+        return await self._run([request], ENCODE_IMAGE, ranks)
 
-    async def decode(self, request: Request, rank: int) -> TaskFinished:
-        return await self._run([request], DECODE, (rank,))
+    async def decode(self, request: Request, ranks: tuple[int, ...]) -> TaskFinished:
+        return await self._run([request], DECODE, ranks)
 
     def forget(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -46,7 +46,8 @@ async def measure(
     *,
     share: float | None = None,
 ) -> Profile:
-    """A profile of `card` on this machine for `shapes`, at every degree of `pool` that suits them.
+    """A profile of `card` on this machine for `shapes`, at every degree of `pool` that suits them: of steps, and of
+    decodes in tiles.
 
     Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
     changes nothing, on a CPU the ranks share cores, caches and memory.
@@ -83,7 +84,7 @@ async def measure(
             Row(stage=ENCODE, seconds=statistics.median(s for times in best.values() for s in times.encode_s)),
             *(row for shape in shapes for row in best[shape].denoise),
             *(row for shape in shapes if (row := best[shape].encode_image) is not None),
-            *(best[shape].decode for shape in shapes),
+            *(row for shape in shapes for row in best[shape].decode),
         ),
         doubt=doubt,
         max_batch=pool.max_batch,
@@ -96,7 +97,7 @@ class _ShapeTimes:
     """What one go at measuring a shape gave. doubt: what disturbed it; empty if nothing did."""
 
     denoise: list[Row]
-    decode: Row
+    decode: list[Row]
     encode_image: Row | None
     encode_s: list[float]
     switch_s: list[float]
@@ -105,7 +106,7 @@ class _ShapeTimes:
     @property
     def total_s(self) -> float:
         """Other work only ever adds to it."""
-        return sum(row.seconds for row in self.denoise if row.batch == 1) + self.decode.seconds
+        return sum(row.seconds for row in (*self.denoise, *self.decode) if row.batch == 1)
 
 
 @dataclass
@@ -137,10 +138,9 @@ async def _time_shapes(
     best: dict[Shape, _ShapeTimes] = {}
     waiting = list(shapes)
     for number in range(1 + _MAX_REPEATS):
-        num_batches = len(_batches(pool))
-        degrees = [card.valid_degrees(pool.degrees) for shape in waiting]
-        num_short = 2 if card.max_images else 1
-        count.expect(sum(len(each) + num_batches + num_short for each in degrees))
+        num_steps = len(card.valid_degrees(pool.degrees)) + len(_batches(pool))
+        num_decodes = sum(len(card.short_degrees(DECODE, shape, pool.degrees)) for shape in waiting)
+        count.expect(num_decodes + len(waiting) * (num_steps + (1 if card.max_images else 0)))
         for shape in waiting:
             times = await _time_shape(bench, card, shape, pool, share, count)
             best[shape] = min(best.get(shape, times), times, key=lambda each: (each.doubt != "", each.total_s))
@@ -175,10 +175,13 @@ async def _time_shape(
         judge(what, samples, degree)
         if len(denoise) == 1:
             denoise += await _time_batches(bench, card, row, groups, pool, count, judge)
-    what = f"decode of {shape}"
-    count.next(what)
-    decode, samples = await _time_decode(bench, card, shape, pool.num_ranks)
-    judge(what, samples, 1)
+    decode: list[Row] = []
+    for degree in card.short_degrees(DECODE, shape, pool.degrees):
+        what = f"decode of {shape}" + (f" at degree {degree}" if degree > 1 else "")
+        count.next(what)
+        row, samples = await _time_decode(bench, card, shape, degree, aligned_groups(pool.num_ranks, degree))
+        decode.append(row)
+        judge(what, samples, degree)
     encode_image = None
     if card.max_images:
         if card.min_images:
@@ -261,40 +264,45 @@ async def _time_steps(
     return row, samples
 
 
-async def _time_decode(bench: Bench, card: ModelCard, shape: Shape, num_ranks: int) -> tuple[Row, list[TaskFinished]]:
-    requests = [bench.request(card, shape, _NUM_STEPS) for _ in range(num_ranks)]
-    await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
-    await asyncio.gather(*(bench.denoise([request], (rank,), 1) for rank, request in enumerate(requests)))
-    return await _time_short(bench, DECODE, shape, requests, bench.decode)
+async def _time_decode(
+    bench: Bench, card: ModelCard, shape: Shape, degree: int, groups: Sequence[tuple[int, ...]]
+) -> tuple[Row, list[TaskFinished]]:
+    requests = [bench.request(card, shape, _NUM_STEPS) for _ in groups]
+    pairs = [*zip(requests, groups, strict=True)]
+    await asyncio.gather(*(bench.encode(request, group[0]) for request, group in pairs))
+    await asyncio.gather(*(bench.denoise([request], group[:1], 1) for request, group in pairs))
+    return await _time_short(bench, DECODE, shape, degree, pairs, bench.decode)
 
 
 async def _time_encode_image(
     bench: Bench, card: ModelCard, shape: Shape, num_ranks: int
 ) -> tuple[Row, list[TaskFinished]]:
     """Of one picture, after its text."""
-    requests = [bench.request_with_picture(card, shape) for _ in range(num_ranks)]
-    await asyncio.gather(*(bench.encode(request, rank) for rank, request in enumerate(requests)))
-    return await _time_short(bench, ENCODE_IMAGE, shape, requests, bench.encode_image)
+    pairs = [(bench.request_with_picture(card, shape), group) for group in aligned_groups(num_ranks, 1)]
+    await asyncio.gather(*(bench.encode(request, group[0]) for request, group in pairs))
+    return await _time_short(bench, ENCODE_IMAGE, shape, 1, pairs, bench.encode_image)
 
 
 async def _time_short(
     bench: Bench,
     stage: str,
     shape: Shape,
-    requests: Sequence[Request],
-    run_one: Callable[[Request, int], Awaitable[TaskFinished]],
+    degree: int,
+    pairs: Sequence[tuple[Request, tuple[int, ...]]],
+    run_one: Callable[[Request, tuple[int, ...]], Awaitable[TaskFinished]],
 ) -> tuple[Row, list[TaskFinished]]:
-    """A stage without steps, on all ranks at once."""
+    """A stage without steps, on all groups at once, each with a request of its own."""
 
     async def run() -> list[TaskFinished]:
-        return await asyncio.gather(*(run_one(request, rank) for rank, request in enumerate(requests)))
+        return await asyncio.gather(*(run_one(request, group) for request, group in pairs))
 
     first = await run()  # also allocates
     is_slow = max(finished.elapsed_s for finished in first) > _SLOW_STEP_S
     samples = [each for _ in range(1 if is_slow else _NUM_SAMPLES) for each in await run()]
-    bench.forget(requests)
+    bench.forget([request for request, _ in pairs])
     seconds = statistics.median(sample.elapsed_s for sample in samples)
-    return Row(stage=stage, height=shape.height, width=shape.width, frames=shape.frames, seconds=seconds), samples
+    row = Row(stage=stage, height=shape.height, width=shape.width, frames=shape.frames, degree=degree, seconds=seconds)
+    return row, samples
 
 
 async def _time_moves(bench: Bench, card: ModelCard, shape: Shape, pool: PoolConfig) -> float:

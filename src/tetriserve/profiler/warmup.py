@@ -9,6 +9,7 @@ from tetriserve.config import PoolConfig
 from tetriserve.core.cluster import aligned_groups
 from tetriserve.core.execution import DEFAULT
 from tetriserve.core.request import Shape
+from tetriserve.core.stages import DECODE
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
 from tetriserve.policies.batching import sizes_that_pay
@@ -25,7 +26,7 @@ async def warm_up(
     shapes: Sequence[Shape],
     on_progress: OnProgress,
 ) -> None:
-    """One step of each shape at each degree, on all its aligned groups at once, and its decode on every rank.
+    """One step of each shape at each degree, on all its aligned groups at once, and its decode at each that it has.
 
     Where the model is compiled, also one of each batch that pays by `cost`: it has a graph of its own.
 
@@ -44,18 +45,20 @@ async def warm_up(
         on_progress(done, len(todo), what)
         bench.purpose = f"warming {what}"
         groups = aligned_groups(pool.num_ranks, degree)
-        await asyncio.gather(*(_run(bench, card, shape, group, batch) for group in groups))
+        await asyncio.gather(*(_run(bench, card, cost, shape, group, batch) for group in groups))
     on_progress(len(todo), len(todo), "done")
 
 
-async def _run(bench: Bench, card: ModelCard, shape: Shape, group: tuple[int, ...], batch: int) -> None:
-    """A step of a batch on a group; at degree 1 its first member is decoded."""
+async def _run(
+    bench: Bench, card: ModelCard, cost: ProfileCost, shape: Shape, group: tuple[int, ...], batch: int
+) -> None:
+    """A step of a batch on a group; a request alone is decoded there, if it can be."""
     requests = [bench.request(card, shape, 1) for _ in range(batch)]
     for request in requests:
         await bench.encode(request, group[0])
     await bench.denoise(requests, group, 1)
-    if len(group) == batch == 1:
-        await bench.decode(requests[0], group[0])
+    if batch == 1 and len(group) in cost.times(requests[0], requests[0].stage_of(DECODE)):
+        await bench.decode(requests[0], group)
     bench.forget(requests)
 
 

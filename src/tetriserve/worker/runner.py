@@ -39,7 +39,8 @@ class NonFinite(ArithmeticError):
 
 
 class Runner:
-    """One rank's half of the executor. `num_steps` counts steps since it started: a sign of progress.
+    """One rank's half of the executor. `num_steps` counts steps since it started, and parts of shared decodes: signs of
+    progress.
 
     adapters: of the models that the rank serves, by their keys.
     resident_bytes: see `Residents`.
@@ -144,8 +145,9 @@ class Runner:
             self._team.enter(task.ranks, message.token)
         adapter.use_team(self._team if task.degree > 1 else None)
         members = [self._member(work) for work in start.work]
+        on_step = self._count_step if task.degree == 1 else self._count_shared_step
         with torch.no_grad():
-            lefts = adapter.run(task.stage, members, task.num_steps, self._count_step, joins_passes=start.joins_passes)
+            lefts = adapter.run(task.stage, members, task.num_steps, on_step, joins_passes=start.joins_passes)
         if task.num_steps:
             for work, left in zip(start.work, lefts, strict=True):
                 _check_finite(work, left)
@@ -192,6 +194,11 @@ class Runner:
 
     def _count_step(self) -> None:
         self.num_steps += 1
+
+    def _count_shared_step(self) -> None:
+        """A decode may go without an exchange for long: its members look here whether one of them is lost."""
+        self._count_step()
+        self._team.check()
 
     def _member(self, work: Work) -> Member:
         """With the states that this rank holds, and the others from the store."""

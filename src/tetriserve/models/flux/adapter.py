@@ -93,7 +93,7 @@ class FluxAdapter(DiffusionAdapter):
         )[0]
         return velocity_BSC.split(1)  # type: ignore[no-any-return]
 
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
         pipeline, vae = self.pipeline, self.pipeline.vae
         latents_BCHW = pipeline._unpack_latents(latents, shape.height, shape.width, pipeline.vae_scale_factor)
         latents_BCHW = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor

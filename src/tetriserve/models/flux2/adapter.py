@@ -139,7 +139,7 @@ class Flux2Adapter(DiffusionAdapter):
         latents_BCHW = latents_BCHW * std_C[:, None, None] + mean_C[:, None, None]
         return self.pipeline._unpatchify_latents(latents_BCHW)  # type: ignore[no-any-return]
 
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
         return self.pipeline.vae.decode(self.unpacked(latents, shape), return_dict=False)[0]  # type: ignore[no-any-return]
 
     def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -88,12 +88,12 @@ class QwenImageAdapter(DiffusionAdapter):
         norms = [torch.norm(each, dim=-1, keepdim=True) for each in (prediction, guided)]
         return guided * (norms[0] / norms[1])  # type: ignore[no-any-return]
 
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
         pipeline = self.pipeline
         latents_BCTHW = pipeline._unpack_latents(latents, shape.height, shape.width, pipeline.vae_scale_factor)
         mean, std = self._statistics(latents_BCTHW)
         image_BCTHW = pipeline.vae.decode(latents_BCTHW / (1.0 / std) + mean, return_dict=False)[0]
-        return image_BCTHW[:, :, 0]  # type: ignore[no-any-return]
+        return None if image_BCTHW is None else image_BCTHW[:, :, 0]
 
     def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         latents_BCTHW = drawn(self.pipeline.vae.encode(image_BCHW.unsqueeze(2)).latent_dist, generator)

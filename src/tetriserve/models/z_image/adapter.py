@@ -95,7 +95,7 @@ class ZImageAdapter(DiffusionAdapter):
             return prediction
         return prediction + loop.request.guidance_scale * (prediction - negative)
 
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
         vae = self.pipeline.vae
         latents_BCHW = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents_BCHW, return_dict=False)[0]  # type: ignore[no-any-return]

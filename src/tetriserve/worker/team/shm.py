@@ -56,6 +56,11 @@ class ShmTeam:
         """Free the other members from the task entered last: this rank's part of it has failed."""
         self._region.abort(self._ranks, self._token)
 
+    def check(self) -> None:
+        """Raises PeerLost: the task entered last is aborted."""
+        if self._is_over():
+            raise PeerLost("a peer is gone: the task was aborted")
+
     def meet(self) -> None:
         """Wait for all members. Raises PeerLost."""
         self._give(())
@@ -116,8 +121,7 @@ class ShmTeam:
                 if words[progress] >= value:
                     break
             else:
-                if self._is_over():
-                    raise PeerLost("a peer is gone: the task was aborted")
+                self.check()
                 now = time.monotonic()
                 spin_until = spin_until or now + _SPIN_S
                 if now < spin_until:
