@@ -123,3 +123,13 @@ def test_a_degree_that_was_not_measured_so_far_is_not_estimated() -> None:
     intake = intake_of(dataclasses.replace(profile, rows=rows))
     request = request_of(intake, "1792x1024")
     assert list(intake.cost.times(request, request.stepped)) == [1]
+
+
+def test_decodes_that_ranks_share_are_estimated_by_degree() -> None:
+    profile = profile_of(512, 1024)
+    shared = [
+        Row(stage=DECODE, height=side, width=side, degree=2, seconds=0.1 * (side / 256) ** 2) for side in (512, 1024)
+    ]
+    estimated = with_largest(dataclasses.replace(profile, rows=(*profile.rows, *shared)), CARD.size_multiple)
+    found = {row.degree: row.seconds for row in estimated.rows_of(DECODE) if row.shape == LARGEST}
+    assert found == {1: pytest.approx(3.2 * 1.75), 2: pytest.approx(1.6 * 1.75)}

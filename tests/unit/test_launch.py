@@ -33,6 +33,7 @@ from tetriserve.launch import (
     with_usable_degrees,
 )
 from tetriserve.models.card import ModelCard
+from tetriserve.models.tiles import Tiles
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row, load_profile, save_profile
 from tetriserve.profile.corrections import Corrections
@@ -308,3 +309,23 @@ def test_a_kept_profile_without_times_of_pictures_is_measured_again_for_a_model_
     kept = dataclasses.replace(kept, rows=(*kept.rows, *encoding))
     save_profile(kept, cached_profile_path(CARD, config.pool))
     assert find_profile(config, starting) == kept
+
+
+def test_a_kept_profile_without_decodes_at_the_degrees_that_tiles_allow_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = EngineConfig(pool=PoolConfig(num_ranks=2))
+    card = dataclasses.replace(
+        CARD, execution=Execution("float32", tiling="vae"), tiles=Tiles(side=32, stride=24, scale=8)
+    )
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool), execution=card.execution)
+    save_profile(kept, cached_profile_path(card, config.pool))
+    assert find_profile(config, card) is None
+    shared = Row(stage=DECODE, height=512, width=512, degree=2, seconds=0.5)
+    kept = dataclasses.replace(kept, rows=(*kept.rows, shared))
+    save_profile(kept, cached_profile_path(card, config.pool))
+    assert find_profile(config, card) == kept
+    named = tmp_path / "named.json"
+    save_profile(dataclasses.replace(kept, rows=kept.rows[:-1]), named)
+    assert find_profile(dataclasses.replace(config, profile=str(named)), card) is not None

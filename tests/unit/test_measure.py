@@ -28,6 +28,7 @@ from tetriserve.core.plan import Task
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, INPUT
 from tetriserve.models.card import ModelCard
+from tetriserve.models.tiles import Tiles
 from tetriserve.profile import Profile
 from tetriserve.profile.table import MIN_TIME_S
 from tetriserve.profiler import measure
@@ -281,3 +282,39 @@ async def test_of_a_model_that_takes_pictures_their_encoding_is_measured_by_size
 async def test_of_a_model_that_takes_none_it_is_not() -> None:
     profile, _ = await measured(quiet)
     assert ENCODE_IMAGE not in profile.stages
+
+
+async def test_decodes_in_tiles_are_measured_at_every_degree_that_a_size_has_tiles_for_on_all_groups_at_once() -> None:
+    tiles, told, decodes = Tiles(side=32, stride=24, scale=8), [], []
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        if task.stage == DECODE:
+            decodes.append((shape, task.ranks))
+        return quiet_s(Task(task.members, task.stage, (0,), task.num_steps)) / task.degree, None
+
+    card = dataclasses.replace(CARD, execution=Execution("float32", tiling="vae"), tiles=tiles)
+    pool = PoolConfig(num_ranks=4, degrees=(1, 2, 4), max_batch=1)
+    wide = Shape(192, 384)
+    assert [tiles.count(shape) for shape in (SMALL, LARGE, wide)] == [1, 9, 2]
+    profile = await measure(
+        MeasuredExecutor(took, num_ranks=4), card, pool, [SMALL, LARGE, wide],
+        lambda done, total, text: told.append((done, total, text)), share=1.0,
+    )  # fmt: skip
+    assert {(row.shape, row.degree): row.seconds for row in profile.rows_of(DECODE)} == {
+        (SMALL, 1): DECODE_S,
+        **{(LARGE, degree): DECODE_S / degree for degree in (1, 2, 4)},
+        **{(wide, degree): DECODE_S / degree for degree in (1, 2)},
+    }
+    assert {(row.tokens, row.batch) for row in profile.rows_of(DECODE)} == {(None, 1)}
+    pairs = [(0, 1), (2, 3)]
+    assert {ranks for shape, ranks in decodes if shape == LARGE and len(ranks) > 1} == {*pairs, (0, 1, 2, 3)}
+    assert decodes.count((wide, (0, 1))) == decodes.count((wide, (2, 3))) == 6
+    assert profile.doubt == ""
+    assert told[-1][:2] == (15, 15)
+    assert "decode of 512x512 at degree 4" in [text for *_, text in told]
+
+
+async def test_without_tiling_a_decode_has_one_degree() -> None:
+    card = dataclasses.replace(CARD, tiles=Tiles(side=32, stride=24, scale=8))
+    profile = await measure(MeasuredExecutor(quiet), card, POOL, [LARGE], lambda done, total, text: None, share=1.0)
+    assert [row.degree for row in profile.rows_of(DECODE)] == [1]

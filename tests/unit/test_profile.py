@@ -327,6 +327,54 @@ def test_in_between_times_are_linear_in_tokens_whatever_the_aspect(
     assert times(cost, request(height, width), DECODE)[1] == pytest.approx(decode_s)
 
 
+SHARED = dataclasses.replace(
+    PROFILE,
+    rows=(
+        *PROFILE.rows,
+        *(
+            Row(stage=DECODE, height=side, width=side, degree=degree, seconds=seconds / degree + 0.1)
+            for side, seconds in ((512, 0.8), (1024, 3.5))
+            for degree in (2, 4)
+            if side > 512 or degree == 2
+        ),
+    ),
+)
+"""Decodes of 512x512 are shared by 2 ranks, those of 1024x1024 by 4 too."""
+
+
+def test_a_decode_has_the_degrees_that_were_measured_at_its_size_or_on_both_sides_of_it() -> None:
+    cost = ProfileCost(SHARED)
+    assert dict(times(cost, request(256, 256), DECODE)) == {1: 0.2}
+    assert dict(times(cost, request(256, 512), DECODE)) == {1: pytest.approx(0.4)}
+    assert dict(times(cost, request(512, 512), DECODE)) == {1: 0.8, 2: 0.5}
+    between = {1: pytest.approx(0.8 + 2.7 / 3), 2: pytest.approx(0.5 + 1.35 / 3)}
+    assert dict(times(cost, request(512, 1024), DECODE)) == between
+    assert dict(times(cost, request(1024, 1024), DECODE)) == {1: 3.5, 2: 1.85, 4: 0.975}
+    assert SHARED.degrees == (1, 2), "those of steps"
+
+
+def test_a_decode_has_no_degree_that_its_own_tiles_do_not_allow() -> None:
+    """A size between two others may have fewer tiles than both."""
+    limited = request(512, 1024)
+
+    def short_degrees(kind: str, shape: Shape) -> tuple[int, ...]:
+        assert kind in (ENCODE, DECODE)
+        return (1,) if shape == limited.shape else (1, 2)
+
+    cost = ProfileCost(SHARED, short_degrees_of=short_degrees)
+    cost = cost.observed(DECODING, limited, 1.7)
+    assert [*times(cost, limited, DECODE)] == [1]
+    assert [*times(cost, request(1024, 1024), DECODE)] == [1, 2]
+    assert [*times(cost, limited, ENCODE)] == [1]
+    assert [*times(cost, limited, DENOISE)] == [1, 2]
+
+
+def test_every_size_needs_a_decode_at_the_narrowest_degree() -> None:
+    rows = [row for row in SHARED.rows if (row.stage, row.degree, row.height) != (DECODE, 1, 1024)]
+    with pytest.raises(ProfileError, match="profile has no decode row that covers 1024x1024; they go from 256x256 to"):
+        dataclasses.replace(SHARED, rows=tuple(rows))
+
+
 @pytest.mark.parametrize("side", [128, 224, 1056, 2048])
 def test_outside_the_measured_range_is_an_error_that_names_it(side: int) -> None:
     cost, tokens = ProfileCost(PROFILE), side * side // 1024

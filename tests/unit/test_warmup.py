@@ -104,3 +104,19 @@ async def test_a_failure_names_what_was_run() -> None:
     with pytest.raises(TetriServeError) as caught:
         await warm_up(executor, CARD, POOL, COST, [LARGE], lambda done, total, text: None)
     assert str(caught.value) == "while warming 512x512 at degree 2, rank 1 ran out of memory"
+
+
+async def test_decodes_that_ranks_share_run_on_the_groups_that_share_them() -> None:
+    tasks: list[tuple[Shape, tuple[int, ...]]] = []
+
+    def took(shape: Shape, task: Task, go: int) -> tuple[float, float | None]:
+        if task.stage == DECODE:
+            tasks.append((shape, task.ranks))
+        return quiet_s(Task(task.members, task.stage, (0,), task.num_steps)), None
+
+    shared = Row(stage=DECODE, height=512, width=512, degree=2, seconds=0.05)
+    profile = dataclasses.replace(COST.profile, rows=(*COST.profile.rows, shared))
+    cost = ProfileCost(profile, COST.degrees_of, batch_limit=8)
+    await warm_up(MeasuredExecutor(took, num_ranks=4), CARD, POOL, cost, CARD.sizes, lambda done, total, text: None)
+    singles = [(rank,) for rank in range(4)]
+    assert tasks == [*((SMALL, ranks) for ranks in singles), *((LARGE, ranks) for ranks in (*singles, (0, 1), (2, 3)))]
