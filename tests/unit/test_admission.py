@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from tetriserve.control.admission import backlog_s, earliest_finish
+from tetriserve.core.cluster import StageRanks
 from tetriserve.core.execution import Execution
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request, Shape
@@ -89,6 +90,20 @@ def test_work_already_done_is_not_counted_again() -> None:
     halfway = Trajectory.at(other(deadline_s=119.0).request, 1, 7)
     finish_s = earliest_finish(state(halfway), REQUEST, 100.0)
     assert finish_s == pytest.approx(100.0 + ALONE_S + (3 * 1.0 + 2.0) / 4)
+
+
+def test_a_second_pass_of_each_step_is_work_too() -> None:
+    guided = other(deadline_s=119.0, stages=image_stages(10, num_passes=2))
+    finish_s = earliest_finish(state(guided), REQUEST, 100.0)
+    assert finish_s == pytest.approx(100.0 + ALONE_S + (2 * 0.5 + 2 * 10 * 1.0 + 2.0) / 4)
+
+
+def test_a_decode_counts_at_its_fastest_on_the_ranks_that_may_run_it() -> None:
+    wide = tuple(Row(stage=DECODE, height=256, width=256, degree=k, seconds=s) for k, s in ((2, 1.2), (4, 0.7)))
+    cost = ProfileCost(dataclasses.replace(COST.profile, rows=(*COST.profile.rows, *wide)))
+    for limits, decode_s in (({}, 0.7), ({("", DECODE): [0, 1, 2]}, 1.2), ({("", DENOISE): range(4)}, 0.7)):
+        limited = State((), (), tuple(range(4)), cost, stage_ranks=StageRanks.of(limits))
+        assert earliest_finish(limited, REQUEST, 0.0) == pytest.approx(0.5 + 10 * 0.4 + decode_s)
 
 
 def test_the_backlog_is_all_accepted_work_shared_by_all_ranks() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tetriserve.core.cluster import Role
-from tetriserve.core.cost import fastest_s, stages_gpu_s
+from tetriserve.core.cost import fastest_s, step_gpu_s
 from tetriserve.core.errors import QueueFull
 from tetriserve.core.plan import State
-from tetriserve.core.request import Request, Stage
+from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 
 
@@ -20,7 +20,7 @@ def earliest_finish(state: State, request: Request, now: float) -> float:
     request's own time is its fastest. A schedule cannot be much better than this, but it can be worse: ranks fragment.
     """
     ahead_s = _pool_s(state, [other for other in state.trajectories if _goes_before(other, request, now)])
-    alone_s = fastest_s(state.cost, request, state.num_ranks_for(request, request.stepped))
+    alone_s = fastest_s(state.cost, request, state.num_ranks_for)
     return now + ahead_s + alone_s
 
 
@@ -67,9 +67,8 @@ def _least_gpu_time(state: State, trajectories: Iterable[Trajectory], within: Ro
         request = trajectory.request
         kind = request.kind
         if kind not in known:
-            num_ranks = state.num_ranks_for(request, request.stepped)
             known[kind] = tuple(
-                stages_gpu_s(cost, request, [Stage(stage.kind)], num_ranks)
+                step_gpu_s(cost, request, stage, state.num_ranks_for(request, stage))
                 if within is None or _is_within(within, state.stage_ranks.role(request.model, stage.kind))
                 else 0.0
                 for stage in request.stages

@@ -120,7 +120,7 @@ class Controller:
         """
         role = self._tracker.stage_ranks.role
         return {
-            request.request_id: stage_s(self.cost, request, skipped, 1)
+            request.request_id: stage_s(self.cost, request, skipped, min(self.cost.times(request, skipped)))
             for record in self._tracker.records.values()
             if role((request := record.request).model, record.trajectory.stage.kind)
             == role(request.model, request.stepped.kind)

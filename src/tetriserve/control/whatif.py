@@ -167,7 +167,8 @@ class _Coarse:
 
     def plan(self, state: State, now: float) -> Plan:
         least_s = self._resolution * (now - self._start_s)
-        if least_s and (closing := _closing(state)) and len(closing) == len(state.idle_ranks):
+        closing = _closing(state, now) if least_s else ()
+        if closing and sum(task.degree for task in closing) == len(state.idle_ranks):
             return Plan(closing)  # nothing is left to decide on
         plan = self._policy.plan(state, now)
         if not plan.tasks or not least_s:
@@ -177,18 +178,22 @@ class _Coarse:
         return Plan(tasks, plan.wake_at)
 
 
-def _closing(state: State) -> tuple[Task, ...]:
-    """The tasks of requests that wait for their last stage, a short one, each on its idle leader."""
+def _closing(state: State, now: float) -> tuple[Task, ...]:
+    """The tasks of requests that wait for their last stage, a short one, each on its idle leader, and on as many others
+    of the ranks that hold its state as it needs to be in time."""
     idle = set(state.idle_ranks)
     tasks = []
     for trajectory in state.waiting:
         leader = next(iter(trajectory.holders), None)
         is_last = trajectory.stage_index == len(trajectory.request.stages) - 1
         if is_last and trajectory.is_short and leader in idle:
-            task = Task((trajectory.request_id,), trajectory.stage.kind, (leader,))
-            if state.stage_ranks.allows(trajectory.request.model, task.stage, task.ranks):
-                idle.discard(leader)
-                tasks.append(task)
+            request, stage = trajectory.request, trajectory.stage
+            near = state.stage_ranks.among(request.model, stage.kind, [r for r in trajectory.holders if r in idle])
+            times, budget_s = state.cost.times(request, stage), request.deadline_s - now - state.cost.switch_s
+            degree = next((k for k in times if k <= len(near) and times[k] <= budget_s), min(times))
+            if near[:1] == (leader,) and degree <= len(near):
+                idle.difference_update(near[:degree])
+                tasks.append(Task((trajectory.request_id,), stage.kind, tuple(sorted(near[:degree]))))
     return tuple(tasks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Stage
@@ -34,25 +34,29 @@ def narrowest_s(cost: CostModel, request: Request) -> float:
     return sum(stage_s(cost, request, stage, min(cost.times(request, stage))) for stage in request.stages)
 
 
-def fastest_s(cost: CostModel, request: Request, num_ranks: float = math.inf) -> float:
-    """Seconds of `request` alone, each stage at its fastest degree on `num_ranks`, or at its narrowest on fewer."""
+def fastest_s(
+    cost: CostModel, request: Request, num_ranks_for: Callable[[Request, Stage], float] = lambda *_: math.inf
+) -> float:
+    """Seconds of `request` alone, each stage at its fastest degree, or its narrowest, on `num_ranks_for` it."""
     total_s = 0.0
     for stage in request.stages:
         times = cost.times(request, stage)
-        widest = max(num_ranks, min(times))
+        widest = max(num_ranks_for(request, stage), min(times))
         total_s += max(1, stage.num_steps) * min(step_s for degree, step_s in times.items() if degree <= widest)
     return total_s
 
 
-def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage], num_ranks: float = math.inf) -> float:
-    """Rank-seconds of `stages` of a request, each at its cheapest degree on `num_ranks`, or its narrowest on fewer."""
-    total_s = 0.0
-    for stage in stages:
-        times = cost.times(request, stage)
-        widest = max(num_ranks, min(times))
-        gpu_s = min(degree * step_s for degree, step_s in times.items() if degree <= widest)
-        total_s += max(1, stage.num_steps) * gpu_s
-    return total_s
+def stages_gpu_s(cost: CostModel, request: Request, stages: Iterable[Stage]) -> float:
+    """Rank-seconds of `stages` of a request, each at its cheapest degree."""
+    return sum(max(1, stage.num_steps) * step_gpu_s(cost, request, stage) for stage in stages)
+
+
+def step_gpu_s(cost: CostModel, request: Request, stage: Stage, num_ranks: float = math.inf) -> float:
+    """Rank-seconds of one step of a stage, or of all of a short one, at its cheapest degree on `num_ranks`, or at its
+    narrowest on fewer."""
+    times = cost.times(request, stage)
+    widest = max(num_ranks, min(times))
+    return min(degree * step_s for degree, step_s in times.items() if degree <= widest)
 
 
 def pays(step_s: float, batch: int, alone_s: float) -> bool:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tetriserve.files import read_bounded
 
 _LIBRARIES = ("diffusers", "transformers")
 _COMPONENT = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
-_WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")
+_FOLDER = re.compile(r"[a-z0-9_]+", re.ASCII)
+_WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor", "Guidance")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 _QUANTISED = ("I8", "U8", "I4", "U4")
 _MAX_HEADER_BYTES = 100_000_000
@@ -27,6 +29,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 2**28
 _MAX_COUNT = 2**31
 _TOKENIZER_FILES = {
+    "ByT5Tokenizer": ((),),  # its words are bytes
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "Qwen2VLProcessor": (("tokenizer.json",), ("vocab.json", "merges.txt")),
@@ -95,10 +98,24 @@ def hub_name(root: Path) -> str:
     return real.name
 
 
+def module_of(library: str) -> str | None:
+    """The module that has the classes of `library`, as `model_index.json` names it; None for one of no trust.
+
+    Allowed are diffusers, transformers, and folders of diffusers' own pipelines, which have some classes for themselves.
+    """
+    if library in _LIBRARIES:
+        return library
+    spec = find_spec("diffusers")
+    if spec is None or spec.origin is None or not _FOLDER.fullmatch(library):
+        return None
+    is_there = (Path(spec.origin).parent / "pipelines" / library / "__init__.py").is_file()
+    return f"diffusers.pipelines.{library}" if is_there else None
+
+
 def check_component(path: Path, component: str, entry: object) -> None:
     """That the component named by `model_index.json` is there, complete and not truncated, and brings no code along."""
     match entry:
-        case [str(library), str(class_name)] if library in _LIBRARIES and _COMPONENT.fullmatch(component):
+        case [str(library), str(class_name)] if module_of(library) and _COMPONENT.fullmatch(component):
             folder = path / component
         case _:
             raise CheckpointError(

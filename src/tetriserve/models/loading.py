@@ -13,7 +13,7 @@ import transformers
 from tetriserve.core.errors import CheckpointError
 from tetriserve.models.adapters import Adapters
 from tetriserve.models.execution import apply, check_machine, loading_options, place
-from tetriserve.models.files import find_weights, read_json
+from tetriserve.models.files import find_weights, module_of, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,7 +129,9 @@ def _load(
 
 def _load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype, extra: dict[str, Any]) -> Any:
     """The model in `folder`, with `extra` options; None if it is a tokenizer or a scheduler."""
-    model_class = getattr(import_module(library), class_name, None)
+    module = module_of(library)
+    assert module is not None, "the card was read before"
+    model_class = getattr(import_module(module), class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
         return None
     options: dict[str, Any] = {"torch_dtype": dtype}

@@ -83,7 +83,7 @@ class Sharing:
         speeds = self.speeds(jobs[0])
         for count in range(min(len(jobs), len(speeds)), 1, -1):
             members, step_s = jobs[:count], speeds[count - 1].fastest_s
-            rest_s = sum([job.here.before_s + job.here.after_s for job in members])
+            rest_s = sum([job.here.rest_s for job in members])
             from_s = max(self._now, *[job.ready_s for job in members]) + rest_s - EPSILON_S
             if all(from_s + job.num_steps * step_s <= job.deadline_s for job in members):
                 return count

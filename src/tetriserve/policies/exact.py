@@ -1,7 +1,7 @@
 """Exact search over schedules, by branch and bound (the exhaustive search of TetriServe, table 6).
 
-**What is searched.** All schedules of all tasks that are left: short stages on one rank, steps in runs of any
-length at any degree, every task charged with its start as the simulator does. Tasks in flight end when predicted,
+**What is searched.** All schedules of all tasks that are left: short stages at any degree, steps in runs of any length
+at any degree, every task charged with its start as the simulator does. Tasks in flight end when predicted,
 or now if that is past; nothing more arrives; ranks are alike, and priority classes count alike. The best schedule
 attains the most deadlines and, of those that do, has the least sum of finish times over all requests, late ones too.
 
@@ -37,11 +37,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from tetriserve.core.cost import stage_s, times_per_step
-from tetriserve.core.plan import CostModel, InFlight, State
-from tetriserve.core.request import Request
+from tetriserve.core.plan import InFlight, State
+from tetriserve.core.request import Request, Stage
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.degrees import fastest_degree
 
 _TOLERANCE_S = 1e-9
 
@@ -119,9 +117,9 @@ class _Job:
 
     degree: of the last task; 0 before the first, which nothing can move.
     steps_left: by progress, of the present stage; 0 at a short one.
-    short_s: by progress, seconds of a short stage; 0 at steps.
-    step_times: seconds per step by degree, fastest first.
-    left_s: by progress, seconds to the end with one run of all steps left at the fastest degree.
+    times: by progress, seconds by degree of a step or of a short stage, fastest first.
+    step_times: of a step.
+    left_s: by progress, seconds to the end with one run of all steps left, each stage at its fastest degree.
     """
 
     request: Request
@@ -131,7 +129,7 @@ class _Job:
     switch_s: float
     move_s: float
     steps_left: tuple[int, ...]
-    short_s: tuple[float, ...]
+    times: tuple[Mapping[int, float], ...]
     step_times: Mapping[int, float]
     left_s: tuple[float, ...]
 
@@ -140,7 +138,7 @@ class _Job:
 
     def degrees_at(self, progress: int) -> tuple[int, ...]:
         """What the next task may run at, fastest first."""
-        return tuple(self.step_times) if self.steps_left[progress] else (1,)
+        return tuple(self.times[progress])
 
     def start_s(self, last_degree: int, degree: int) -> float:
         """Seconds that a task takes to start."""
@@ -148,7 +146,7 @@ class _Job:
 
     def work_s(self, progress: int, degree: int, num_steps: int) -> float:
         """Seconds of the next task after its start."""
-        return num_steps * self.step_times[degree] if num_steps else self.short_s[progress]
+        return max(1, num_steps) * self.times[progress][degree]
 
 
 @dataclass(slots=True, eq=False)
@@ -212,12 +210,11 @@ def _jobs(state: State, now: float) -> tuple[_Job, ...]:
 
 def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: float) -> _Job | None:
     request, cost = trajectory.request, state.cost
-    num_ranks = state.num_ranks_for(request, request.stepped)
-    times = {degree: step_s for degree, step_s in times_per_step(cost, request).items() if degree <= num_ranks}
+    stages = [(stage, _useful(request, stage, state)) for stage in request.stages]
+    step_times = _useful(request, request.stepped, state)
     first_free_s = now if flight is not None else _first_free_s(trajectory, state, now)
-    if not times or first_free_s is None:
+    if not step_times or first_free_s is None:
         return None
-    useful = [degree for degree in times if all(times[degree] < times[less] for less in times if less < degree)]
     passed = request.stages[: trajectory.stage_index]
     progress = sum(max(1, stage.num_steps) for stage in passed) + trajectory.stage_steps_done
     if flight is not None:
@@ -232,14 +229,19 @@ def _job(trajectory: Trajectory, flight: InFlight | None, state: State, now: flo
         steps_left=tuple(
             left for stage in request.stages for left in (range(stage.num_steps, 0, -1) if stage.num_steps else (0,))
         ),
-        short_s=tuple(
-            stage_s(cost, request, stage, 1) if stage.num_steps == 0 else 0.0
-            for stage in request.stages
-            for _ in range(max(1, stage.num_steps))
-        ),
-        step_times={degree: times[degree] for degree in sorted(useful, key=lambda degree: times[degree])},
-        left_s=_left_s(request, cost, times[fastest_degree(times)]),
+        times=tuple(times for stage, times in stages for _ in range(max(1, stage.num_steps))),
+        step_times=step_times,
+        left_s=_left_s(stages, cost.switch_s),
     )
+
+
+def _useful(request: Request, stage: Stage, state: State) -> Mapping[int, float]:
+    """Seconds by degree, fastest first, of those degrees that living ranks allow and that no narrower one equals. Of a
+    short stage at least the narrowest."""
+    times, num_ranks = state.cost.times(request, stage), state.num_ranks_for(request, stage)
+    fitting = [degree for degree in times if degree <= num_ranks or (degree == min(times) and not stage.num_steps)]
+    useful = [degree for degree in fitting if all(times[degree] < times[less] for less in fitting if less < degree)]
+    return {degree: times[degree] for degree in sorted(useful, key=times.__getitem__)}
 
 
 def _first_free_s(trajectory: Trajectory, state: State, now: float) -> float | None:
@@ -251,14 +253,11 @@ def _first_free_s(trajectory: Trajectory, state: State, now: float) -> float | N
     return min((ends_s.get(rank, now) for rank in allowed), default=None)
 
 
-def _left_s(request: Request, cost: CostModel, step_s: float) -> tuple[float, ...]:
+def _left_s(stages: Sequence[tuple[Stage, Mapping[int, float]]], switch_s: float) -> tuple[float, ...]:
     left_s = [0.0]  # from the end
-    for stage in reversed(request.stages):
-        after_s = left_s[-1]
-        if stage.num_steps:
-            left_s += [cost.switch_s + left * step_s + after_s for left in range(1, stage.num_steps + 1)]
-        else:
-            left_s.append(cost.switch_s + stage_s(cost, request, stage, 1) + after_s)
+    for stage, times in reversed(stages):
+        after_s, fastest_s = left_s[-1], next(iter(times.values()))
+        left_s += [switch_s + left * fastest_s + after_s for left in range(1, max(1, stage.num_steps) + 1)]
     return tuple(reversed(left_s))
 
 

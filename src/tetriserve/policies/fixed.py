@@ -23,10 +23,10 @@ Block = tuple[int, ...]
 class BlockPolicy(ABC):
     """First come first served over disjoint blocks of ranks, non-preemptive.
 
-    A request holds its block from its first stage to its last, although short stages run on one rank of it alone. Which
-    request holds which block is read from the state: the first of a started trajectory's holders, or the leader of its
-    running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of requests
-    that have not started.
+    A request holds its block from its first stage to its last, although short stages may run on one rank of it alone.
+    Which request holds which block is read from the state: the first of a started trajectory's holders, or the leader
+    of its running task, lies in the block. A request whose block lost a rank moves to the next free block, ahead of
+    requests that have not started.
 
     Where only some ranks may run a stage, and not every block has one of them, the stage is afloat (`afloat`): it runs
     on an idle one of them, whichever block that lies in, between the tasks of that block and before them. A request
@@ -127,11 +127,17 @@ class BlockPolicy(ABC):
         step_times = times_per_step(state.cost, first.request, 1 if first.is_short else len(members))
         ranks = self.step_ranks(block, step_times)
         if first.is_short:
-            return Task((first.request_id,), first.stage.kind, leader_of(first, ranks, block, state))
+            return Task((first.request_id,), first.stage.kind, self._short_ranks(first, ranks, block, state))
         num_steps = max(1, int(CHUNK_S / step_times[len(ranks)]))
         most = min(member.remaining_steps for member in members)
         names = tuple(member.request_id for member in members)
         return Task(names, first.stage.kind, ranks, min(num_steps, most))
+
+    def _short_ranks(self, trajectory: Trajectory, ranks: Block, block: Block, state: State) -> Block:
+        """Where a short stage runs: on as many of those that may run it as `step_ranks` would give to steps."""
+        allowed = allowed_in(trajectory, ranks, block, state)
+        times = state.cost.times(trajectory.request, trajectory.stage)
+        return tuple(sorted(allowed[: len(self.step_ranks(tuple(sorted(allowed)), times))]))
 
 
 class FixedDegree(BlockPolicy):
@@ -297,10 +303,11 @@ def best_block(trajectory: Trajectory, blocks: Sequence[Block], state: State) ->
     return min(blocks, key=rating, default=None)
 
 
-def leader_of(trajectory: Trajectory, ranks: Block, block: Block, state: State) -> Block:
-    """The rank of `block`, of its `ranks` for steps if it can be, that a short stage runs on."""
+def allowed_in(trajectory: Trajectory, ranks: Block, block: Block, state: State) -> Block:
+    """The ranks of `block` that may run the stage it is at, those of its `ranks` for steps first."""
     model, kind = trajectory.request.model, trajectory.stage.kind
-    return (state.stage_ranks.among(model, kind, ranks) or state.stage_ranks.among(model, kind, block))[:1]
+    others = [rank for rank in block if rank not in ranks]
+    return state.stage_ranks.among(model, kind, [*ranks, *others])
 
 
 def whole_blocks(ranks: tuple[int, ...], degree: int) -> Iterator[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from tetriserve.core.cost import stages_gpu_s, times_per_step
+from tetriserve.core.cost import stages_gpu_s
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import fastest_degree, least_gpu_s
@@ -43,7 +43,7 @@ class ListScheduler:
     def plan(self, state: State, now: float) -> Plan:
         cost = state.cost
         room = Room.of(state)
-        short: list[Trajectory] = []
+        short: list[tuple[Trajectory, int]] = []
         chosen: list[_Choice] = []
         head = owed(state, now)
         keyed = sorted(
@@ -52,17 +52,17 @@ class ListScheduler:
         for trajectory in keyed:
             if not room.num_free:
                 break
-            if trajectory.is_short:
-                if room.take(trajectory):
-                    short.append(trajectory)
-                continue
-            times = times_per_step(cost, trajectory.request)
+            times = cost.times(trajectory.request, trajectory.stage)
             spare = room.free_for(trajectory)
-            fitting = {degree: step_s for degree, step_s in times.items() if degree <= spare}
-            if fitting:
-                degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
+            fitting = {degree: seconds for degree, seconds in times.items() if degree <= spare}
+            if not fitting:
+                continue
+            degree = _best_fit(trajectory, fitting, cost, now) if self.best_fit else fastest_degree(fitting)
+            room.take(trajectory, degree)
+            if trajectory.is_short:
+                short.append((trajectory, degree))
+            else:
                 chosen.append(_Choice(trajectory, times, degree))
-                room.take(trajectory, degree)
         if self.best_fit:
             chosen = _widen(chosen, room)
         placed = room.place([(choice.trajectory, choice.degree) for choice in chosen], team_s=cost.team_s)
@@ -77,7 +77,8 @@ def _best_fit(trajectory: Trajectory, fitting: Mapping[int, float], cost: CostMo
     request = trajectory.request
     after_s = stages_gpu_s(cost, request, request.stages[trajectory.stage_index + 1 :])
     budget_s = request.deadline_s - now - after_s - 2 * cost.switch_s
-    enough = [degree for degree, step_s in fitting.items() if trajectory.remaining_steps * step_s <= budget_s]
+    num_steps = 1 if trajectory.is_short else trajectory.remaining_steps
+    enough = [degree for degree, step_s in fitting.items() if num_steps * step_s <= budget_s]
     return min(enough) if enough else fastest_degree(fitting)
 
 

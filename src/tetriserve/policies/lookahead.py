@@ -14,7 +14,7 @@ from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.reservation import JobBook, PendingJob, expected_end_s, num_reserved, reserve
 from tetriserve.policies.room import Room
-from tetriserve.policies.stages import place_short_stages
+from tetriserve.policies.stages import place_short_stages, within
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
 
 TASK_S = 0.25
@@ -111,7 +111,7 @@ class Lookahead:
             together = reserve(sharing.bundles(in_time), timeline, num_reserved(len(state.ranks)), promote=self.promote)
             if together.is_better_than(reservations):
                 reservations = together
-        widest = max((len(job.speeds.best) - 1 for job in jobs), default=1)
+        widest = max([job.widest for job in jobs], default=1)
         start = _Start(now, state.cost.switch_s, widest, reservations.timeline, len(state.ranks), sharing)
         served = {id(job) for job, _ in ahead}
         failed = [part for job in reservations.failed for part in job.parts if part.is_waiting]
@@ -128,7 +128,7 @@ class Lookahead:
             elif pieces[0].num_steps:
                 start.steps(job, pieces, self.task_s, widen=widen)
             else:
-                start.short.append(next(part for part in job.parts if part.here.is_short).trajectory)
+                start.short_stage(next(part for part in job.parts if part.here.short), pieces[0].degree)
         start.fill(failed, late)
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
 
@@ -183,10 +183,10 @@ def _ahead(
 
 def _late_piece(job: PendingJob, timeline: Timeline, now: float, switch_s: float, longest_s: float) -> Piece:
     """The next task of a late request, as early as it can start, at the narrowest degree of steps that short."""
-    if job.here.is_short:
-        duration_s, role = job.here.short_s, job.here.role
-        start_s = timeline.of_role(role).earliest(duration_s, now)
-        return Piece(start_s, start_s + duration_s, 1, role=role)
+    if job.here.short:
+        (degree, duration_s, _), role = job.here.short[0], job.here.role
+        start_s = timeline.of_role(role).earliest(duration_s, now, degree)
+        return Piece(start_s, start_s + duration_s, degree, role=role)
     times = job.speeds.times
     degree = next(degree for degree, step_s in times.items() if step_s <= max(longest_s, job.speeds.fastest_s))
     num_steps = min(job.num_steps, _steps_in(TASK_S, times[degree]))
@@ -225,7 +225,7 @@ class _Start:
     ) -> None:
         self.now = now
         self.timeline = timeline
-        self.short: list[Trajectory] = []
+        self._short: list[tuple[Trajectory, int]] = []
         self._ready_s = now + switch_s - EPSILON_S
         self._widest = widest
         self._num_ranks = num_ranks
@@ -258,6 +258,11 @@ class _Start:
         members = self._with_riders(job, degree, num_steps, job.deadline_s - pieces[-1].end_s)
         self._want(members, degree, num_steps)
 
+    def short_stage(self, job: PendingJob, num_ranks: int) -> None:
+        """Start the short stage that a job is at, on so many ranks, or on as many of them as it can use."""
+        self._short.append((job.trajectory, within(job.here.short, num_ranks)[0]))
+        self._started.add(id(job))
+
     def _with_riders(self, job: PendingJob, degree: int, num_steps: int, slack_s: float) -> list[PendingJob]:
         """The requests of `job`, and those without a reservation for which it takes a little of its own `slack_s`."""
         members = [*job.parts]
@@ -275,7 +280,7 @@ class _Start:
         return members
 
     def _may_ride(self, job: PendingJob) -> bool:
-        return id(job) not in self._started and not job.here.is_short and not job.trajectory.is_apart
+        return id(job) not in self._started and not job.here.short and not job.trajectory.is_apart
 
     def _want(self, jobs: Sequence[PendingJob], degree: int, num_steps: int) -> None:
         self._started.update(map(id, jobs))
@@ -304,7 +309,7 @@ class _Start:
                 return
             if id(job) in self._started:
                 continue
-            if job.here.is_short:
+            if job.here.short:
                 self._fill_short(job)
                 continue
             is_patient = is_aged and job.latest_s < self.now - EPSILON_S
@@ -318,14 +323,14 @@ class _Start:
                 hopeless.add(kind)
 
     def _fill_short(self, job: PendingJob) -> bool:
-        duration_s = job.here.short_s
-        is_fitting = self.now + duration_s <= self._until(job.here.role)[1] + EPSILON_S
-        if not (is_fitting and self._leaves_headroom(1, duration_s)):
-            return False
-        self._claim_until(self.now + duration_s, 1, job.here.role)
-        self.short.append(job.trajectory)
-        self._started.add(id(job))
-        return True
+        free_until = self._until(job.here.role)
+        for degree, duration_s, _ in job.here.short:
+            is_fitting = self.now + duration_s <= free_until[degree] + EPSILON_S
+            if is_fitting and self._leaves_headroom(degree, duration_s):
+                self._claim_until(self.now + duration_s, degree, job.here.role)
+                self.short_stage(job, degree)
+                return True
+        return False
 
     def _partner_to_fetch(self, job: PendingJob, others: Sequence[PendingJob]) -> PendingJob | None:
         """The first that is yet to come to the stage with steps and could then share the task of `job`, which waits."""
@@ -336,7 +341,7 @@ class _Start:
             if num_missing <= 0:
                 break
             if other is not job and id(other) not in self._started:
-                if other.here.is_short and not other.trajectory.is_apart:
+                if other.here.short and not other.trajectory.is_apart:
                     return other
                 num_missing -= 1
         return None
@@ -390,7 +395,7 @@ class _Start:
         """Everything started, on ranks."""
         room, team_s = Room.of(state), state.cost.team_s
         started = [each for each in self._wanted if room.take(each.members[0], each.degree)]
-        short = [trajectory for trajectory in self.short if room.take(trajectory)]
+        short = [each for each in self._short if room.take(*each)]
         tasks = []
         placed = room.place([(wanted.members[0], wanted.degree) for wanted in started], team_s=team_s)
         for wanted, ranks in zip(started, placed, strict=True):

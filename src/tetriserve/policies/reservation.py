@@ -17,7 +17,7 @@ from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
 from tetriserve.policies.facts import Facts
-from tetriserve.policies.stages import Ahead, ahead_of
+from tetriserve.policies.stages import Ahead, ahead_of, one_after_another
 from tetriserve.policies.timeline import EPSILON_S, NEVER_S, Piece, Timeline
 
 MIN_RESERVED = 12
@@ -25,6 +25,8 @@ MIN_RESERVED = 12
 
 DEADLINE_DIGITS = 3
 """Deadlines that agree to the millisecond are equal: the images of one call, and sums of seconds that were rounded."""
+
+_NOTHING: EfficientDegree = (0, 0.0, 0.0)
 
 _SOON_S = 1e-6
 """What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
@@ -110,6 +112,11 @@ class PendingJob:
         return len(self.members) or 1
 
     @property
+    def widest(self) -> int:
+        """The largest degree of its steps, and of the short stage that it is at."""
+        return max(len(self.speeds.best) - 1, self.here.short[-1][0] if self.here.short else 1)
+
+    @property
     def parts(self) -> tuple[PendingJob, ...]:
         """The jobs of single requests that it stands for."""
         return self.members or (self,)
@@ -117,7 +124,7 @@ class PendingJob:
     def after(self, flight: InFlight, now: float) -> PendingJob | None:
         """The same request once `flight` has landed; None when that was its last task."""
         stage_index, num_steps = self.stage_index, self.num_steps - flight.task.num_steps
-        if self.here.is_short or not num_steps:
+        if self.here.short or not num_steps:
             stage_index += 1
         if stage_index == len(self.ahead):
             return None
@@ -139,11 +146,10 @@ def _job(
 ) -> PendingJob:
     """busy_s: how long its task in flight still takes; None when it waits."""
     here = ahead[stage_index]
-    rest_s = here.before_s + here.after_s
-    gpu_s = rest_s + num_steps * speeds.efficient[0][2]
+    gpu_s = here.rest_gpu_s + num_steps * speeds.efficient[0][2]
     request = trajectory.request
     deadline_s = request.deadline_s
-    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
+    latest_s = deadline_s - here.rest_s - num_steps * speeds.fastest_s - (busy_s or 0.0)
     order = request.priority, latest_s
     return PendingJob(
         trajectory, stage_index, num_steps, ready_s, busy_s is None, speeds, ahead, here, gpu_s, latest_s, order,
@@ -182,7 +188,7 @@ class JobBook:
         step_times = tuple(times_per_step(state.cost, request).items())
         num_ranks = state.num_ranks_for(request, request.stepped)
         speeds = speeds_of(step_times, num_ranks, state.cost.switch_s, self._task_s)
-        return JobTerms(speeds, ahead_of(request, state.cost, state.stage_ranks))
+        return JobTerms(speeds, ahead_of(request, state))
 
 
 def bundle_of(jobs: Sequence[PendingJob], speeds: Speeds, now: float) -> PendingJob:
@@ -193,15 +199,20 @@ def bundle_of(jobs: Sequence[PendingJob], speeds: Speeds, now: float) -> Pending
     """
     first = jobs[0]
     num_steps = max([job.num_steps for job in jobs])
-    before_s, after_s = sum([job.here.before_s for job in jobs]), sum([job.here.after_s for job in jobs])
-    short = next((job for job in jobs if job.here.is_short), None)
-    role = None if short is None else short.here.role
-    here = first.here._replace(is_short=short is not None, before_s=before_s, after_s=after_s, role=role)
+    short = next((job.here for job in jobs if job.here.short), None)
+    here = Ahead.of(
+        () if short is None else short.short,
+        one_after_another([job.here.before for job in jobs if job.here.before]),
+        one_after_another([job.here.after for job in jobs if job.here.after]),
+        has_steps=True,
+        role=None if short is None else short.role,
+        steps_role=first.here.steps_role,
+        after_role=first.here.after_role,
+    )
     deadline_s = min([job.deadline_s + (num_steps - job.num_steps) * speeds.fastest_s for job in jobs])
-    rest_s = here.before_s + here.after_s
-    gpu_s = rest_s + num_steps * speeds.efficient[0][2]
+    gpu_s = here.rest_gpu_s + num_steps * speeds.efficient[0][2]
     ready_s = max([job.ready_s for job in jobs])
-    latest_s = deadline_s - rest_s - num_steps * speeds.fastest_s - max(0.0, ready_s - now)
+    latest_s = deadline_s - here.rest_s - num_steps * speeds.fastest_s - max(0.0, ready_s - now)
     is_waiting = all(job.is_waiting for job in jobs)
     return PendingJob(
         first.trajectory, first.stage_index, num_steps, ready_s, is_waiting, speeds, first.ahead, here, gpu_s,
@@ -281,36 +292,58 @@ def fit(job: PendingJob, timeline: Timeline) -> list[Piece] | None:
 
     Short stages if some come first, then steps, then what follows them. The cheapest is the narrowest efficient degree
     that, taken as the most that the job may have at once, still brings it to its end in time: where fewer ranks are
-    free, it makes do with those.
+    free, it makes do with those. Short stages of several degrees take part in the choice.
     """
-    pieces: list[Piece] = []
+    here = job.here
     from_s = max(job.ready_s, timeline.times[0])
-    before_s, after_s = job.here.before_s, job.here.after_s
-    if job.here.is_short:
-        role = job.here.role
-        from_s = timeline.of_role(role).earliest(before_s, from_s)
-        pieces.append(Piece(from_s, from_s + before_s, 1, role=role))
-        from_s += before_s
-    if job.num_steps:
+    if not here.short:
+        return _fit_steps(job, timeline, from_s)
+    free = timeline.of_role(here.role)
+    for degree, seconds, _ in here.before:
+        start_s = free.earliest(seconds, from_s, degree)
+        first = Piece(start_s, start_s + seconds, degree, role=here.role)
+        rest = _fit_steps(job, timeline, first.end_s)
+        if rest is not None:
+            return [first, *rest]
+    return None
+
+
+def _fit_steps(job: PendingJob, timeline: Timeline, from_s: float) -> list[Piece] | None:
+    """The part of the reservation from the steps on; no pieces where nothing is left."""
+    here = job.here
+    if not job.num_steps:
+        return [] if from_s <= job.deadline_s + EPSILON_S else None
+    free, free_after = timeline.of_role(here.steps_role), timeline.of_role(here.after_role)
+    for degree, step_s, after in _ways(job):
+        after_degree, after_s, _ = after
         steps_by_s = job.deadline_s - after_s
-        steps = None
-        role = job.here.steps_role
-        free = timeline.of_role(role)
-        for degree, step_s, _ in job.speeds.efficient:
-            if from_s + job.num_steps * step_s <= steps_by_s + EPSILON_S:
-                steps = step_pieces(free, job.speeds, job.num_steps, from_s, steps_by_s, degree)
-                if steps:
-                    break
+        if from_s + job.num_steps * step_s > steps_by_s + EPSILON_S:
+            continue
+        steps = step_pieces(free, job.speeds, job.num_steps, from_s, steps_by_s, degree)
         if not steps:
+            continue
+        if here.steps_role is not None:
+            steps = [piece._replace(role=here.steps_role) for piece in steps]
+        if not after_degree:
+            return steps
+        start_s = free_after.earliest(after_s, steps[-1].end_s, after_degree)
+        if start_s + after_s <= job.deadline_s + EPSILON_S:
+            return [*steps, Piece(start_s, start_s + after_s, after_degree, role=here.after_role)]
+        if len(here.after) == 1:
             return None
-        pieces += steps if role is None else [piece._replace(role=role) for piece in steps]
-        from_s = steps[-1].end_s
-    if job.here.is_followed:
-        role = job.here.after_role
-        from_s = timeline.of_role(role).earliest(after_s, from_s)
-        pieces.append(Piece(from_s, from_s + after_s, 1, role=role))
-        from_s += after_s
-    return None if from_s > job.deadline_s + EPSILON_S else pieces
+    return None
+
+
+def _ways(job: PendingJob) -> Iterable[tuple[int, float, EfficientDegree]]:
+    """Efficient degrees with seconds per step, each with a pace of what follows the steps; least GPU time first."""
+    efficient, after = job.speeds.efficient, job.here.after
+    if len(after) < 2:
+        pace = after[0] if after else _NOTHING
+        return [(degree, step_s, pace) for degree, step_s, _ in efficient]
+    ways = [
+        (job.num_steps * gpu_s + pace[2], degree, step_s, pace) for degree, step_s, gpu_s in efficient for pace in after
+    ]
+    return [way[1:] for way in sorted(ways)]
 
 
 def step_pieces(

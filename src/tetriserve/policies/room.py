@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import chain
-from typing import Protocol, TypeVar
 
 from tetriserve.core.cluster import ANYWHERE, Role, StageRanks
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Lora
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.placement import NO_LORAS, place
-
-
-class _HasTrajectory(Protocol):
-    @property
-    def trajectory(self) -> Trajectory: ...
-
-
-_Short = TypeVar("_Short", bound=_HasTrajectory)
 
 
 class Room:
@@ -60,16 +51,6 @@ class Room:
             return False
         self._take(role, num_ranks)
         return True
-
-    def take_each(self, stages: Iterable[_Short]) -> list[_Short]:
-        """Take a rank for each of these short stages, in their order; those that got one."""
-        got = []
-        for stage in stages:
-            if not self.num_free:
-                break
-            if self.take(stage.trajectory):
-                got.append(stage)
-        return got
 
     def give(self, trajectory: Trajectory, num_ranks: int) -> None:
         """Ranks that were taken for the trajectory are free again."""

@@ -12,10 +12,10 @@ from tetriserve.policies.fixed import (
     CHUNK_S,
     Block,
     afloat,
+    allowed_in,
     best_block,
     float_tasks,
     is_afloat,
-    leader_of,
     ranks_for_steps,
     whole_blocks,
 )
@@ -35,11 +35,11 @@ def efficient_enough_degree(step_times: Mapping[int, float], min_efficiency: flo
 class ResolutionSpecific:
     """`rssp`: first come first served, non-preemptive, each request on an aligned block as wide as its shape's degree.
 
-    A request holds its block from its first stage to its last, although short stages run on one rank of it alone. The
-    request at the head waits until its block is free and everyone waits behind it; with `backfill` those behind take
-    what is free meanwhile, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of
-    those that have not started; degrees wider than the largest living block are left out. A stage that not every rank
-    may run may be afloat, as in `BlockPolicy`.
+    A request holds its block from its first stage to its last, although short stages may run on one rank of it alone.
+    The request at the head waits until its block is free, and those behind it take no rank that it could use; with
+    `backfill` they do, and may keep a wide group from forming. A request whose block lost a rank moves, ahead of those
+    that have not started; degrees wider than the largest living block are left out. A stage that not every rank may run
+    may be afloat, as in `BlockPolicy`.
     """
 
     def __init__(self, *, backfill: bool = False) -> None:
@@ -117,7 +117,10 @@ class ResolutionSpecific:
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:
     if trajectory.is_short:
-        return Task((trajectory.request_id,), trajectory.stage.kind, leader_of(trajectory, block, block, state))
+        allowed = allowed_in(trajectory, block, block, state)
+        times = state.cost.times(trajectory.request, trajectory.stage)
+        degree = efficient_enough_degree({k: seconds for k, seconds in times.items() if k <= len(allowed)})
+        return Task((trajectory.request_id,), trajectory.stage.kind, allowed[:degree])
     step_s = times_per_step(state.cost, trajectory.request)[len(block)]
     num_steps = min(trajectory.remaining_steps, max(1, int(CHUNK_S / step_s)))
     return Task((trajectory.request_id,), trajectory.stage.kind, block, num_steps)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from tetriserve.core.cluster import ANYWHERE, Role, StageRanks
-from tetriserve.core.plan import CostModel, Task
+from tetriserve.core.cluster import Role
+from tetriserve.core.plan import State, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.degrees import EfficientDegree, efficient_degrees
 from tetriserve.policies.room import Room
+from tetriserve.policies.timeline import EPSILON_S
 
 
 def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
@@ -18,78 +21,121 @@ def urgency_order(trajectory: Trajectory) -> tuple[int, float, float, str]:
     return request.priority, request.deadline_s, request.arrival_s, request.request_id
 
 
-class Ahead(NamedTuple):
-    """What lies ahead of a request at one of its stages, in seconds with the time to start each task.
+Paces = tuple[EfficientDegree, ...]
+"""How short stages may be run: degrees that are worth it, cheapest and slowest first, in seconds with the time to start
+each task."""
 
-    is_short, short_s: whether the present stage is short, and what it takes then, else 0.
-    before_s: short stages up to the next one with steps, the present one included.
+
+@lru_cache(maxsize=1024)
+def paces_of(times: tuple[tuple[int, float], ...], num_ranks: int, switch_s: float) -> Paces:
+    """Of one short stage, at degrees of at most `num_ranks`; at its narrowest where none is that narrow."""
+    fitting = {degree: switch_s + seconds for degree, seconds in times if degree <= num_ranks}
+    return efficient_degrees(fitting or {degree: switch_s + seconds for degree, seconds in times[:1]})
+
+
+def one_after_another(parts: Sequence[Paces]) -> Paces:
+    """Of several short stages together, each at its fastest within the same number of ranks."""
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    found: list[EfficientDegree] = []
+    for most in sorted({degree for paces in parts for degree, _, _ in paces}):
+        chosen = [within(paces, most) for paces in parts]
+        found.append((most, sum([pace[1] for pace in chosen]), sum([pace[2] for pace in chosen])))
+    return tuple(found)
+
+
+def within(paces: Paces, num_ranks: int) -> EfficientDegree:
+    """The fastest of `paces` on so many ranks; the cheapest if none is that narrow."""
+    return next((pace for pace in reversed(paces) if pace[0] <= num_ranks), paces[0])
+
+
+def in_time(paces: Paces, budget_s: float, num_ranks: int) -> EfficientDegree:
+    """The cheapest of `paces` on so many ranks that takes at most `budget_s`; if there is none, see `within`."""
+    fitting = (pace for pace in paces if pace[0] <= num_ranks and pace[1] <= budget_s + EPSILON_S)
+    return next(fitting, None) or within(paces, num_ranks)
+
+
+class Ahead(NamedTuple):
+    """What lies ahead of a request at one of its stages.
+
+    short: the present stage; nothing where it has steps.
+    before: short stages up to the next one with steps, the present one included.
     has_steps: whether there is one with steps.
-    is_followed, after_s: whether stages come after that one, and what they take.
+    after: what comes after that one.
+    rest_s, rest_gpu_s: seconds of `before` and `after` at their fastest, and rank-seconds at their cheapest.
     role, steps_role, after_role: of the present stage, of the one with steps and of what follows it: the ranks that
         may run it, None for every rank.
     """
 
-    is_short: bool
-    short_s: float
-    before_s: float
+    short: Paces
+    before: Paces
     has_steps: bool
-    is_followed: bool
-    after_s: float
-    role: Role | None = None
-    steps_role: Role | None = None
-    after_role: Role | None = None
+    after: Paces
+    rest_s: float
+    rest_gpu_s: float
+    role: Role | None
+    steps_role: Role | None
+    after_role: Role | None
+
+    @classmethod
+    def of(
+        cls,
+        short: Paces,
+        before: Paces,
+        after: Paces,
+        *,
+        has_steps: bool,
+        role: Role | None = None,
+        steps_role: Role | None = None,
+        after_role: Role | None = None,
+    ) -> Ahead:
+        rest = [paces for paces in (before, after) if paces]
+        rest_s, rest_gpu_s = sum([paces[-1][1] for paces in rest]), sum([paces[0][2] for paces in rest])
+        return cls(short, before, has_steps, after, rest_s, rest_gpu_s, role, steps_role, after_role)
 
 
-def ahead_of(request: Request, cost: CostModel, stage_ranks: StageRanks = ANYWHERE) -> tuple[Ahead, ...]:
-    """One entry for each of the request's stages; short stages count at their narrowest degrees."""
+def ahead_of(request: Request, state: State) -> tuple[Ahead, ...]:
+    """One entry for each of the request's stages."""
+    cost, stage_ranks = state.cost, state.stage_ranks
     roles = [stage_ranks.role(request.model, stage.kind) if stage_ranks else None for stage in request.stages]
     steps_at = request.stages.index(request.stepped)
     after_role = roles[steps_at + 1] if steps_at + 1 < len(roles) else None
-    taken: list[float | None] = []  # None: it has steps
-    for stage in request.stages:
-        if stage.num_steps:
-            taken.append(None)
-        else:
-            times = cost.times(request, stage)
-            taken.append(cost.switch_s + times[min(times)])
+    stages: list[Paces | None] = [  # None: it has steps
+        None
+        if stage.num_steps
+        else paces_of(tuple(cost.times(request, stage).items()), state.num_ranks_for(request, stage), cost.switch_s)
+        for stage in request.stages
+    ]
     found = []
-    for index, present in enumerate(taken):
-        before_s = after_s = 0.0
-        has_steps = is_followed = False
-        for seconds in taken[index:]:
-            if seconds is None:
-                has_steps = True
-            elif has_steps:
-                is_followed, after_s = True, after_s + seconds
-            else:
-                before_s += seconds
+    for index, present in enumerate(stages):
+        first = stages.index(None, index) if None in stages[index:] else len(stages)
+        before = one_after_another([paces for paces in stages[index:first] if paces])
+        after = one_after_another([paces for paces in stages[first:] if paces])
         found.append(
-            Ahead(
-                present is not None,
-                present or 0.0,
-                before_s,
-                has_steps,
-                is_followed,
-                after_s,
-                roles[index],
-                roles[steps_at],
-                after_role,
+            Ahead.of(
+                present or (),
+                before,
+                after,
+                has_steps=first < len(stages),
+                role=roles[index],
+                steps_role=roles[steps_at],
+                after_role=after_role,
             )  # fmt: skip
         )
     return tuple(found)
 
 
 def place_short_stages(
-    trajectories: Sequence[Trajectory], room: Room, *, team_s: float, preserve: bool = True
+    wanted: Sequence[tuple[Trajectory, int]], room: Room, *, team_s: float, preserve: bool = True
 ) -> list[Task]:
-    """One task per trajectory, on the ranks of `room` that were taken for it.
+    """One task per trajectory and degree, on the ranks of `room` that were taken for it.
 
-    They start as soon as a rank is free, never at a round's start: a short request would spend most of its deadline
-    waiting for two rounds to end. They run where the state is when that rank is free. One rank runs one task, so
+    They start as soon as ranks are free, never at a round's start: a short request would spend most of its deadline
+    waiting for two rounds to end. They run where the state is when that rank is free. A rank runs one task, so
     that decodes are one at a time per worker, which bounds peak memory (TetriServe, section 5).
     """
-    placed = room.place([(trajectory, 1) for trajectory in trajectories], team_s=team_s, preserve=preserve)
+    placed = room.place(wanted, team_s=team_s, preserve=preserve)
     return [
         Task((trajectory.request_id,), trajectory.stage.kind, ranks)
-        for trajectory, ranks in zip(trajectories, placed, strict=True)
+        for (trajectory, _), ranks in zip(wanted, placed, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nsmallest
 from itertools import chain, groupby
 from operator import attrgetter
@@ -12,6 +12,7 @@ from tetriserve.core.cluster import Role
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import may_share, sizes_that_pay
+from tetriserve.policies.degrees import EfficientDegree
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
 from tetriserve.policies.packing import Option, OptionGroup, pack_round
 from tetriserve.policies.room import Room
@@ -90,16 +91,16 @@ class TetriServe:
                 waiting = sorter.triage(state, now)
         window = Window(clock, this, now, state.cost.switch_s)
         team_s = state.cost.team_s
-        started = room.take_each(waiting.short)
+        started = _take_short(waiting.short, room, lambda stage, num_ranks: stage.pace(now, num_ranks))
         tasks = place_short_stages(
-            [stage.trajectory for stage in started], room, team_s=team_s, preserve=self.placement
+            [(trajectory, pace[0]) for trajectory, pace in started], room, team_s=team_s, preserve=self.placement
         )
         if (waiting.on_time or waiting.late) and _is_assembling(state, started, window):
             return Plan(tuple(tasks), wake_at=clock.grace_end_s(this))
 
         late_short, late_choices = _choose_ahead(waiting, state, room, window)
         choices = self._choose_on_time(_startable(waiting.on_time, window), room, window)
-        served = {id(trajectory) for trajectory in late_short} | {id(choice.trajectory) for choice in late_choices}
+        served = {id(trajectory) for trajectory, _ in late_short} | {id(choice.trajectory) for choice in late_choices}
         late_short += _choose_late_short(
             [s for s in waiting.late_short if id(s.trajectory) not in served], room, window
         )
@@ -147,7 +148,22 @@ class TetriServe:
         return chosen + _fill(deferred, room, window) if self.fill else chosen
 
 
-def _is_assembling(state: State, started: Sequence[ShortStage], window: Window) -> bool:
+def _take_short(
+    stages: Iterable[ShortStage], room: Room, pace_of: Callable[[ShortStage, int], EfficientDegree]
+) -> list[tuple[Trajectory, EfficientDegree]]:
+    """Take ranks for each of these, in their order; those that got them, with the paces that `pace_of` has for them and
+    the ranks that are left."""
+    taken = []
+    for stage in stages:
+        if not room.num_free:
+            break
+        pace = pace_of(stage, room.free_for(stage.trajectory))
+        if room.take(stage.trajectory, pace[0]):
+            taken.append((stage.trajectory, pace))
+    return taken
+
+
+def _is_assembling(state: State, started: Sequence[tuple[Trajectory, EfficientDegree]], window: Window) -> bool:
     """Whether ranks of the last round, or of short stages that start now, come free before the grace is over.
 
     Packing what is idle already would cut the pool into fragments a moment before it is whole.
@@ -157,7 +173,7 @@ def _is_assembling(state: State, started: Sequence[ShortStage], window: Window) 
     if window.now >= grace_end_s:
         return False
     return any(clock.is_about_to_end(flight, window.round) for flight in state.in_flight) or any(
-        window.now + stage.duration_s <= grace_end_s for stage in started
+        window.now + pace[1] <= grace_end_s for _, pace in started
     )
 
 
@@ -261,7 +277,9 @@ def _most_steps(candidate: Candidate, capacity: int, window: Window) -> Choice |
     return best
 
 
-def _choose_ahead(waiting: Triage, state: State, room: Room, window: Window) -> tuple[list[Trajectory], list[Choice]]:
+def _choose_ahead(
+    waiting: Triage, state: State, room: Room, window: Window
+) -> tuple[list[tuple[Trajectory, int]], list[Choice]]:
     """Late requests before those in time: what is owed to the oldest, and all for which the others have slack."""
     head = owed(state, window.now)
     is_spare = False
@@ -384,8 +402,8 @@ def _need(candidate: Candidate) -> Need:
     return Need(trajectory.request.deadline_s, candidate.latest_start_s, gpu_s)
 
 
-def _choose_late_short(late: Sequence[ShortStage], room: Room, window: Window) -> list[Trajectory]:
-    """Short stages of late requests, most urgent first."""
+def _choose_late_short(late: Sequence[ShortStage], room: Room, window: Window) -> list[tuple[Trajectory, int]]:
+    """Short stages of late requests, most urgent first, at their cheapest degrees."""
     if not room.num_free:
         return []
     startable: dict[Role | None, list[ShortStage]] = {}
@@ -396,7 +414,7 @@ def _choose_late_short(late: Sequence[ShortStage], room: Room, window: Window) -
         nsmallest(room.free_for(stages[0].trajectory), stages, key=attrgetter("order")) for stages in startable.values()
     ]
     ordered = sorted(chain.from_iterable(first), key=attrgetter("order"))
-    return [stage.trajectory for stage in room.take_each(ordered)]
+    return [(trajectory, pace[0]) for trajectory, pace in _take_short(ordered, room, lambda stage, _: stage.paces[0])]
 
 
 def _choose_late(late: Sequence[Candidate], room: Room, window: Window) -> list[Choice]:

@@ -12,9 +12,10 @@ from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.allocation import EPSILON_S, Segment, cheapest_mix
+from tetriserve.policies.degrees import EfficientDegree
 from tetriserve.policies.facts import Facts
 from tetriserve.policies.rounds import RoundClock, RoundTable, round_table
-from tetriserve.policies.stages import Ahead, ahead_of, urgency_order
+from tetriserve.policies.stages import Ahead, Paces, ahead_of, in_time, urgency_order
 
 
 class RoundTerms(NamedTuple):
@@ -33,14 +34,23 @@ class ShortStage(NamedTuple):
     """A trajectory whose next stage is short.
 
     order: priority class, then deadline.
-    latest_start_s: when it has to start at the latest for the request to finish in time.
-    duration_s: with the time to start it.
+    latest_start_s: when it has to start at the latest for the request to finish in time at its fastest.
+    paces: of the stage.
+    duration_s: at its cheapest.
     """
 
     trajectory: Trajectory
     order: tuple[int, float, float, str]
     latest_start_s: float
-    duration_s: float
+    paces: Paces
+
+    @property
+    def duration_s(self) -> float:
+        return self.paces[0][1]
+
+    def pace(self, now: float, num_ranks: int) -> EfficientDegree:
+        """The cheapest on so many ranks at which the request can be in time if the stage starts now."""
+        return in_time(self.paces, self.latest_start_s - now + self.paces[-1][1], num_ranks)
 
 
 class Candidate(NamedTuple):
@@ -49,12 +59,14 @@ class Candidate(NamedTuple):
     order: priority class, then when it has to start at its fastest degree to finish in time: least slack first.
     latest_start_s: from when on no allocation meets the deadline.
     steps_by_s: when the last step has to end for what follows to end by the deadline.
+    saving_by_s: the same with what follows at its cheapest.
     """
 
     trajectory: Trajectory
     order: tuple[int, float]
     latest_start_s: float
     steps_by_s: float
+    saving_by_s: float
     table: RoundTable
 
     @property
@@ -64,10 +76,12 @@ class Candidate(NamedTuple):
     def allocation(self, steps_from_s: float) -> Sequence[Segment]:
         """The cheapest way to meet the deadline (section 4.2.1); empty when there is none."""
         num_steps = self.trajectory.remaining_steps
-        budget_s = self.steps_by_s - steps_from_s
-        # Whole rounds are the honest price of a degree; near the deadline only the bare steps may still fit.
-        segments = cheapest_mix(num_steps, budget_s, self.table.paced)
-        return segments or cheapest_mix(num_steps, budget_s, self.table.efficient) or ()
+        for by_s in dict.fromkeys((self.saving_by_s, self.steps_by_s)):
+            # Whole rounds are the honest price of a degree; near the deadline only the bare steps may still fit.
+            for degrees in (self.table.paced, self.table.efficient):
+                if segments := cheapest_mix(num_steps, by_s - steps_from_s, degrees):
+                    return segments
+        return ()
 
 
 @dataclass(slots=True)
@@ -120,9 +134,7 @@ class Sorter:
         return sum(segment.num_steps * gpu_s[segment.degree] for segment in mix)
 
     def _terms_of(self, request: Request, state: State) -> RoundTerms:
-        return RoundTerms(
-            ahead_of(request, state.cost, state.stage_ranks), state.cost.switch_s, self._table_of(request, state)
-        )
+        return RoundTerms(ahead_of(request, state), state.cost.switch_s, self._table_of(request, state))
 
     def _table_of(self, request: Request, state: State) -> RoundTable | None:
         cost, num_ranks = state.cost, state.num_ranks_for(request, request.stepped)
@@ -133,15 +145,16 @@ def next_stage(trajectory: Trajectory, terms: RoundTerms) -> ShortStage | Candid
     """What `trajectory` needs next; None when no degree is narrow enough for its steps."""
     request, here = trajectory.request, terms.ahead[trajectory.stage_index]
     if not here.has_steps:
-        return ShortStage(trajectory, urgency_order(trajectory), request.deadline_s - here.before_s, here.short_s)
+        return ShortStage(trajectory, urgency_order(trajectory), request.deadline_s - here.rest_s, here.short)
     table = terms.table
     if table is None:
         return None
     num_steps = trajectory.remaining_steps
-    steps_by_s = request.deadline_s - here.after_s
+    steps_by_s, saving_by_s = (request.deadline_s - (here.after[at][1] if here.after else 0.0) for at in (-1, 0))
     fastest_from_s = steps_by_s - terms.switch_s - num_steps * table.fastest_s
     if trajectory.is_short:
         order = urgency_order(trajectory)
-        return ShortStage(trajectory, order, fastest_from_s - here.before_s, here.short_s)
+        return ShortStage(trajectory, order, fastest_from_s - here.before[-1][1], here.short)
     latest_start_s = steps_by_s - terms.switch_s - num_steps * table.quickest_s
-    return Candidate(trajectory, (request.priority, fastest_from_s), latest_start_s, steps_by_s, table)
+    order_of_slack = request.priority, fastest_from_s
+    return Candidate(trajectory, order_of_slack, latest_start_s, steps_by_s, saving_by_s, table)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import CostModel, Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 
@@ -39,9 +38,7 @@ class Unsteady:
 
 def _degree(trajectory: Trajectory, cost: CostModel, num_ranks: int) -> int:
     """0 if its shape runs at no degree that the pool has."""
-    if trajectory.is_short:
-        return 1
-    degrees = [degree for degree in times_per_step(cost, trajectory.request) if degree <= num_ranks]
+    degrees = [degree for degree in cost.times(trajectory.request, trajectory.stage) if degree <= num_ranks]
     return _drawn(degrees, trajectory, "degree") if degrees else 0
 
 

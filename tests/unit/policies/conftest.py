@@ -23,10 +23,13 @@ from tetriserve.policies import Policy, make_policy
 
 @dataclass(frozen=True)
 class TableCost:
-    """Step and decode times by height, in seconds. Read-only, as all that a policy sees."""
+    """Step and decode times by height, in seconds. Read-only, as all that a policy sees.
+
+    decode: at degree 1, or by degree.
+    """
 
     steps: Mapping[int, Mapping[int, float]]
-    decode: Mapping[int, float]
+    decode: Mapping[int, float | Mapping[int, float]]
     encode: float = 0.02
     switch_s: float = 0.001
     move_s: float = 0.0
@@ -36,11 +39,12 @@ class TableCost:
     def __post_init__(self) -> None:
         steps = {height: MappingProxyType(dict(times)) for height, times in self.steps.items()}
         object.__setattr__(self, "steps", MappingProxyType(steps))
-        object.__setattr__(self, "decode", MappingProxyType(dict(self.decode)))
+        decode = {height: MappingProxyType(_by_degree(times)) for height, times in self.decode.items()}
+        object.__setattr__(self, "decode", MappingProxyType(decode))
 
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
         height = request.shape.height
-        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode[height]}}.get(stage.kind, self.steps[height])
+        return {ENCODE: {1: self.encode}, DECODE: self.decode[height]}.get(stage.kind, self.steps[height])
 
     def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
         return False
@@ -54,6 +58,10 @@ class TableCost:
     @property
     def shapes(self) -> list[Shape]:
         return [Shape(height, height) for height in self.steps]
+
+
+def _by_degree(times: float | Mapping[int, float]) -> dict[int, float]:
+    return dict(times) if isinstance(times, Mapping) else {1: times}
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,10 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
         )
         assert task.stage == trajectory.stage.kind, "stages in order"
         assert list(task.ranks) == sorted(task.ranks), "one order per set of ranks"
+        assert task.degree in state.cost.times(trajectory.request, trajectory.stage)
         if task.stage == DENOISE:
-            assert task.degree in state.cost.times(trajectory.request, trajectory.stage)
             assert 1 <= task.num_steps <= trajectory.remaining_steps
         else:
-            assert task.degree == 1
             assert task.num_steps == 0
     assert plan.wake_at is None or plan.wake_at > now, "waking in the past would spin"
 

@@ -52,6 +52,13 @@ def step_tables(draw: st.DrawFn) -> dict[int, dict[int, float]]:
 
 
 @st.composite
+def decode_tables(draw: st.DrawFn) -> dict[int, dict[int, float]]:
+    """Any times, of one degree or of several."""
+    degrees = st.sampled_from([(1,), (1,), (1, 2), (1, 2, 4), (1, 4, 8)])
+    return {height: {degree: draw(seconds) for degree in draw(degrees)} for height in HEIGHTS}
+
+
+@st.composite
 def workloads(draw: st.DrawFn, request_of, max_size: int = 10, models: Sequence[str] = ("",)):
     """Arrivals in bursts, deadlines from long past to far away, three priority classes, one step to ten."""
     requests = []
@@ -89,7 +96,7 @@ def test_every_request_completes_on_any_profile(spec, drive, make, request_of, t
     @given(data=st.data())
     def check(data):
         steps = data.draw(step_tables())
-        decode = {height: data.draw(seconds) for height in HEIGHTS}
+        decode = data.draw(decode_tables())
         cost = table_cost(steps, decode, encode=data.draw(seconds), switch_s=data.draw(st.sampled_from([1e-4, 0.02])))
         num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
         requests = data.draw(workloads(request_of))
@@ -201,7 +208,7 @@ def test_stages_run_on_the_ranks_that_may_run_them_and_every_request_completes(
     @given(data=st.data())
     def check(data):
         num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
-        decode = {height: data.draw(seconds) for height in HEIGHTS}
+        decode = data.draw(decode_tables())
         team_s = data.draw(st.sampled_from([0.0, 0.5]))
         cost = table_cost(data.draw(step_tables()), decode, encode=data.draw(seconds), team_s=team_s)
         requests = data.draw(workloads(request_of, models=("a", "b", "c")))

@@ -26,13 +26,16 @@ few = settings(max_examples=40, deadline=None, derandomize=True)
 
 @dataclass(frozen=True)
 class Ticks:
-    """A tiny instance in whole ticks: per request its deadline, number of steps and ticks per step by degree."""
+    """A tiny instance in whole ticks: per request its deadline, number of steps and ticks per step by degree.
+
+    decode: ticks by degree.
+    """
 
     num_ranks: int
     switch: int
     move: int
     encode: int
-    decode: int
+    decode: tuple[tuple[int, int], ...]
     jobs: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
 
 
@@ -48,7 +51,7 @@ def best_tick_by_tick(ticks: Ticks) -> tuple[int, int]:
         if progress == 0:
             return [(1, ticks.encode, 1)]
         if progress == num_steps + 1:
-            return [(1, ticks.decode, 1)]
+            return [(k, decode, 1) for k, decode in ticks.decode]
         return [(k, q * step, q) for k, step in times for q in range(1, num_steps + 2 - progress)]
 
     @cache
@@ -85,7 +88,9 @@ def tiny(draw: st.DrawFn) -> Ticks:
     for _ in range(num_jobs):
         times = tuple((degree, draw(st.integers(1, 3))) for degree in range(1, num_ranks + 1))
         jobs.append((draw(st.integers(2, 14)), draw(st.integers(1, most_steps)), times))
-    switch, move, decode = draw(st.integers(0, 1)), draw(st.sampled_from([0, 0, 1])), draw(st.integers(1, 2))
+    switch, move = draw(st.integers(0, 1)), draw(st.sampled_from([0, 0, 1]))
+    degrees = range(1, 1 + draw(st.integers(1, min(2, num_ranks))))
+    decode = tuple((degree, draw(st.integers(1, 3))) for degree in degrees)
     return Ticks(num_ranks, switch, move, 1, decode, tuple(jobs))
 
 
@@ -97,7 +102,7 @@ def build(ticks: Ticks, table_cost, request_of):
     }
     cost = table_cost(
         steps,
-        dict.fromkeys(heights, float(ticks.decode)),
+        dict.fromkeys(heights, {degree: float(decode) for degree, decode in ticks.decode}),
         encode=float(ticks.encode),
         switch_s=float(ticks.switch),
         move_s=float(ticks.move),

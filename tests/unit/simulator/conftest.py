@@ -21,18 +21,22 @@ from tetriserve.workload.synthesis import Portion, Synthesis
 
 @dataclass(frozen=True)
 class TableCost:
-    """Step times by height; the other stages take no time unless said."""
+    """Step times by height; the other stages take no time unless said.
+
+    decode: at degree 1, or by degree.
+    """
 
     steps: Mapping[int, Mapping[int, float]]
     encode: float = 0.0
-    decode: float = 0.0
+    decode: float | Mapping[int, float] = 0.0
     switch_s: float = 0.0
     move_s: float = 0.0
     team_s: float = 0.0
     max_batch: int = 1
 
     def times(self, request: Request, stage: Stage, batch: int = 1) -> Mapping[int, float]:
-        return {ENCODE: {1: self.encode}, DECODE: {1: self.decode}}.get(stage.kind, self.steps[request.shape.height])
+        decode = self.decode if isinstance(self.decode, Mapping) else {1: self.decode}
+        return {ENCODE: {1: self.encode}, DECODE: decode}.get(stage.kind, self.steps[request.shape.height])
 
     def joins_passes(self, request: Request, stage: Stage, degree: int, batch: int) -> bool:
         return False

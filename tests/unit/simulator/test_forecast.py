@@ -141,6 +141,21 @@ def test_coarse_encoding_joins_the_first_denoise_task_and_decoding_follows_the_l
     assert decode.start_s == pytest.approx(runs[-2].end_s)
 
 
+@pytest.mark.parametrize(("deadline_s", "degree"), [(30.0, 1), (11.0, 2)])
+def test_coarse_a_decode_is_as_wide_as_its_deadline_asks(deadline_s, degree, table_cost, request_of):
+    """Ten seconds of steps on all eight ranks, then a decode of 1.2 s on one and 0.8 s on two."""
+    cost = table_cost({256: {8: 0.1}}, encode=0.01, decode={1: 1.2, 2: 0.8}, switch_s=1e-4)
+    request = request_of(0.0, deadline_s, num_steps=100)
+    controller = Controller(make_policy("lookahead", cost, num_ranks=8, shapes=[request.shape]), cost)
+    controller.handle_all([WorkerJoined(rank) for rank in range(8)], 0.0)
+    controller.handle(Submitted(request), 0.0)
+    policy = make_policy("lookahead", cost, num_ranks=8, shapes=[request.shape])
+    future = forecast(controller, 0.0, policy, resolution=0.5)
+    (decode,) = (run.task for run in future.runs if run.task.stage == DECODE)
+    assert decode.degree == degree
+    assert future.finish_s["r"] <= deadline_s
+
+
 def test_the_task_of_a_cancelled_request_keeps_its_ranks_to_its_end(controller_of, new_policy, queue_of):
     leaving, staying = queue_of(2)
     controller = controller_of("fcfs", [leaving, staying])

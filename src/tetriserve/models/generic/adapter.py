@@ -1,13 +1,13 @@
-"""Any text-to-image pipeline: each request is a call of it, which pauses between tasks, in a thread of its own.
+"""Any pipeline that makes a picture or a video of a text: each request is a call of it, which pauses between tasks, in a thread of its own.
 
-What it cannot do: `facts.LIMITS`.
+What it cannot do: `facts.LIMITS`, `facts.VIDEO_LIMITS`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,23 +18,29 @@ from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.models.adapter import Left, Member, Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.files import read_json
-from tetriserve.models.generic.call import PipelineCall, denoisers_of
+from tetriserve.models.generic.call import PipelineCall, fps_of
+from tetriserve.models.generic.course import denoisers_of
 from tetriserve.models.generic.selftest import problem_of
 from tetriserve.models.loading import held_bytes, load_pipeline, weights_of
 from tetriserve.models.team import Team
+from tetriserve.models.video_file import VideoWriter, check_encoder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _MAX_CALLS = 16
 """That pause at once on a rank. Each has a thread, and tensors that the rank's limit on states does not count."""
 
 
 class GenericAdapter:
-    """A loaded checkpoint, whose pictures are the pipeline's own bit for bit, wherever their steps were made."""
+    """A loaded checkpoint, whose pictures or frames are the pipeline's own bit for bit, wherever their steps were made."""
 
     def __init__(self, card: ModelCard, device: torch.device | str, *, has_text_encoders: bool = True) -> None:
         """
         Raises:
             CheckpointError: the checkpoint cannot be loaded, or fails the self-test; the message is one line.
-            ConfigError: the pipeline cannot run as the card's execution says, or is to run without text encoders.
+            ConfigError: the pipeline cannot run as the card's execution says, or is to run without text encoders, or
+                nothing is installed that encodes its videos.
         """
         if not has_text_encoders:
             raise ConfigError(
@@ -43,6 +49,8 @@ class GenericAdapter:
         self.card = card
         self.device = torch.device(device)
         _check_execution(card)
+        if card.makes_videos:
+            check_encoder()
         dtype: torch.dtype = getattr(torch, card.execution.dtype)
         self.pipeline, _ = load_pipeline(card, dtype, self.device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -71,13 +79,16 @@ class GenericAdapter:
         *,
         joins_passes: bool = False,
     ) -> list[Left]:
-        """See `Adapter.run`. Members come one after the other. Decode leaves `pixels` (H, W, 3)."""
+        """See `Adapter.run`. Members come one after the other.
+
+        Decode leaves `pixels` (H, W, 3), or the files `video` and `thumbnail`.
+        """
         lefts = []
         for member in members:
             call = self._call(member, stage)
             before_s = call.cpu_s
             try:
-                left = _advance(call, stage, num_steps, on_step)
+                left = self._advance(call, stage, num_steps, on_step)
             except BaseException:
                 call.release()
                 raise
@@ -108,8 +119,8 @@ class GenericAdapter:
                 call.release()
             call = PipelineCall(
                 self.pipeline,
+                self.card,
                 request,
-                self.card.num_text_tokens,
                 self.device,
                 encoded=member.states.get(ENCODE) if stage != ENCODE else None,
                 stepped=member.states.get(DENOISE),
@@ -117,6 +128,28 @@ class GenericAdapter:
             )
         member.memo["call"] = call
         return call
+
+    def _advance(self, call: PipelineCall, stage: str, num_steps: int, on_step: Callable[[], None]) -> Tensors:
+        """What the stage leaves of the call's request."""
+        if stage == ENCODE:
+            return call.encode()
+        if stage == DENOISE:
+            for _ in range(num_steps):
+                call.step()
+                on_step()
+            return call.stepped_state()
+        if stage == DECODE:
+            return self._video(call) if self.card.makes_videos else {"pixels": _pixels(call.pictures()[0])}
+        raise ValueError(f"this model has no stage {stage!r}")
+
+    def _video(self, call: PipelineCall) -> Tensors:
+        shape = call.request.shape
+        pictures = call.pictures()  # before a file is begun: it may raise
+        writer = VideoWriter(shape.height, shape.width, fps_of(self.card, call.request))
+        for picture in pictures:
+            writer.add(_pixels(picture)[None].numpy())
+        file = writer.finish()
+        return {"video": _bytes(file.video), "thumbnail": _bytes(file.thumbnail)}
 
     def _limit_calls(self, last: PipelineCall) -> None:
         """Release those that were used least recently; they can go on as they would at another rank."""
@@ -126,18 +159,13 @@ class GenericAdapter:
         self._paused = [weakref.ref(each) for each in (*paused[-(_MAX_CALLS - 1) :], last)]
 
 
-def _advance(call: PipelineCall, stage: str, num_steps: int, on_step: Callable[[], None]) -> Tensors:
-    """What the stage leaves of the call's request."""
-    if stage == ENCODE:
-        return call.encode()
-    if stage == DENOISE:
-        for _ in range(num_steps):
-            call.step()
-            on_step()
-        return call.stepped_state()
-    if stage == DECODE:
-        return {"pixels": torch.from_numpy(call.picture())}
-    raise ValueError(f"this model has no stage {stage!r}")
+def _pixels(picture: Image) -> torch.Tensor:
+    """(H, W, 3), uint8."""
+    return torch.from_numpy(np.array(picture.convert("RGB")))
+
+
+def _bytes(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _check_execution(card: ModelCard) -> None:

@@ -1,11 +1,13 @@
-"""Any text-to-image pipeline of diffusers without torch: what its call and its configurations say of it.
+"""Any pipeline of diffusers that makes a picture or a video of a text, without torch: what its call and its
+configurations say of it.
 
-A pipeline is served as its own call makes a picture, with all that this call chooses where a request says nothing.
+A pipeline is served as its own call makes them, with all that this call chooses where a request says nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from tetriserve.core.stages import image_stages
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Family, Guidance
 from tetriserve.models.files import fingerprint, hub_name, read_json
-from tetriserve.models.generic.signature import REQUIRED, call_of
+from tetriserve.models.generic.signature import REQUIRED, call_of, configuration_of
+from tetriserve.models.generic.videos import frames_of, video_facts
 
 LIMITS = (
     "one rank for each request (degree 1)",
@@ -26,9 +29,20 @@ LIMITS = (
     "a request that goes on at another rank begins the pipeline's call again, with the steps that are done left out",
 )
 """As `/v1/models` tells them."""
+VIDEO_LIMITS = (
+    "one rank for each request (degree 1)",
+    "no batches: each step is made for one request",
+    "no previews of videos on their way",
+    *LIMITS[3:],
+    "all frames of a video are decoded at once",
+    "no boundary_ratio and no flow_shift: the checkpoint's own are used",
+)
+SOUND_LIMIT = "no sound: what the pipeline makes of it is left out"
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
-_OTHER_TASKS = ("num_frames", "video_length", "audio_length_in_s", "strength", "mask_image", "control_image")
-"""Of calls that make no picture from a text alone."""
+_OTHER_TASKS = ("audio_length_in_s", "strength", "mask_image", "control_image")
+"""Of calls that make neither a picture nor a video from a text alone."""
+_SOUND = "audio_latents"
+"""Of calls that make sound, too."""
 _MAX_TEXT_TOKENS = 4096
 _DEFAULT_SIDE = 1024
 _DEFAULT_NUM_STEPS = 28
@@ -54,8 +68,11 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     multiple = max(2 * scale, _LEAST_MULTIPLE)
     side = _default_side(parameters, denoiser, scale) // multiple * multiple
     true_cfg, length = "true_cfg_scale" in parameters, parameters.get("max_sequence_length")
-    has_guidance, has_negative_prompt = "guidance_scale" in parameters, "negative_prompt" in parameters
-    return ModelCard(
+    guider = read_json(path / "guider" / "guider_config.json") if "guider" in components else {}
+    guidance = parameters.get("guidance_scale", guider.get("guidance_scale"))
+    has_guidance = "guidance_scale" in parameters or "guidance_scale" in guider
+    has_negative_prompt = "negative_prompt" in parameters
+    card = ModelCard(
         name=hub_name(path),
         path=path,
         family="generic",
@@ -65,8 +82,8 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         pixels_per_token=multiple,
         num_heads=1,
         num_text_tokens=min(length, _MAX_TEXT_TOKENS) if type(length) is int and length > 0 else 0,
-        default_num_steps=_number(parameters, "num_inference_steps", _DEFAULT_NUM_STEPS),
-        default_guidance_scale=float(_number(parameters, "guidance_scale", 1)),
+        default_num_steps=_number(parameters.get("num_inference_steps"), _DEFAULT_NUM_STEPS),
+        default_guidance_scale=float(_number(guidance, 1)),
         has_guidance=has_guidance,
         has_negative_prompt=has_negative_prompt and (has_guidance or true_cfg),
         guides_by_passes=has_guidance and has_negative_prompt and not true_cfg,
@@ -74,13 +91,31 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         has_previews=False,
         limits=LIMITS,
         sizes=(Shape(side, side),),
-        fingerprint=fingerprint({"adapter": "generic", "pipeline": pipeline_class}, *configs.values()),
+        fingerprint=fingerprint(
+            {"adapter": "generic", "pipeline": pipeline_class}, *filter(None, (guider,)), *configs.values()
+        ),
+    )
+    if frames_of(parameters) is None:
+        return card
+    vae = configs.get("vae", {})
+    defaults = configuration_of(str(vae.get("_class_name", "")))
+    facts = video_facts(pipeline_class, parameters, denoiser, {**defaults, **vae})
+    return replace(
+        card,
+        size_multiple=facts.size_multiple,
+        pixels_per_token=facts.size_multiple,
+        sizes=(facts.shape,),
+        frame_step=facts.frame_step,
+        max_frames=facts.shape.frames,
+        default_fps=facts.default_fps,
+        limits=(*VIDEO_LIMITS, SOUND_LIMIT) if _SOUND in parameters else VIDEO_LIMITS,
     )
 
 
 def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`: squares of the size multiple."""
-    return (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token)
+    """See `Family.num_tokens`: squares of the size multiple, of each latent frame."""
+    squares = (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token)
+    return squares * (1 + (shape.frames - 1) // card.frame_step) if card.makes_videos else squares
 
 
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
@@ -91,7 +126,7 @@ def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, 
 
 
 def _checked_call(file: Path, pipeline_class: str) -> Mapping[str, object]:
-    """The call's parameters, if it makes a picture of a text alone."""
+    """The call's parameters, if it makes a picture or a video of a text alone."""
     try:
         parameters = call_of(pipeline_class)
     except LookupError as error:
@@ -103,7 +138,7 @@ def _checked_call(file: Path, pipeline_class: str) -> Mapping[str, object]:
     if problem:
         raise CheckpointError(
             f"{file}: the call of {pipeline_class} {problem}; --adapter generic serves pipelines that make a picture "
-            "of a text alone"
+            "or a video of a text alone"
         )
     return parameters
 
@@ -124,8 +159,7 @@ def _vae_scale(vae: Mapping[str, Any]) -> int:
     return 8
 
 
-def _number(parameters: Mapping[str, object], name: str, otherwise: float) -> Any:
-    value = parameters.get(name)
+def _number(value: object, otherwise: float) -> Any:
     return value if type(value) in (int, float) else otherwise
 
 

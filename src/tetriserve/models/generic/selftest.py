@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,8 +13,12 @@ from tetriserve.core.request import Request
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
 from tetriserve.models.family import Guidance
-from tetriserve.models.generic.call import PipelineCall, arguments_of, copied
+from tetriserve.models.generic.call import PipelineCall, arguments_of, pictures_of
+from tetriserve.models.generic.course import copied
 from tetriserve.models.generic.facts import stages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _NUM_STEPS = 3
 _TEXTS = ("a red circle", "a tan square")
@@ -22,25 +28,27 @@ _TEXTS = ("a red circle", "a tan square")
 def problem_of(pipeline: Any, card: ModelCard, device: torch.device) -> str:
     """One line on what speaks against serving `pipeline` by its call; empty if nothing does.
 
-    Three steps at the smallest size and the default guidance: by the pipeline itself, by a call that pauses after each
+    Three steps at the smallest size, of the fewest frames that take two latent frames, and the default guidance: by the pipeline itself, by a call that pauses after each
     step, and by a call that goes on from the state after the first. The steps of the two calls alternate, so that what
-    they share shows where it changes. All states and pictures must be equal, bit for bit, and finite.
+    they share shows where it changes. All states and pictures (all frames) must be equal, bit for bit, and finite.
     """
     try:
         return _problem_of(pipeline, card, device)
     except Exception as error:  # pipelines raise of every kind
         line = next(iter(str(error).strip().splitlines()), "")
-        return f"it raises {type(error).__name__}: {line}"
+        # Names of packages that diffusers imports where they are installed.
+        hint = "; is a package of that name missing?" if type(error) is NameError else ""
+        return f"it raises {type(error).__name__}: {line}{hint}"
 
 
 def _problem_of(pipeline: Any, card: ModelCard, device: torch.device) -> str:
     def new_call(**after: Any) -> PipelineCall:
-        return PipelineCall(pipeline, request, card.num_text_tokens, device, **after)
+        return PipelineCall(pipeline, card, request, device, **after)
 
     request = _request(card, _TEXTS[1])
     other = new_call().encode()
     request = _request(card, _TEXTS[0])
-    picture = _picture(pipeline, request, card.num_text_tokens)
+    pictures = _pictures(pipeline, card, request)
     call = new_call()
     encoded = call.encode()
     if len(encoded) > 1 and not _difference(encoded, other):
@@ -59,24 +67,30 @@ def _problem_of(pipeline: Any, card: ModelCard, device: torch.device) -> str:
                 return f"after step {number + 1}, {bad} of a call that goes on from the state after step 1 are others"
     decoding = new_call(encoded=encoded, stepped=state, steps_done=_NUM_STEPS)
     for which, what in ((call, "pauses"), (resumed, "goes on from a state"), (decoding, "goes on after its last step")):
-        if not np.array_equal(which.picture(), picture):
-            return f"the picture of a call that {what} is not the one that the pipeline makes by itself"
+        if not np.array_equal(_pixels(which.pictures()), pictures):
+            output = "video" if card.makes_videos else "picture"
+            return f"the {output} of a call that {what} is not the one that the pipeline makes by itself"
     return ""
 
 
 def _request(card: ModelCard, prompt: str) -> Request:
-    guidance = Guidance(card.default_guidance_scale)
+    guidance, shape = Guidance(card.default_guidance_scale), min(card.sizes, key=lambda shape: shape.num_pixels)
     return Request(
-        request_id="self-test", prompt=prompt, shape=min(card.sizes, key=lambda shape: shape.num_pixels), seed=7,
+        request_id="self-test", prompt=prompt, shape=replace(shape, frames=1 + card.frame_step), seed=7,
         arrival_s=0.0, deadline_s=0.0, stages=stages(card, _NUM_STEPS, guidance), guidance_scale=guidance.scale,
     )  # fmt: skip
 
 
-def _picture(pipeline: Any, request: Request, num_text_tokens: int) -> np.ndarray:
+def _pictures(pipeline: Any, card: ModelCard, request: Request) -> np.ndarray:
     """By the pipeline's own call, with nothing wrapped."""
-    arguments = arguments_of(pipeline, request, num_text_tokens)
+    arguments = arguments_of(pipeline, card, request)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    return np.array(copied(pipeline)(**arguments, generator=generator, output_type="pil").images[0].convert("RGB"))
+    own = copied(pipeline, request)
+    return _pixels(pictures_of(own(**arguments, generator=generator, output_type="pil", return_dict=False), card))
+
+
+def _pixels(pictures: Sequence[Image]) -> np.ndarray:
+    return np.stack([np.array(picture.convert("RGB")) for picture in pictures])
 
 
 def _difference(first: Tensors, second: Tensors) -> str:

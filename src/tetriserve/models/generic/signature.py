@@ -1,4 +1,4 @@
-"""What a pipeline's call takes, and its defaults, read from diffusers' source: the server loads no torch."""
+"""What classes of diffusers take, and their defaults, read from its source: the server loads no torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,32 @@ def call_of(pipeline_class: str) -> Mapping[str, object]:
     for _ in range(_MAX_BASES):
         if not names:
             break
-        found = _class_named(names.pop(0))
+        found = _class_named(names.pop(0), "pipelines")
         if found is None:
             continue
-        for node in found.body:
-            if isinstance(node, ast.FunctionDef) and node.name == "__call__":
-                return dict(_parameters(node.args))
+        if (parameters := _parameters_of(found, "__call__")) is not None:
+            return parameters
         names += [base.id for base in found.bases if isinstance(base, ast.Name)]
     raise LookupError(f"{pipeline_class} of diffusers has no call")
+
+
+def configuration_of(model_class: str) -> Mapping[str, object]:
+    """The configuration of a model whose `config.json` says nothing: defaults of `model_class.__init__`, as above.
+
+    Empty if diffusers has no public model of that name.
+    """
+    if not re.fullmatch(r"\w+", model_class, re.ASCII) or not _is_public(model_class):
+        return {}
+    found = _class_named(model_class, "models")
+    return (_parameters_of(found, "__init__") if found is not None else None) or {}
+
+
+def _parameters_of(found: ast.ClassDef, method: str) -> dict[str, object] | None:
+    """None if the class itself does not define it."""
+    for node in found.body:
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            return dict(_parameters(node.args))
+    return None
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[tuple[str, object]]:
@@ -56,9 +74,8 @@ def _is_public(name: str) -> bool:
     return re.search(rf'^\s+"{name}",$', (_root() / "__init__.py").read_text(), re.MULTILINE) is not None
 
 
-def _class_named(name: str) -> ast.ClassDef | None:
-    """In the folder of pipelines."""
-    for file in sorted(_root().glob("pipelines/**/*.py")):
+def _class_named(name: str, folder: str) -> ast.ClassDef | None:
+    for file in sorted(_root().glob(f"{folder}/**/*.py")):
         text = file.read_text()
         if f"\nclass {name}(" in text:
             return next(
