@@ -97,30 +97,33 @@ class Ahead(NamedTuple):
 def ahead_of(request: Request, state: State) -> tuple[Ahead, ...]:
     """One entry for each of the request's stages."""
     cost, stage_ranks = state.cost, state.stage_ranks
-    roles = [stage_ranks.role(request.model, stage.kind) if stage_ranks else None for stage in request.stages]
-    steps_at = request.stages.index(request.stepped)
-    after_role = roles[steps_at + 1] if steps_at + 1 < len(roles) else None
-    stages: list[Paces | None] = [  # None: it has steps
-        None
-        if stage.num_steps
-        else paces_of(tuple(cost.times(request, stage).items()), state.num_ranks_for(request, stage), cost.switch_s)
-        for stage in request.stages
-    ]
+    paces = []
+    for stage in request.stages:
+        times = () if stage.num_steps else tuple(cost.times(request, stage).items())
+        paces.append(paces_of(times, state.num_ranks_for(request, stage), cost.switch_s) if times else ())
+    roles: tuple[Role | None, ...] = ()
+    if stage_ranks:
+        roles = tuple(stage_ranks.role(request.model, stage.kind) for stage in request.stages)
+    return _ahead(tuple(paces), roles or (None,) * len(paces))
+
+
+@lru_cache(maxsize=1024)
+def _ahead(stages: tuple[Paces, ...], roles: tuple[Role | None, ...]) -> tuple[Ahead, ...]:
+    """`ahead_of` stages with these paces, none where a stage has steps, and roles."""
+    steps_at = stages.index(()) if () in stages else 0
     found = []
     for index, present in enumerate(stages):
-        first = stages.index(None, index) if None in stages[index:] else len(stages)
-        before = one_after_another([paces for paces in stages[index:first] if paces])
-        after = one_after_another([paces for paces in stages[first:] if paces])
+        first = stages.index((), index) if () in stages[index:] else len(stages)
         found.append(
             Ahead.of(
-                present or (),
-                before,
-                after,
+                present,
+                one_after_another([paces for paces in stages[index:first] if paces]),
+                one_after_another([paces for paces in stages[first:] if paces]),
                 has_steps=first < len(stages),
                 role=roles[index],
                 steps_role=roles[steps_at],
-                after_role=after_role,
-            )  # fmt: skip
+                after_role=roles[steps_at + 1] if steps_at + 1 < len(roles) else None,
+            )
         )
     return tuple(found)
 
