@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tetriserve.report.exhibit import Exhibit
-from tetriserve.report.paper import closeups, gen_serve, sweeps, tables
+from tetriserve.report.paper import closeups, gen_serve, gf_dit, sweeps, tables
 from tetriserve.report.paper.experiment import Experiment
 
 
@@ -35,4 +35,5 @@ EXHIBITS = (
     ListedExhibit("table 5", tables.ablation),
     ListedExhibit("table 6", tables.exhaustive_search),
     ListedExhibit("GenServe", gen_serve.images_beside_videos),
+    ListedExhibit("GF-DiT", gf_dit.gf_dit),
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
+from tetriserve.core.cost import stages_gpu_s
 from tetriserve.report.command import command_of
 from tetriserve.simulator.comparison import Comparison, PolicyResult
-from tetriserve.simulator.scenario import Scenario, Setting
+from tetriserve.simulator.scenario import Scenario, Setting, prepare
 from tetriserve.simulator.study import Study
 
 MIXES = ("uniform", "skewed")
@@ -57,6 +59,17 @@ class Experiment:
 def fixed_degrees_of(setting: Setting) -> tuple[str, ...]:
     """`fixed:K` for each degree K that the pool can run."""
     return tuple(name for name in setting.policies("all") if name.startswith("fixed:"))
+
+
+def at_load(scenario: Scenario, load: float) -> Scenario:
+    """`scenario` at the rate at which the least GPU time of what arrives is `load` of the pool's, to three digits; every
+    model as often, and every size of a model.
+    """
+    setting = prepare(scenario)
+    least_s = fmean(
+        fmean(stages_gpu_s(model.cost, probe, probe.stages) for probe in model.probes) for model in setting.models
+    )
+    return replace(scenario, rate_per_min=float(f"{60 * load * setting.num_ranks / least_s:.3g}"))
 
 
 def best_fixed(comparison: Comparison) -> PolicyResult:

@@ -7,16 +7,14 @@ In its main experiment half of the requests are videos: it reports 94 % of the i
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import fmean
 
-from tetriserve.core.cost import stages_gpu_s
 from tetriserve.report.charts import add_legend, draw_sars
 from tetriserve.report.exhibit import Column, Exhibit, comparison_sheet
-from tetriserve.report.paper.experiment import OURS, Experiment, result_of
+from tetriserve.report.paper.experiment import OURS, Experiment, at_load, result_of
 from tetriserve.report.style import canvas
 from tetriserve.simulator.comparison import Comparison
 from tetriserve.simulator.models import SimulatedModel
-from tetriserve.simulator.scenario import Scenario, prepare
+from tetriserve.simulator.scenario import Scenario
 
 IMAGES = SimulatedModel(key="images", profile="flux.1-dev-8xh100", slo_scale=1.5)
 VIDEOS = SimulatedModel(key="videos", profile="wan2.2-ti2v-5b-8xh100", slo_multiple=1.5)
@@ -61,13 +59,8 @@ def images_beside_videos(experiment: Experiment) -> Exhibit:
 
 
 def scenario_at(base: Scenario, load: float) -> Scenario:
-    """`base` with this pool and its mix, at the rate that makes `load`, to three digits."""
-    scenario = replace(base, models=(IMAGES, VIDEOS), mix=MIX, num_ranks=None)
-    setting = prepare(scenario)
-    least_s = fmean(
-        fmean(stages_gpu_s(model.cost, request, request.stages) for request in model.probes) for model in setting.models
-    )
-    return replace(scenario, rate_per_min=float(f"{60 * load * setting.num_ranks / least_s:.3g}"))
+    """`base` with this pool and its mix, at the rate that makes `load`."""
+    return at_load(replace(base, models=(IMAGES, VIDEOS), mix=MIX, num_ranks=None), load)
 
 
 def _in_words(comparison: Comparison) -> str:
