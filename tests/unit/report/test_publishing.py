@@ -51,7 +51,7 @@ def test_every_exhibit_has_its_files_and_its_place_on_the_page(paper: Path) -> N
         assert f'<section id="{name}">' in page
         if not name.startswith(("overview", "table")):
             assert (paper / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("<svg") == len(list(paper.glob("*.png"))) == 12
+    assert page.count("<svg") == len(list(paper.glob("*.png"))) == 13
 
 
 def test_a_sweep_has_all_its_cells_with_the_bound_and_the_policies_asked_for(paper: Path) -> None:
@@ -204,3 +204,17 @@ def test_matplotlib_is_loaded_for_a_report_only(tmp_path: Path) -> None:
     for arguments, loaded in (([], []), (["--report", str(tmp_path / "r.html")], ["matplotlib"])):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == f"loaded: {loaded}"
+
+
+def test_gf_dits_comparison_has_every_model_load_and_policy_and_compares_with_the_worst_fixed_degree(
+    paper: Path,
+) -> None:
+    rows = rows_of(paper / "gf-dit-fixed-pipelines.csv")
+    of_wan = [row for row in rows if row["model"] == "Wan 2.2 TI2V-5B" and row["load"] == "1.2"]
+    assert [row["policy"] for row in of_wan[:4]] == ["fixed:1", "fixed:2", "fixed:4", "fixed:8"]
+    assert {row["load"] for row in rows} == {"0.5", "0.8", "1.2"}
+    assert {row["model"] for row in rows} == {"Qwen-Image", "Wan 2.2 TI2V-5B"}
+    worst = min(float(row["finished per minute"]) for row in of_wan[:4])
+    for row in of_wan:
+        assert float(row["throughput, × worst fixed"]) == pytest.approx(float(row["finished per minute"]) / worst)
+        assert 0 <= float(row["late"]) <= 1
