@@ -107,6 +107,22 @@ async def test_a_video_is_queued_until_its_first_task_starts_and_then_its_progre
     assert len(now["schedule"]["degrees"]) == 4
 
 
+async def test_within_one_long_task_progress_goes_by_the_time_that_steps_are_expected_to_take(create, client, executor):
+    video = await create(num_inference_steps=5)
+    await until(lambda: executor.started[-1].task.stage == DENOISE)
+    executor.gate.clear()  # the task lasts longer than it is expected to
+    assert executor.started[-1].task.num_steps == 5
+
+    async def progress():
+        return (await client.get(f"{URL}/{video['id']}")).json()["progress"]
+
+    async with asyncio.timeout(120):
+        while (now := await progress()) != 80:
+            assert now in (0, 20, 40, 60)
+            await asyncio.sleep(0.001)
+    assert await progress() == 80, "the last step is over when the task is"
+
+
 async def test_the_files_are_those_that_the_worker_left_and_are_on_disk_alone(create, client, engine, jobs):
     outcomes = outcomes_of(engine)
     video = await ended(client, (await create())["id"])

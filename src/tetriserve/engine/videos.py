@@ -62,13 +62,14 @@ class Video(Known):
             return VideoStatus.COMPLETED
         return VideoStatus.IN_PROGRESS if self.has_started else VideoStatus.QUEUED
 
-    @property
-    def percent(self) -> int:
-        """Of its steps; 100 is kept for what can be downloaded."""
+    def percent(self, num_running: int = 0) -> int:
+        """Of its steps, `num_running` of which have been made since the last task ended; 100 is kept for what can be
+        downloaded.
+        """
         if self.status is VideoStatus.COMPLETED:
             return 100
         num_steps = 0 if self.request is None else self.request.num_steps
-        return min(99, 100 * self.steps_done // num_steps) if num_steps else 0
+        return min(99, 100 * (self.steps_done + num_running) // num_steps) if num_steps else 0
 
     @property
     def stored(self) -> StoredVideo | None:

@@ -38,7 +38,7 @@ def object_of(video: Video, jobs: Jobs, forecast: Forecast | None) -> VideoObjec
             "object": "video",
             "model": jobs.engine.models.of(request).card.name,
             "status": video.status.value,
-            "progress": video.percent,
+            "progress": video.percent(_steps_running(request.request_id, jobs)),
             "created_at": int(video.created_at),
             "completed_at": int(ended_at) if ended_at and video.status is VideoStatus.COMPLETED else None,
             "expires_at": None if ended_at is None else int(ended_at + jobs.result_ttl_s),
@@ -85,6 +85,18 @@ def check_completed(video: Video, what: str) -> None:
         raise VideoFailed(f"video {video.facts.id} has failed ({error.code}): {error.message}")
     if video.status is not VideoStatus.COMPLETED:
         raise VideoNotReady(f"video {video.facts.id} is {video.status}; {what} needs it to be completed")
+
+
+def _steps_running(request_id: str, jobs: Jobs) -> int:
+    """Steps that a task which runs for the request has made, by the time that they are expected to take. Some policies
+    have all steps in one task, whose end would be the first that is heard of them.
+    """
+    engine = jobs.engine
+    for flight in engine.state.in_flight:
+        if request_id in flight.task.members and flight.task.num_steps:
+            share = (engine.now - flight.start_s) / max(flight.end_s - flight.start_s, 1e-9)
+            return min(int(share * flight.task.num_steps), flight.task.num_steps - 1)
+    return 0
 
 
 def _error_of(video: Video) -> VideoError | None:

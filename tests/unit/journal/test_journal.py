@@ -171,6 +171,41 @@ def test_a_finished_image_replaces_its_checkpoints_and_comes_back_as_it_was(
     assert wait(journal.read("a")) == kept
 
 
+def test_a_finished_video_is_two_files_that_are_read_from_the_disk(
+    reopen: Callable[[], Journal], tmp_path: Path
+) -> None:
+    journal = reopen()
+    wait(journal.accept(make_entry()))
+    journal.advance("a", 0, checkpoint(2), store())
+    settle(journal)
+    kept = wait(journal.keep_video(make_outcome(make_request()), b"a video" * 300_000, b"a thumbnail", 1004.0))
+    assert files(tmp_path) == ["a.jpg", "a.mp4"]
+    journal = reopen()
+    (loaded,) = journal.take_loaded()
+    assert (loaded.outputs, loaded.ended_at, loaded.courses) == ({"a": kept}, 1004.0, {})
+    with journal.open(kept.video) as video, journal.open(kept.thumbnail) as thumbnail:
+        assert (video.read(), thumbnail.read()) == (b"a video" * 300_000, b"a thumbnail")
+    path = journal.path_of(kept.video)
+    path.write_bytes(b"a Video" + path.read_bytes()[7:])
+    assert journal.open(kept.video) is None
+    path.unlink()
+    assert journal.open(kept.video) is None
+    assert journal.corrupt["file"] == 2
+    wait(journal.drop("a"))
+    assert files(tmp_path) == []
+
+
+def test_files_of_a_video_that_nothing_refers_to_are_removed_at_the_start(
+    reopen: Callable[[], Journal], tmp_path: Path
+) -> None:
+    reopen()
+    folder = tmp_path / "j" / "tensors"
+    for name in ("a.mp4", "a.jpg.tmp", "my.mp4.txt", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    reopen()
+    assert files(tmp_path) == ["my.mp4.txt", "notes.txt"]
+
+
 def test_an_entry_of_two_images_has_ended_when_both_are_there(reopen: Callable[[], Journal]) -> None:
     journal = reopen()
     entry = make_entry(make_request("a"), make_request("b"))
