@@ -83,6 +83,8 @@ VIDEO_CARD = replace(
     frame_step=4,
     max_frames=17,
     default_fps=8.0,
+    has_boundary=True,
+    has_flow_shift=True,
 )
 BOTH = (replace(CARD, key="images"), VIDEO_CARD)
 """Images and videos from one pool."""

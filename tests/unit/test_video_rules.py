@@ -26,7 +26,7 @@ CARD = ModelCard(
     execution=Execution("float32"), size_multiple=16, pixels_per_token=16, num_heads=4, num_text_tokens=64,
     default_num_steps=20, default_guidance_scale=5.0, has_guidance=True, has_negative_prompt=True,
     sizes=(Shape(64, 96, 9), Shape(96, 96, 13), Shape(64, 64, 5)), fingerprint="abc", max_images=1,
-    frame_step=4, max_frames=17, default_fps=8.0,
+    frame_step=4, max_frames=17, default_fps=8.0, has_boundary=True, has_flow_shift=True,
 )  # fmt: skip
 MEASURED = (Shape(64, 64, 5), Shape(96, 96, 17))
 COST = ProfileCost(
@@ -149,6 +149,19 @@ def test_a_mistake_is_one_line_with_its_field(asked: dict[str, Any], param: str,
     assert refused.value.param == param
     assert hint in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_what_has_no_meaning_for_the_model_is_refused() -> None:
+    plain = Intake(card=dataclasses.replace(CARD, has_boundary=False, has_flow_shift=False), cost=COST)
+    for param, why in (
+        ("guidance_scale_2", "guidance_scale_2 is 1, but tiny/wan has no second transformer"),
+        ("boundary_ratio", "boundary_ratio is 1, but tiny/wan has no second transformer"),
+        ("flow_shift", "flow_shift is 1, but tiny/wan takes no shift of its noise levels"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            take(plain, **{param: 1.0})
+        assert (refused.value.param, str(refused.value)) == (param, why)
+        assert getattr(take(**{param: 1.0}).video, param) == 1.0
 
 
 def test_a_video_is_not_asked_of_a_model_of_images_nor_an_image_of_one_of_videos() -> None:

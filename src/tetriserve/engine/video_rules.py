@@ -51,8 +51,9 @@ class VideoRules:
     def options(self, wish: VideoWish) -> VideoOptions:
         """
         Raises:
-            InvalidRequest: a value is out of range.
+            InvalidRequest: a value is out of range, or has no meaning for the model.
         """
+        self._check_known(wish)
         return VideoOptions(
             fps=self.fps(wish),
             guidance_scale_2=_in_range("guidance_scale_2", wish.guidance_scale_2, 0.0, MAX_GUIDANCE_SCALE),
@@ -115,6 +116,15 @@ class VideoRules:
             f"{'small' if num_pixels < low else 'large'}; allowed: from {_spelt(smallest)} to {_spelt(largest)}",
             param,
         )
+
+    def _check_known(self, wish: VideoWish) -> None:
+        for param, value, is_known, why in (
+            ("guidance_scale_2", wish.guidance_scale_2, self.card.has_boundary, "has no second transformer"),
+            ("boundary_ratio", wish.boundary_ratio, self.card.has_boundary, "has no second transformer"),
+            ("flow_shift", wish.flow_shift, self.card.has_flow_shift, "takes no shift of its noise levels"),
+        ):
+            if value is not None and not is_known:
+                raise InvalidRequest(f"{param} is {value:g}, but {self.card.name} {why}", param)
 
     def _wanted(self, wish: VideoWish) -> int | None:
         """Frames as they are asked for, in whichever way."""
