@@ -28,32 +28,6 @@ def _flow_solver(kind: Any) -> Any:
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
-def allegro(path: Path) -> None:
-    """It cannot be interrupted."""
-    from diffusers import (
-        AllegroPipeline,
-        AllegroTransformer3DModel,
-        AutoencoderKLAllegro,
-        EulerAncestralDiscreteScheduler,
-    )
-
-    tokenizer = bundled_tokenizer("tokenizer_2")
-    vae = AutoencoderKLAllegro(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=32,
-    )  # fmt: skip
-    transformer = AllegroTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, sample_width=8,
-        sample_height=8, sample_frames=2, caption_channels=24,
-    )  # fmt: skip
-    AllegroPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
-        vae=randomised(vae),
-        transformer=randomised(transformer),
-        scheduler=EulerAncestralDiscreteScheduler(beta_schedule="linear", steps_offset=1),
-    ).save_pretrained(path)
-
-
 def easyanimate(path: Path) -> None:
     from diffusers import (
         AutoencoderKLMagvit,

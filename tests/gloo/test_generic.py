@@ -71,18 +71,25 @@ class Tiny:
     @cache  # noqa: B019  a module has few
     def adapter(self, dtype: str = "float32", number: int = 0) -> GenericAdapter:
         """Each number is another load, as in another process."""
-        adapter = load_adapter(dataclasses.replace(self.card, execution=Execution(dtype)), "cpu")
+        execution = dataclasses.replace(self.card.execution, dtype=dtype)
+        adapter = load_adapter(dataclasses.replace(self.card, execution=execution), "cpu")
         assert isinstance(adapter, GenericAdapter)
         return adapter
 
     @cache  # noqa: B019
     def pipeline(self, dtype: str) -> Any:
         index = json.loads((self.card.path / "model_index.json").read_text())
-        absent = dict.fromkeys(name for name, entry in index.items() if entry == [None, None])
+        given = self.given()
+        absent = dict.fromkeys([*given, *(name for name, entry in index.items() if entry == [None, None])])
         pipeline_class = getattr(diffusers, self.card.pipeline_class)
         pipeline = pipeline_class.from_pretrained(self.card.path, dtype=getattr(torch, dtype), **absent)
+        pipeline.register_modules(**given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def given(self) -> dict[str, Any]:
+        """Components that the pipeline cannot load by itself here."""
+        return {}
 
     def request(self, *, num_steps: int = 3, guidance_scale: float | None = None, **fields: Any) -> Request:
         card = self.card
@@ -486,7 +493,8 @@ def test_adapters_are_named_and_the_wrong_one_is_refused(lumina2: Tiny, tmp_path
     [
         ("NoPipeline", "diffusers has no class 'NoPipeline'; code that models bring is never run"),
         ("../../etc/passwd", "diffusers has no class"),
-        ("WanPipeline", "the call of WanPipeline takes 'num_frames'"),
+        ("WanImageToVideoPipeline", "the call of WanImageToVideoPipeline needs 'image'"),
+        ("LTXConditionPipeline", "the call of LTXConditionPipeline takes 'strength'"),
         ("StableDiffusion3Img2ImgPipeline", "the call of StableDiffusion3Img2ImgPipeline takes 'strength'"),
         ("StableAudioPipeline", "the call of StableAudioPipeline does not take 'height'"),
     ],

@@ -141,12 +141,11 @@ def arguments_of(pipeline: Any, card: ModelCard, request: Request) -> dict[str, 
         "num_inference_steps": request.num_steps,
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
-        "max_sequence_length": request.max_sequence_length or card.num_text_tokens,
+        "max_sequence_length": request.max_sequence_length or card.num_text_tokens or None,
     }
     if card.makes_videos:
         said |= dict.fromkeys(FRAMES, request.shape.frames)
         said |= dict.fromkeys(RATES, fps_of(card, request))
-        said["guidance_scale_2"] = request.video.guidance_scale_2 if request.video else None
     taken = inspect.signature(pipeline.__call__).parameters
     return {name: value for name, value in said.items() if name in taken and value is not None}
 

@@ -35,7 +35,7 @@ VIDEO_LIMITS = (
     "no previews of videos on their way",
     *LIMITS[3:],
     "all frames of a video are decoded at once",
-    "no boundary_ratio and no flow_shift: the checkpoint's own are used",
+    "no guidance_scale_2, boundary_ratio and flow_shift: the checkpoint's own are used",
 )
 SOUND_LIMIT = "no sound: what the pipeline makes of it is left out"
 _NEEDED = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
@@ -67,7 +67,7 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     scale = _vae_scale(configs.get("vae", {}))
     multiple = max(2 * scale, _LEAST_MULTIPLE)
     side = _default_side(parameters, denoiser, scale) // multiple * multiple
-    true_cfg, length = "true_cfg_scale" in parameters, parameters.get("max_sequence_length")
+    true_cfg = "true_cfg_scale" in parameters
     guider = read_json(path / "guider" / "guider_config.json") if "guider" in components else {}
     guidance = parameters.get("guidance_scale", guider.get("guidance_scale"))
     has_guidance = "guidance_scale" in parameters or "guidance_scale" in guider
@@ -81,7 +81,7 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         size_multiple=multiple,
         pixels_per_token=multiple,
         num_heads=1,
-        num_text_tokens=min(length, _MAX_TEXT_TOKENS) if type(length) is int and length > 0 else 0,
+        num_text_tokens=_num_text_tokens(parameters, denoiser),
         default_num_steps=_number(parameters.get("num_inference_steps"), _DEFAULT_NUM_STEPS),
         default_guidance_scale=float(_number(guidance, 1)),
         has_guidance=has_guidance,
@@ -106,7 +106,7 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
         pixels_per_token=facts.size_multiple,
         sizes=(facts.shape,),
         frame_step=facts.frame_step,
-        max_frames=facts.shape.frames,
+        max_frames=facts.max_frames,
         default_fps=facts.default_fps,
         limits=(*VIDEO_LIMITS, SOUND_LIMIT) if _SOUND in parameters else VIDEO_LIMITS,
     )
@@ -157,6 +157,14 @@ def _vae_scale(vae: Mapping[str, Any]) -> int:
         if isinstance(blocks := vae.get(key), list) and 1 <= len(blocks) <= _MAX_BLOCKS:
             return 1 << (len(blocks) - 1)
     return 8
+
+
+def _num_text_tokens(parameters: Mapping[str, object], denoiser: Mapping[str, Any]) -> int:
+    """As in `ModelCard`. A denoiser that has places for so many, such as CogVideoX's, leaves requests no choice."""
+    length = parameters.get("max_sequence_length")
+    if type(length) is not int or length < 1 or "max_text_seq_length" in denoiser:
+        return 0
+    return min(length, _MAX_TEXT_TOKENS)
 
 
 def _number(value: object, otherwise: float) -> Any:

@@ -33,6 +33,8 @@ _LEAST_MULTIPLE = 16
 _MAX_RATIO = 64
 _MAX_SIDE = 4096
 _MAX_FRAMES = 1025
+_MAX_DURATION_S = 10
+"""Of videos whose length no denoiser is bound to; longer ones have not been seen to be any good."""
 _MAX_BLOCKS = 8
 
 
@@ -40,12 +42,13 @@ _MAX_BLOCKS = 8
 class VideoFacts:
     """
     shape: the default.
-    frame_step: as in `ModelCard`.
+    frame_step, max_frames: as in `ModelCard`.
     size_multiple: pixels of a latent, and of the patch of latents that is a token; at least 16.
     """
 
     shape: Shape
     frame_step: int
+    max_frames: int
     size_multiple: int
     default_fps: float
 
@@ -62,6 +65,22 @@ def video_facts(
     frame_step, scale = _frame_step(denoiser, vae), min(_ratio_of_sides(vae), _MAX_RATIO)
     multiple = max(scale * _patch_of(denoiser), _LEAST_MULTIPLE)
     height, width = (_side(name, parameters, denoiser, scale) // multiple * multiple for name in ("height", "width"))
+    frames = _num_frames(parameters, denoiser, frame_step)
+    rate = next((value for name in RATES if type(value := parameters.get(name)) in (int, float)), None)
+    fps = float(rate) if isinstance(rate, int | float) and rate > 0 else _FPS.get(pipeline_class, _OTHER_FPS)
+    most = 1 + int(_MAX_DURATION_S * fps) // frame_step * frame_step
+    has_places = frame_step == 1 or "video_length" in denoiser  # as many as it was trained with, one for each frame
+    return VideoFacts(
+        shape=Shape(max(height, multiple), max(width, multiple), frames),
+        frame_step=frame_step,
+        max_frames=frames if has_places else max(frames, most),
+        size_multiple=multiple,
+        default_fps=fps,
+    )
+
+
+def _num_frames(parameters: Mapping[str, object], denoiser: Mapping[str, Any], frame_step: int) -> int:
+    """Of the default, as pipelines choose it: a number in their call, else as many as the denoiser was trained with."""
     frames = parameters[frames_of(parameters) or ""]
     if type(frames) is not int:
         frames = denoiser.get("sample_frames")
@@ -69,14 +88,8 @@ def video_facts(
             frames = _DEFAULT_SHAPE.frames
         elif frames % frame_step != 1 % frame_step:  # Allegro counts latent frames, CogVideoX frames
             frames *= frame_step
-    frames = min(max(frames, 1 + frame_step), _MAX_FRAMES)
-    rate = next((value for name in RATES if type(value := parameters.get(name)) in (int, float)), None)
-    return VideoFacts(
-        Shape(max(height, multiple), max(width, multiple), 1 + (frames - 1) // frame_step * frame_step),
-        frame_step,
-        multiple,
-        float(rate) if isinstance(rate, int | float) and rate > 0 else _FPS.get(pipeline_class, _OTHER_FPS),
-    )
+    assert isinstance(frames, int)
+    return 1 + (min(max(frames, 1 + frame_step), _MAX_FRAMES) - 1) // frame_step * frame_step
 
 
 def _frame_step(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
