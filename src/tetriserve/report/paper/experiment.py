@@ -62,8 +62,9 @@ def fixed_degrees_of(setting: Setting) -> tuple[str, ...]:
 
 
 def at_load(scenario: Scenario, load: float) -> Scenario:
-    """`scenario` at the rate, to three digits, at which the least GPU time of what arrives is `load` of the pool's; every
-    model is asked for as often, and every size of a model.
+    """`scenario` at the rate, to three digits, at which the least GPU time of what arrives is `load` of the pool's.
+
+    Every model is asked for as often, and every size of a model.
     """
     setting = prepare(scenario)
     least_s = fmean(
