@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import zlib
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from tetriserve.config import AccessConfig, ServerConfig
+from tetriserve.config import AccessConfig, PoolConfig, ServerConfig
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.execution import Execution
 from tetriserve.core.memory import Component, RankMemory
+from tetriserve.core.probes import probe
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
@@ -33,7 +34,9 @@ from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.preview import PATCH
+from tetriserve.models.ranks import stage_ranks
 from tetriserve.policies import make_policy
+from tetriserve.profile.by_model import CostByModel
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.table import Profile, Row
 from tetriserve.workload.outcome import Outcome
@@ -212,14 +215,21 @@ def picture(prompt: str, seed: int, shape: Shape) -> np.ndarray:
 MODEL = Model(CARD.name, CARD.fingerprint)
 
 
-def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64) -> LiveEngine:
-    """A started engine; call it on the loop that it will run on."""
-    cost = ProfileCost(PROFILE, lambda shape: CARD.valid_degrees((1, 2)))
-    new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=PROFILE.shapes)
+def make_engine(
+    executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64, cards: Sequence[ModelCard] = (CARD,)
+) -> LiveEngine:
+    """A started engine; call it on the loop that it will run on. `cards` are of models that take the same times, each
+    with a key where there are several."""
+    costs = {card.key: ProfileCost(PROFILE, lambda shape: CARD.valid_degrees((1, 2))) for card in cards}
+    cost = costs[""] if len(cards) == 1 else CostByModel(costs)
+    probes = [probe(shape, model=card.key) for card in cards for shape in PROFILE.shapes]
+    new_policy = partial(make_policy, policy, cost, num_ranks=2, probes=probes)
+    executor.preview_bases = {card.key: executor.preview_bases[""] for card in cards}
+    pool = PoolConfig(num_ranks=2)
     engine = LiveEngine(
-        Controller(new_policy(), cost),
+        Controller(new_policy(), cost, stage_ranks=stage_ranks(cards, pool)),
         executor,
-        [Intake(card=CARD, cost=cost)],
+        [Intake(card=card, cost=costs[card.key]) for card in cards],
         Foresight(new_policy),
         max_queue=max_queue,
         policy_name=policy,
@@ -230,12 +240,12 @@ def make_engine(executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int 
 
 async def make_journalled_jobs(
     executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
-    wall_clock: Callable[[], float] = time.time, **settings: Any,
+    wall_clock: Callable[[], float] = time.time, cards: Sequence[ModelCard] = (CARD,), **settings: Any,
 ) -> JournalledJobs:  # fmt: skip
     """Jobs above a `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
-    journal = Journal(directory, MODEL)
+    journal = Journal(directory, *(Model(card.name, card.fingerprint, card.key) for card in cards))
     jobs = JournalledJobs(
-        make_engine(executor, **settings), executor, journal,
+        make_engine(executor, cards=cards, **settings), executor, journal,
         result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s,
     )  # fmt: skip
     await jobs.recover()

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from tetriserve.core.errors import JournalError, RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind, Submitted
+from tetriserve.core.models import of_model
 from tetriserve.core.request import Request
 from tetriserve.core.stages import INPUT
 from tetriserve.engine.courses import Courses
@@ -144,7 +145,7 @@ class JournalledJobs(Jobs):
     async def _take_up(self, kept: Kept, known: Known) -> None:
         key, job = kept.entry.key, Job()
         try:
-            self._check_loras(kept.entry.requests)
+            self._check_served(kept.entry)
         except RequestFailed as error:
             await self._fail(known, error)
             raise
@@ -202,10 +203,10 @@ class JournalledJobs(Jobs):
             raise
 
     async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell, is_suspect: bool) -> dict[int, Admitted]:
-        self._check_loras(kept.entry.requests)
+        served = self._check_served(kept.entry)
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
         arrival_s = self.engine.now - away_s
-        requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
+        requests = [moved_request(served[number], arrival_s) for number in missing]
         arriving = []
         try:
             for request in requests:
@@ -228,14 +229,27 @@ class JournalledJobs(Jobs):
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
 
-    def _check_loras(self, requests: Sequence[Request]) -> None:
-        """Raises: RequestFailed: an adapter that they were accepted with is not served any more."""
-        for lora in (request.lora for request in requests):
-            if lora is not None and not self.engine.intake.serves(lora):
+    def _check_served(self, entry: Entry) -> list[Request]:
+        """An entry's requests, for their model as it is called now.
+
+        Raises:
+            RequestFailed: their model, or an adapter that they were accepted with, is not served any more.
+        """
+        model = self.journal.model_of(entry)
+        if model is None:
+            raise RequestFailed(
+                f"it was accepted for the model {entry.model!r}, with which this server was not started again: ask "
+                "anew, or have it started with that --model"
+            )
+        requests = [replace(request, model=model.key) for request in entry.requests]
+        for request in requests:
+            if not self.engine.models.of(request).serves(request.lora):
+                assert request.lora is not None
                 raise RequestFailed(
-                    f"it was accepted with the LoRA {lora.name!r}, with which this server was not started again: "
-                    "ask anew, or have it started with that --lora"
+                    f"it was accepted with the LoRA {request.lora.name!r}, with which this server was not started "
+                    "again: ask anew, or have it started with that --lora"
                 )
+        return requests
 
     async def _keep(self, image: GeneratedImage) -> None:
         outcome, pixels = image.outcome, image.pixels
@@ -261,7 +275,7 @@ class JournalledJobs(Jobs):
 
     def _entry(self, key: Key, digest: str, requests: Sequence[Request]) -> Entry:
         arrival_s = requests[0].arrival_s
-        model = self.journal.model
+        model = of_model(self.journal.models, requests[0].model)
         return Entry(
             key=key,
             digest=digest,

@@ -25,14 +25,15 @@ async def warm_up(
     shapes: Sequence[Shape],
     on_progress: OnProgress,
 ) -> None:
-    """One step of each shape at each degree, on all its aligned groups at once, and its decode on every rank.
+    """One step of each shape at each degree, on all its aligned groups at once, and its decode on every rank of `pool`,
+    the model's part.
 
     Where the model is compiled, also one of each batch that pays by `cost`: it has a graph of its own.
 
     Raises:
         TetriServeError: a worker failed or was lost; the message names what was warmed.
     """
-    bench = Bench(executor, "warming", pool.stage_ranks)
+    bench = Bench.of(executor, "warming", card, pool)
     todo = [
         (shape, degree, batch)
         for shape in shapes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
 
@@ -16,7 +17,7 @@ from tetriserve.server.edits import pictures_of
 from tetriserve.server.errors import RESPONSES
 from tetriserve.server.schemas import QuotedImage, QuoteResponse
 from tetriserve.server.uploads import QUOTES
-from tetriserve.server.work import IdHeader, Service, SloHeader
+from tetriserve.server.work import IdHeader, ImageWork, Service, SloHeader
 
 
 def quote_router(service: Service) -> APIRouter:
@@ -37,16 +38,18 @@ def quote_router(service: Service) -> APIRouter:
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
         quote = await work.engine.quote(work.generations)
         work.exchange.facts["feasible"] = quote.is_feasible
-        return _response(quote, work.warnings)
+        return _response(quote, work)
 
     return router
 
 
-def _response(quote: Quote, warnings: list[str]) -> QuoteResponse:
+def _response(quote: Quote, work: ImageWork) -> QuoteResponse:
     def milliseconds(time_s: float) -> float | None:
         return None if math.isinf(time_s) else round((time_s - quote.arrival_s) * 1000, 3)
 
-    said = {"warnings": warnings} if warnings else {}
+    said: dict[str, Any] = {"warnings": work.warnings} if work.warnings else {}
+    if work.engine.models.are_several:
+        said["model"] = work.card.name
     return QuoteResponse(
         **said,
         feasible=quote.is_feasible,
