@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Shape
 from tetriserve.engine import Generation, LiveEngine
 from tetriserve.launch import StartProgress, launch, measure_profile
@@ -68,7 +68,7 @@ async def compare(num_ranks: int, num_rounds: int) -> dict[int, Tried]:
             tried: dict[int, Tried] = {}
             for limit in LIMITS:
                 config = EngineConfig(
-                    profile=str(path),
+                    models=(ModelConfig(profile=str(path)),),
                     pool=PoolConfig(num_ranks=num_ranks, degrees=(1,), max_batch=limit),
                     scheduling=SchedulingConfig(max_queue=1000),
                 )

@@ -35,7 +35,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from tetriserve.launch import BUNDLED_PROFILES
+from tetriserve.profiles import BUNDLED_PROFILES
 from tetriserve.server.run import listen
 
 PROFILE = BUNDLED_PROFILES / "tetriserve-tiny.2-epyc-cores.2-ranks.json"

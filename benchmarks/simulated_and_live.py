@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request
 from tetriserve.engine import Generation
 from tetriserve.launch import StartProgress, find_model, launch, measure_profile
@@ -79,7 +79,7 @@ def workload(cost: ProfileCost, options: argparse.Namespace) -> list[Request]:
 async def run_live(requests: Sequence[Request], policy: str, profile: Path, num_ranks: int) -> list[Outcome]:
     """The outcomes of `requests`, sent at their arrival times whatever became of those before (open loop)."""
     config = EngineConfig(
-        profile=str(profile),
+        models=(ModelConfig(profile=str(profile)),),
         pool=PoolConfig(num_ranks=num_ranks),
         scheduling=SchedulingConfig(policy=policy, max_queue=len(requests) + 1),
     )

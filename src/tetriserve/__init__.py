@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tetriserve.api import Engine, Lora, Picture
+    from tetriserve.api import Engine, Lora, ModelConfig, Picture
 
-__all__ = ["Engine", "Lora", "Picture"]
+__all__ = ["Engine", "Lora", "ModelConfig", "Picture"]
 __version__ = "0.1.0"
 
 

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tetriserve.config import EngineConfig, LoraConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import ModelConfig as ModelConfig
+from tetriserve.core.errors import ConfigError
 from tetriserve.core.request import Lora as Lora
 from tetriserve.engine.intake import Generation
 from tetriserve.engine.live import LiveEngine
@@ -43,8 +45,17 @@ class Engine:
     ```
 
     `model` is a diffusers checkpoint directory, None the bundled small model. `loras` are paths of safetensors files by
-    the names that `generate(..., lora=NAME)` takes. Worker processes import the program's
-    main module, so a script must create its engine under `if __name__ == "__main__":`.
+    the names that `generate(..., lora=NAME)` takes. Instead, `models` are several that share the pool, each with a name
+    that `generate(..., model=NAME)` takes:
+
+    ```
+    models = (ModelConfig(name="photos", path="models/flux"), ModelConfig(name="drawings", ranks=(0,)))
+    with Engine(models=models, ranks=2) as engine:
+        engine.generate("a red circle", model="drawings")
+    ```
+
+    Worker processes import the program's main module, so a script must create its engine under
+    `if __name__ == "__main__":`.
 
     Raises:
         ConfigError: model, degrees or policy cannot be served.
@@ -63,12 +74,18 @@ class Engine:
         profile: str | None = None,
         adapter: str | None = None,
         loras: Mapping[str, str] | None = None,
+        models: Sequence[ModelConfig] = (),
     ) -> None:
-        self._config = EngineConfig(
-            model=model,
+        one = ModelConfig(
+            path=model,
             profile=profile,
             adapter=adapter,
             loras=tuple(LoraConfig(name, str(path)) for name, path in (loras or {}).items()),
+        )
+        if models and one != ModelConfig():
+            raise ConfigError("models stands beside model, profile, adapter or loras; say these of each of models")
+        self._config = EngineConfig(
+            models=tuple(models) or (one,),
             pool=PoolConfig(
                 num_ranks=ranks, encoder_ranks=encoder_ranks, degrees=degrees, max_batch=max_batch, device=device
             ),
@@ -122,8 +139,8 @@ class Engine:
 
         `options` are the fields of `Generation`: size, seed, num_steps, guidance_scale, negative_prompt,
         true_cfg_scale, max_sequence_length, degrees, lora (a name, or `Lora(name, scale)`), slo_s (deadline in seconds
-        from now), priority, reject_infeasible, strength. `images` come with the prompt: of Pillow, or arrays of uint8
-        (height, width, 3).
+        from now), priority, reject_infeasible, strength, model (a name). `images` come with the prompt: of Pillow, or
+        arrays of uint8 (height, width, 3).
 
         Raises:
             InvalidRequest, QueueFull, DeadlineInfeasible: not admitted.

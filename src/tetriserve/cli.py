@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tetriserve import options
+from tetriserve import model_options, options
 from tetriserve.bench_command import bench
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import DEFAULT
@@ -41,6 +41,9 @@ app = typer.Typer(
 @app.command()
 def serve(
     model: options.Model = None,
+    models: model_options.Models = None,
+    model_ranks: model_options.ModelRanks = None,
+    model_option: model_options.ModelOption = None,
     config: options.Config = None,
     ranks: options.Ranks = None,
     encoder_ranks: options.EncoderRanks = None,
@@ -96,7 +99,7 @@ def serve(
     log_format: options.LogFormat = "text",
     otlp_traces_endpoint: options.OtlpEndpoint = None,
 ) -> None:
-    """Serve a model over OpenAI's images API, each request by its deadline."""
+    """Serve a model over OpenAI's images API, or several in one pool, each request by its deadline."""
     with one_line_errors():
         from tetriserve.config import (
             AccessConfig,
@@ -105,6 +108,7 @@ def serve(
             ExecutionConfig,
             JournalConfig,
             LoraConfig,
+            ModelConfig,
             SchedulingConfig,
             ServerConfig,
         )
@@ -114,10 +118,9 @@ def serve(
         _set_up_logging(log_level, log_format)
         if not api_key and os.environ.get(f"{ENV}API_KEY", "unset").strip() == "":  # a secret that did not arrive
             raise ConfigError(f"{ENV}API_KEY is empty; set it to a key, or unset it to serve everyone")
-        engine_config = EngineConfig(
-            model=model,
+        model_config = ModelConfig(
+            path=model,
             profile=profile,
-            remeasure=remeasure,
             served_model_names=tuple(served_model_name or ()),
             max_sequence_length=max_sequence_length,
             adapter=adapter,
@@ -129,6 +132,10 @@ def serve(
                 offload_text_encoders=offload_text_encoders,
             ),
             loras=tuple(LoraConfig.parse(text) for text in lora or ()),
+        )
+        engine_config = EngineConfig(
+            models=model_options.model_configs(model_config, models or (), model_ranks or (), model_option or ()),
+            remeasure=remeasure,
             pool=options.pool_config(
                 ranks,
                 degrees,
@@ -306,17 +313,28 @@ def _progress() -> Iterator[StartProgress]:
 
 
 def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
-    card, state, profile = engine.intake.card, engine.state, engine.intake.cost.profile
+    models, num_ranks = engine.models, len(engine.state.ranks)
+    drawing = next((intake for intake in models.intakes if not intake.card.makes_videos), None)
+    profiles = {intake.card.name: intake.cost.profile for intake in models.intakes}
+    planned = [
+        f"{f'{name}: ' if models.are_several else ''}{profile.hardware} ({profile.source})"
+        for name, profile in profiles.items()
+    ]
     console.print(
-        f"\n[bold]{card.name}[/] on {len(state.ranks)} ranks is ready at [bold]{url}[/]\n"
+        f"\n[bold]{models.title}[/] on {num_ranks} ranks {'are' if models.are_several else 'is'} ready at "
+        f"[bold]{url}[/]\n"
         "Open it in a browser to watch the pool and to ask for pictures.\n"
-        f"Times planned with: {profile.hardware} ({profile.source}); corrected as requests run.\n\n"
-        "A picture with a deadline of 5 seconds, saved as picture.png:\n"
+        f"Times planned with: {'; '.join(planned)}; corrected as requests run.\n"
     )
+    if drawing is None:
+        return
+    model = f'"model": "{drawing.card.name}", ' if models.are_several else ""
+    console.print("A picture with a deadline of 5 seconds, saved as picture.png:\n")
     key_header = ' -H "Authorization: Bearer $TETRISERVE_API_KEY"' if has_keys else ""
     console.print(
         f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key_header} \\\n"
-        f'  -d \'{{"prompt": "a red circle above a blue square", "size": "{card.sizes[0]}", "slo_ms": 5000}}\' \\\n'
+        f'  -d \'{{{model}"prompt": "a red circle above a blue square", "size": "{drawing.card.sizes[0]}", '
+        '"slo_ms": 5000}\' \\\n'
         '  | python3 -c \'import base64, json, sys; image = json.load(sys.stdin)["data"][0]; '
         'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',
         soft_wrap=True,

@@ -6,11 +6,9 @@ import re
 from dataclasses import dataclass, field
 
 from tetriserve.core.bounds import MAX_RANKS, MAX_REQUESTS, MAX_TIME_S, SLO_SCALES, check_range
-from tetriserve.core.cluster import StageRanks
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import DEFAULT, REGIONAL, TEXT_ENCODERS, VAE, Execution
 from tetriserve.core.plan import LATE_SHARE
-from tetriserve.core.stages import encoders_on_first
 
 DEVICES = ("cpu", "cuda")
 COLLECTIVES = ("shm", "torch")
@@ -22,6 +20,7 @@ COMPATS = (LENIENT, STRICT)
 MODEL_NAMES = "1 to 200 printable characters without spaces around them"
 _MAX_TTL_S = 366 * 24 * 3600.0
 _KEY = re.compile(r"[!-~]+")
+_MODEL_KEY = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
@@ -34,7 +33,7 @@ def is_model_name(name: str) -> bool:
 class PoolConfig:
     """The ranks and how they are looked after.
 
-    encoder_ranks: the first so many ranks hold text encoders and encode; None: all do.
+    encoder_ranks: of the ranks that hold a model, the first so many hold its text encoders and encode; None: all do.
     degrees: allowed degrees of sequence parallelism; empty means the powers of two up to `num_ranks`.
     ranks_per_gpu: how many ranks share each GPU. More than one proves correctness, and is slower.
     collectives: how the ranks of a task exchange tensors: through shared memory (`shm`), or by torch's process groups
@@ -106,11 +105,6 @@ class PoolConfig:
         check_range("resident_bytes", self.resident_bytes, 0, 2**50)
         for name in ("heartbeat_timeout", "step_timeout", "group_timeout", "start_timeout"):
             check_range(name.replace("_", "-"), getattr(self, f"{name}_s"), 0.001, MAX_TIME_S)
-
-    @property
-    def stage_ranks(self) -> StageRanks:
-        """Which ranks may run which stages."""
-        return encoders_on_first(self.encoder_ranks, self.num_ranks)
 
     @property
     def has_own_gpus(self) -> bool:
@@ -320,39 +314,83 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """A whole engine: `model` is a diffusers checkpoint directory, None the bundled small model.
+class ModelConfig:
+    """A model of a pool, and how it is served.
 
+    name: what requests, answers and logs call it. It may be empty where no other model is served: then the model has
+        the checkpoint's own name.
+    path: a diffusers checkpoint directory; None is the bundled small model.
     profile: path of a profile file, which every start takes as it is written; None finds, or measures, one for this
         model and machine, and takes up what the last engine learnt about it.
-    remeasure: measure a profile even if one is found.
-    served_model_names: what clients call the model, the first in answers; empty: the checkpoint's own name.
+    served_model_names: what clients call the model beside its name; where it has none, the first is what answers call
+        it, instead of the checkpoint's own name.
     max_sequence_length: text tokens of every request that asks for no other number; None is the model's own.
     execution: how the model is run.
     adapter: the name of the family to serve the model, `generic` for pipelines that no family knows; None is the one
         that serves its pipeline class.
     loras: adapters that requests may name.
-    journal: None keeps nothing.
+    ranks: those of the pool that hold the model; empty: all.
     """
 
-    model: str | None = None
+    name: str = ""
+    path: str | None = None
     profile: str | None = None
-    remeasure: bool = False
     served_model_names: tuple[str, ...] = ()
     max_sequence_length: int | None = None
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     adapter: str | None = None
     loras: tuple[LoraConfig, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name and not _MODEL_KEY.fullmatch(self.name):
+            raise ConfigError(f"a model is called {self.name[:200]!r}; allowed: 1 to 64 of A-Z a-z 0-9 . _ -")
+        for name in self.served_model_names:
+            if not is_model_name(name):
+                raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")
+        object.__setattr__(self, "ranks", tuple(sorted(set(self.ranks))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """A whole engine.
+
+    models: at least one. Requests that name none are for the first that makes what they ask for.
+    remeasure: measure profiles even if some are found.
+    journal: None keeps nothing.
+    """
+
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    remeasure: bool = False
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     journal: JournalConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.remeasure and self.profile is not None:
-            raise ConfigError(f"remeasure is set beside profile {self.profile}, which would not be used; leave one out")
-        for name in self.served_model_names:
-            if not is_model_name(name):
-                raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")
+        if not self.models:
+            raise ConfigError("no model is named; name at least one")
+        named = next((model.profile for model in self.models if model.profile is not None), None)
+        if self.remeasure and named is not None:
+            raise ConfigError(f"remeasure is set beside profile {named}, which would not be used; leave one out")
+        names = [model.name for model in self.models]
+        if len(names) > 1 and "" in names:
+            raise ConfigError(f"{len(names)} models are served, and one has no name; give each a name of its own")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"two models are called {twice!r}; give each a name of its own")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        every = range(self.pool.num_ranks)
+        held: set[int] = set()
+        for model in self.models:
+            if outside := [rank for rank in model.ranks if rank not in every]:
+                raise ConfigError(
+                    f"model-ranks of {model.name or 'the model'} names rank {outside[0]}; allowed: 0 to {every[-1]}"
+                )
+            held.update(model.ranks or every)
+        if idle := [rank for rank in every if rank not in held]:
+            what = f"rank {idle[0]} holds" if len(idle) == 1 else f"ranks {_listed(tuple(idle))} hold"
+            raise ConfigError(f"{what} no model; name them in model-ranks, or use fewer --ranks")
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -59,7 +59,7 @@ def evaluate(
     The reader is image processing without a learnt part; it knows flat drawings of the bundled model's vocabulary.
     """
     with one_line_errors():
-        from tetriserve.config import EngineConfig, SchedulingConfig
+        from tetriserve.config import EngineConfig, ModelConfig, SchedulingConfig
         from tetriserve.evaluation.sheet import contact_sheet
         from tetriserve.evaluator import EvaluationSetting, evaluate_all
         from tetriserve.report.accuracy import save_accuracy_curve
@@ -79,10 +79,8 @@ def evaluate(
         pool = options.pool_config(ranks, degrees, device, threads, start_timeout)
         configs = {
             policy: EngineConfig(
-                model=model,
-                profile=profile,
+                models=(ModelConfig(path=model, profile=profile, adapter=adapter),),
                 remeasure=remeasure,
-                adapter=adapter,
                 pool=pool,
                 scheduling=SchedulingConfig(policy=policy, max_queue=4 * pool.num_ranks),
             )

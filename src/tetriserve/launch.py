@@ -4,53 +4,52 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import platformdirs
-
-from tetriserve.config import EngineConfig, ExecutionConfig, LoraConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, LoraConfig, ModelConfig, PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.control.foresight import Foresight
-from tetriserve.core.errors import ConfigError, ProfileError
+from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import DEFAULT
+from tetriserve.core.plan import CostModel
+from tetriserve.core.probes import probe
 from tetriserve.core.request import Shape
-from tetriserve.core.stages import DECODE, ENCODE_IMAGE
 from tetriserve.engine.intake import Intake
 from tetriserve.engine.jobs import Jobs
 from tetriserve.engine.journalled import JournalledJobs
 from tetriserve.engine.live import LiveEngine
-from tetriserve.engine.observers import Observation, Observer, Stopped
+from tetriserve.engine.observers import Observer
 from tetriserve.executor.local import LocalExecutor
 from tetriserve.executor.protocol import Executor
 from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.lora import with_loras
+from tetriserve.models.ranks import pool_of, stage_ranks
 from tetriserve.models.registry import family_of
 from tetriserve.models.video_file import check_encoder
 from tetriserve.policies.fixed import FixedDegree
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.registry import find_policy, make_policy, warn_of_long_rounds
+from tetriserve.profile.by_model import CostByModel
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profile.cost import ProfileCost
 from tetriserve.profile.estimate import with_largest
-from tetriserve.profile.learnt import load_corrections, save_corrections
-from tetriserve.profile.table import Profile, load_profile, save_profile
+from tetriserve.profile.table import Profile
 from tetriserve.profiler.hardware import hardware_name, visible_gpus
 from tetriserve.profiler.measure import measure, measure_lora
+from tetriserve.profiler.memory import check_memory
 from tetriserve.profiler.warmup import warm_up
+from tetriserve.profiles import BUSY, find_corrections, find_profile, keep_corrections, measure_and_keep
 from tetriserve.workload.slo import MultipleRule, slack_s
 
 logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
-BUNDLED_PROFILES = Path(__file__).parent / "profile" / "data"
-_BUSY = "the machine was busy while the profile was measured: its times, and default deadlines, may be too long"
 
 
 @dataclass(frozen=True)
@@ -61,33 +60,18 @@ class StartProgress:
     counted: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
-async def launch(
-    config: EngineConfig, progress: StartProgress, *, observer: Observer | None = None, profile: Profile | None = None
-) -> Jobs:
-    """A started engine, and the jobs above it. Whatever can be checked before workers start is checked before.
+@dataclass(frozen=True)
+class _Model:
+    """One of the pool's models. pool: its part. cost: what its stages take here."""
 
-    Args:
-        profile: one that an earlier engine of the same model and pool was launched with; None finds or measures one.
+    card: ModelCard
+    pool: PoolConfig
+    cost: ProfileCost
 
-    Raises:
-        ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
-    """
-    spec, pool = config.scheduling.policy, config.pool
-    find_policy(spec)
-    _check_interpreter()
-    _check_device(pool)
-    card = find_model(config.model, config.max_sequence_length, config.execution, config.adapter)
-    card.execution.check_device(pool.device)
-    if config.served_model_names:
-        name, *aliases = config.served_model_names
-        card = replace(card, name=name, aliases=tuple(aliases))
-    card = with_loras(card, config.loras)
-    pool = with_usable_degrees(card, pool)
-    profile = profile or find_profile(replace(config, pool=pool), card)
-
-    def plan_with(
-        profile: Profile, corrections: Corrections, lora_s: float = 0.0
-    ) -> tuple[Callable[[], Policy], ProfileCost]:
+    @classmethod
+    def of(
+        cls, card: ModelCard, pool: PoolConfig, profile: Profile, corrections: Corrections, lora_s: float = 0.0
+    ) -> _Model:
         cost = ProfileCost(
             profile,
             lambda shape: card.valid_degrees(pool.degrees),
@@ -97,41 +81,66 @@ async def launch(
             lora_s,
             lambda kind, shape: card.short_degrees(kind, shape, pool.degrees),
         )
-        deadlines = MultipleRule(config.scheduling.default_slo_scale, cost)
-        can_wait_s = slack_s(profile.shapes, cost, deadlines, card.default_num_steps)
-        new_policy = partial(
-            make_policy, spec, cost, num_ranks=pool.num_ranks, shapes=profile.shapes, slack_s=can_wait_s
-        )
-        warn_of_long_rounds(spec, new_policy(), can_wait_s)  # what is wrong with the policy shows now
-        return new_policy, cost
+        return cls(card, pool, cost)
 
-    is_named = config.profile is not None  # then it is taken as it is written
-    planned = None
-    if profile is not None:
-        planned = plan_with(profile, Corrections() if is_named else find_corrections(profile, card, pool))
-    journal = _open_journal(config, card)
+
+async def launch(
+    config: EngineConfig, progress: StartProgress, *, observer: Observer | None = None, profile: Profile | None = None
+) -> Jobs:
+    """A started engine, and the jobs above it. Whatever can be checked before workers start is checked before.
+
+    Args:
+        profile: one that an earlier engine of the same model, the only one, and pool was launched with; None finds or
+            measures one.
+
+    Raises:
+        ConfigError: model, profile, degrees or policy cannot be served; one line says why and how to mend it.
+    """
+    spec = config.scheduling.policy
+    find_policy(spec)
+    _check_interpreter()
+    _check_device(config.pool)
+    cards = find_cards(config)
+    for card in cards:
+        card.execution.check_device(config.pool.device)
+    check_memory(cards, config.pool)
+    pools = [pool_of(card, config.pool) for card in cards]
+    models: list[_Model | None] = []
+    for named, card, pool in zip(config.models, cards, pools, strict=True):
+        found = profile or find_profile(card, pool, named.profile, remeasure=config.remeasure)
+        is_named = named.profile is not None  # then it is taken as it is written
+        models.append(
+            None
+            if found is None
+            else _Model.of(card, pool, found, Corrections() if is_named else find_corrections(found, card, pool))
+        )
+    if None not in models:
+        _policies_of([model for model in models if model is not None], config)[0]()  # what is wrong with it shows now
+    journal = _open_journal(config, cards)
     try:
-        executor = LocalExecutor([card], pool)
+        executor = LocalExecutor(cards, pools[0] if len(cards) == 1 else config.pool)
         await executor.start(progress.step)
         try:
-            new_policy, cost = planned or plan_with(
-                await measure_and_keep(executor, card, pool, progress), Corrections()
-            )
-            if card.loras and not cost.lora_s:
-                progress.step("measuring a change of LoRAs")
-                lora_s = await measure_lora(executor, card, cost.profile.shapes[0])
-                logger.info("a change of LoRAs takes %.4f s", lora_s)
-                new_policy, cost = plan_with(cost.profile, cost.corrections, lora_s)
+            ready = [
+                await _made_ready(executor, model, card, pool, config, progress)
+                for model, card, pool in zip(models, cards, pools, strict=True)
+            ]
+            new_policy, cost, can_wait_s = _policies_of(ready, config)
             policy = new_policy()
-            intake = Intake(
-                card=card,
-                cost=cost,
-                default_slo_scale=config.scheduling.default_slo_scale,
-                max_degree=policy.degree if isinstance(policy, FixedDegree) else None,
-            )
-            if pool.device == "cuda" or card.execution.compile != DEFAULT:
-                progress.step("running every size once")
-                await warm_up(executor, card, pool, cost, intake.sizes, progress.counted)
+            warn_of_long_rounds(spec, policy, can_wait_s)
+            intakes = [
+                Intake(
+                    card=model.card,
+                    cost=model.cost,
+                    default_slo_scale=config.scheduling.default_slo_scale,
+                    max_degree=policy.degree if isinstance(policy, FixedDegree) else None,
+                )
+                for model in ready
+            ]
+            for model, intake in zip(ready, intakes, strict=True):
+                if model.pool.device == "cuda" or model.card.execution.compile != DEFAULT:
+                    progress.step("running every size once" + (f" of {model.card.name}" if len(ready) > 1 else ""))
+                    await warm_up(executor, model.card, model.pool, model.cost, intake.sizes, progress.counted)
         except BaseException:
             await executor.stop()
             raise
@@ -146,17 +155,19 @@ async def launch(
             cost,
             max_losses=scheduling.max_losses,
             late_share=scheduling.late_share,
-            stage_ranks=pool.stage_ranks,
+            stage_ranks=stage_ranks(cards, config.pool),
         ),
         executor,
-        [intake],
+        intakes,
         Foresight(new_policy),
         max_queue=scheduling.max_queue,
         policy_name=spec,
         observer=observer,
     )
-    if not is_named:
-        keep_corrections(engine, card, pool)
+    keep_corrections(
+        engine,
+        [(card, pool) for named, card, pool in zip(config.models, cards, pools, strict=True) if named.profile is None],
+    )
     engine.start()
     if config.journal is None or journal is None:
         return Jobs(engine)
@@ -169,10 +180,80 @@ async def launch(
     return jobs
 
 
-def _open_journal(config: EngineConfig, card: ModelCard) -> Journal | None:
+async def _made_ready(
+    executor: Executor,
+    model: _Model | None,
+    card: ModelCard,
+    pool: PoolConfig,
+    config: EngineConfig,
+    progress: StartProgress,
+) -> _Model:
+    """The model with what only its workers can tell: a profile if there is none, and what a change of LoRAs takes."""
+    if model is None:
+        profile = find_profile(card, pool, remeasure=config.remeasure)  # that of another model of its kind, meanwhile
+        if profile is None:
+            progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
+            profile = await measure_and_keep(executor, card, pool, progress.counted)
+        model = _Model.of(card, pool, profile, Corrections())
+    if card.loras and not model.cost.lora_s:
+        progress.step("measuring a change of LoRAs")
+        lora_s = await measure_lora(executor, card, pool, model.cost.profile.shapes[0])
+        logger.info("a change of LoRAs takes %.4f s", lora_s)
+        model = _Model.of(card, pool, model.cost.profile, model.cost.corrections, lora_s)
+    return model
+
+
+def _policies_of(models: Sequence[_Model], config: EngineConfig) -> tuple[Callable[[], Policy], CostModel, float]:
+    """What makes policies for `models`; their cost model; how long the smallest requests can wait, in seconds.
+
+    Making one raises ConfigError where the policy's argument is not allowed.
+    """
+    spec, scale = config.scheduling.policy, config.scheduling.default_slo_scale
+    costs = {model.card.key: model.cost for model in models}
+    cost: CostModel = models[0].cost if len(models) == 1 else CostByModel(costs)
+    can_wait_s = min(
+        slack_s(model.cost.profile.shapes, model.cost, MultipleRule(scale, model.cost), model.card.default_num_steps)
+        for model in models
+    )
+    new_policy = partial(
+        make_policy,
+        spec,
+        cost,
+        num_ranks=config.pool.num_ranks,
+        probes=[probe(shape, model=key) for key, each in costs.items() for shape in each.profile.shapes],
+        slack_s=can_wait_s,
+    )
+    return new_policy, cost, can_wait_s
+
+
+def _open_journal(config: EngineConfig, cards: Sequence[ModelCard]) -> Journal | None:
     if config.journal is None:
         return None
-    return Journal(Path(config.journal.directory), Model(card.name, card.fingerprint))
+    served = [Model(card.name, card.fingerprint, card.key) for card in cards]
+    return Journal(Path(config.journal.directory), *served)
+
+
+def find_cards(config: EngineConfig) -> list[ModelCard]:
+    """The cards of all models, each with its key, names, adapters and ranks.
+
+    Raises:
+        ConfigError: a model cannot be served, or clients could not tell two of them apart.
+    """
+    cards = [_find_card(model, has_key=len(config.models) > 1) for model in config.models]
+    if len(cards) > 1:
+        names = [name for card in cards for name in (card.name, *card.aliases, *(lora.name for lora in card.loras))]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"{twice!r} is the name of two models or LoRAs; give each a name of its own")
+    return cards
+
+
+def _find_card(model: ModelConfig, *, has_key: bool) -> ModelCard:
+    card = find_model(model.path, model.max_sequence_length, model.execution, model.adapter)
+    names = (model.name, *model.served_model_names) if model.name else model.served_model_names
+    if names:
+        name, *aliases = names
+        card = replace(card, name=name, aliases=tuple(aliases))
+    return replace(with_loras(card, model.loras), key=model.name if has_key else "", ranks=model.ranks)
 
 
 def find_model(
@@ -208,120 +289,6 @@ def find_model(
     return replace(card, num_text_tokens=max_sequence_length, fingerprint=fingerprint)
 
 
-def find_profile(config: EngineConfig, card: ModelCard) -> Profile | None:
-    """The profile to plan with: the one named, else one for this model and hardware, else None: measure.
-
-    One in doubt is taken only if it is named.
-
-    Raises:
-        ProfileError: the named profile is unreadable, for another model, or lacks a degree.
-    """
-    if config.profile is not None:
-        profile = check_profile(load_profile(Path(config.profile)), config.profile, card, config.pool)
-        if profile.doubt:
-            logger.warning("the times of profile %s may be too long: %s", config.profile, profile.doubt)
-        if not _knows_teams(profile, config.pool):
-            logger.warning(
-                "profile %s has no team_s, the seconds that a new set of ranks costs: requests run on any sets, "
-                "and torch forms a group for each", config.profile,
-            )  # fmt: skip
-        if profile.execution != card.execution:
-            logger.warning(
-                "profile %s is of %s, but %s runs in %s", config.profile, profile.execution, card.name, card.execution
-            )
-        return profile
-    if config.remeasure:
-        return None
-    kept = cached_profile_path(card, config.pool)
-    for path in (kept, *sorted(BUNDLED_PROFILES.glob("*.json"))):
-        if not path.exists():
-            continue
-        try:
-            profile = check_profile(load_profile(path), str(path), card, config.pool)
-        except ProfileError as error:
-            logger.debug("not using a profile: %s", error)
-            continue
-        known = (profile.hardware, profile.fingerprint, profile.execution)
-        wanted = (hardware_name(config.pool), card.fingerprint, card.execution)
-        # Sizes may have been added since it was kept, larger batches be allowed, and pictures be encoded.
-        is_enough = path != kept or profile.max_batch >= config.pool.max_batch
-        is_enough = is_enough and (path != kept or not card.max_images or ENCODE_IMAGE in profile.stages)
-        is_enough = is_enough and _knows_teams(profile, config.pool)
-        is_enough = is_enough and (path != kept or _knows_decodes(profile, card, config.pool))
-        if known == wanted and set(profile.shapes) >= set(card.sizes) and is_enough:
-            if profile.doubt:
-                logger.info("the kept profile is not used, it may be wrong: %s", profile.doubt)
-                continue
-            logger.info("using the profile %s", path)
-            return profile
-    return None
-
-
-def check_profile(profile: Profile, name: str, card: ModelCard, pool: PoolConfig) -> Profile:
-    """`profile` if it can plan for this model on this pool.
-
-    Raises:
-        ProfileError: it is for another model, or lacks a degree that the pool uses.
-    """
-    if profile.fingerprint and profile.fingerprint != card.fingerprint:
-        raise ProfileError(
-            f"profile {name} is for model {profile.model!r} ({profile.fingerprint}), "
-            f"not for {card.name!r} ({card.fingerprint}); measure one with: tetriserve profile {card.path}"
-        )
-    for shape in profile.shapes:
-        measured = {row.degree for row in profile.rows if row.shape == shape and row.tokens}
-        missing = [degree for degree in card.valid_degrees(pool.degrees) if degree not in measured]
-        if missing:
-            raise ProfileError(
-                f"profile {name} has no row for {shape} at degree {missing[0]}; measure one with --degrees "
-                f"{','.join(map(str, pool.degrees))}, or serve with --degrees {','.join(map(str, sorted(measured)))}"
-            )
-    return profile
-
-
-def _knows_teams(profile: Profile, pool: PoolConfig) -> bool:
-    """Whether `team_s` is right where groups of torch are formed, which takes time; earlier versions wrote none."""
-    return pool.collectives == "shm" or profile.team_s > 0
-
-
-def _knows_decodes(profile: Profile, card: ModelCard, pool: PoolConfig) -> bool:
-    """Whether it has each size's decode at all degrees that its tiles allow; earlier versions measured one."""
-    known = {(row.shape, row.degree) for row in profile.rows_of(DECODE)}
-    return all(
-        (shape, degree) in known for shape in card.sizes for degree in card.short_degrees(DECODE, shape, pool.degrees)
-    )
-
-
-def find_corrections(profile: Profile, card: ModelCard, pool: PoolConfig) -> Corrections:
-    """What an earlier engine learnt about `profile` on this hardware; none if it cannot be read."""
-    path = corrections_path(card, pool)
-    try:
-        corrections = load_corrections(path, profile, hardware_name(pool))
-    except ProfileError as error:
-        logger.warning("the profile is corrected anew: %s", error)
-        return Corrections()
-    if corrections != Corrections():
-        logger.info("correcting the profile by what was observed until the last stop (%s)", path)
-    return corrections
-
-
-def keep_corrections(engine: LiveEngine, card: ModelCard, pool: PoolConfig) -> None:
-    """Save what `engine` has learnt when it stops, unless it failed."""
-
-    def on_observation(observation: Observation) -> None:
-        if not isinstance(observation, Stopped) or engine.failure is not None:
-            return
-        cost = engine.controller.cost
-        if not isinstance(cost, ProfileCost) or cost.corrections == Corrections():
-            return
-        try:
-            save_corrections(cost.corrections, corrections_path(card, pool), cost.profile, hardware_name(pool))
-        except ProfileError as error:
-            logger.warning("the next start corrects the profile anew: %s", error)
-
-    engine.subscribe(on_observation)
-
-
 async def measure_profile(
     model: str | None,
     pool: PoolConfig,
@@ -341,7 +308,7 @@ async def measure_profile(
     _check_device(pool)
     card = with_loras(find_model(model, max_sequence_length, execution, adapter), loras)
     card.execution.check_device(pool.device)
-    pool = with_usable_degrees(card, pool)
+    pool = pool_of(card, pool)
     for shape in shapes:
         if shape.height % card.size_multiple or shape.width % card.size_multiple:
             raise ConfigError(f"size {shape}: width and height must be multiples of {card.size_multiple}")
@@ -352,58 +319,13 @@ async def measure_profile(
     finally:
         await executor.stop()
     if profile.doubt:
-        logger.warning("%s (%s); measure again when it is quiet", _BUSY, profile.doubt)
+        logger.warning("%s (%s); measure again when it is quiet", BUSY, profile.doubt)
     return card, profile
 
 
 def num_gpus() -> int:
     """GPUs that workers may use."""
     return len(visible_gpus())
-
-
-def cache_directory() -> Path:
-    """Where built models and measured profiles are kept for this user."""
-    return platformdirs.user_cache_path("tetriserve")
-
-
-def cached_profile_path(card: ModelCard, pool: PoolConfig) -> Path:
-    """One file per model, execution, hardware and degrees."""
-    parts = (card.fingerprint, str(card.execution), hardware_name(pool), "-".join(map(str, pool.degrees)))
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts))
-    return cache_directory() / "profiles" / f"{name}.json"
-
-
-def corrections_path(card: ModelCard, pool: PoolConfig) -> Path:
-    """Beside the cached profile, whichever profile they correct."""
-    return cached_profile_path(card, pool).with_suffix(".corrections.json")
-
-
-async def measure_and_keep(executor: Executor, card: ModelCard, pool: PoolConfig, progress: StartProgress) -> Profile:
-    """A profile of the model's own sizes, kept for later starts."""
-    progress.step(f"measuring {card.name} on {hardware_name(pool)} (once)")
-    profile = await measure(executor, card, pool, card.sizes, progress.counted)
-    if profile.doubt:
-        logger.warning("%s (%s); the next start measures again, unless --profile names one", _BUSY, profile.doubt)
-    path = cached_profile_path(card, pool)
-    try:
-        save_profile(profile, path)
-    except ProfileError as error:  # a read-only home is no reason not to serve
-        logger.warning("the profile is measured again at the next start: %s", error)
-    else:
-        logger.info("measured a profile and kept it in %s", path)
-    return profile
-
-
-def with_usable_degrees(card: ModelCard, pool: PoolConfig) -> PoolConfig:
-    """`pool` without degrees, which a warning names, and batches that the model cannot run."""
-    usable = card.valid_degrees(pool.degrees)
-    dropped = [degree for degree in pool.degrees if degree not in usable]
-    if dropped:
-        logger.warning(
-            "degrees %s are not used: a degree must divide the %d attention heads of %s",
-            ",".join(map(str, dropped)), card.num_heads, card.name,
-        )  # fmt: skip
-    return replace(pool, degrees=usable, max_batch=pool.max_batch if card.can_batch else 1)
 
 
 def _check_interpreter() -> None:

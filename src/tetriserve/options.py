@@ -161,7 +161,7 @@ Ranks = Annotated[
 ]
 EncoderRanks = Annotated[
     int | None,
-    option("encoder-ranks", "Only the first so many ranks hold text encoders, and encode. Default: all.",
+    option("encoder-ranks", "Only the first so many ranks of a model hold its text encoders, and encode. Default: all.",
            show_default=False),
 ]  # fmt: skip
 Degrees = Annotated[

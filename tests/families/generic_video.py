@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.families.case import bundled_tokenizer, randomised
-from tests.families.generic import _gemma, _gemma_tokenizer, _t5
+from tests.families.generic import _gemma_tokenizer, _t5
 
 
 def _trained_tokenizer(texts: Sequence[str], **options: Any) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.waiting import HANG_S
-from tetriserve.launch import BUNDLED_PROFILES
+from tetriserve.profiles import BUNDLED_PROFILES
 
 HEARTBEAT_TIMEOUT_S = 2.0
 MAX_QUEUE = 12

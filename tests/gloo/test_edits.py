@@ -27,7 +27,7 @@ from tests.gloo.test_server_kill import Server, until
 from tests.waiting import HANG_S
 from tests.waiting import until as until_async
 from tetriserve import Engine
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE, INPUT
@@ -167,7 +167,7 @@ async def test_a_worker_that_is_killed_takes_no_picture_along(
     stage: str, bundled_dir: Path, profile_path: str, expected: np.ndarray
 ) -> None:
     pool = PoolConfig(num_ranks=2, heartbeat_timeout_s=HANG_S)
-    config = EngineConfig(model=str(bundled_dir), profile=profile_path, pool=pool)
+    config = EngineConfig(models=(ModelConfig(path=str(bundled_dir), profile=profile_path),), pool=pool)
     jobs = await launch(config, StartProgress())
     engine = jobs.engine
     pids = engine._executor.pids  # type: ignore[attr-defined]

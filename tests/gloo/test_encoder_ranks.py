@@ -29,6 +29,7 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.execution import place
 from tetriserve.models.flux.adapter import FluxAdapter
 from tetriserve.models.loading import held_bytes, load_pipeline
+from tetriserve.models.ranks import stage_ranks
 from tetriserve.policies import make_policy
 from tetriserve.profile import Profile
 from tetriserve.profile.cost import ProfileCost
@@ -54,7 +55,8 @@ async def engine(executor: LocalExecutor, bundled_card: ModelCard, profile: Prof
     cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(POOL.degrees))
     new_policy = partial(make_policy, "lookahead", cost, num_ranks=POOL.num_ranks, shapes=profile.shapes)
     engine = LiveEngine(
-        Controller(new_policy(), cost, stage_ranks=POOL.stage_ranks), executor, [Intake(card=bundled_card, cost=cost)],
+        Controller(new_policy(), cost, stage_ranks=stage_ranks([bundled_card], POOL)),
+        executor, [Intake(card=bundled_card, cost=cost)],
         Foresight(new_policy), max_queue=256, policy_name="lookahead",
     )  # fmt: skip
     engine.start()

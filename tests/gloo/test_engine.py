@@ -23,7 +23,7 @@ import pytest
 
 from tests.waiting import HANG_S, until
 from tetriserve import Engine
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig, SchedulingConfig
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import (
@@ -143,8 +143,7 @@ async def setup(request: pytest.FixtureRequest, bundled_dir: Path, profile_path:
     """An engine as `serve` launches it, under the policy of the paper."""
     events: list[tuple[float, Event]] = []
     config = EngineConfig(
-        model=str(bundled_dir),
-        profile=profile_path,
+        models=(ModelConfig(path=str(bundled_dir), profile=profile_path),),
         pool=PoolConfig(num_ranks=request.param, heartbeat_timeout_s=HANG_S),
     )
 
@@ -470,8 +469,7 @@ async def test_a_store_that_is_removed_is_made_again(four: Setup, expected: Call
 
 async def test_the_operator_says_how_many_workers_a_request_may_lose(bundled_dir: Path, profile_path: str) -> None:
     config = EngineConfig(
-        model=str(bundled_dir),
-        profile=profile_path,
+        models=(ModelConfig(path=str(bundled_dir), profile=profile_path),),
         pool=PoolConfig(num_ranks=1),
         scheduling=SchedulingConfig(max_losses=0),
     )
@@ -683,7 +681,7 @@ async def test_a_policy_that_does_not_exist_is_refused_before_any_worker_starts(
 ) -> None:
     steps: list[str] = []
     scheduling = SchedulingConfig(policy="guesswork")
-    config = EngineConfig(model=str(bundled_dir), profile=profile_path, scheduling=scheduling)
+    config = EngineConfig(models=(ModelConfig(path=str(bundled_dir), profile=profile_path),), scheduling=scheduling)
     with pytest.raises(ConfigError, match="unknown policy 'guesswork'; choose one of: tetriserve"):
         await launch(config, StartProgress(step=steps.append))
     assert steps == []

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 import tetriserve.models.preload  # noqa: F401  as in workers, the libraries' warnings are silent
 from tests.gloo.test_flux_adapter import call_pipeline, denoise
-from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, ModelConfig, PoolConfig
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import ATTENTIONS, Execution
 from tetriserve.core.request import Request, Shape
@@ -138,8 +138,7 @@ def test_a_kernel_of_attention_that_cannot_run_here_is_refused_in_one_line_with_
 
 async def test_a_worker_that_cannot_run_the_model_so_ends_the_start_with_that_line(profile_path: str) -> None:
     config = EngineConfig(
-        profile=profile_path,
-        execution=ExecutionConfig(attention="native_cudnn"),
+        models=(ModelConfig(profile=profile_path, execution=ExecutionConfig(attention="native_cudnn")),),
         pool=PoolConfig(num_ranks=1),
     )
     with pytest.raises(

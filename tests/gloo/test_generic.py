@@ -34,7 +34,7 @@ from tetriserve.core.messages import RunTask, TaskDone, TaskError
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.launch import find_model, with_usable_degrees
+from tetriserve.launch import find_model
 from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
 from tetriserve.models.checkpoint import read_card
@@ -42,6 +42,7 @@ from tetriserve.models.execution import compile_blocks
 from tetriserve.models.family import Guidance
 from tetriserve.models.generic.adapter import GenericAdapter
 from tetriserve.models.generic.selftest import problem_of
+from tetriserve.models.ranks import pool_of
 from tetriserve.models.registry import family_of, load_adapter
 from tetriserve.profile import Profile, Row, save_profile
 from tetriserve.server.openai import _model_object
@@ -461,7 +462,7 @@ def test_the_card_says_what_the_call_takes(served: Tiny) -> None:
     assert (*found, card.size_multiple) == expected[served.name]
     assert card.guides_by_passes == (served.name != "flux")
     assert card.valid_degrees((1, 2, 4)) == (1,) and not card.can_batch and not card.has_previews
-    assert with_usable_degrees(card, PoolConfig(num_ranks=2, max_batch=8)).max_batch == 1
+    assert pool_of(card, PoolConfig(num_ranks=2, max_batch=8)).max_batch == 1
     assert len(card.limits) == 5
 
 

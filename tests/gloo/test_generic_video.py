@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -289,9 +288,7 @@ def problem(tiny: TinyVideo, change: Any, **fields: Any) -> str:
     ],
     ids=["nothing", "momentum-of-a-guider", "noise-of-no-seed", "more-frames"],
 )
-def test_the_self_test_says_in_one_line_what_cannot_be_served(
-    motif_video: TinyVideo, change: Any, said: str
-) -> None:
+def test_the_self_test_says_in_one_line_what_cannot_be_served(motif_video: TinyVideo, change: Any, said: str) -> None:
     found = problem(motif_video, change)
     assert re.fullmatch(said, found), found
     assert calls() == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.hostile import PROMPTS
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
@@ -40,7 +40,7 @@ def test_any_text_is_encoded(reference: FluxAdapter, prompt: str) -> None:
 
 
 async def test_hostile_text_becomes_a_picture_and_costs_no_worker(profile_path: str) -> None:
-    config = EngineConfig(profile=profile_path, pool=PoolConfig(num_ranks=2))
+    config = EngineConfig(models=(ModelConfig(profile=profile_path),), pool=PoolConfig(num_ranks=2))
     engine = (await launch(config, StartProgress(step=lambda text: None))).engine
     try:
         pids = engine._executor.pids  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import torch
 
 from tests.families.loras import ATTENTION, write_lora
 from tests.waiting import HANG_S, until
-from tetriserve.config import EngineConfig, LoraConfig, PoolConfig
+from tetriserve.config import EngineConfig, LoraConfig, ModelConfig, PoolConfig
 from tetriserve.core.errors import CheckpointError, InvalidRequest
 from tetriserve.core.request import Lora
 from tetriserve.engine import GeneratedImage, Generation
@@ -80,7 +80,10 @@ async def generate(engine: LiveEngine, *generations: Generation) -> list[Generat
 async def test_adapters_take_turns_on_ranks_of_which_one_is_killed(
     configs: tuple[LoraConfig, ...], alone: dict[Lora | None, np.ndarray], profile_path: str
 ) -> None:
-    config = EngineConfig(profile=profile_path, loras=configs, pool=PoolConfig(num_ranks=2, heartbeat_timeout_s=HANG_S))
+    config = EngineConfig(
+        models=(ModelConfig(profile=profile_path, loras=configs),),
+        pool=PoolConfig(num_ranks=2, heartbeat_timeout_s=HANG_S),
+    )
     engine = (await launch(config, StartProgress())).engine
     executor = engine._executor
     assert isinstance(executor, LocalExecutor)
@@ -115,4 +118,4 @@ def test_what_the_loader_refuses_ends_the_start_in_one_line(configs: tuple[LoraC
     spoilt = tmp_path / "cut.safetensors"
     spoilt.write_bytes(Path(configs[0].path).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut.safetensors is truncated"):
-        asyncio.run(launch(EngineConfig(loras=(LoraConfig("a", str(spoilt)),)), StartProgress()))
+        asyncio.run(launch(EngineConfig(models=(ModelConfig(loras=(LoraConfig("a", str(spoilt)),)),)), StartProgress()))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tetriserve.config import EngineConfig, PoolConfig, SchedulingConfig
+from tetriserve.config import EngineConfig, ModelConfig, PoolConfig, SchedulingConfig
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
 from tetriserve.engine import GeneratedImage, Generation
@@ -71,7 +71,9 @@ def test_half_way_a_preview_is_nearer_to_the_picture_than_its_mean_colour(
 
 async def test_a_live_engine_previews_what_its_workers_left_and_they_come_ever_nearer(profile_path: str) -> None:
     config = EngineConfig(
-        profile=profile_path, pool=PoolConfig(num_ranks=2), scheduling=SchedulingConfig(policy="lookahead")
+        models=(ModelConfig(profile=profile_path),),
+        pool=PoolConfig(num_ranks=2),
+        scheduling=SchedulingConfig(policy="lookahead"),
     )
     engine = (await launch(config, StartProgress())).engine
     told: asyncio.Queue[Told | GeneratedImage] = asyncio.Queue()

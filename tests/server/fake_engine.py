@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from tetriserve.config import AccessConfig, ServerConfig
+from tetriserve.config import AccessConfig, PoolConfig, ServerConfig
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import FailureKind, StartTask, TaskFailed, TaskFinished, TensorRef, TextCount
 from tetriserve.core.execution import Execution
 from tetriserve.core.memory import Component, RankMemory
+from tetriserve.core.probes import probe
 from tetriserve.core.request import MP4, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import Intake, Jobs, JournalledJobs, LiveEngine, Observation
@@ -34,6 +35,7 @@ from tetriserve.journal import Journal, Model
 from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.models.preview import PATCH
+from tetriserve.models.ranks import stage_ranks
 from tetriserve.models.video_file import VideoFile, VideoWriter
 from tetriserve.policies import make_policy
 from tetriserve.profile.by_model import CostByModel
@@ -281,15 +283,19 @@ MODEL = Model(CARD.name, CARD.fingerprint)
 def make_engine(
     executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64, cards: Sequence[ModelCard] = (CARD,)
 ) -> LiveEngine:
-    """A started engine; call it on the loop that it will run on."""
-    costs = {
-        card.key: ProfileCost(VIDEO_PROFILE if card.makes_videos else PROFILE, lambda shape: CARD.valid_degrees((1, 2)))
-        for card in cards
-    }
+    """A started engine; call it on the loop that it will run on.
+
+    cards: of models that take the same times, but for those of videos, each with a key where there are several.
+    """
+    profiles = {card.key: VIDEO_PROFILE if card.makes_videos else PROFILE for card in cards}
+    costs = {key: ProfileCost(profile, lambda shape: CARD.valid_degrees((1, 2))) for key, profile in profiles.items()}
     cost = CostByModel(costs) if len(cards) > 1 else costs[cards[0].key]
-    new_policy = partial(make_policy, policy, cost, num_ranks=2, shapes=costs[cards[0].key].profile.shapes)
+    probes = [probe(shape, model=key) for key, profile in profiles.items() for shape in profile.shapes]
+    new_policy = partial(make_policy, policy, cost, num_ranks=2, probes=probes)
+    executor.preview_bases = {card.key: executor.preview_bases[""] for card in cards}
+    pool = PoolConfig(num_ranks=2)
     engine = LiveEngine(
-        Controller(new_policy(), cost),
+        Controller(new_policy(), cost, stage_ranks=stage_ranks(cards, pool)),
         executor,
         [Intake(card=card, cost=costs[card.key]) for card in cards],
         Foresight(new_policy),
@@ -302,12 +308,13 @@ def make_engine(
 
 async def make_journalled_jobs(
     executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
-    wall_clock: Callable[[], float] = time.time, max_video_bytes: int = MAX_BYTES, **settings: Any,
+    wall_clock: Callable[[], float] = time.time, cards: Sequence[ModelCard] = (CARD,), max_video_bytes: int = MAX_BYTES,
+    **settings: Any,
 ) -> JournalledJobs:  # fmt: skip
     """Jobs above a `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
-    journal = Journal(directory, MODEL)
+    journal = Journal(directory, *(Model(card.name, card.fingerprint, card.key) for card in cards))
     jobs = JournalledJobs(
-        make_engine(executor, **settings), executor, journal,
+        make_engine(executor, cards=cards, **settings), executor, journal,
         result_ttl_s=result_ttl_s, wall_clock=wall_clock, hold_s=hold_s, max_video_bytes=max_video_bytes,
     )  # fmt: skip
     await jobs.recover()

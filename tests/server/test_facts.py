@@ -19,12 +19,12 @@ from tetriserve.server import EngineSlot
 
 
 async def samples(client):
-    """Every sample of `/metrics` by name and label values."""
+    """Every sample of `/metrics` by name and label values, but for the model's."""
     response = await client.get("/metrics")
     assert response.status_code == 200
     assert response.headers["Content-Type"].startswith("text/plain")
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(value for name, value in sample.labels.items() if name != "model")): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
@@ -120,7 +120,9 @@ async def test_metrics_count_what_happened(client, draw):
     assert found["tetriserve_http_requests_total", "POST", "/v1/images/generations", "500"] == 1
     assert found["tetriserve_http_requests_total", "GET", "unknown", "404"] == 1
     assert found["tetriserve_http_requests_total", "GET", "/v1/images/generations", "405"] == 1
-    assert any(key[0] == "tetriserve_model_info" and "tiny/flux" in key for key in found)
+    assert found["tetriserve_model_info", "float32", "0123456789ab"] == 1
+    models = re.findall(r'tetriserve_\w+\{[^}]*model="([^"]*)"', (await client.get("/metrics")).text)
+    assert set(models) == {"tiny/flux"}
 
 
 async def test_metrics_show_what_waits_and_runs_now(client, draw, engine, executor):

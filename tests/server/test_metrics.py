@@ -34,8 +34,9 @@ async def families(client):
 
 
 async def samples(client):
+    """By name and label values, but for the model's."""
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(value for name, value in sample.labels.items() if name != "model")): sample.value
         for family in await families(client)
         for sample in family.samples
     }

@@ -100,4 +100,4 @@ async def test_promises_are_counted_by_whether_they_were_kept(draw, client):
     assert (await draw(slo_ms=60_000, deadline_policy="reject")).status_code == 200
     assert (await draw(slo_ms=60_000)).status_code == 200
     text = (await client.get("/metrics")).text
-    assert 'tetriserve_promises_total{end="kept",size="64x64"} 1.0' in text
+    assert 'tetriserve_promises_total{end="kept",model="tiny/flux",size="64x64"} 1.0' in text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tetriserve.config import ApiConfig, EngineConfig, PoolConfig, SchedulingConfig, ServerConfig
+from tetriserve.config import ApiConfig, EngineConfig, ModelConfig, PoolConfig, SchedulingConfig, ServerConfig
 from tetriserve.core.errors import ConfigError
 
 
@@ -81,5 +81,6 @@ def test_each_gpu_has_a_process_of_its_own_and_nccl_and_a_cpu_pool_has_gloo() ->
 
 def test_the_default_engine_is_the_bundled_model_on_two_cpu_ranks() -> None:
     config = EngineConfig()
-    assert (config.model, config.profile) == (None, None)
+    assert config.models == (ModelConfig(),)
+    assert (config.models[0].path, config.models[0].profile) == (None, None)
     assert (config.pool.num_ranks, config.pool.device, config.scheduling.policy) == (2, "cpu", "lookahead")

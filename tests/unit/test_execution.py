@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-from tetriserve.config import EngineConfig, ExecutionConfig, PoolConfig
+from tetriserve.config import EngineConfig, ExecutionConfig, ModelConfig, PoolConfig
 from tetriserve.core.errors import ConfigError, ProfileError
 from tetriserve.core.execution import ATTENTIONS, DTYPES, Execution
-from tetriserve.launch import StartProgress, cached_profile_path, find_model, find_profile, launch, measure_profile
+from tetriserve.launch import StartProgress, find_model, launch, measure_profile
 from tetriserve.models.card import TOLERANCES
 from tetriserve.profile.table import Profile, Row, load_profile, save_profile
 from tetriserve.profiler import hardware_name
+from tetriserve.profiles import cached_profile_path, find_profile
 
-CONFIG = EngineConfig(pool=PoolConfig(num_ranks=2))
+POOL = PoolConfig(num_ranks=2)
 CARD = find_model(None)
 PROFILE = Profile(
-    model=CARD.name, fingerprint=CARD.fingerprint, hardware=hardware_name(CONFIG.pool), execution=CARD.execution,
+    model=CARD.name, fingerprint=CARD.fingerprint, hardware=hardware_name(POOL), execution=CARD.execution,
     source="s", created="c", switch_s=0.001, max_batch=8,
     rows=tuple(
         Row(stage="denoise", height=shape.height, width=shape.width, tokens=64, degree=degree, seconds=0.1)
@@ -112,7 +113,7 @@ async def test_what_takes_a_gpu_is_refused_on_a_cpu_before_any_worker_starts(
     steps: list[str] = []
     progress = StartProgress(step=steps.append)
     for start in (
-        launch(EngineConfig(execution=config), progress),
+        launch(EngineConfig(models=(ModelConfig(execution=config),)), progress),
         measure_profile(None, PoolConfig(), (), progress, execution=config),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -168,17 +169,17 @@ def test_a_profile_of_another_execution_is_neither_taken_from_the_cache_nor_from
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tetriserve.launch.BUNDLED_PROFILES", tmp_path / "bundled")
+    monkeypatch.setattr("tetriserve.profiles.BUNDLED_PROFILES", tmp_path / "bundled")
     other = find_model(None, execution=OTHERS[field])
     other = dataclasses.replace(other, max_images=0)  # a kept profile without times of pictures is measured again
     assert getattr(other.execution, field) != getattr(CARD.execution, field)
-    assert cached_profile_path(CARD, CONFIG.pool) != cached_profile_path(other, CONFIG.pool)
+    assert cached_profile_path(CARD, POOL) != cached_profile_path(other, POOL)
     others_profile = dataclasses.replace(PROFILE, execution=other.execution)
-    for path in (cached_profile_path(other, CONFIG.pool), tmp_path / "bundled/p.json"):
+    for path in (cached_profile_path(other, POOL), tmp_path / "bundled/p.json"):
         save_profile(PROFILE, path)
-        assert find_profile(CONFIG, other) is None
+        assert find_profile(other, POOL) is None
         save_profile(others_profile, path)
-        assert find_profile(CONFIG, other) == others_profile
+        assert find_profile(other, POOL) == others_profile
         path.unlink()
 
 
@@ -187,9 +188,8 @@ def test_a_named_profile_of_another_execution_is_taken_with_a_warning(
 ) -> None:
     path = tmp_path / "p.json"
     save_profile(PROFILE, path)
-    config = dataclasses.replace(CONFIG, profile=str(path))
-    assert find_profile(config, CARD) == PROFILE
+    assert find_profile(CARD, POOL, str(path)) == PROFILE
     assert caplog.messages == []
     caplog.set_level(logging.WARNING)
-    assert find_profile(config, find_model(None, execution=OTHERS["compile"])) == PROFILE
+    assert find_profile(find_model(None, execution=OTHERS["compile"]), POOL, str(path)) == PROFILE
     assert caplog.messages == [f"profile {path} is of float32, but tetriserve-tiny runs in float32,compile=regional"]

@@ -99,7 +99,19 @@ def test_calls_that_name_frames_make_videos() -> None:
 
 def test_components_are_of_diffusers_transformers_or_a_folder_of_diffusers_pipelines() -> None:
     allowed = {"diffusers": "diffusers", "transformers": "transformers", "ltx2": "diffusers.pipelines.ltx2"}
-    others = ("os", "mine", "pipelines", "", ".", "..", "ltx2.vocoder", "../pipelines/ltx2", "ltx2/", "LTX2", "__pycache__")
+    others = (
+        "os",
+        "mine",
+        "pipelines",
+        "",
+        ".",
+        "..",
+        "ltx2.vocoder",
+        "../pipelines/ltx2",
+        "ltx2/",
+        "LTX2",
+        "__pycache__",
+    )
     assert {name: module_of(name) for name in (*allowed, *others)} == allowed | dict.fromkeys(others)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.measured_executor import MeasuredExecutor, quiet_s
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve.config import PoolConfig
 from tetriserve.control.controller import Controller
 from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import CheckpointError, ConfigError, ProfileError
@@ -19,25 +19,23 @@ from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine import LiveEngine
 from tetriserve.engine.intake import Generation, Intake
-from tetriserve.launch import (
-    StartProgress,
-    cached_profile_path,
-    check_profile,
-    corrections_path,
-    find_corrections,
-    find_model,
-    find_profile,
-    keep_corrections,
-    measure_and_keep,
-    measure_profile,
-    with_usable_degrees,
-)
+from tetriserve.launch import StartProgress, find_model, measure_profile
 from tetriserve.models.card import ModelCard
+from tetriserve.models.ranks import pool_of
 from tetriserve.models.tiles import Tiles
 from tetriserve.policies.registry import make_policy
 from tetriserve.profile import Profile, ProfileCost, Row, load_profile, save_profile
 from tetriserve.profile.corrections import Corrections
 from tetriserve.profiler import hardware_name
+from tetriserve.profiles import (
+    cached_profile_path,
+    check_profile,
+    corrections_path,
+    find_corrections,
+    find_profile,
+    keep_corrections,
+    measure_and_keep,
+)
 
 CARD = ModelCard(
     name="tiny", path=Path("/models/tiny"), family="flux", pipeline_class="FluxPipeline",
@@ -105,27 +103,27 @@ def test_a_degree_that_the_model_cannot_use_needs_no_row() -> None:
 
 def test_a_named_profile_is_loaded_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    config = EngineConfig(profile=str(path), pool=PoolConfig(num_ranks=2))
+    pool = PoolConfig(num_ranks=2)
     with pytest.raises(ProfileError, match="cannot be read"):
-        find_profile(config, CARD)
+        find_profile(CARD, pool, str(path))
     save_profile(PROFILE, path)
-    assert find_profile(config, CARD) == PROFILE
+    assert find_profile(CARD, pool, str(path)) == PROFILE
     save_profile(dataclasses.replace(PROFILE, fingerprint="xyz"), path)
     with pytest.raises(ProfileError, match=re.escape(str(path))):
-        find_profile(config, CARD)
+        find_profile(CARD, pool, str(path))
 
 
 def test_a_kept_profile_is_used_until_the_model_has_a_size_that_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = EngineConfig(pool=PoolConfig(num_ranks=2))
-    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
-    assert find_profile(config, CARD) is None
-    save_profile(kept, cached_profile_path(CARD, config.pool))
-    assert find_profile(config, CARD) == kept
+    pool = PoolConfig(num_ranks=2)
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool))
+    assert find_profile(CARD, pool) is None
+    save_profile(kept, cached_profile_path(CARD, pool))
+    assert find_profile(CARD, pool) == kept
     larger = dataclasses.replace(CARD, sizes=(*CARD.sizes, Shape(1024, 1024)))
-    assert find_profile(config, larger) is None
+    assert find_profile(larger, pool) is None
 
 
 def test_a_kept_profile_is_not_used_where_larger_batches_are_allowed_than_it_tried(
@@ -134,7 +132,7 @@ def test_a_kept_profile_is_not_used_where_larger_batches_are_allowed_than_it_tri
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pools = [PoolConfig(num_ranks=2, max_batch=max_batch) for max_batch in (4, 8, 16)]
     save_profile(dataclasses.replace(PROFILE, hardware=hardware_name(pools[0])), cached_profile_path(CARD, pools[0]))
-    found = [find_profile(EngineConfig(pool=pool), CARD) is not None for pool in pools]
+    found = [find_profile(CARD, pool) is not None for pool in pools]
     assert found == [True, True, False]
 
 
@@ -146,7 +144,7 @@ def test_a_kept_profile_that_does_not_say_what_groups_of_torch_cost_is_not_used_
         pool = PoolConfig(num_ranks=2, collectives=collectives)
         kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool), team_s=team_s)
         save_profile(kept, cached_profile_path(CARD, pool))
-        assert find_profile(EngineConfig(pool=pool), CARD) == (kept if is_used else None)
+        assert find_profile(CARD, pool) == (kept if is_used else None)
 
 
 def test_a_named_profile_that_does_not_say_what_groups_of_torch_cost_is_taken_with_a_warning(
@@ -154,20 +152,19 @@ def test_a_named_profile_that_does_not_say_what_groups_of_torch_cost_is_taken_wi
 ) -> None:
     path = tmp_path / "p.json"
     save_profile(PROFILE, path)
-    config = EngineConfig(profile=str(path), pool=PoolConfig(num_ranks=2, collectives="torch"))
-    assert find_profile(config, CARD) == PROFILE
+    assert find_profile(CARD, PoolConfig(num_ranks=2, collectives="torch"), str(path)) == PROFILE
     (warning,) = caplog.messages
     assert warning.startswith(f"profile {path} has no team_s")
 
 
 def test_degrees_that_no_size_can_use_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     pool = PoolConfig(num_ranks=6, degrees=(1, 2, 3, 4, 6))
-    assert with_usable_degrees(CARD, pool).degrees == (1, 2, 4)
+    assert pool_of(CARD, pool).degrees == (1, 2, 4)
     (record,) = caplog.records
     assert record.getMessage().startswith(
         "degrees 3,6 are not used: a degree must divide the 8 attention heads of tiny"
     )
-    assert with_usable_degrees(CARD, PoolConfig(num_ranks=2)).degrees == (1, 2)
+    assert pool_of(CARD, PoolConfig(num_ranks=2)).degrees == (1, 2)
     assert len(caplog.records) == 1
 
 
@@ -185,12 +182,12 @@ def test_a_kept_profile_in_doubt_is_measured_again_and_a_named_one_is_taken_with
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = EngineConfig(pool=PoolConfig(num_ranks=2))
-    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool), doubt="256x256: busy")
-    path = cached_profile_path(CARD, config.pool)
+    pool = PoolConfig(num_ranks=2)
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool), doubt="256x256: busy")
+    path = cached_profile_path(CARD, pool)
     save_profile(kept, path)
-    assert find_profile(config, CARD) is None
-    assert find_profile(dataclasses.replace(config, profile=str(path)), CARD) == kept
+    assert find_profile(CARD, pool) is None
+    assert find_profile(CARD, pool, str(path)) == kept
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.getMessage() == f"the times of profile {path} may be too long: 256x256: busy"
 
@@ -199,15 +196,18 @@ def test_a_profile_can_be_measured_anew_and_then_goes_before_a_bundled_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tetriserve.launch.BUNDLED_PROFILES", tmp_path / "bundled")
-    config = EngineConfig(pool=PoolConfig(num_ranks=2))
-    bundled = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
+    monkeypatch.setattr("tetriserve.profiles.BUNDLED_PROFILES", tmp_path / "bundled")
+    pool = PoolConfig(num_ranks=2)
+    bundled = dataclasses.replace(PROFILE, hardware=hardware_name(pool))
     save_profile(bundled, tmp_path / "bundled/p.json")
-    assert find_profile(config, CARD) == bundled
-    assert find_profile(dataclasses.replace(config, remeasure=True), CARD) is None
+    assert find_profile(CARD, pool) == bundled
+    assert find_profile(CARD, pool, remeasure=True) is None
     measured = dataclasses.replace(bundled, switch_s=0.7)
-    save_profile(measured, cached_profile_path(CARD, config.pool))
-    assert find_profile(config, CARD) == measured
+    save_profile(measured, cached_profile_path(CARD, pool))
+    assert find_profile(CARD, pool) == measured
+
+
+def uncounted(done: int, total: int, text: str) -> None: ...
 
 
 async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_warning(
@@ -216,7 +216,7 @@ async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_wa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pool = PoolConfig(num_ranks=1)
     busy = MeasuredExecutor(lambda shape, task, go: (9 * quiet_s(task), 0.01 * quiet_s(task)), num_ranks=1)
-    profile = await measure_and_keep(busy, CARD, pool, StartProgress())
+    profile = await measure_and_keep(busy, CARD, pool, uncounted)
     assert load_profile(cached_profile_path(CARD, pool)) == profile
     assert profile.doubt
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -224,11 +224,11 @@ async def test_a_profile_measured_on_a_busy_machine_is_kept_in_doubt_with_one_wa
         "the machine was busy while the profile was measured: its times, and default deadlines, may be too long "
         f"({profile.doubt}); the next start measures again, unless --profile names one"
     )
-    assert find_profile(EngineConfig(pool=pool), CARD) is None
+    assert find_profile(CARD, pool) is None
     caplog.clear()
     quiet = MeasuredExecutor(lambda shape, task, go: (quiet_s(task), quiet_s(task)), num_ranks=1)
-    profile = await measure_and_keep(quiet, CARD, pool, StartProgress())
-    assert find_profile(EngineConfig(pool=pool), CARD) == profile
+    profile = await measure_and_keep(quiet, CARD, pool, uncounted)
+    assert find_profile(CARD, pool) == profile
     assert [record for record in caplog.records if record.levelno == logging.WARNING] == []
 
 
@@ -243,7 +243,7 @@ def launched(cost: ProfileCost, pool: PoolConfig) -> LiveEngine:
         max_queue=9,
         policy_name="test",
     )
-    keep_corrections(engine, CARD, pool)
+    keep_corrections(engine, [(CARD, pool)])
     engine.start()
     return engine
 
@@ -298,34 +298,34 @@ def test_a_kept_profile_without_times_of_pictures_is_measured_again_for_a_model_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = EngineConfig()
-    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool))
-    save_profile(kept, cached_profile_path(CARD, config.pool))
+    pool = PoolConfig()
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool))
+    save_profile(kept, cached_profile_path(CARD, pool))
     starting = dataclasses.replace(CARD, max_images=1)
-    assert (find_profile(config, CARD), find_profile(config, starting)) == (kept, None)
+    assert (find_profile(CARD, pool), find_profile(starting, pool)) == (kept, None)
     encoding = tuple(
         Row(stage=ENCODE_IMAGE, height=shape.height, width=shape.width, seconds=0.1) for shape in CARD.sizes
     )
     kept = dataclasses.replace(kept, rows=(*kept.rows, *encoding))
-    save_profile(kept, cached_profile_path(CARD, config.pool))
-    assert find_profile(config, starting) == kept
+    save_profile(kept, cached_profile_path(CARD, pool))
+    assert find_profile(starting, pool) == kept
 
 
 def test_a_kept_profile_without_decodes_at_the_degrees_that_tiles_allow_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = EngineConfig(pool=PoolConfig(num_ranks=2))
+    pool = PoolConfig(num_ranks=2)
     card = dataclasses.replace(
         CARD, execution=Execution("float32", tiling="vae"), tiles=Tiles(side=32, stride=24, scale=8)
     )
-    kept = dataclasses.replace(PROFILE, hardware=hardware_name(config.pool), execution=card.execution)
-    save_profile(kept, cached_profile_path(card, config.pool))
-    assert find_profile(config, card) is None
+    kept = dataclasses.replace(PROFILE, hardware=hardware_name(pool), execution=card.execution)
+    save_profile(kept, cached_profile_path(card, pool))
+    assert find_profile(card, pool) is None
     shared = Row(stage=DECODE, height=512, width=512, degree=2, seconds=0.5)
     kept = dataclasses.replace(kept, rows=(*kept.rows, shared))
-    save_profile(kept, cached_profile_path(card, config.pool))
-    assert find_profile(config, card) == kept
+    save_profile(kept, cached_profile_path(card, pool))
+    assert find_profile(card, pool) == kept
     named = tmp_path / "named.json"
     save_profile(dataclasses.replace(kept, rows=kept.rows[:-1]), named)
-    assert find_profile(dataclasses.replace(config, profile=str(named)), card) is not None
+    assert find_profile(card, pool, str(named)) is not None

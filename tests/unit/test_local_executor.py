@@ -259,12 +259,17 @@ async def test_workers_are_told_which_stages_they_run_and_their_replacements_the
 ) -> None:
     pool = await started(pools(3, encoder_ranks=1))
     born = dict(pool.workers)
-    assert [born[rank].spec.has_text_encoders for rank in range(3)] == [True, False, False]
-    assert [born[rank].spec.lacks for rank in range(3)] == [frozenset(), {ENCODE}, {ENCODE}]
+    assert [[*map(worker.spec.has_text_encoders, worker.spec.cards)] for worker in (born[0], born[1], born[2])] == [
+        [True], [False], [False]
+    ]  # fmt: skip
+    assert [[*map(born[rank].spec.lacks, born[rank].spec.cards)] for rank in range(3)] == [
+        [frozenset()], [{ENCODE}], [{ENCODE}]
+    ]  # fmt: skip
     for rank in (0, 1):
         born[rank].kill()
     await pool.until(lambda: pool.executor.ranks == {0, 1, 2} and pool.executor.num_restarts == 2)
-    assert [pool.workers[rank].spec.has_text_encoders for rank in (0, 1)] == [True, False]
+    specs = [pool.workers[rank].spec for rank in (0, 1)]
+    assert [spec.has_text_encoders(spec.cards[0]) for spec in specs] == [True, False]
 
 
 async def test_a_task_that_fails_frees_its_ranks_and_no_others(pools: Callable[..., Pool]) -> None:

@@ -240,7 +240,7 @@ async def test_a_change_of_adapters_is_measured_by_steps_that_switch_and_steps_t
 ) -> None:
     loras = tuple(LoraFile(name=name, file=Path(name), digest="d") for name in names)
     card = dataclasses.replace(CARD, loras=loras)
-    assert await measure_lora(Switching(), card, Shape(256, 256)) == pytest.approx(LORA_S)
+    assert await measure_lora(Switching(), card, POOL, Shape(256, 256)) == pytest.approx(LORA_S)
     profile = await measure(Switching(), card, POOL, CARD.sizes[:1], lambda done, total, text: None, share=0.0)
     assert profile.lora_s == pytest.approx(LORA_S)
     bare = await measure(Switching(), CARD, POOL, CARD.sizes[:1], lambda done, total, text: None, share=0.0)

@@ -181,7 +181,7 @@ def test_the_model_has_as_many_names_as_are_given_and_one_length_of_texts(
         ("--config", file),
     ):
         assert run(*arguments).exit_code == 0
-    assert [(engine.served_model_names, engine.max_sequence_length) for engine in engines] == [
+    assert [(engine.models[0].served_model_names, engine.models[0].max_sequence_length) for engine in engines] == [
         ((), None), (("flux", "b/c"), 256), (("flux", "b/c"), 256)
     ]  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_how_the_model_is_run_comes_from_options_environment_or_file(
     told = ExecutionConfig(
         attention="sage", compile=True, quantization="fp8", vae_tiling=True, offload_text_encoders=True
     )
-    assert [engine.execution for engine in engines] == [ExecutionConfig(), told, told, told]
+    assert [engine.models[0].execution for engine in engines] == [ExecutionConfig(), told, told, told]
 
 
 def test_a_profile_is_measured_of_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +269,7 @@ def test_encoder_ranks_come_from_options_environment_or_file_and_go_with_offload
     assert run("--ranks", "4", "--encoder-ranks", "1", "--offload-text-encoders").exit_code == 0
     assert run("--ranks", "4", env={"TETRISERVE_ENCODER_RANKS": "1"}).exit_code == 0
     assert [engine.pool.encoder_ranks for engine in engines] == [None, 1, 1, 1]
-    assert [dict(engine.pool.stage_ranks.limits) for engine in engines] == [{}, *([{("", "encode"): {0}}] * 3)]
-    assert [engine.execution.offload_text_encoders for engine in engines] == [False, False, True, False]
+    assert [engine.models[0].execution.offload_text_encoders for engine in engines] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("value", ["two", "1.5", ""])
@@ -278,13 +277,6 @@ def test_encoder_ranks_that_are_no_number_are_refused(value: str) -> None:
     result = run("--encoder-ranks", value)
     assert result.exit_code == 2
     assert "--encoder-ranks" in result.stderr and "integer" in result.stderr
-
-
-def test_with_encoders_on_all_ranks_nothing_is_limited() -> None:
-    from tetriserve.config import PoolConfig
-
-    assert not PoolConfig(num_ranks=3, encoder_ranks=3).stage_ranks
-    assert not PoolConfig(num_ranks=3).stage_ranks
 
 
 def test_loras_come_from_options_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,5 +293,5 @@ def test_loras_come_from_options_environment_or_file(tmp_path: Path, monkeypatch
     assert run().exit_code == run("--lora", "a=x.safetensors", "--lora", "b/2=y").exit_code == 0
     assert run(env={"TETRISERVE_LORA": "a=x.safetensors b/2=y"}).exit_code == run("--config", file).exit_code == 0
     told = (LoraConfig("a", "x.safetensors"), LoraConfig("b/2", "y"))
-    assert [engine.loras for engine in engines] == [(), told, told, told]
+    assert [engine.models[0].loras for engine in engines] == [(), told, told, told]
     assert only_line(run("--lora", "a")) == "lora is 'a'; write NAME=PATH, such as sketch=loras/sketch.safetensors"

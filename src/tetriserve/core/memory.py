@@ -1,22 +1,30 @@
-"""What ranks hold of the model, by role: ranks that hold the same are told of together."""
+"""What ranks hold of the models, by role: ranks that hold the same are told of together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A part of the model that a rank holds, and the bytes of its parameters and buffers."""
+    """A part of a model that a rank holds, and the bytes of its parameters and buffers. model: the model's key."""
 
     name: str
     num_bytes: int
+    model: str = ""
+
+    def __str__(self) -> str:
+        """
+        >>> str(Component("vae", 2_500_000, "video"))
+        'video/vae 2.5 MB'
+        """
+        return f"{self.model}{'/' if self.model else ''}{self.name} {shown_bytes(self.num_bytes)}"
 
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """What a rank holds of the model. `resident_bytes`: of its process, on the host, once it is warm; 0 if unknown."""
+    """What a rank holds of the models. `resident_bytes`: of its process, on the host, once it is warm; 0 if unknown."""
 
     components: tuple[Component, ...] = ()
     resident_bytes: int = 0
@@ -40,9 +48,9 @@ class HeldAlike:
         >>> str(HeldAlike((0, 1), (Component("vae", 2_500_000),), (10**9, 10**9)))
         'ranks 0,1 hold 2.5 MB each: vae 2.5 MB'
         """
-        parts = ", ".join(f"{one.name} {_shown(one.num_bytes)}" for one in self.components)
+        parts = ", ".join(map(str, self.components))
         who = f"rank {self.ranks[0]} holds" if len(self.ranks) == 1 else f"ranks {','.join(map(str, self.ranks))} hold"
-        return f"{who} {_shown(self.num_bytes)}{' each' if len(self.ranks) > 1 else ''}: {parts}"
+        return f"{who} {shown_bytes(self.num_bytes)}{' each' if len(self.ranks) > 1 else ''}: {parts}"
 
 
 def held_alike(memory: Mapping[int, RankMemory]) -> tuple[HeldAlike, ...]:
@@ -56,7 +64,16 @@ def held_alike(memory: Mapping[int, RankMemory]) -> tuple[HeldAlike, ...]:
     )
 
 
-def _shown(num_bytes: int) -> str:
+def held_of(memory: Mapping[int, RankMemory], model: str) -> dict[int, RankMemory]:
+    """What ranks hold of the model with this key, those that hold some of it."""
+    parts = {
+        rank: replace(held, components=tuple(each for each in held.components if each.model == model))
+        for rank, held in memory.items()
+    }
+    return {rank: held for rank, held in parts.items() if held.components}
+
+
+def shown_bytes(num_bytes: int) -> str:
     """In units of a thousand, as data sheets of devices have them."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if num_bytes >= size:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from tetriserve.core.errors import JournalError, RequestFailed, ShuttingDown
 from tetriserve.core.events import FailureKind, Submitted
+from tetriserve.core.models import of_model
 from tetriserve.core.request import Request
 from tetriserve.core.stages import INPUT
 from tetriserve.engine.courses import Courses
@@ -162,7 +163,7 @@ class JournalledJobs(Jobs):
     async def _take_up(self, kept: Kept, known: Known) -> None:
         key, job = kept.entry.key, Job(known.hear)
         try:
-            self._check_loras(kept.entry.requests)
+            self._check_served(kept.entry)
         except RequestFailed as error:
             await self._fail(known, error)
             raise
@@ -220,10 +221,10 @@ class JournalledJobs(Jobs):
             raise
 
     async def _resume(self, kept: Kept, missing: Sequence[int], tell: Tell, is_suspect: bool) -> dict[int, Admitted]:
-        self._check_loras(kept.entry.requests)
+        served = self._check_served(kept.entry)
         away_s = max(0.0, self._wall_clock() - kept.entry.arrived_at)
         arrival_s = self.engine.now - away_s
-        requests = [moved_request(kept.entry.requests[number], arrival_s) for number in missing]
+        requests = [moved_request(served[number], arrival_s) for number in missing]
         arriving = []
         try:
             for request in requests:
@@ -246,14 +247,27 @@ class JournalledJobs(Jobs):
         self.num_resumed += len(admitted)
         return dict(zip(missing, admitted, strict=True))
 
-    def _check_loras(self, requests: Sequence[Request]) -> None:
-        """Raises: RequestFailed: an adapter that they were accepted with is not served any more."""
-        for lora in (request.lora for request in requests):
-            if lora is not None and not self.engine.intake.serves(lora):
+    def _check_served(self, entry: Entry) -> list[Request]:
+        """An entry's requests, for their model as it is called now.
+
+        Raises:
+            RequestFailed: their model, or an adapter that they were accepted with, is not served any more.
+        """
+        model = self.journal.model_of(entry)
+        if model is None:
+            raise RequestFailed(
+                f"it was accepted for the model {entry.model!r}, with which this server was not started again: ask "
+                "anew, or have it started with that --model"
+            )
+        requests = [replace(request, model=model.key) for request in entry.requests]
+        for request in requests:
+            if not self.engine.models.of(request).serves(request.lora):
+                assert request.lora is not None
                 raise RequestFailed(
-                    f"it was accepted with the LoRA {lora.name!r}, with which this server was not started again: "
-                    "ask anew, or have it started with that --lora"
+                    f"it was accepted with the LoRA {request.lora.name!r}, with which this server was not started "
+                    "again: ask anew, or have it started with that --lora"
                 )
+        return requests
 
     async def _keep(self, made: Generated) -> Generated:
         outcome = made.outcome
@@ -340,7 +354,7 @@ class JournalledJobs(Jobs):
         arrived_at = self._wall_clock() - (self.engine.now - arrival_s)
         if isinstance(known, Video):
             known.created_at = arrived_at
-        model = self.journal.model
+        model = of_model(self.journal.models, requests[0].model)
         return Entry(
             key=key,
             digest=known.digest,

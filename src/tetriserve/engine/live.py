@@ -36,7 +36,7 @@ from tetriserve.core.events import (
     WorkerJoined,
 )
 from tetriserve.core.forecast import Forecast, Quote
-from tetriserve.core.memory import HeldAlike, held_alike
+from tetriserve.core.memory import HeldAlike, held_alike, held_of
 from tetriserve.core.plan import State
 from tetriserve.core.request import Request
 from tetriserve.engine.intake import Generation, Intake, check_ids
@@ -162,8 +162,12 @@ class LiveEngine:
 
     @property
     def memory(self) -> tuple[HeldAlike, ...]:
-        """What the ranks that are up hold of the model, by role."""
+        """What the ranks that are up hold of the models, by role."""
         return held_alike(self._executor.memory)
+
+    def memory_of(self, model: str) -> tuple[HeldAlike, ...]:
+        """As `memory`, of the model with this key alone."""
+        return held_alike(held_of(self._executor.memory, model))
 
     @property
     def is_ready(self) -> bool:
@@ -320,11 +324,15 @@ class LiveEngine:
         self._check_serving()
         now, cost = self.now, self.controller.cost
         return [
-            self.models.called(generation.model, makes_videos=generation.is_video).request(
+            self._model_of(generation).request(
                 generation, request_id=uuid.uuid4().hex, seed=self._seeds.getrandbits(32), now=now, cost=cost
             )
             for generation in generations
         ]
+
+    def _model_of(self, generation: Generation) -> Intake:
+        num_images = len(generation.images)
+        return self.models.called(generation.model, makes_videos=generation.is_video, num_images=num_images)
 
     def _check_serving(self) -> None:
         if self._is_draining:

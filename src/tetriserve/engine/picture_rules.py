@@ -27,6 +27,10 @@ class PictureRules:
         """How many pictures may come with a prompt: none if their encoding was not measured."""
         return self.card.max_images if ENCODE_IMAGE in self.cost.profile.stages else 0
 
+    def takes(self, number: int) -> bool:
+        """Whether so many pictures may come with a prompt."""
+        return self.card.min_images <= number <= self.max_images
+
     def check_number(self, number: int) -> None:
         """
         Raises:

@@ -43,8 +43,11 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """One that is served. key: see `core.models`."""
+
     name: str
     fingerprint: str
+    key: str = ""
 
 
 class Journal:
@@ -55,13 +58,15 @@ class Journal:
 
     corrupt: what was found so, by kind: `record`, `file`, `database`, or `commit` for each that was lost.
 
+    models: those that are served, by key.
+
     Raises:
-        ConfigError: the directory is in use, cannot be used, or holds work of another model. A journal that is sound
-            opens on a full disk, too.
+        ConfigError: the directory is in use, cannot be used, or holds work of a server of another model alone. A
+            journal that is sound opens on a full disk, too.
     """
 
-    def __init__(self, path: Path, model: Model) -> None:
-        self.model = model
+    def __init__(self, path: Path, *models: Model) -> None:
+        self.models = {model.key: model for model in models}
         self.corrupt: Counter[str] = Counter()
         self._directory = Directory(path)
         try:
@@ -102,6 +107,18 @@ class Journal:
     def num_waiting(self) -> int:
         """Changes that are not on disk yet."""
         return self._writer.num_waiting
+
+    def model_of(self, entry: Entry) -> Model | None:
+        """The served model that an entry's requests are for; None if it is not served.
+
+        It is the one with their key and fingerprint. A server of one model has no key for it, so that after a change
+        from one model to several, or back, the fingerprint alone decides.
+        """
+        key = entry.requests[0].model
+        alike = [model for model in self.models.values() if model.fingerprint == entry.fingerprint]
+        if "" in (key, *self.models):
+            return next(iter(alike), None)
+        return next((model for model in alike if model.key == key), None)
 
     def take_loaded(self) -> list[Kept]:
         """What was there at the start, in order of arrival. Ask once: it is not kept in memory."""
@@ -263,16 +280,17 @@ class Journal:
         """Entries in order of arrival. A damaged database is replaced by what is sound of it.
 
         Raises:
-            ConfigError: they are another model's.
+            ConfigError: they are those of a server of another model alone.
         """
         content = read_database(self._directory.database)
         records = [record for row in content.rows if (record := self._verified(row)) is not None]
         kept = assembled(records)
         for entry in (one.entry for one in kept):
-            if entry.fingerprint != self.model.fingerprint:
+            if not entry.requests[0].model and self.model_of(entry) is None:
+                served = " or ".join(f"{model.name!r} ({model.fingerprint})" for model in self.models.values())
                 raise ConfigError(
-                    f"journal {path} holds work of model {entry.model!r} ({entry.fingerprint}), not of "
-                    f"{self.model.name!r} ({self.model.fingerprint}); serve that one, or name another directory"
+                    f"journal {path} holds work of model {entry.model!r} ({entry.fingerprint}), not of {served}; "
+                    "serve that one, or name another directory"
                 )
         num_commits = self._checked_commits(content.num_commits)
         if content.damage is None and len(records) == len(content.rows):

@@ -67,7 +67,7 @@ class Entry:
     """Accepted work: the requests of one call, admitted together.
 
     digest: of what was asked for; the same key with another one is a mistake.
-    fingerprint: of the model.
+    model, fingerprint: of the model that its requests are for.
     arrived_at: unix time.
     video: where it is one, of one request.
     """

@@ -74,6 +74,7 @@ class ModelCard:
     stamp: changes whenever a file of the checkpoint does.
     loras: adapters that requests may name.
     key: `Request.model` of what is for this model; empty where no other is served.
+    ranks: those of the pool that hold it, ascending; empty: all.
     frame_step: frames that share a latent frame, so that a video has 1 + k * `frame_step` frames; 0: it makes images.
     max_frames: of a video.
     default_fps: frames per second of a video.
@@ -112,6 +113,7 @@ class ModelCard:
     stamp: str = ""
     loras: tuple[LoraFile, ...] = ()
     key: str = ""
+    ranks: tuple[int, ...] = ()
     frame_step: int = 0
     max_frames: int = 1
     default_fps: float = 16.0

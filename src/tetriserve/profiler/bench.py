@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
-from tetriserve.core.cluster import ANYWHERE, StageRanks
+from tetriserve.config import PoolConfig
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import Event, StartTask, States, TaskFailed, TaskFinished, Work
 from tetriserve.core.plan import Task
@@ -18,21 +18,25 @@ from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.engine.pictures import InputPicture, put_pictures
 from tetriserve.executor.protocol import Executor
 from tetriserve.models.card import ModelCard
+from tetriserve.models.ranks import encoders_of, ranks_of
 from tetriserve.models.registry import dummy_request
 
 
 @dataclass
 class Bench:
-    """Runs single tasks on an executor and waits for them; it becomes the executor's subscriber.
+    """Runs single tasks of a model on an executor and waits for them; it becomes the executor's subscriber.
+
+    Ranks are called by their places among those that hold the model, from 0.
 
     purpose: for what, as the error of a task that fails says it.
-    stage_ranks: which ranks may run which stages.
+    ranks: those that hold the model; `num_encoders` of them, the first, encode.
     encode_s, switch_s: what each encode took, and each task beyond its own time.
     """
 
     executor: Executor
     purpose: str
-    stage_ranks: StageRanks = ANYWHERE
+    ranks: Sequence[int]
+    num_encoders: int
     encode_s: list[float] = field(default_factory=list)
     switch_s: list[float] = field(default_factory=list)
     _waiting: dict[int, asyncio.Future[TaskFinished]] = field(default_factory=dict)
@@ -42,6 +46,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.executor.subscribe(self._on_event)
+
+    @classmethod
+    def of(cls, executor: Executor, purpose: str, card: ModelCard, pool: PoolConfig) -> Bench:
+        """`pool`: the model's part, as everywhere here."""
+        return cls(executor, purpose, ranks_of(card, pool), len(encoders_of(card, pool)))
 
     def request(self, card: ModelCard, shape: Shape, num_steps: int, lora: Lora | None = None) -> Request:
         """Without pictures, of which intake alone insists: the output alone takes part in its steps."""
@@ -64,10 +73,7 @@ class Bench:
 
     async def encode(self, request: Request, rank: int) -> None:
         """On `rank`, or where that may not encode on one that may."""
-        encoders = self.stage_ranks.role(request.model, ENCODE)
-        if encoders is not None and rank not in encoders:
-            rank = sorted(encoders)[rank % len(encoders)]
-        finished = await self._run([request], ENCODE, (rank,))
+        finished = await self._run([request], ENCODE, (rank % self.num_encoders,))
         self.encode_s.append(finished.elapsed_s)
 
     async def denoise(self, requests: Sequence[Request], ranks: tuple[int, ...], num_steps: int) -> TaskFinished:
@@ -96,7 +102,8 @@ class Bench:
         self, requests: Sequence[Request], stage: str, ranks: tuple[int, ...], num_steps: int
     ) -> TaskFinished:
         task_id = next(self._ids)
-        task = Task(tuple(request.request_id for request in requests), stage, ranks, num_steps)
+        there = tuple(self.ranks[place] for place in ranks)
+        task = Task(tuple(request.request_id for request in requests), stage, there, num_steps)
         work = tuple(self._next_work(request, stage) for request in requests)
         future: asyncio.Future[TaskFinished] = asyncio.get_running_loop().create_future()
         self._waiting[task_id] = future

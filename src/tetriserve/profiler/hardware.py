@@ -34,8 +34,24 @@ def visible_gpus() -> list[str]:
     return _visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def gpu_bytes() -> list[int]:
+    """Memory of each GPU that `visible_gpus` lists; empty where the driver does not say."""
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    sizes = _visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [int(size) * 2**20 for size in sizes] if all(size.isdecimal() for size in sizes) else []
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _visible(listed: str, wanted: str | None) -> list[str]:
-    """`listed`: a line of id and name for each GPU of the machine, in the order of the bus."""
+    """`listed`: a line of id and name, or another fact, for each GPU of the machine, in the order of the bus."""
     gpus = [tuple(map(str.strip, line.split(",", 1))) for line in listed.splitlines() if "," in line]
     if wanted is None:
         return [name for _, name in gpus]

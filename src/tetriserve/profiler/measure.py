@@ -46,8 +46,8 @@ async def measure(
     *,
     share: float | None = None,
 ) -> Profile:
-    """A profile of `card` on this machine for `shapes`, at every degree of `pool` that suits them: of steps, and of
-    decodes in tiles.
+    """A profile of `card` on this machine for `shapes`, of steps and of decodes in tiles at every degree of `pool`, the
+    model's part, that suits them.
 
     Each degree is timed with all its aligned groups at work at once, as they are when a server is busy: on GPUs that
     changes nothing, on a CPU the ranks share cores, caches and memory.
@@ -63,7 +63,7 @@ async def measure(
     Raises:
         TetriServeError: a worker failed or was lost while measuring.
     """
-    bench, count = Bench(executor, "measuring a profile", pool.stage_ranks), _Count(on_progress)
+    bench, count = Bench.of(executor, "measuring a profile", card, pool), _Count(on_progress)
     best, doubt = await _time_shapes(bench, card, shapes, pool, fair_share(pool) if share is None else share, count)
     move_s = await _time_moves(bench, card, shapes[0], pool)
     team_s = await _time_team(bench, card, shapes[0], pool)
@@ -346,13 +346,13 @@ async def _time_team(bench: Bench, card: ModelCard, shape: Shape, pool: PoolConf
     return max(first.elapsed_s - second.elapsed_s, MIN_TIME_S)
 
 
-async def measure_lora(executor: Executor, card: ModelCard, shape: Shape) -> float:
+async def measure_lora(executor: Executor, card: ModelCard, pool: PoolConfig, shape: Shape) -> float:
     """`Profile.lora_s` of a card with adapters, alone.
 
     Raises:
         TetriServeError: a worker failed or was lost while measuring.
     """
-    return await _time_lora(Bench(executor, "measuring a change of LoRAs"), card, shape)
+    return await _time_lora(Bench.of(executor, "measuring a change of LoRAs", card, pool), card, shape)
 
 
 async def _time_lora(bench: Bench, card: ModelCard, shape: Shape) -> float:

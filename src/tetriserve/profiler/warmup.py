@@ -26,14 +26,15 @@ async def warm_up(
     shapes: Sequence[Shape],
     on_progress: OnProgress,
 ) -> None:
-    """One step of each shape at each degree, on all its aligned groups at once, and its decode at each that it has.
+    """One step of each shape at each degree, on all its aligned groups of `pool`, the model's part, at once, and its
+    decode at each degree that it has.
 
     Where the model is compiled, also one of each batch that pays by `cost`: it has a graph of its own.
 
     Raises:
         TetriServeError: a worker failed or was lost; the message names what was warmed.
     """
-    bench = Bench(executor, "warming", pool.stage_ranks)
+    bench = Bench.of(executor, "warming", card, pool)
     todo = [
         (shape, degree, batch)
         for shape in shapes

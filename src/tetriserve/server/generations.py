@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from tetriserve.core.errors import InvalidRequest, UnknownModel
+from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.request import Shape
-from tetriserve.engine import Generation, LiveEngine
+from tetriserve.engine import Generation
 from tetriserve.engine.intake import MAX_SEED, MAX_SLO_S
 from tetriserve.engine.pictures import InputPicture
 from tetriserve.models.card import ModelCard
@@ -27,16 +27,6 @@ def size_for_log(body: WorkOptions) -> str:
         return "auto" if size is None or size == "auto" else str(Shape.parse(size))
     except (InvalidRequest, ValueError):
         return "invalid"
-
-
-def check_model(name: str, card: ModelCard) -> None:
-    """
-    Raises:
-        UnknownModel: `name` is none of `card`'s, nor of its adapters'.
-    """
-    if not card.is_called(name):
-        served = ", ".join(map(repr, (card.name, *(lora.name for lora in card.loras))))
-        raise UnknownModel(f"model {name[:200]!r} is not served; served: {served}", "model")
 
 
 def size_of(body: WorkOptions) -> str | None:
@@ -92,17 +82,21 @@ def seed_of(seed: int | None) -> int | None:
 
 
 def generations_of(
-    body: ImagesRequest, engine: LiveEngine, header_slo_ms: float | None, pictures: Sequence[InputPicture] = ()
+    body: ImagesRequest,
+    model: str | None,
+    card: ModelCard,
+    header_slo_ms: float | None,
+    pictures: Sequence[InputPicture] = (),
 ) -> list[Generation]:
-    """One per image, with consecutive seeds. `pictures` come with the prompt.
+    """One per image, with consecutive seeds.
+
+    Args:
+        model: as generations name the model of `card`; None where it is the one that they get without a name.
+        pictures: come with the prompt.
 
     Raises:
-        UnknownModel: the engine serves another one.
         InvalidRequest: fields contradict each other.
     """
-    card = engine.intake.card
-    if body.model is not None:
-        check_model(body.model, card)
     if body.stream and body.response_format == "url":
         raise InvalidRequest("response_format is 'url'; with stream: true served: 'b64_json'", "response_format")
     if body.partial_images and not body.stream:
@@ -128,6 +122,7 @@ def generations_of(
             request_id=uuid.uuid4().hex,
             images=tuple(pictures),
             strength=body.strength,
+            model=model,
         )
         for number in range(body.n or 1)
     ]

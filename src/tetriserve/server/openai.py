@@ -8,10 +8,9 @@ from dataclasses import asdict
 from fastapi import APIRouter, Request, Response
 
 from tetriserve.core.memory import HeldAlike
-from tetriserve.engine import LiveEngine
+from tetriserve.engine import Intake, LiveEngine
 from tetriserve.server.answers import STREAM_RESPONSES, answer
 from tetriserve.server.errors import KEY_RESPONSES, RESPONSES
-from tetriserve.server.generations import check_model
 from tetriserve.server.idempotency import KeyHeader
 from tetriserve.server.schemas import (
     HeldMemory,
@@ -48,17 +47,21 @@ def openai_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
-        """The one model that this server serves, once for each of its names, and its LoRAs, whose `parent` it is."""
-        model, card = _model_object(slot.require(), created), slot.require().intake.card
-        names = [{"id": name} for name in (model.id, *card.aliases)]
-        loras = [{"id": lora.name, "parent": card.name} for lora in card.loras]
-        return ModelList(data=[model.model_copy(update=update) for update in (*names, *loras)])
+        """The models that this server serves, each once for each of its names, and its LoRAs, whose `parent` it is."""
+        engine, listed = slot.require(), []
+        for intake in engine.models.intakes:
+            model, card = _model_object(engine, intake, created), intake.card
+            names = [{"id": name} for name in (model.id, *card.aliases)]
+            loras = [{"id": lora.name, "parent": card.name} for lora in card.loras]
+            listed += [model.model_copy(update=update) for update in (*names, *loras)]
+        return ModelList(data=listed)
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelObject:
-        """What can be asked of the model."""
-        model, card = _model_object(slot.require(), created), slot.require().intake.card
-        check_model(model_id, card)
+        """What can be asked of a model."""
+        engine = slot.require()
+        intake = engine.models.named(model_id)
+        model, card = _model_object(engine, intake, created), intake.card
         if lora := card.find_lora(model_id):
             return model.model_copy(update={"id": lora.name, "parent": card.name})
         return model
@@ -66,9 +69,8 @@ def openai_router(service: Service) -> APIRouter:
     return router
 
 
-def _model_object(engine: LiveEngine, created: int) -> ModelObject:
-    intake, card = engine.intake, engine.intake.card
-    sizes = intake.sizes
+def _model_object(engine: LiveEngine, intake: Intake, created: int) -> ModelObject:
+    card, sizes = intake.card, intake.sizes
     return ModelObject(
         id=card.name,
         parent=None,
@@ -92,16 +94,16 @@ def _model_object(engine: LiveEngine, created: int) -> ModelObject:
             same_degrees="identical", max_levels=card.tolerance.max_levels, mean_levels=card.tolerance.mean_levels
         ),
         policy=engine.policy_name,
-        num_ranks=len(engine.state.ranks),
-        memory=[_held(held, engine) for held in engine.memory],
+        num_ranks=len(engine.state.stage_ranks.among(card.key, "", engine.state.ranks)),
+        memory=[_held(held, engine, intake) for held in engine.memory_of(card.key)],
     )
 
 
-def _held(held: HeldAlike, engine: LiveEngine) -> HeldMemory:
-    intake, stage_ranks = engine.intake, engine.state.stage_ranks
+def _held(held: HeldAlike, engine: LiveEngine, intake: Intake) -> HeldMemory:
+    stage_ranks, key = engine.state.stage_ranks, intake.card.key
     return HeldMemory(
         ranks=list(held.ranks),
-        stages=[kind for kind in intake.cost.profile.stages if stage_ranks.allows(intake.card.key, kind, held.ranks)],
+        stages=[kind for kind in intake.cost.profile.stages if stage_ranks.allows(key, kind, held.ranks)],
         components={component.name: component.num_bytes for component in held.components},
         total=held.num_bytes,
         resident=list(held.resident_bytes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
@@ -36,25 +37,30 @@ def quote_router(service: Service) -> APIRouter:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if isinstance(asked.body, VideosRequest):
             video = await work_of(service, request, asked, x_slo_ms)
-            generations, warnings = [video.generation], list(video.facts.warnings)
+            card, generations, warnings = video.card, [video.generation], list(video.facts.warnings)
         else:
             ignored = warnings_of(asked.body, EDIT, service.api.compat)
             work = await service.work_with(request, asked.body, x_slo_ms, asked.files, asked.param, ignored)
-            generations, warnings = work.generations, work.warnings
+            card, generations, warnings = work.card, work.generations, work.warnings
         client: Caller = request.state.client
         client.allowance.use_rate(1, time.monotonic())  # however many images: it is the asking that costs
         quote = await engine.quote(generations)
         request.state.exchange.facts["feasible"] = quote.is_feasible
-        return Response(_response(quote, warnings).model_dump_json(exclude_unset=True), media_type="application/json")
+        answered = _response(quote, warnings, card.name if engine.models.are_several else None)
+        return Response(answered.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return router
 
 
-def _response(quote: Quote, warnings: list[str]) -> QuoteResponse:
+def _response(quote: Quote, warnings: list[str], model: str | None) -> QuoteResponse:
+    """`model`: its name, where several are served."""
+
     def milliseconds(time_s: float) -> float | None:
         return None if math.isinf(time_s) else round((time_s - quote.arrival_s) * 1000, 3)
 
-    said = {"warnings": warnings} if warnings else {}
+    said: dict[str, Any] = {"warnings": warnings} if warnings else {}
+    if model is not None:
+        said["model"] = model
     return QuoteResponse(
         **said,
         feasible=quote.is_feasible,

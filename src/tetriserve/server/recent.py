@@ -65,7 +65,7 @@ class RecentRuns:
             outcomes=list(takewhile(lambda outcome: outcome.finish_s >= since, reversed(self._outcomes))),
             state=engine.state,
             now=now,
-            title=engine.intake.card.name,
+            title=engine.models.title,
         )
 
     def _attach(self, engine: LiveEngine) -> None:
@@ -103,16 +103,21 @@ class RecentRuns:
 
 def _ended_blocks(ended: EndedTask) -> Iterator[TraceEvent]:
     arguments: dict[str, object] = {"end": "finished" if ended.failure is None else ended.failure.value}
+    arguments |= _model_of(ended.work[0].request)
     if ended.step_s is not None and ended.expected_step_s is not None:
         arguments |= {"step_ms": ended.step_s * 1000, "expected_step_ms": ended.expected_step_s * 1000}
     return task_blocks(ended.run, ended.work[0].request.shape, **arguments)
 
 
 def _running_blocks(state: State, now: float) -> Iterator[TraceEvent]:
-    shapes = {trajectory.request_id: trajectory.request.shape for trajectory in state.trajectories}
+    requests = {trajectory.request_id: trajectory.request for trajectory in state.trajectories}
     for flight in state.in_flight:
-        shape = shapes.get(flight.task.members[0])
-        if shape is not None:  # else it was cancelled, and its last task runs on
-            yield from task_blocks(
-                Run(flight.task, flight.start_s, now), shape, end="running", expected_end_s=flight.end_s
-            )
+        request = requests.get(flight.task.members[0])
+        if request is not None:  # else it was cancelled, and its last task runs on
+            run, arguments = Run(flight.task, flight.start_s, now), _model_of(request)
+            yield from task_blocks(run, request.shape, end="running", expected_end_s=flight.end_s, **arguments)
+
+
+def _model_of(request: Request) -> dict[str, object]:
+    """Where there are several."""
+    return {"model": request.model} if request.model else {}

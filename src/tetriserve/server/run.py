@@ -41,7 +41,7 @@ _HARD_STOP_S = 15.0
 
 
 def _log_ready(url: str, engine: LiveEngine) -> None:
-    logger.info("serving %s on %s", engine.intake.card.name, url)
+    logger.info("serving %s on %s", engine.models.title, url)
 
 
 async def serve(

@@ -271,6 +271,7 @@ class QuoteResponse(BaseModel):
     )
     queue_position: int = Field(description="Images now waiting that would go first.")
     data: list[QuotedImage]
+    model: str | None = Field(None, description="Which would make them; absent where one model is served.")
     warnings: Warnings = None
 
 
@@ -338,7 +339,7 @@ class ModelObject(BaseModel):
     )
     reproducibility: Reproducibility
     policy: str
-    num_ranks: int = Field(description="Ranks that are up.")
+    num_ranks: int = Field(description="Ranks that are up, of those that hold the model.")
     memory: list[HeldMemory] = Field(description="By role: ranks that hold the same are one entry.")
 
 

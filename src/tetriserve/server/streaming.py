@@ -107,6 +107,7 @@ class ImageEvents:
     def __init__(self, work: ImageWork, types: EventTypes) -> None:
         self._types = types
         self._engine = work.engine
+        self._card = work.card
         self._encoding = encoding_of(work.body)
         self._preview_encoding = preview_encoding(self._encoding)
         self._num_previews_wanted = work.body.partial_images or 0
@@ -167,7 +168,7 @@ class ImageEvents:
             created_at=int(time.time()),
             size=str(image.outcome.request.shape),
             output_format=self._encoding.format,
-            usage=usage_of(self._engine.intake.card, [image]),
+            usage=usage_of(self._card, [image]),
             warnings=self._warnings or None,
         )
 

@@ -105,6 +105,8 @@ class Tracing:
                 "tetriserve.queued_s": outcome.queued_s,
             }
         )
+        if request.model:
+            image.set_attribute("tetriserve.model", request.model)
         if outcome.status is Status.FAILED:
             image.set_status(StatusCode.ERROR, outcome.message)
         self._trace_runs(outcome.runs, trace.set_span_in_context(image, Context()), ns)

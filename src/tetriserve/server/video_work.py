@@ -39,6 +39,7 @@ class VideoWork:
     """One video that is asked for, checked as far as that is possible before its admission."""
 
     engine: LiveEngine
+    card: ModelCard
     generation: Generation
     facts: VideoFacts
 
@@ -69,7 +70,7 @@ async def work_of(service: Service, request: Request, asked: Asked[VideosRequest
     assert generation.video is not None
     rounding = intake.videos.rounding(generation.video)
     said = warnings if rounding is None else [*warnings, rounding]
-    return _work(exchange, engine, generation, VideoFacts(id=_new_id(generation), warnings=tuple(said)))
+    return _work(exchange, engine, intake.card, generation, VideoFacts(id=_new_id(generation), warnings=tuple(said)))
 
 
 def remix_of(service: Service, request: Request, body: RemixRequest, before: Work, before_id: str) -> VideoWork:
@@ -84,7 +85,7 @@ def remix_of(service: Service, request: Request, body: RemixRequest, before: Wor
         raise InvalidRequest(
             f"video {before_id} was made from a picture, which is not kept; create a video with {_PICTURE} again"
         )
-    options, lora = before.video, before.lora
+    options, lora, card = before.video, before.lora, engine.models.of(before).card
     assert options is not None
     generation = Generation(
         prompt=body.prompt,
@@ -101,7 +102,7 @@ def remix_of(service: Service, request: Request, body: RemixRequest, before: Wor
         priority=body.priority or 0,
         reject_infeasible=body.deadline_policy == "reject",
         request_id=uuid.uuid4().hex,
-        model=engine.models.of(before).card.name,
+        model=card.name,
         video=VideoWish(
             num_frames=before.shape.frames,
             fps=options.fps,
@@ -110,12 +111,14 @@ def remix_of(service: Service, request: Request, body: RemixRequest, before: Wor
             flow_shift=options.flow_shift,
         ),
     )
-    return _work(exchange, engine, generation, VideoFacts(id=_new_id(generation), remixed_from=before_id))
+    return _work(exchange, engine, card, generation, VideoFacts(id=_new_id(generation), remixed_from=before_id))
 
 
-def _work(exchange: Exchange, engine: LiveEngine, generation: Generation, facts: VideoFacts) -> VideoWork:
+def _work(
+    exchange: Exchange, engine: LiveEngine, card: ModelCard, generation: Generation, facts: VideoFacts
+) -> VideoWork:
     exchange.facts["image_ids"] = generation.request_id
-    return VideoWork(engine, generation, facts)
+    return VideoWork(engine, card, generation, facts)
 
 
 def _generation_of(

@@ -14,11 +14,12 @@ from fastapi import Header, Request
 from tetriserve.config import ApiConfig
 from tetriserve.engine import GeneratedImage, Generation, LiveEngine
 from tetriserve.engine.pictures import InputPicture
+from tetriserve.models.card import ModelCard
 from tetriserve.server.access import Caller
 from tetriserve.server.compat import ignored_names, picture_warnings
 from tetriserve.server.disconnect import unless_gone
 from tetriserve.server.exchange import Exchange
-from tetriserve.server.generations import check_model, generations_of, size_for_log
+from tetriserve.server.generations import generations_of, size_for_log
 from tetriserve.server.idempotency import MakeImages, begin
 from tetriserve.server.images import base64_of, encode_all, encoding_of, schedule, usage_of
 from tetriserve.server.links import Links
@@ -58,10 +59,7 @@ class Service:
         Raises:
             InvalidRequest, NotReady: it is not served.
         """
-        intake = self.slot.require().intake
-        if body.model is not None:
-            check_model(body.model, intake.card)
-        intake.pictures.check_number(len(files))
+        self.slot.require().models.called(body.model, num_images=len(files)).pictures.check_number(len(files))
         pictures: Sequence[InputPicture] = ()
         if files:
             async with self.decoding:
@@ -89,23 +87,29 @@ class Service:
             sizes = ",".join(str(picture.shape) for picture in pictures)
             exchange.facts |= {"pictures": len(pictures), "picture_sizes": sizes}
         engine = self.slot.require()
-        generations = generations_of(body, engine, slo_ms, pictures)
+        models, num_images = engine.models, len(pictures)
+        card = models.called(body.model, num_images=num_images).card
+        if models.are_several:
+            exchange.facts["model"] = card.name
+        is_default = card is models.called(None, num_images=num_images).card
+        generations = generations_of(body, None if is_default else card.key, card, slo_ms, pictures)
         all_warnings = [*warnings, *picture_warnings(body, self.api.compat)]
         if body.response_format == "url":
             self.links.check_served()
         if all_warnings:
             exchange.facts["ignored"] = ignored_names(all_warnings)
-        return ImageWork(self, request, body, engine, generations, all_warnings)
+        return ImageWork(self, request, body, engine, card, generations, all_warnings)
 
 
 @dataclass(frozen=True)
 class ImageWork:
-    """One call's images. `warnings` say what was ignored."""
+    """One call's images. `card` is of the model that makes them, `warnings` say what was ignored."""
 
     service: Service
     request: Request
     body: ImagesRequest
     engine: LiveEngine
+    card: ModelCard
     generations: list[Generation]
     warnings: list[str]
 
@@ -134,7 +138,7 @@ class ImageWork:
 
     async def response(self, images: Sequence[GeneratedImage]) -> ImagesResponse:
         """The answer of OpenAI's images API; the images are kept if URLs are asked for."""
-        encoding, card = encoding_of(self.body), self.engine.intake.card
+        encoding, card = encoding_of(self.body), self.card
         files = await asyncio.to_thread(encode_all, images, encoding)
         urls: Sequence[str | None] = [None] * len(files)
         texts: Sequence[str | None] = urls

@@ -9,7 +9,6 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
@@ -118,22 +117,22 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
     threading.Thread(target=_beat, args=(pipe, num_steps, spec.pool.heartbeat_s), daemon=True).start()
     team = _team_of(spec)
     adapters: dict[str, Adapter] = {}
-    for card in spec.cards:
+    for place, card in spec.held.items():
         check_unchanged(card)
-        has_text_encoders = spec.has_text_encoders(card.key)
-        adapters[card.key] = load_adapter(card, spec.device, spec.adapter, has_text_encoders=has_text_encoders)
-    if spec.device == "cpu":
-        share_weights(chain.from_iterable(adapter.weights for adapter in adapters.values()), spec.region)
+        adapter = load_adapter(card, spec.device, spec.adapter, has_text_encoders=spec.has_text_encoders(card))
+        if spec.device == "cpu":
+            share_weights(adapter.weights, spec.region, place)
+        adapters[card.key] = adapter
     runner = Runner(adapters, team, TensorStore(spec.store), spec.rank, spec.device, spec.pool.resident_bytes)
     with torch.no_grad():
-        for card in spec.cards:
+        for card in spec.held.values():
             runner.warm(
                 _warm_up_request(card),
-                lacks=spec.lacks(card.key),
-                gives=spec.pool.stage_ranks.kinds - spec.lacks(card.key),
+                lacks=spec.lacks(card),
+                gives=spec.gives(card),
                 timeout_s=spec.pool.start_timeout_s / 2,
             )
-    shown = [card for card in spec.cards if spec.rank == 0 and card.has_previews]
+    shown = [card for card in spec.held.values() if spec.shows(card)]
     bases = tuple(PreviewBasis(card.key, runner.save_preview_basis(card)) for card in shown)
     pipe.send(Ready(bases, _memory_of(adapters)))
     while True:
@@ -154,9 +153,8 @@ def _serve(spec: WorkerSpec, pipe: Pipe) -> None:
 
 
 def _memory_of(adapters: Mapping[str, Adapter]) -> RankMemory:
-    """Where there are several models, components have their keys before their names."""
     components = tuple(
-        Component(f"{key}/{name}" if key else name, num_bytes)
+        Component(name, num_bytes, key)
         for key, adapter in adapters.items()
         for name, num_bytes in adapter.held_bytes().items()
     )

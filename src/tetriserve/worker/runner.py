@@ -25,8 +25,6 @@ from tetriserve.worker.team.shm import ShmTeam
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_KEY = ".warm-up.{}"
-"""Where ranks leave what others need to run their stages once, by kind of stage."""
 _LOOK_S = 0.05
 
 
@@ -108,7 +106,7 @@ class Runner:
         states: dict[str, Tensors] = {INPUT: {str(number): each for number, each in enumerate(black)}}
         for stage in request.stages:
             if stage.kind in lacks:
-                others = self._await(_WARM_UP_KEY.format(stage.kind), timeout_s)
+                others = self._await(_warm_up_key(request, stage.kind), timeout_s)
                 if others is None:
                     logger.warning(
                         "no rank has left what %s makes; the first tasks of this rank will be slow", stage.kind
@@ -120,7 +118,7 @@ class Runner:
             [left] = self._adapter_of(request).run(stage.kind, [member], min(1, stage.num_steps), lambda: None)
             states[stage.kind] = left.tensors
             if stage.kind in gives:
-                self._store.save(_WARM_UP_KEY.format(stage.kind), left.tensors)
+                self._store.save(_warm_up_key(request, stage.kind), left.tensors)
 
     def _await(self, key: str, timeout_s: float) -> Tensors | None:
         """What another rank leaves in the store under `key`; None if that takes too long."""
@@ -219,6 +217,11 @@ class Runner:
         if self._rank != start.task.ranks[0]:
             return None
         return Result(self._store.save(key, left.tensors), left.num_steps, left.is_stage_over, left.text)
+
+
+def _warm_up_key(request: Request, kind: str) -> str:
+    """Where ranks leave what others need to run the stages of this model once."""
+    return ".warm-up" + (f".{request.model}" if request.model else "") + f".{kind}"
 
 
 def _check_finite(work: Work, left: Left) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import derive_profiles
-from tetriserve import launch
-from tetriserve.config import EngineConfig, PoolConfig
+from tetriserve import profiles
+from tetriserve.config import PoolConfig
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.models.card import ModelCard
@@ -28,11 +28,11 @@ def test_figures_that_were_not_measured_on_this_machine_do_not_plan_for_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = open_profile(name)
-    monkeypatch.setattr(launch, "hardware_name", lambda pool: profile.hardware)  # even on hardware of that name
-    monkeypatch.setattr(launch, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(profiles, "hardware_name", lambda pool: profile.hardware)  # even on hardware of that name
+    monkeypatch.setattr(profiles, "cache_directory", lambda: tmp_path)
     card = dataclasses.replace(CARD, name=profile.model)
     pool = PoolConfig(num_ranks=profile.degrees[-1], degrees=profile.degrees)
-    assert launch.find_profile(EngineConfig(pool=pool), card) is None
+    assert profiles.find_profile(card, pool) is None
 
 
 def test_a_new_set_of_ranks_costs_what_an_nccl_group_does_on_gpus_and_nothing_on_processors() -> None:

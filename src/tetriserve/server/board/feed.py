@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 from tetriserve.core.events import Submitted
 from tetriserve.engine import EndedTask, LiveEngine, Observation, Occurred
-from tetriserve.server.board.rows import Row, ended_row, open_row, ran_rows, request_row, running_rows, seconds
+from tetriserve.server.board.rows import (
+    Row,
+    ended_row,
+    model_row,
+    named_row,
+    open_row,
+    ran_rows,
+    request_row,
+    running_rows,
+    seconds,
+)
 from tetriserve.server.recent import KEEP_S, RecentRuns
 from tetriserve.server.slot import EngineSlot
 from tetriserve.workload.outcome import Outcome
@@ -36,7 +46,8 @@ class BoardFeed:
         """All that a page needs to begin with; the result makes it up, which takes long enough for a thread."""
         excerpt = self._recent.last(OUTCOMES_S)
         engine, plan, status = self._slot.require(), self._plan, self._slot.unready_reason
-        card = engine.intake.card
+        models = engine.models
+        first = next((intake for intake in models.intakes if not intake.card.makes_videos), models.first)
 
         def make() -> Row:
             since = excerpt.now - BLOCKS_S
@@ -44,10 +55,10 @@ class BoardFeed:
             return {
                 "now_s": seconds(excerpt.now),
                 "status": status,
-                "model": card.name,
+                "model": models.title,
                 "policy": engine.policy_name,
-                "sizes": [str(size) for size in engine.intake.sizes],
-                "num_steps": card.default_num_steps,
+                **model_row(first),
+                **({"models": [named_row(intake) for intake in models.intakes]} if models.are_several else {}),
                 "ranks": state.ranks,
                 "requests": [open_row(trajectory) for trajectory in state.trajectories],
                 "running": [row for flight in state.in_flight for row in running_rows(flight)],

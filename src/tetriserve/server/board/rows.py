@@ -10,7 +10,7 @@ from tetriserve.core.forecast import Forecast
 from tetriserve.core.plan import InFlight
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.engine import EndedTask
+from tetriserve.engine import EndedTask, Intake
 from tetriserve.workload.outcome import Outcome
 
 Row = dict[str, object]
@@ -20,9 +20,21 @@ MAX_PLANNED = 500
 _PAUSE_S = 0.02
 
 
+def model_row(intake: Intake) -> Row:
+    """What can be asked of a model: sizes, the default first, and its own number of steps."""
+    return {"sizes": [str(size) for size in intake.sizes], "num_steps": intake.card.default_num_steps}
+
+
+def named_row(intake: Intake) -> Row:
+    """`model_row`, of one of several."""
+    return {"name": intake.card.name, "makes_videos": intake.card.makes_videos, **model_row(intake)}
+
+
 def request_row(request: Request) -> Row:
+    """`model` is there only if there are several."""
     return {
         "id": request.request_id,
+        **({"model": request.model} if request.model else {}),
         "size": str(request.shape),
         "num_steps": request.num_steps,
         "arrival_s": seconds(request.arrival_s),

@@ -4,7 +4,7 @@ import { Ask } from "./ask.js";
 import { Board } from "./board.js";
 import { follow } from "./feed.js";
 import { showNumbers } from "./numbers.js";
-import { Pool } from "./pool.js";
+import { Pool, wanted } from "./pool.js";
 import { Speaker, ahead, showTable, summaryOf } from "./table.js";
 import { plural } from "./words.js";
 
@@ -67,7 +67,7 @@ function showTip() {
 function describe(request, run) {
   const state = { open: ahead(request.deadline_s - pool.now), finished: "done", failed: "failed", cancelled: "cancelled" }[request.status];
   const lines = [
-    `${request.size}, ${request.steps_done} of ${plural(request.num_steps, "step")}`,
+    `${wanted(request)}, ${request.steps_done} of ${plural(request.num_steps, "step")}`,
     request.status === "open" ? `deadline ${state}` : `${state}, ${request.attained ? "in time" : request.status === "finished" ? "late" : "no picture"}`,
     `request ${request.id.slice(0, 8)}`,
   ];

@@ -23,16 +23,17 @@ export class Ask {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
     });
     pool.addEventListener("begin", () => this.#fill());
+    byId("of-model").addEventListener("change", () => this.#fill());
     this.form.addEventListener("focusin", () => this.#renew());
     setInterval(() => this.#renew(), QUOTE_EVERY_MS);
   }
 
   #fill() {
-    const { sizes, num_steps } = this.pool.model;
-    const select = byId("size");
-    if (select.options.length !== sizes.length) {
-      select.replaceChildren(...sizes.map((size) => new Option(size.replace("x", " × "), size)));
-    }
+    const models = this.pool.model.models.filter((model) => !model.makes_videos);
+    renew(byId("of-model"), models.map(({ name }) => new Option(name, name)));
+    byId("models").hidden = models.length < 2;
+    const { sizes, num_steps } = models.find(({ name }) => name === byId("of-model").value) ?? this.pool.model;
+    renew(byId("size"), sizes.map((size) => new Option(size.replace("x", " × "), size)));
     byId("steps").placeholder = num_steps;
     this.#quoteSoon();
   }
@@ -42,6 +43,7 @@ export class Ask {
     const deadlineS = number("deadline");
     return {
       prompt: byId("prompt").value.trim(),
+      model: byId("of-model").value || undefined,
       size: byId("size").value,
       slo_ms: deadlineS && deadlineS * 1000,
       num_inference_steps: number("steps"),
@@ -98,5 +100,14 @@ export class Ask {
     byId("pictures").prepend(picture.card);
     while (byId("pictures").children.length > 12) byId("pictures").lastChild.remove();
     picture.draw().then(() => this.#quoteSoon());
+  }
+}
+
+/** Give a select other options, if they are others; what was chosen stays, unless it is gone. */
+function renew(select, options) {
+  if (options.map(({ value }) => value).join() !== [...select.options].map(({ value }) => value).join()) {
+    const chosen = select.value;
+    select.replaceChildren(...options);
+    if (options.some(({ value }) => value === chosen)) select.value = chosen;
   }
 }

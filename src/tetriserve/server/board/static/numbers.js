@@ -1,6 +1,6 @@
 // The numbers beside the board: who was on time, who waits, at which degree, and the same by size.
 
-import { isMissed } from "./pool.js";
+import { isMissed, wanted } from "./pool.js";
 import { element, percent, percentile, plural, seconds } from "./words.js";
 
 const WINDOW_S = 300;
@@ -83,8 +83,8 @@ function showMix(runs) {
 }
 
 function showSizes(judged) {
-  const sizes = Map.groupBy(judged, (request) => request.size);
-  const pixels = (size) => size.split("x").reduce((product, side) => product * Number(side), 1);
+  const sizes = Map.groupBy(judged, wanted);
+  const pixels = (size) => sizes.get(size)[0].size.split("x").reduce((product, side) => product * Number(side), 1);
   const rows = [...sizes.keys()].sort((a, b) => pixels(a) - pixels(b)).map((size) => {
     const requests = sizes.get(size);
     const finished = requests.filter((request) => request.status === "finished");

@@ -6,7 +6,7 @@ const NUM_HUES = 10;
 const STAY_GAP_S = 0.1;
 
 export class Pool extends EventTarget {
-  model = null; // {name, policy, sizes, num_steps}
+  model = null; // {name, policy, sizes, num_steps, models}; models: [{name, makes_videos, sizes, num_steps}], empty for one
   status = null; // why a request sent now would not be served
   ranks = []; // that live
   numRows = 0;
@@ -27,7 +27,8 @@ export class Pool extends EventTarget {
   /** Take in the whole state. Requests that were known before keep their colours. */
   begin(snapshot) {
     const known = this.requests;
-    this.model = { name: snapshot.model, policy: snapshot.policy, sizes: snapshot.sizes, num_steps: snapshot.num_steps };
+    const { model: name, policy, sizes, num_steps, models = [] } = snapshot;
+    this.model = { name, policy, sizes, num_steps, models };
     this.requests = new Map();
     this.open = new Map();
     this.runs = [];
@@ -133,6 +134,11 @@ export class Pool extends EventTarget {
     dropWhile(this.stays, (stay) => stay.end_s < since);
     dropWhile(this.ended, (request) => request.finish_s < this.now - ENDED_S, (request) => this.requests.delete(request.id));
   }
+}
+
+/** What a request is for: its size, after its model's name where there are several. */
+export function wanted(request) {
+  return request.model ? `${request.model} ${request.size}` : request.size;
 }
 
 export function isMissed(request) {

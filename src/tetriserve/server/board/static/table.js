@@ -2,6 +2,7 @@
 
 import { HUES } from "./paint.js";
 import { attainedOf } from "./numbers.js";
+import { wanted } from "./pool.js";
 import { element, percent, plural, seconds } from "./words.js";
 
 const MAX_ROWS = 50;
@@ -53,7 +54,7 @@ function rowOf(request, run, pool, selected, onSelect) {
   name.dataset.request = request.id;
   const expected = pool.plan.finishes.get(request.id);
   const cells = [
-    [request.size, "word"],
+    [wanted(request), "word"],
     [`${run ? run.stage : "waiting"}${pool.isDoomed(request) ? ", late" : ""}`, "word"],
     [`${request.steps_done}/${request.num_steps}`, ""],
     [run ? run.ranks.join(" ") : "–", "word"],
