@@ -34,13 +34,13 @@ HEADERS = {"Idempotency-Key": "order 66"}
 
 
 class Server:
-    """One port and one journal, any number of lives."""
+    """One port and one journal, any number of lives. `options`: of the command, beside those."""
 
-    def __init__(self, journal: Path, profile: str) -> None:
+    def __init__(self, journal: Path, profile: str, *options: str) -> None:
         with listen("127.0.0.1", 0) as listener:
             self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._options = ["--port", str(self.port), "--journal", str(journal), "--profile", profile]
+        self._options = ["--port", str(self.port), "--journal", str(journal), "--profile", profile, *options]
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, *options: str) -> None:
