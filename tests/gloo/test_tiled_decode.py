@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnings that quote prompts are silent
-from tests.families.case import FamilyCase
+from tests.families.case import FamilyCase, call_pipeline
 from tests.families.flux import FLUX
 from tests.families.flux2 import FLUX2_KLEIN
 from tests.families.qwen_image import QWEN_IMAGE
+from tests.families.wan import WAN, WAN_5B
 from tests.gloo.test_families import Tiny, all_stages, built
 from tests.ranks import meet, ranks, results_of
 from tests.waiting import HANG_S
@@ -41,13 +42,19 @@ from tetriserve.models.diffusion import DiffusionAdapter
 from tetriserve.models.registry import dummy_request, load_adapter
 from tetriserve.models.tiled_decode import dealt
 from tetriserve.models.tiles import Tiles, read_tiles
+from tetriserve.models.wan.adapter import WanAdapter
 from tetriserve.worker.runner import Runner
 from tetriserve.worker.store import TensorStore
 from tetriserve.worker.team.shm import ShmTeam
 
-SHAPES = {FLUX.name: Shape(96, 160), FLUX2_KLEIN.name: Shape(128, 96), QWEN_IMAGE.name: Shape(400, 288)}
+SHAPES = {
+    FLUX.name: Shape(96, 160), FLUX2_KLEIN.name: Shape(128, 96), QWEN_IMAGE.name: Shape(96, 128),
+    WAN.name: Shape(80, 144, 9), WAN_5B.name: Shape(96, 128, 5),
+}  # fmt: skip
 """Of several tiles, those at the edges smaller than the others."""
-CASES = [FLUX, FLUX2_KLEIN, QWEN_IMAGE]
+SIDE, STRIDE = 64, 48
+"""Of tiles, in pixels: those of the tiny VAEs of pictures, set for those of videos, whose own take long."""
+CASES = [FLUX, FLUX2_KLEIN, QWEN_IMAGE, WAN, WAN_5B]
 BANDS = (tiled_decode.BAND_BYTES, 1)
 TEAMS = ((0, 1), (1, 0), (2, 0, 1), (3, 1, 0, 2))
 NUM_RANKS = 4
@@ -69,7 +76,22 @@ def with_tiling(card: ModelCard) -> ModelCard:
 def tiled_adapter(card: ModelCard) -> DiffusionAdapter:
     adapter = load_adapter(with_tiling(card), "cpu")
     assert isinstance(adapter, DiffusionAdapter)
+    enable_small_tiles(adapter.pipeline.vae)
     return adapter
+
+
+def enable_small_tiles(vae: Any) -> None:
+    if hasattr(vae, "tile_sample_min_height"):
+        vae.enable_tiling(SIDE, SIDE, STRIDE, STRIDE)
+    else:
+        vae.enable_tiling()
+
+
+def small_tiles(card: ModelCard) -> Tiles:
+    """As `enable_small_tiles` cuts."""
+    assert card.tiles is not None
+    scale = card.tiles.scale
+    return Tiles(SIDE // scale, STRIDE // scale, scale)
 
 
 def member_of(adapter: DiffusionAdapter, shape: Shape) -> Member:
@@ -79,14 +101,31 @@ def member_of(adapter: DiffusionAdapter, shape: Shape) -> Member:
 
 
 def decoded(adapter: DiffusionAdapter, shape: Shape, on_part: Callable[[], None] = lambda: None) -> Any:
-    """Pixels; None on members that do not lead."""
+    """Pixels, of a video those that its file was made of; None on members that do not lead."""
+    frames = kept_frames(adapter) if isinstance(adapter, WanAdapter) else []
     [left] = adapter.run(DECODE, [member_of(adapter, shape)], 0, on_part)
-    return left.tensors.get("pixels")
+    if not adapter.card.makes_videos:
+        return left.tensors.get("pixels")
+    assert {*left.tensors} == ({"video", "thumbnail"} if frames else set())
+    return torch.from_numpy(np.concatenate(frames)) if frames else None
+
+
+def kept_frames(adapter: WanAdapter) -> list[np.ndarray]:
+    """The frames of the next decode."""
+    kept: list[np.ndarray] = []
+
+    def frames(latents: torch.Tensor) -> Iterator[np.ndarray]:
+        for piece in WanAdapter.frames(adapter, latents):
+            kept.append(piece.copy())
+            yield piece
+
+    adapter.frames = frames  # type: ignore[method-assign]
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a member has of one decode: its place in the team, the pixels, and how many tiles it decoded."""
+    """What a member has of one decode: its place in the team, what is left, and how many tiles of frames it decoded."""
 
     shape: Shape
     band_bytes: int
@@ -123,9 +162,9 @@ def test_any_team_decodes_to_the_bits_of_degree_1_and_divides_the_tiles(
 ) -> None:
     if collectives == "torch" and tiny.case is not FLUX:
         return  # what is exchanged differs in its size alone
-    adapter, shape, tiles = tiled_adapter(tiny.card), SHAPES[tiny.case.name], tiny.card.tiles
-    one_tile = Shape(64, 64)
-    assert tiles is not None and tiles.count(shape) >= NUM_RANKS and tiles.count(one_tile) == 1
+    adapter, shape, tiles = tiled_adapter(tiny.card), SHAPES[tiny.case.name], small_tiles(tiny.card)
+    one_tile = Shape(64, 64, shape.frames)
+    assert tiles.count(shape) >= NUM_RANKS and tiles.count(one_tile) == 1
     expected = {each: decoded(adapter, each) for each in (shape, one_tile)}
     by_rank = results_of(decode_in_teams, collectives, NUM_RANKS, tmp_path, tiny.card.path, [*expected])
     parts = [part for results in by_rank for part in results]
@@ -136,20 +175,24 @@ def test_any_team_decodes_to_the_bits_of_degree_1_and_divides_the_tiles(
         assert is_helper or torch.equal(part.pixels, expected[part.shape]), part.members
     for members in TEAMS:
         counts = [part.num_tiles for part in parts if (part.shape, part.members) == (shape, members)]
-        assert sum(counts) == len(BANDS) * tiles.count(shape)
-        assert max(counts) < tiles.count(shape), "a member decodes its part of them"
+        num_parts = tiles.count(shape) * (1 + (shape.frames - 1) // 4)
+        assert sum(counts) == len(BANDS) * num_parts
+        assert max(counts) < num_parts, "a member decodes its part of them"
 
 
 def test_degree_1_has_the_bits_of_the_pipeline_with_tiling(tiny: Tiny) -> None:
     request = tiny.request(num_steps=2, shape=SHAPES[tiny.case.name])
-    pixels = all_stages(tiled_adapter(tiny.card), request)
-    assert not np.array_equal(pixels, np.asarray(tiny.called(request, "pil"))), "tiling changes nothing here"
-    vae = tiny.pipeline("float32").vae
-    vae.enable_tiling()
+    pixels, pipeline = all_stages(tiled_adapter(tiny.card), request), tiny.pipeline()
+
+    def called() -> np.ndarray:
+        return np.asarray(call_pipeline(tiny.case, pipeline, request, tiny.card.num_text_tokens, "pil"))
+
+    assert not np.array_equal(pixels, called()), "tiling changes nothing here"
+    enable_small_tiles(pipeline.vae)
     try:
-        assert np.array_equal(pixels, np.asarray(tiny.called(request, "pil")))
+        assert np.array_equal(pixels, called())
     finally:
-        vae.disable_tiling()
+        pipeline.vae.disable_tiling()
 
 
 @contextmanager
@@ -164,14 +207,26 @@ def counted_tiles(vae: Any) -> Iterator[list[torch.Size]]:
 
 
 def test_as_many_tiles_are_counted_without_torch_as_diffusers_decodes(tiny: Tiny) -> None:
-    adapter = tiled_adapter(tiny.card)
-    tiles, multiple = tiny.card.tiles, tiny.card.size_multiple
-    assert tiles is not None
-    sides = {round(number * tiles.side * tiles.scale / multiple) * multiple for number in (0.5, 0.75, 1, 1.25, 1.8)}
+    adapter, tiles, multiple = tiled_adapter(tiny.card), small_tiles(tiny.card), tiny.card.size_multiple
+    sides = {round(number * SIDE / multiple) * multiple for number in (0.5, 0.75, 1, 1.25, 1.8)}
     for shape in (Shape(height, width) for height in sides for width in sides):
         with counted_tiles(adapter.pipeline.vae) as seen:
             decoded(adapter, shape)
         assert len(seen) == tiles.count(shape), shape
+
+
+def test_the_cards_tiles_are_those_that_its_vae_is_made_with(tiny: Tiny) -> None:
+    adapter, tiles = load_adapter(tiny.card, "cpu"), tiny.card.tiles
+    assert isinstance(adapter, DiffusionAdapter) and tiles is not None
+    vae = adapter.pipeline.vae
+    if tiny.case in (FLUX, FLUX2_KLEIN):
+        side, sample = vae.tile_latent_min_size, vae.tile_sample_min_size
+        assert tiles == Tiles(side, int(side * (1 - vae.tile_overlap_factor)), sample // side)
+    else:
+        scale = vae.spatial_compression_ratio
+        assert vae.tile_sample_min_height == vae.tile_sample_min_width
+        assert vae.tile_sample_stride_height == vae.tile_sample_stride_width
+        assert tiles == Tiles(vae.tile_sample_min_height // scale, vae.tile_sample_stride_height // scale, scale)
 
 
 def test_published_vaes_are_cut_as_diffusers_cuts_them(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ class TiledDecode:
         """From the next decode on."""
         self._team = team
 
+    def cuts(self, latents: torch.Tensor) -> bool:
+        """Whether the VAE decodes latents of this size in tiles."""
+        sides = zip(latents.shape[-2:], _cut_of(self._vae).sides, strict=True)
+        return bool(self._vae.use_tiling) and any(side > most for side, most in sides)
+
     def strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the decoder makes of `latents` (B, C, [T,] H, W), before `finished`: from top to bottom, each strip over
         the whole width. Only the leader gets any; the other members make the same call to do their part.

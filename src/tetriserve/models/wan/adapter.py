@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ from tetriserve.models.card import ModelCard
 from tetriserve.models.diffusion import Branch, DenoiseLoop, DiffusionAdapter, num_text_tokens
 from tetriserve.models.execution import transformers_of
 from tetriserve.models.parallel import SequenceParallel
+from tetriserve.models.tiled_decode import finished
 from tetriserve.models.video_file import VideoWriter
-from tetriserve.models.wan.decoding import decode_by_frame, most_likely_latents
+from tetriserve.models.wan.decoding import decode_by_frame, most_likely_latents, spread
 from tetriserve.models.wan.facts import FRAME_STEP, NUM_TEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -196,23 +198,28 @@ class WanAdapter(DiffusionAdapter):
         assert isinstance(loop, WanLoop)
         return prediction if negative is None else negative + loop.guidance_scale * (prediction - negative)
 
-    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, shape: Shape) -> torch.Tensor | None:
         """The whole video (1, 3, N, H, W)."""
-        return torch.cat([*decode_by_frame(self.pipeline.vae, latents)], dim=2)
+        vae = self.pipeline.vae
+        return vae.decode(spread(vae, latents), return_dict=False)[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def frames(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        """The video as it is decoded: uint8 (N, H, W, 3), exactly those of the pipeline's PIL images."""
-        for video_BCNHW in decode_by_frame(self.pipeline.vae, latents):
-            # Of one latent frame after the other, also where they come in one piece.
-            for piece_BCNHW in video_BCNHW.split(FRAME_STEP, dim=2):  # type: ignore[no-untyped-call]
-                image_NCHW = piece_BCNHW[0].permute(1, 0, 2, 3)
-                image_NCHW = self.pipeline.video_processor.postprocess(image_NCHW, output_type="pt")
-                yield image_NCHW.permute(0, 2, 3, 1).float().mul(255).round().to(torch.uint8).cpu().numpy()
+        """The video as it is decoded, of one latent frame after the other: uint8 (N, H, W, 3), exactly those of the
+        pipeline's PIL images. None where another member leads."""
+        vae = self.pipeline.vae
+        spread_BCTHW = spread(vae, latents)
+        if self._tiled_decode.cuts(spread_BCTHW):
+            yield from self._frames_of_tiles(spread_BCTHW)
+            return
+        for video_BCNHW in decode_by_frame(vae, spread_BCTHW):
+            yield self._pixels(video_BCNHW)
+            self._tiled_decode.on_part()
 
-    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray:
+    def decode(self, request: Request, latents: torch.Tensor) -> np.ndarray | None:
         """All frames, uint8 (N, H, W, 3)."""
-        return np.concatenate([*self.frames(latents)])
+        frames = [*self.frames(latents)]
+        return np.concatenate(frames) if frames else None
 
     def encode_pixels(self, image_BCHW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Of a video of one frame."""
@@ -242,13 +249,39 @@ class WanAdapter(DiffusionAdapter):
     def _decode(self, member: Member) -> Left:
         """The files of the video, which is encoded as it is decoded."""
         request = member.request
+        pieces = self.frames(member.states[DENOISE]["latents"])
+        first = next(pieces, None)
+        if first is None:
+            return Left({})
         fps = self.card.default_fps if request.video is None else request.video.fps
         writer = VideoWriter(request.shape.height, request.shape.width, fps)
-        for frames in self.frames(member.states[DENOISE]["latents"]):
+        for frames in chain([first], pieces):
             writer.add(frames)
         file = writer.finish()
         files = {"video": file.video, "thumbnail": file.thumbnail}
         return Left({name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()})
+
+    def _frames_of_tiles(self, spread_BCTHW: torch.Tensor) -> Iterator[np.ndarray]:
+        """A tile is decoded through all frames before the next one is, so that they are kept, as bytes."""
+        vae = self.pipeline.vae
+        height, width = (side * vae.spatial_compression_ratio for side in spread_BCTHW.shape[-2:])
+        video_NHWC = np.empty((0, height, width, 3), np.uint8)
+        top = 0
+        for strip_BCNHW in self._tiled_decode.strips(spread_BCTHW):
+            if not len(video_NHWC):
+                video_NHWC = np.empty((strip_BCNHW.shape[2], height, width, 3), np.uint8)
+            for start in range(0, len(video_NHWC), FRAME_STEP):
+                piece_NHWC = self._pixels(finished(vae, strip_BCNHW[:, :, start : start + FRAME_STEP]))
+                video_NHWC[start : start + FRAME_STEP, top : top + piece_NHWC.shape[1]] = piece_NHWC
+            top += piece_NHWC.shape[1]
+        for start in range(0, len(video_NHWC), FRAME_STEP):
+            yield video_NHWC[start : start + FRAME_STEP]
+
+    def _pixels(self, video_BCNHW: torch.Tensor) -> np.ndarray:
+        """uint8 (N, H, W, 3), of a video from -1 to 1."""
+        image_NCHW = video_BCNHW[0].permute(1, 0, 2, 3)
+        image_NCHW = self.pipeline.video_processor.postprocess(image_NCHW, output_type="pt")
+        return image_NCHW.permute(0, 2, 3, 1).float().mul(255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
 
 
 def _loop(branch: Branch) -> WanLoop:

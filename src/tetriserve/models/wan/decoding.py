@@ -1,5 +1,5 @@
 """Wan's VAE both ways. A video is decoded latent frame by latent frame, as the VAE itself does it, and handed on at
-once: all its pixels are never in memory together.
+once: all its pixels are never in memory together. What is cut into tiles is decoded by `models.tiled_decode`.
 
 Suffixes of tensor names: see `models.wan.adapter`.
 """
@@ -13,17 +13,15 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 
-def decode_by_frame(vae: Any, latents_BCTHW: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The video of the latents, a latent frame at a time: (1, 3, N, H, W) from -1 to 1, N is 1 and then 4.
-
-    With tiling, which the VAE does for all frames before it goes to the next tile, it comes in one piece.
-    """
+def spread(vae: Any, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Latents as the VAE decodes them, of those that steps are made of."""
     latents_BCTHW = latents_BCTHW.to(vae.dtype)
     mean, inverse = _statistics(vae, latents_BCTHW)
-    latents_BCTHW = latents_BCTHW / inverse + mean
-    if vae.use_tiling:
-        yield vae.decode(latents_BCTHW, return_dict=False)[0]
-        return
+    return latents_BCTHW / inverse + mean
+
+
+def decode_by_frame(vae: Any, latents_BCTHW: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The video of latents, `spread`, a latent frame at a time: (1, 3, N, H, W) from -1 to 1, N is 1 and then 4."""
     # As `AutoencoderKLWan._decode`: each latent frame goes through the decoder with what those before it have left.
     vae.clear_cache()
     try:
