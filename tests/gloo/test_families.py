@@ -78,6 +78,10 @@ class Tiny:
 
     @cache  # noqa: B019
     def _pipeline(self, dtype: str, name: str | None) -> Any:
+        return self.bare_pipeline(dtype, name)
+
+    def bare_pipeline(self, dtype: str = "float32", name: str | None = None) -> Any:
+        """A pipeline of its own."""
         pipeline_class = getattr(diffusers, name or self.card.pipeline_class)
         given = self.case.given(self.card.path)
         absent = dict.fromkeys((*self.case.absent, *given))
@@ -431,13 +435,26 @@ def encoded_of(adapter: DiffusionAdapter, request: Request) -> Tensors:
 def run_plans(
     team: ShmTeam, rank: int, end: Connection, path: Path, guided: dict[str, Any] | None, degrees: tuple[int, ...]
 ) -> list[list[torch.Tensor]]:
-    """The latents of each batch, on each rank; a rank that had no part in the last step has the start of it."""
+    """The latents of each batch, on each rank."""
     card = read_card(path)
     adapter = load_adapter(card, "cpu")
     assert isinstance(adapter, DiffusionAdapter)
+    return run_batches(team, rank, end, path, adapter, batches_of(card, guided), degrees)
+
+
+def run_batches(
+    team: ShmTeam,
+    rank: int,
+    end: Connection,
+    path: Path,
+    adapter: DiffusionAdapter,
+    batches: Sequence[Sequence[Request]],
+    degrees: tuple[int, ...],
+) -> list[list[torch.Tensor]]:
+    """As `plan_of` has them; what each step leaves goes to all ranks."""
     results = []
     token = 0
-    for number, batch in enumerate(batches_of(card, guided)):
+    for number, batch in enumerate(batches):
         members = [Member(request, 0, {ENCODE: encoded_of(adapter, request)}) for request in batch]
         for step, ranks in enumerate(plan_of(number, degrees)):
             meet(end)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.connection import Connection
@@ -25,13 +24,26 @@ from tests.families.flux2 import FLUX2_KLEIN_BASE
 from tests.families.loras import ATTENTION, write_lora
 from tests.families.qwen_image import QWEN_IMAGE
 from tests.families.sd3 import SD3
+from tests.families.wan import WAN
 from tests.families.z_image import Z_IMAGE
-from tests.gloo.test_families import TOLERANCE, Tiny, all_stages, built, denoise, picture, plan_of, request_of, seeing
-from tests.ranks import meet, results_of
+from tests.gloo.test_families import (
+    TOLERANCE,
+    Tiny,
+    all_stages,
+    built,
+    denoise,
+    odd,
+    picture,
+    plan_of,
+    request_of,
+    run_batches,
+    seeing,
+)
+from tests.ranks import results_of
 from tetriserve.config import LoraConfig
 from tetriserve.core.errors import CheckpointError
 from tetriserve.core.execution import Execution
-from tetriserve.core.request import Lora, Request, Shape
+from tetriserve.core.request import Lora, Request
 from tetriserve.core.stages import DENOISE, ENCODE
 from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
@@ -86,6 +98,13 @@ CASES = {
             },
         ),
         LoraCase(
+            family=WAN,
+            targets={
+                "sketch": {"transformer": ATTENTION},
+                "neon": {"transformer": ("to_v", "ffn.net.0.proj", "patch_embedding", "proj_out")},
+            },
+        ),
+        LoraCase(
             family=Z_IMAGE,
             targets={
                 "sketch": {"transformer": ATTENTION},
@@ -119,20 +138,11 @@ class Adapted:
     def called(self, request: Request, output_type: str, dtype: str = "float32", **options: Any) -> Any:
         """By a pipeline that knows no adapter but the request's."""
         lora, case = request.lora, self.tiny.case
-        pipeline = bare_pipeline(self.tiny, dtype)
+        pipeline = self.tiny.bare_pipeline(dtype)
         if lora is not None:
             pipeline.load_lora_weights(str(self.files[lora.name]), adapter_name="its")
             pipeline.set_adapters("its", lora.scale)
         return call_pipeline(case, pipeline, request, self.tiny.card.num_text_tokens, output_type, **options)
-
-
-def bare_pipeline(tiny: Tiny, dtype: str = "float32") -> Any:
-    pipeline_class, given = getattr(diffusers, tiny.card.pipeline_class), tiny.case.given(tiny.card.path)
-    absent = dict.fromkeys((*tiny.case.absent, *given))
-    pipeline: Any = pipeline_class.from_pretrained(tiny.card.path, dtype=getattr(torch, dtype), **absent)
-    pipeline.register_modules(**given)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -140,7 +150,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     case, path = CASES[request.param], tmp_path_factory.mktemp(request.param)
     tiny = built(case.family, path / "model")
     files = {
-        name: write_lora(path / name, bare_pipeline(tiny), targets, seed=seed, rank=2 + seed, alpha=6)
+        name: write_lora(path / name, tiny.bare_pipeline(), targets, seed=seed, rank=2 + seed, alpha=6)
         for seed, (name, targets) in enumerate(case.targets.items())
     }
     return Adapted(tiny, files)
@@ -150,7 +160,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     path = tmp_path_factory.mktemp("flux")
     tiny = built(FLUX, path / "model")
-    file = write_lora(path / "sketch", bare_pipeline(tiny), CASES["flux"].targets["sketch"], seed=0)
+    file = write_lora(path / "sketch", tiny.bare_pipeline(), CASES["flux"].targets["sketch"], seed=0)
     return Adapted(tiny, {"sketch": file})
 
 
@@ -164,7 +174,7 @@ def test_requests_in_any_order_have_the_bits_of_the_pipeline_with_their_adapter_
         tiny.request(),
         tiny.request(lora=sketch),
         tiny.request(lora=dataclasses.replace(neon, scale=0.5)),
-        tiny.request(lora=dataclasses.replace(sketch, scale=-0.7), shape=Shape(80, 112)),
+        tiny.request(lora=dataclasses.replace(sketch, scale=-0.7), shape=odd(tiny.card)),
         tiny.guided(lora=neon),
         tiny.request(),
         tiny.guided(lora=sketch, num_steps=tiny.card.default_num_steps, prompt=""),
@@ -208,7 +218,7 @@ def test_steps_of_several_adapters_that_take_turns_have_the_bits_of_undisturbed_
 def batches_of(card: ModelCard, guided: dict[str, Any]) -> list[list[Request]]:
     """Each of one adapter; the last of two members."""
     sketch, neon = (Lora(lora.name, 0.8, lora.digest) for lora in card.loras)
-    one = [request_of(card, lora=sketch), request_of(card, lora=neon, prompt="red", shape=Shape(80, 112))]
+    one = [request_of(card, lora=sketch), request_of(card, lora=neon, prompt="red", shape=odd(card))]
     guided_one = request_of(card, **guided, lora=sketch, prompt="")
     pair = [request_of(card, lora=neon, prompt=text, seed=seed) for seed, text in enumerate(("red", "a tan square"))]
     return [*([each] for each in one), [guided_one], pair, [request_of(card)]]
@@ -223,34 +233,11 @@ def run_plans(
     guided: dict[str, Any],
     degrees: Sequence[int],
 ) -> list[list[torch.Tensor]]:
-    """The latents of each batch, on each rank that made its last step; as `test_families.run_plans`."""
+    """The latents of each batch, on each rank."""
     card = with_loras(read_card(path), loras)
     adapter = load_adapter(card, "cpu")
     assert isinstance(adapter, DiffusionAdapter)
-    results, token = [], 0
-    for number, batch in enumerate(batches_of(card, guided)):
-        encoded = [adapter.encode(request) for request in batch]
-        latents = [adapter.initial_latents(request) for request in batch]
-        for step, ranks in enumerate(plan_of(number, degrees)):
-            meet(end)
-            token += 1
-            if rank in ranks:
-                if len(ranks) > 1:
-                    team.enter(ranks, token)
-                adapter.use_team(team if len(ranks) > 1 else None)
-                loops = [adapter.denoise_loop(*each, step) for each in zip(batch, encoded, strict=True)]
-                latents = adapter.step_together(loops, latents)
-            meet(end)
-            file = path.parent / f"latents-{token}.pt"
-            if rank == ranks[0]:
-                torch.save(latents, file.with_suffix(".part"))
-                file.with_suffix(".part").rename(file)
-            while not file.exists():
-                time.sleep(0.001)
-            latents = torch.load(file)
-            meet(end)
-        results.append(latents)
-    return results
+    return run_batches(team, rank, end, path, adapter, batches_of(card, guided), degrees)
 
 
 def test_degrees_and_batches_with_an_adapter_give_the_latents_of_degree_1(adapted: Adapted, tmp_path: Path) -> None:
@@ -270,7 +257,7 @@ def test_degrees_and_batches_with_an_adapter_give_the_latents_of_degree_1(adapte
 
 def test_a_picture_that_comes_along_is_seen_with_the_adapter(tmp_path: Path) -> None:
     tiny = built(FLUX_KONTEXT, tmp_path / "model")
-    file = write_lora(tmp_path / "sketch", bare_pipeline(tiny), CASES["flux"].targets["sketch"], seed=0)
+    file = write_lora(tmp_path / "sketch", tiny.bare_pipeline(), CASES["flux"].targets["sketch"], seed=0)
     adapted, image = Adapted(tiny, {"sketch": file}), picture(200, 300)
     adapter, drawn = adapted.adapter(), []
     for lora in (adapted.lora("sketch"), None):
@@ -304,7 +291,7 @@ def test_without_text_encoders_the_other_parts_of_adapters_are_loaded_and_steps_
 def test_an_adapter_of_text_encoders_alone_changes_nothing_on_a_rank_without_them(
     flux: Adapted, tmp_path: Path
 ) -> None:
-    file = write_lora(tmp_path / "words", bare_pipeline(flux.tiny), {"text_encoder": ("q_proj",)}, seed=0)
+    file = write_lora(tmp_path / "words", flux.tiny.bare_pipeline(), {"text_encoder": ("q_proj",)}, seed=0)
     adapted = Adapted(flux.tiny, {"words": file, "sketch": flux.files["sketch"]})
     words, whole = adapted.lora("words"), adapted.adapter()
     part = load_adapter(adapted.card, "cpu", has_text_encoders=False)

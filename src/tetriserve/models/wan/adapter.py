@@ -127,9 +127,7 @@ class WanAdapter(DiffusionAdapter):
         return TextCount(num_tokens, num_tokens > (request.max_sequence_length or self.card.num_text_tokens))
 
     def noise(self, request: Request, generator: torch.Generator) -> torch.Tensor:
-        shape, side = request.shape, self.pipeline.vae_scale_factor_spatial
-        latent = (1 + (shape.frames - 1) // FRAME_STEP, shape.height // side, shape.width // side)
-        size = (1, self.pipeline.vae.config.z_dim, *latent)
+        size = (1, self.pipeline.vae.config.z_dim, *self._latent_size(request.shape))
         return torch.randn(size, generator=generator, dtype=torch.float32).to(self.device)
 
     def schedule(self, request: Request) -> tuple[Any, torch.Tensor]:
@@ -167,14 +165,20 @@ class WanAdapter(DiffusionAdapter):
         return WanLoop(self, request, encoded, steps_done, left)
 
     def inputs(self, request: Request, encoded: Tensors) -> Inputs:
-        condition, free = encoded.get("condition"), None
+        condition, image_embeds, free = encoded.get("condition"), encoded.get("image_embeds"), None
+        size = self._latent_size(request.shape)
         if self.pipeline.config.expand_timesteps:
-            shape, side = request.shape, self.pipeline.vae_scale_factor_spatial
-            num_frames = 1 + (shape.frames - 1) // FRAME_STEP
-            free = torch.ones(1, 1, num_frames, shape.height // side, shape.width // side, device=self.device)
+            free = torch.ones(1, 1, *size, device=self.device)
             if condition is not None:
                 free[:, :, 0] = 0
-        return Inputs(condition, encoded.get("image_embeds"), free)
+        elif condition is None and self.card.min_images:  # a step is measured without a picture
+            config = self.pipeline.transformer.config
+            condition = torch.zeros(1, config.in_channels - config.out_channels, *size, device=self.device)
+            if self._reads_images:
+                vision = self.pipeline.image_encoder.config
+                num_tokens = 1 + (vision.image_size // vision.patch_size) ** 2
+                image_embeds = torch.zeros(1, num_tokens, config.image_dim, device=self.device, dtype=self.dtype)
+        return Inputs(condition, image_embeds, free)
 
     def kind(self, branch: Branch) -> Hashable:
         return branch.latents.shape, branch.embeds().shape, _loop(branch).is_of_second
@@ -230,6 +234,11 @@ class WanAdapter(DiffusionAdapter):
         super().use_team(team)
         for each in self._others:
             each.use(team)
+
+    def _latent_size(self, shape: Shape) -> tuple[int, int, int]:
+        """Latent frames, rows and columns."""
+        side = self.pipeline.vae_scale_factor_spatial
+        return 1 + (shape.frames - 1) // FRAME_STEP, shape.height // side, shape.width // side
 
     @property
     def _reads_images(self) -> bool:

@@ -233,4 +233,5 @@ WAN = Family(
     max_text_tokens=NUM_TEXT_TOKENS,
     read=read,
     stages=stages,
+    lora_components=("transformer",),
 )
