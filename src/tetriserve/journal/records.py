@@ -53,11 +53,13 @@ class VideoFacts:
     """What is said of a video beside its request.
 
     id: by which clients ask for it.
+    model: as clients call it.
     remixed_from: id of the video whose prompt was changed.
     warnings: what was rounded or ignored, a sentence each.
     """
 
     id: str
+    model: str
     remixed_from: str | None = None
     warnings: tuple[str, ...] = ()
 

@@ -36,7 +36,7 @@ def object_of(video: Video, jobs: Jobs, forecast: Forecast | None) -> VideoObjec
         {
             "id": video.facts.id,
             "object": "video",
-            "model": jobs.engine.models.of(request).card.name,
+            "model": video.facts.model,
             "status": video.status.value,
             "progress": video.percent(_steps_running(request.request_id, jobs)),
             "created_at": int(video.created_at),

@@ -11,8 +11,7 @@ from fastapi import Request
 
 from tetriserve.core.errors import InvalidRequest
 from tetriserve.core.request import Lora
-from tetriserve.core.request import Request as Work
-from tetriserve.engine import Generation, LiveEngine, VideoWish
+from tetriserve.engine import Generation, LiveEngine, Video, VideoWish
 from tetriserve.engine.pictures import InputPicture
 from tetriserve.journal import VideoFacts
 from tetriserve.models.card import ModelCard
@@ -70,20 +69,23 @@ async def work_of(service: Service, request: Request, asked: Asked[VideosRequest
     assert generation.video is not None
     rounding = intake.videos.rounding(generation.video)
     said = warnings if rounding is None else [*warnings, rounding]
-    return _work(exchange, engine, intake.card, generation, VideoFacts(id=_new_id(generation), warnings=tuple(said)))
+    facts = VideoFacts(id=_new_id(generation), model=intake.card.name, warnings=tuple(said))
+    return _work(exchange, engine, intake.card, generation, facts)
 
 
-def remix_of(service: Service, request: Request, body: RemixRequest, before: Work, before_id: str) -> VideoWork:
-    """The video that `before` asked for, with another prompt.
+def remix_of(service: Service, request: Request, body: RemixRequest, source: Video) -> VideoWork:
+    """The same video with another prompt.
 
     Raises:
         InvalidRequest: it was made from a picture.
     """
     exchange, engine = _exchange(request), service.slot.require()
     exchange.request_id = body.request_id or exchange.request_id
+    before = source.request
+    assert before is not None, "it was admitted"
     if before.images:
         raise InvalidRequest(
-            f"video {before_id} was made from a picture, which is not kept; create a video with {_PICTURE} again"
+            f"video {source.facts.id} was made from a picture, which is not kept; create a video with {_PICTURE} again"
         )
     options, lora, card = before.video, before.lora, engine.models.of(before).card
     assert options is not None
@@ -102,7 +104,7 @@ def remix_of(service: Service, request: Request, body: RemixRequest, before: Wor
         priority=body.priority or 0,
         reject_infeasible=body.deadline_policy == "reject",
         request_id=uuid.uuid4().hex,
-        model=card.name,
+        model=source.facts.model,
         video=VideoWish(
             num_frames=before.shape.frames,
             fps=options.fps,
@@ -111,7 +113,8 @@ def remix_of(service: Service, request: Request, body: RemixRequest, before: Wor
             flow_shift=options.flow_shift,
         ),
     )
-    return _work(exchange, engine, card, generation, VideoFacts(id=_new_id(generation), remixed_from=before_id))
+    facts = VideoFacts(id=_new_id(generation), model=source.facts.model, remixed_from=source.facts.id)
+    return _work(exchange, engine, card, generation, facts)
 
 
 def _work(

@@ -155,8 +155,7 @@ def videos_router(service: Service) -> APIRouter:
         """Make a completed video once more with another prompt: the same size, length, seed and settings."""
         source = find(request, video_id)
         check_completed(source, "a remix")
-        assert source.request is not None, "it was admitted"
-        work = remix_of(service, request, body, source.request, video_id)
+        work = remix_of(service, request, body, source)
         return await answer(await accept(request, work, None))
 
     def find(request: Request, video_id: str) -> Video:

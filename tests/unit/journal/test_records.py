@@ -50,7 +50,9 @@ def test_an_entry_of_a_video_comes_back_as_it_was() -> None:
         request_id="a", prompt="a ship", shape=Shape(64, 64, 9), stages=request.stages, seed=1, arrival_s=0.0,
         deadline_s=9.0, media_type=MP4, video=VideoOptions(16.0, flow_shift=3.0), model="videos",
     )  # fmt: skip
-    facts = VideoFacts(id="video_a", remixed_from="video_b", warnings=("num_frames: 10 was rounded to 9",))
+    facts = VideoFacts(
+        id="video_a", model="tiny", remixed_from="video_b", warnings=("num_frames: 10 was rounded to 9",)
+    )
     entry = Entry(
         key=ENTRY.key, digest="d", model="tiny", fingerprint="0123", arrived_at=1.0, requests=(request,), video=facts
     )
