@@ -17,7 +17,7 @@ Build = Callable[[Path], Built]
 _SMALL: Built = {"sizes": ["64x64"]}
 
 
-def _gemma_tokenizer(**options: Any) -> Any:
+def gemma_tokenizer(**options: Any) -> Any:
     """Letters, and bytes of all else."""
     from transformers import GemmaTokenizer
 
@@ -25,7 +25,7 @@ def _gemma_tokenizer(**options: Any) -> Any:
     return GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], **options)
 
 
-def _gemma(tokenizer: Any) -> Any:
+def gemma_encoder(tokenizer: Any) -> Any:
     from transformers import Gemma2Config, Gemma2Model
 
     return randomised(
@@ -39,7 +39,7 @@ def _gemma(tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
-def _t5(tokenizer: Any, width: int = 24) -> Any:
+def t5_encoder(tokenizer: Any, width: int = 24) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
@@ -49,7 +49,7 @@ def _t5(tokenizer: Any, width: int = 24) -> Any:
 def _sana_parts(scheduler: Any, sample_size: int = 16, **options: Any) -> dict[str, Any]:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
 
-    tokenizer = _gemma_tokenizer(padding_side="right")
+    tokenizer = gemma_tokenizer(padding_side="right")
     per_side = {
         "block_types": "ResBlock",
         "block_out_channels": (4,) * 6,
@@ -69,7 +69,7 @@ def _sana_parts(scheduler: Any, sample_size: int = 16, **options: Any) -> dict[s
     )  # fmt: skip
     return {
         "tokenizer": tokenizer,
-        "text_encoder": _gemma(tokenizer),
+        "text_encoder": gemma_encoder(tokenizer),
         "vae": randomised(vae),
         "transformer": randomised(transformer),
         "scheduler": scheduler,
@@ -109,7 +109,7 @@ def pixart_sigma(path: Path) -> Built:
     )  # fmt: skip
     PixArtSigmaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         vae=tiny_vae(),
         transformer=randomised(transformer),
         scheduler=DPMSolverMultistepScheduler(beta_schedule="linear"),
@@ -121,7 +121,7 @@ def lumina2(path: Path) -> Built:
     """It cannot be interrupted."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
-    tokenizer = _gemma_tokenizer(padding_side="right")
+    tokenizer = gemma_tokenizer(padding_side="right")
     transformer = Lumina2Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(512, 64, 64),
@@ -131,7 +131,7 @@ def lumina2(path: Path) -> Built:
         transformer=randomised(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=tiny_vae(),
-        text_encoder=_gemma(tokenizer),
+        text_encoder=gemma_encoder(tokenizer),
         tokenizer=tokenizer,
     ).save_pretrained(path)
     return _SMALL
@@ -199,7 +199,7 @@ def hidream(path: Path) -> Built:
         tokenizer=clip,
         text_encoder_2=randomised(CLIPTextModelWithProjection(clips[1])),
         tokenizer_2=clip,
-        text_encoder_3=_t5(t5),
+        text_encoder_3=t5_encoder(t5),
         tokenizer_3=t5,
         text_encoder_4=randomised(LlamaForCausalLM(llama)),
         tokenizer_4=t5,
@@ -225,7 +225,7 @@ def cogview3(path: Path, *, is_stochastic: bool = False) -> Built:
     kind = CogVideoXDPMScheduler if is_stochastic else CogVideoXDDIMScheduler
     CogView3PlusPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         vae=tiny_vae(),
         transformer=randomised(transformer),
         scheduler=kind(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),

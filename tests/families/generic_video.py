@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.families.case import bundled_tokenizer, randomised
-from tests.families.generic import _gemma_tokenizer, _t5
+from tests.families.generic import gemma_tokenizer, t5_encoder
 
 
 def _trained_tokenizer(texts: Sequence[str], **options: Any) -> Any:
@@ -52,7 +52,7 @@ def cogvideox(path: Path, *, is_stochastic: bool = False) -> None:
     kind = CogVideoXDPMScheduler if is_stochastic else CogVideoXDDIMScheduler
     CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         vae=randomised(vae),
         transformer=randomised(transformer),
         scheduler=kind(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
@@ -87,7 +87,7 @@ def ltx(path: Path) -> None:
             max_image_seq_len=4096,
         ),
         vae=randomised(vae),
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=randomised(transformer),
     ).save_pretrained(path)  # fmt: skip
@@ -105,7 +105,7 @@ def ltx2(path: Path) -> None:
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    tokenizer = _gemma_tokenizer(padding_side="left")
+    tokenizer = gemma_tokenizer(padding_side="left")
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048,
@@ -223,7 +223,7 @@ def hunyuan_video_15(path: Path) -> None:
         transformer=randomised(transformer),
         vae=randomised(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        text_encoder_2=_t5(bytes_tokenizer),
+        text_encoder_2=t5_encoder(bytes_tokenizer),
         tokenizer_2=bytes_tokenizer,
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
     ).save_pretrained(path)
@@ -249,7 +249,7 @@ def mochi(path: Path) -> None:
     MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=randomised(vae),
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=randomised(transformer),
     ).save_pretrained(path)

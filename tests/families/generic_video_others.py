@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.families.case import bundled_tokenizer, randomised, tiny_vae
-from tests.families.generic import _gemma, _gemma_tokenizer, _t5
+from tests.families.generic import gemma_tokenizer, t5_encoder
 from tests.families.text import qwen_tokenizer
 
 
@@ -24,11 +24,8 @@ def _wan_vae() -> Any:
     return randomised(AutoencoderKLWan(base_dim=4, num_res_blocks=1))
 
 
-def _flow_solver(kind: Any) -> Any:
-    return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-
-
 def easyanimate(path: Path) -> None:
+    """It fails without a negative prompt."""
     from diffusers import (
         AutoencoderKLMagvit,
         EasyAnimatePipeline,
@@ -117,7 +114,7 @@ def latte(path: Path) -> None:
     )  # fmt: skip
     LattePipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer),
+        text_encoder=t5_encoder(tokenizer),
         vae=tiny_vae(),
         transformer=randomised(transformer),
         scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
@@ -134,7 +131,7 @@ def motif_video(path: Path) -> None:
     )
     from transformers import T5Gemma2Encoder, T5Gemma2EncoderConfig
 
-    tokenizer = _gemma_tokenizer(padding_side="right")
+    tokenizer = gemma_tokenizer(padding_side="right")
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048,
@@ -157,46 +154,24 @@ def motif_video(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def sana_video(path: Path) -> None:
-    """Its call names frames `frames`. Any size is drawn at one near the model's own, and then cut."""
-    from diffusers import DPMSolverMultistepScheduler, SanaVideoPipeline, SanaVideoTransformer3DModel
-
-    tokenizer = _gemma_tokenizer(padding_side="right")
-    transformer = SanaVideoTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, num_layers=2, num_cross_attention_heads=2,
-        cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16, sample_size=30,
-        qk_norm="rms_norm_across_heads",
-    )  # fmt: skip
-    SanaVideoPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_gemma(tokenizer),
-        vae=_wan_vae(),
-        transformer=randomised(transformer),
-        scheduler=_flow_solver(DPMSolverMultistepScheduler),
-    ).save_pretrained(path)
-
-
-def skyreels_v2(path: Path, *, is_forcing: bool = False) -> None:
-    """Its solver keeps the model's last answers. With diffusion forcing each latent frame has a scheduler."""
+def skyreels_v2(path: Path) -> None:
+    """It needs the package ftfy. Its solver keeps the model's last answers."""
     import diffusers
 
     tokenizer = bundled_tokenizer("tokenizer_2")
     transformer = diffusers.SkyReelsV2Transformer3DModel(
         num_attention_heads=2, attention_head_dim=12, text_dim=24, freq_dim=16, ffn_dim=32, num_layers=2,
-        rope_max_seq_len=64, inject_sample_info=is_forcing,
+        rope_max_seq_len=64,
     )  # fmt: skip
-    kind = diffusers.SkyReelsV2DiffusionForcingPipeline if is_forcing else diffusers.SkyReelsV2Pipeline
-    kind(
+    diffusers.SkyReelsV2Pipeline(
         tokenizer=tokenizer,
         text_encoder=_umt5(tokenizer),
         transformer=randomised(transformer),
         vae=_wan_vae(),
-        scheduler=_flow_solver(diffusers.UniPCMultistepScheduler),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
     ).save_pretrained(path)
-
-
-def skyreels_v2_forcing(path: Path) -> None:
-    skyreels_v2(path, is_forcing=True)
 
 
 def animatediff(path: Path) -> None:
@@ -242,22 +217,4 @@ def anyflow(path: Path) -> None:
         transformer=randomised(transformer),
         vae=_wan_vae(),
         scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
-    ).save_pretrained(path)
-
-
-def helios(path: Path) -> None:
-    """Makes a video by parts, with all steps for each."""
-    from diffusers import HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
-
-    tokenizer = bundled_tokenizer("tokenizer_2")
-    transformer = HeliosTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=24, freq_dim=16, ffn_dim=32, num_layers=2,
-        rope_dim=(4, 4, 4),
-    )  # fmt: skip
-    HeliosPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_umt5(tokenizer),
-        vae=_wan_vae(),
-        scheduler=HeliosScheduler(stages=1, stage_range=[0, 1]),
-        transformer=randomised(transformer),
     ).save_pretrained(path)

@@ -99,9 +99,9 @@ def hub_name(root: Path) -> str:
 
 
 def module_of(library: str) -> str | None:
-    """The module that has the classes of `library`, as `model_index.json` names it; None for one of no trust.
+    """The module that has the classes of `library`, as `model_index.json` names it; None if it is not allowed.
 
-    Allowed are diffusers, transformers, and folders of diffusers' own pipelines, which have some classes for themselves.
+    Allowed are diffusers, transformers, and folders of diffusers' pipelines, which define some components themselves.
     """
     if library in _LIBRARIES:
         return library

@@ -1,4 +1,5 @@
-"""Any pipeline that makes a picture or a video of a text: each request is a call of it, which pauses between tasks, in a thread of its own.
+"""Any pipeline that makes a picture or a video of a text: each request is a call of it, in a thread of its own, which
+pauses between tasks.
 
 What it cannot do: `facts.LIMITS`, `facts.VIDEO_LIMITS`.
 """
@@ -33,7 +34,7 @@ _MAX_CALLS = 16
 
 
 class GenericAdapter:
-    """A loaded checkpoint, whose pictures or frames are the pipeline's own bit for bit, wherever their steps were made."""
+    """A loaded checkpoint. Its pictures or frames are the pipeline's own bit for bit, wherever steps were made."""
 
     def __init__(self, card: ModelCard, device: torch.device | str, *, has_text_encoders: bool = True) -> None:
         """

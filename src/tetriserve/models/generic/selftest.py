@@ -28,9 +28,10 @@ _TEXTS = ("a red circle", "a tan square")
 def problem_of(pipeline: Any, card: ModelCard, device: torch.device) -> str:
     """One line on what speaks against serving `pipeline` by its call; empty if nothing does.
 
-    Three steps at the smallest size, of the fewest frames that take two latent frames, and the default guidance: by the pipeline itself, by a call that pauses after each
-    step, and by a call that goes on from the state after the first. The steps of the two calls alternate, so that what
-    they share shows where it changes. All states and pictures (all frames) must be equal, bit for bit, and finite.
+    Three steps at the smallest size, of a video with two latent frames, and the default guidance: by the pipeline
+    itself, by a call that pauses after each step, and by a call that goes on from the state after the first. The steps
+    of the two calls alternate, so that what they share shows where it changes. All states and pictures, or frames, must
+    be equal, bit for bit, and finite.
     """
     try:
         return _problem_of(pipeline, card, device)
