@@ -56,7 +56,7 @@ async def report(card: ModelCard, shape: Shape) -> None:
     executor = LocalExecutor([card], pool)
     await executor.start(lambda text: None)
     try:
-        bench = Bench(executor, "measuring a decode")
+        bench = Bench(executor, "measuring a decode", (0,), 1)
         shorter = replace(shape, frames=shape.frames - card.frame_step)
         before_s, _, _ = await decode(bench, executor, card, shorter)
         seconds, idle_bytes, peak_bytes = await decode(bench, executor, card, shape)
@@ -85,7 +85,7 @@ async def decode(bench: Bench, executor: LocalExecutor, card: ModelCard, shape: 
     status = Path(f"/proc/{executor.pids[0]}/status")
     status.with_name("clear_refs").write_text("5")  # the peak begins anew
     idle_bytes = _bytes(status, "VmRSS")
-    finished = await bench.decode(request, 0)
+    finished = await bench.decode(request, (0,))
     bench.forget([request])
     assert finished.cpu_s is not None
     return finished.cpu_s, idle_bytes, _bytes(status, "VmHWM")

@@ -64,7 +64,7 @@ class Gallery:
 
         torch.set_num_threads(1)
         adapter = FluxAdapter(find_model(None), "cpu")
-        references = {}
+        references: dict[Picture, np.ndarray] = {}
         for picture in pictures:
             request = Request(
                 request_id="reference", prompt=picture.prompt, shape=Shape.parse(picture.size),

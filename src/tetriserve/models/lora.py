@@ -51,7 +51,9 @@ def with_loras(card: ModelCard, loras: Sequence[LoraConfig]) -> ModelCard:
     if not family_of(card).lora_components:
         raise ConfigError(f"lora is set, but {card.pipeline_class} is served without LoRAs; leave it out")
     if card.has_boundary:
-        raise ConfigError(f"lora is set, but {card.name} has two transformers and is served without LoRAs; leave it out")
+        raise ConfigError(
+            f"lora is set, but {card.name} has two transformers and is served without LoRAs; leave it out"
+        )
     for name in ("compile", "quantization"):
         if (value := getattr(card.execution, name)) != DEFAULT:
             raise ConfigError(f"lora is set with {name} {value!r}, which is not served together; leave one of them out")
