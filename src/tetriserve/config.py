@@ -345,6 +345,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.name and not _MODEL_KEY.fullmatch(self.name):
             raise ConfigError(f"a model is called {self.name[:200]!r}; allowed: 1 to 64 of A-Z a-z 0-9 . _ -")
+        if self.name == "default":
+            raise ConfigError("a model is called 'default', by which clients mean the first; give it another name")
         for name in self.served_model_names:
             if not is_model_name(name):
                 raise ConfigError(f"served-model-name is {name[:200]!r}; allowed: {MODEL_NAMES}")

@@ -28,12 +28,14 @@ def weight_bytes(card: ModelCard) -> dict[str, int]:
             continue  # a tokenizer or a scheduler; models have been checked when the card was read
         is_small = component == "transformer" and card.execution.quantization != DEFAULT
         sizes[component] = sum(
-            _num_bytes(tensor, 1 if is_small else _BYTES[card.execution.dtype])
+            _num_items(tensor) * (1 if is_small else _BYTES[card.execution.dtype])
             for file in files
             for tensor in read_header(file).values()
         )
     return sizes
 
 
-def _num_bytes(tensor: Mapping[str, Any], item_bytes: int) -> int:
-    return math.prod(map(int, tensor["shape"])) * item_bytes
+def _num_items(tensor: Mapping[str, Any]) -> int:
+    shape = tensor.get("shape")
+    is_sound = isinstance(shape, list) and all(isinstance(side, int) for side in shape)
+    return math.prod(shape) if is_sound and shape else 0
