@@ -56,7 +56,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served() -> Callable[..., AbstractContextManager[str]]:
     """The URL of a server of the test's own, which ends with the context. Takes its options."""
     return _served

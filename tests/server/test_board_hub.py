@@ -8,12 +8,12 @@ import json
 from contextlib import AsyncExitStack
 
 import pytest
-from fake_engine import FAILING
+from fake_engine import BOTH, FAILING, FakeExecutor, make_engine
 
 from tests.waiting import HANG_S
 from tetriserve.core.errors import RequestFailed, ShuttingDown
 from tetriserve.core.events import WorkerJoined, WorkerLost
-from tetriserve.engine import Generation
+from tetriserve.engine import Generation, VideoWish
 from tetriserve.server import EngineSlot
 from tetriserve.server.board import hub as board_hub
 from tetriserve.server.board.hub import BoardHub
@@ -82,13 +82,38 @@ async def test_a_page_begins_with_the_whole_state(watch, engine):
     finished = await engine.generate(generation(request_id="first", slo_s=60.0))
     name, snapshot = await following(watch())
     assert name == "snapshot"
-    assert (snapshot["model"], snapshot["policy"], snapshot["num_steps"]) == ("tiny/flux", "fcfs", 4)
+    (model,) = snapshot["models"]
+    assert (model["name"], model["makes"], model["num_steps"], snapshot["policy"]) == ("tiny/flux", "image", 4, "fcfs")
     assert snapshot["ranks"] == [0, 1]
-    assert snapshot["sizes"][0] == "128x128"
+    assert model["sizes"][0] == "128x128"
+    assert "fps" not in model
     assert (snapshot["requests"], snapshot["running"], snapshot["status"]) == ([], [], None)
     assert [row["stage"] for row in snapshot["ran"]] == [run.task.stage for run in finished.outcome.runs]
     (ended,) = snapshot["ended"]
     assert (ended["id"], ended["size"], ended["status"], ended["attained"]) == ("first", "64x64", "finished", True)
+    assert {"model", "fps"}.isdisjoint(ended)
+
+
+async def test_several_models_are_told_and_each_request_names_its_own():
+    engine = make_engine(FakeExecutor(takes_time=False), cards=BOTH)
+    messages = hub_of(engine).watch()
+    try:
+        _, snapshot = await following(messages)
+        images, videos = snapshot["models"]
+        assert (images["key"], images["name"], images["makes"]) == ("images", "tiny/flux", "image")
+        assert (videos["key"], videos["name"], videos["makes"]) == ("videos", "tiny/wan", "video")
+        assert videos["sizes"] == ["96x64x9", "64x64x5", "96x96x17"]
+        assert (videos["num_steps"], videos["fps"], videos["frame_step"]) == (4, 8.0, 4)
+        assert {"fps", "frame_step"}.isdisjoint(images)
+        await engine.generate(generation(request_id="picture"))
+        asked = generation(request_id="film", size="96x64", video=VideoWish(num_frames=13, fps=16.0))
+        await engine.generate_video(asked)
+        arrived = (await until_ended(messages, 2))["arrived"]
+        said = [(row["id"], row["model"], row["size"], row.get("fps")) for row in arrived]
+        assert said == [("picture", "images", "64x64", None), ("film", "videos", "96x64x13", 16.0)]
+    finally:
+        await messages.aclose()
+        await engine.stop()
 
 
 async def test_a_request_is_told_from_its_arrival_to_its_end(watch, engine):

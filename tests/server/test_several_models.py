@@ -204,10 +204,11 @@ async def test_the_board_lists_the_models_and_its_rows_name_theirs(engine, execu
     try:
         async with asyncio.timeout(HANG_S):
             snapshot = json.loads((await anext(messages)).decode().split("data: ")[1])
-            assert snapshot["model"] == "fast, fine"
+            fast = {"sizes": ["128x128", "64x64", "256x256"], "num_steps": 4}
+            fine = {"sizes": ["256x256", "64x64", "128x128"], "num_steps": 2}
             assert snapshot["models"] == [
-                {"name": "fast", "makes_videos": False, "sizes": ["128x128", "64x64", "256x256"], "num_steps": 4},
-                {"name": "fine", "makes_videos": False, "sizes": ["256x256", "64x64", "128x128"], "num_steps": 2},
+                {"key": "fast", "name": "fast", "makes": "image", **fast},
+                {"key": "fine", "name": "fine", "makes": "image", **fine},
             ]
             assert [row["model"] for row in snapshot["ended"]] == ["fine"]
             drawing = asyncio.create_task(engine.generate(Generation(prompt="a lighthouse", size="64x64")))
@@ -239,7 +240,7 @@ async def test_one_model_is_named_nowhere_that_it_was_not_before(connect, execut
     messages = hub.watch()
     snapshot = json.loads((await anext(messages)).decode().split("data: ")[1])
     await messages.aclose()
-    assert snapshot["model"] == "tiny/flux" and "models" not in snapshot
+    assert [(model["key"], model["name"]) for model in snapshot["models"]] == [("", "tiny/flux")]
     assert all("model" not in row for row in snapshot["ended"])
     await engine.stop()
 

@@ -10,7 +10,6 @@ from tetriserve.server.board.rows import (
     Row,
     ended_row,
     model_row,
-    named_row,
     open_row,
     ran_rows,
     request_row,
@@ -46,8 +45,6 @@ class BoardFeed:
         """All that a page needs to begin with; the result makes it up, which takes long enough for a thread."""
         excerpt = self._recent.last(OUTCOMES_S)
         engine, plan, status = self._slot.require(), self._plan, self._slot.unready_reason
-        models = engine.models
-        first = next((intake for intake in models.intakes if not intake.card.makes_videos), models.first)
 
         def make() -> Row:
             since = excerpt.now - BLOCKS_S
@@ -55,10 +52,8 @@ class BoardFeed:
             return {
                 "now_s": seconds(excerpt.now),
                 "status": status,
-                "model": models.title,
+                "models": [model_row(intake) for intake in engine.models.intakes],
                 "policy": engine.policy_name,
-                **model_row(first),
-                **({"models": [named_row(intake) for intake in models.intakes]} if models.are_several else {}),
                 "ranks": state.ranks,
                 "requests": [open_row(trajectory) for trajectory in state.trajectories],
                 "running": [row for flight in state.in_flight for row in running_rows(flight)],

@@ -21,25 +21,34 @@ _PAUSE_S = 0.02
 
 
 def model_row(intake: Intake) -> Row:
-    """What can be asked of a model: sizes, the default first, and its own number of steps."""
-    return {"sizes": [str(size) for size in intake.sizes], "num_steps": intake.card.default_num_steps}
-
-
-def named_row(intake: Intake) -> Row:
-    """`model_row`, of one of several."""
-    return {"name": intake.card.name, "makes_videos": intake.card.makes_videos, **model_row(intake)}
+    """A model that is served, and its defaults. Rows of requests call it by `key`; `fps` and `frame_step` are there
+    only if it makes videos.
+    """
+    card = intake.card
+    row: Row = {
+        "key": card.key,
+        "name": card.name,
+        "makes": "video" if card.makes_videos else "image",
+        "sizes": [str(size) for size in intake.sizes],
+        "num_steps": card.default_num_steps,
+    }
+    return row | {"fps": card.default_fps, "frame_step": card.frame_step} if card.makes_videos else row
 
 
 def request_row(request: Request) -> Row:
-    """`model` is there only if there are several."""
-    return {
+    """`model` is there only if several are served, `fps` only if the request is for a video."""
+    row: Row = {
         "id": request.request_id,
-        **({"model": request.model} if request.model else {}),
         "size": str(request.shape),
         "num_steps": request.num_steps,
         "arrival_s": seconds(request.arrival_s),
         "deadline_s": seconds(request.deadline_s),
     }
+    if request.model:
+        row["model"] = request.model
+    if request.video is not None:
+        row["fps"] = request.video.fps
+    return row
 
 
 def open_row(trajectory: Trajectory) -> Row:

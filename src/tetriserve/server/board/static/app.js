@@ -4,9 +4,9 @@ import { Ask } from "./ask.js";
 import { Board } from "./board.js";
 import { follow } from "./feed.js";
 import { showNumbers } from "./numbers.js";
-import { Pool, wanted } from "./pool.js";
+import { Pool } from "./pool.js";
 import { Speaker, ahead, showTable, summaryOf } from "./table.js";
-import { plural } from "./words.js";
+import { isVideo, offerOf, outputOf, plural } from "./words.js";
 
 const WORDS_EVERY_MS = 500; // text changes no more often than it can be read
 
@@ -19,8 +19,11 @@ new Speaker(pool);
 let isStale = false;
 pool.addEventListener("change", () => (isStale = true));
 pool.addEventListener("begin", () => {
-  byId("model").textContent = pool.model.name;
-  byId("policy").textContent = pool.model.policy;
+  byId("model-label").textContent = pool.isShared ? "models" : "model";
+  byId("model").textContent = pool.models.map(({ name }) => name).join(", ");
+  byId("policy").textContent = pool.policy;
+  byId("legend-video").hidden = !pool.makesVideos;
+  byId("empty-hint").textContent = `Ask for ${offerOf(pool.models)}, and its tasks fall into place here.`;
   showWords();
 });
 setInterval(() => {
@@ -67,9 +70,9 @@ function showTip() {
 function describe(request, run) {
   const state = { open: ahead(request.deadline_s - pool.now), finished: "done", failed: "failed", cancelled: "cancelled" }[request.status];
   const lines = [
-    `${wanted(request)}, ${request.steps_done} of ${plural(request.num_steps, "step")}`,
-    request.status === "open" ? `deadline ${state}` : `${state}, ${request.attained ? "in time" : request.status === "finished" ? "late" : "no picture"}`,
-    `request ${request.id.slice(0, 8)}`,
+    `${outputOf(request)}, ${request.steps_done} of ${plural(request.num_steps, "step")}`,
+    request.status === "open" ? `deadline ${state}` : `${state}, ${request.attained ? "in time" : request.status === "finished" ? "late" : `no ${isVideo(request) ? "video" : "picture"}`}`,
+    `request ${request.id.slice(0, 8)}${pool.isShared ? `, ${pool.modelOf(request).key}` : ""}`,
   ];
   const company = run?.lanes > 1 ? `, shared by ${run.lanes}` : "";
   if (run) lines.splice(1, 0, `${run.stage} on ${plural(run.ranks.length, "rank")} (${run.ranks.join(" ")})${company}`);

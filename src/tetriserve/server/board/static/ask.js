@@ -1,11 +1,13 @@
-// The prompt box: a quote while the user types, then a card per picture.
+// The prompt box: a quote while the user types, then a card for each picture or video.
 
 import { errorOf, post } from "./api.js";
 import { Picture } from "./picture.js";
-import { seconds } from "./words.js";
+import { offerOf, partsOf, plural, seconds } from "./words.js";
+import { Video } from "./video.js";
 
 const QUOTE_AFTER_MS = 350;
 const QUOTE_EVERY_MS = 4000;
+const MAX_CARDS = 12;
 
 const byId = (id) => document.getElementById(id);
 
@@ -13,28 +15,69 @@ export class Ask {
   #timer = null;
   #asked = 0; // quotes so far: answers to earlier ones are dropped
   #quotedAt = 0; // requests that were open then
+  #cards = []; // latest first
 
   constructor(pool) {
     this.pool = pool;
     this.form = byId("ask");
-    this.form.addEventListener("input", () => this.#quoteSoon());
+    this.form.addEventListener("input", (event) => this.#change(event.target));
     this.form.addEventListener("submit", (event) => this.#submit(event));
     this.form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
     });
     pool.addEventListener("begin", () => this.#fill());
-    byId("of-model").addEventListener("change", () => this.#fill());
     this.form.addEventListener("focusin", () => this.#renew());
     setInterval(() => this.#renew(), QUOTE_EVERY_MS);
+    for (const video of Video.ofThisTab(pool)) this.#follow(video);
   }
 
+  /** The model that is asked. */
+  get model() {
+    return this.pool.models[Math.max(0, byId("of-model").selectedIndex)];
+  }
+
+  get isForVideo() {
+    return this.model.makes === "video";
+  }
+
+  /** Offer the models that are served; what was chosen before stays chosen. */
   #fill() {
-    const models = this.pool.model.models.filter((model) => !model.makes_videos);
-    renew(byId("of-model"), models.map(({ name }) => new Option(name, name)));
-    byId("models").hidden = models.length < 2;
-    const { sizes, num_steps } = models.find(({ name }) => name === byId("of-model").value) ?? this.pool.model;
-    renew(byId("size"), sizes.map((size) => new Option(size.replace("x", " × "), size)));
+    const { models, isShared } = this.pool;
+    offer(byId("of-model"), models.map(({ key, name }) => [key || name, key]));
+    byId("model-field").hidden = !isShared;
+    this.#fillModel();
+  }
+
+  /** Offer what the chosen model makes. Of a video's sizes only the sides: its length has fields of its own. */
+  #fillModel() {
+    const { sizes, num_steps, makes } = this.model;
+    const sides = [...new Set(sizes.map((size) => partsOf(size).slice(0, 2).join("x")))];
+    offer(byId("size"), sides.map((size) => [size.replace("x", " × "), size]));
     byId("steps").placeholder = num_steps;
+    byId("length").hidden = makes !== "video";
+    byId("ask-title").textContent = `Ask for ${offerOf([this.model])}`;
+    byId("draw").textContent = makes === "video" ? "Make it" : "Draw it";
+    this.#fillLength();
+    this.#quoteSoon();
+  }
+
+  /** Say what the length is where it is not given: the model's own at this size. One of the two fields tells the other. */
+  #fillLength() {
+    if (!this.isForVideo) return;
+    const { sizes, fps, frame_step: step } = this.model;
+    const size = sizes.find((each) => each.startsWith(`${byId("size").value}x`)) ?? sizes[0];
+    const [, , own] = partsOf(size);
+    const asked = { seconds: Number(byId("seconds").value), frames: Number(byId("frames").value) };
+    const nearest = (number) => 1 + step * Math.round((number - 1) / step); // which the model makes
+    byId("frames").placeholder = asked.seconds ? nearest(Math.max(1, Math.round(asked.seconds * fps))) : own;
+    byId("seconds").placeholder = ((asked.frames ? nearest(asked.frames) : own) / fps).toFixed(2);
+  }
+
+  #change(field) {
+    if (field.id === "of-model") return this.#fillModel();
+    if (field.id === "seconds") byId("frames").value = "";
+    if (field.id === "frames") byId("seconds").value = "";
+    this.#fillLength();
     this.#quoteSoon();
   }
 
@@ -42,9 +85,10 @@ export class Ask {
     const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
     const deadlineS = number("deadline");
     return {
+      ...(this.pool.isShared ? { model: this.model.name } : {}),
       prompt: byId("prompt").value.trim(),
-      model: byId("of-model").value || undefined,
       size: byId("size").value,
+      ...(this.isForVideo ? { seconds: number("seconds"), num_frames: number("frames") } : {}),
       slo_ms: deadlineS && deadlineS * 1000,
       num_inference_steps: number("steps"),
       seed: number("seed"),
@@ -64,7 +108,7 @@ export class Ask {
   }
 
   async #quote() {
-    if (!this.form.checkValidity()) return;
+    if (!this.pool.isLive || !this.form.checkValidity()) return;
     const number = ++this.#asked;
     const response = await post("v1/quotes", this.#body).catch(() => null);
     if (response === null || number !== this.#asked) return;
@@ -96,18 +140,27 @@ export class Ask {
 
   #submit(event) {
     event.preventDefault();
-    const picture = new Picture(this.#body, byId("quote").dataset.state === "none" ? "" : byId("quote").textContent);
-    byId("pictures").prepend(picture.card);
-    while (byId("pictures").children.length > 12) byId("pictures").lastChild.remove();
-    picture.draw().then(() => this.#quoteSoon());
+    if (!this.pool.isLive) return;
+    const quote = byId("quote").dataset.state === "none" ? "" : byId("quote").textContent;
+    this.#follow(this.isForVideo ? new Video(this.#body, quote, this.pool) : new Picture(this.#body, quote));
+  }
+
+  /** Show what becomes of a picture or a video, above those before it. Those that are over make room. */
+  #follow(card) {
+    byId("pictures").prepend(card.node);
+    this.#cards.unshift(card);
+    if (this.#cards.length > MAX_CARDS) {
+      const last = this.#cards.findLast(({ isOver }) => isOver) ?? this.#cards.at(-1);
+      this.#cards.splice(this.#cards.indexOf(last), 1);
+      last.leave();
+    }
+    card.draw().then(() => this.#quoteSoon());
   }
 }
 
-/** Give a select other options, if they are others; what was chosen stays, unless it is gone. */
-function renew(select, options) {
-  if (options.map(({ value }) => value).join() !== [...select.options].map(({ value }) => value).join()) {
-    const chosen = select.value;
-    select.replaceChildren(...options);
-    if (options.some(({ value }) => value === chosen)) select.value = chosen;
-  }
+/** Have `select` offer these [text, value]; what is chosen stays so if it is still offered. */
+function offer(select, choices) {
+  const chosen = select.value;
+  select.replaceChildren(...choices.map(([text, value]) => new Option(text, value)));
+  if (choices.some(([, value]) => value === chosen)) select.value = chosen;
 }

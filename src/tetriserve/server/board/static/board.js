@@ -1,7 +1,8 @@
 // The board itself: a row per rank, time to the right, now as a line; left of it what ran, right of it what is planned.
 
-import { HUES, blockRects, fillBlocks, hatchBlocks, readPalette, strokeBlocks } from "./paint.js";
+import { HUES, blockRects, fillBlocks, hatchBlocks, perforateBlocks, readPalette, strokeBlocks } from "./paint.js";
 import { Tape } from "./tape.js";
+import { isVideo, labelsOf } from "./words.js";
 
 const NOW_AT = 0.62; // of the width
 const LAG_S = 0.12; // the picture is this much behind, so that ends are known before they are drawn
@@ -114,7 +115,7 @@ export class Board {
     context.font = this.#font(11);
     for (let rank = 0; rank < numRows; rank++) {
       const y = rows.top + rank * rows.height;
-      const isUp = living.has(rank) || !this.pool.model;
+      const isUp = living.has(rank) || !this.pool.isLive;
       context.fillStyle = isUp ? palette.row : palette.down;
       context.fillRect(left, y + rows.inset, canvas.width - left, rows.height - 2 * rows.inset);
       if (rank % every && isUp) continue;
@@ -146,6 +147,7 @@ export class Board {
     const { scale, rows } = this.layout;
     const rects = blockRects(run, rows, Math.round(toX(start_s)), Math.round(toX(end_s)), scale);
     fillBlocks(context, rects, HUES[run.request.hue], scale);
+    if (isVideo(run.request)) perforateBlocks(context, rects, palette.holes, scale);
     if (run.request.isLate) hatchBlocks(context, rects, palette.late, scale);
   }
 
@@ -163,6 +165,7 @@ export class Board {
     context.globalAlpha = 0.9;
     if (rects[0].width > 4 * scale) strokeBlocks(context, rects, colour, scale, scale);
     context.globalAlpha = 1;
+    if (isVideo(run.request)) this.#drawLabel(run, toX(start_s), toX(end_s));
   }
 
   #drawDeadlines(fromS, untilS, toX) {
@@ -243,11 +246,10 @@ export class Board {
     const { scale, rows } = this.layout;
     const [first, count] = parts.reduce((widest, part) => (part[1] > widest[1] ? part : widest));
     if (count * rows.height < 15 * scale) return;
-    const [width, height] = request.size.split("x");
-    const text = width === height ? width : request.size;
     context.font = this.#font(10.5);
-    const textWidth = context.measureText(text).width;
-    if (toX - fromX < textWidth + 12 * scale) return;
+    const texts = labelsOf(request).map((text) => [text, context.measureText(text).width]);
+    const [text, textWidth] = texts.find(([, width]) => toX - fromX >= width + 12 * scale) ?? [];
+    if (text === undefined) return;
     const [x, y] = [(fromX + toX) / 2, rows.top + (first + count / 2) * rows.height];
     context.fillStyle = palette.label;
     context.beginPath();

@@ -1,7 +1,7 @@
 // The numbers beside the board: who was on time, who waits, at which degree, and the same by size.
 
-import { isMissed, wanted } from "./pool.js";
-import { element, percent, percentile, plural, seconds } from "./words.js";
+import { isMissed } from "./pool.js";
+import { element, partsOf, percent, percentile, plural, seconds } from "./words.js";
 
 const WINDOW_S = 300;
 const COURSE_S = 10; // a bar of the course
@@ -15,7 +15,7 @@ export function showNumbers(pool) {
   showCourse(judged, pool.now);
   showQueue(pool);
   showMix(pool.runs);
-  showSizes(judged);
+  showSizes(pool, judged);
 }
 
 export function attainedOf(requests) {
@@ -82,16 +82,27 @@ function showMix(runs) {
   }));
 }
 
-function showSizes(judged) {
-  const sizes = Map.groupBy(judged, wanted);
-  const pixels = (size) => sizes.get(size)[0].size.split("x").reduce((product, side) => product * Number(side), 1);
-  const rows = [...sizes.keys()].sort((a, b) => pixels(a) - pixels(b)).map((size) => {
-    const requests = sizes.get(size);
-    const finished = requests.filter((request) => request.status === "finished");
-    const latencies = finished.map((request) => request.finish_s - request.arrival_s).sort((a, b) => a - b);
-    const at = (level) => (latencies.length ? seconds(percentile(latencies, level)) : "–");
-    const cells = [requests.length, percent(attainedOf(requests), requests.length), at(0.5), at(0.99)];
-    return element("tr", {}, element("th", { className: "word", scope: "row" }, size), ...cells.map((cell) => element("td", {}, `${cell}`)));
+/** A row for each size; where several models are served also one for each of them, with its sizes below. */
+function showSizes(pool, judged) {
+  byId("sizes-title").textContent = pool.isShared ? "By model and size" : "By size";
+  const rows = pool.models.flatMap((model) => {
+    const ofModel = judged.filter((request) => pool.modelOf(request) === model);
+    if (!ofModel.length) return [];
+    return pool.isShared ? [sizeRow(model.key, ofModel, "model"), ...sizeRows(ofModel)] : sizeRows(ofModel);
   });
   if (rows.length) byId("sizes").replaceChildren(...rows);
+}
+
+function sizeRows(judged) {
+  const sizes = Map.groupBy(judged, (request) => request.size);
+  const pixels = (size) => partsOf(size).reduce((product, side) => product * side);
+  return [...sizes.keys()].sort((a, b) => pixels(a) - pixels(b)).map((size) => sizeRow(size, sizes.get(size)));
+}
+
+function sizeRow(title, requests, className = "") {
+  const finished = requests.filter((request) => request.status === "finished");
+  const latencies = finished.map((request) => request.finish_s - request.arrival_s).sort((a, b) => a - b);
+  const at = (level) => (latencies.length ? seconds(percentile(latencies, level)) : "–");
+  const cells = [requests.length, percent(attainedOf(requests), requests.length), at(0.5), at(0.99)];
+  return element("tr", { className }, element("th", { className: "word", scope: "row" }, title), ...cells.map((cell) => element("td", {}, `${cell}`)));
 }

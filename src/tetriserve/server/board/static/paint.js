@@ -3,6 +3,8 @@
 // The first are M. Okabe's and K. Ito's ("Color Universal Design"); the same as on the boards of `simulate --report`.
 export const HUES = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0077bb", "#d55e00", "#b5a642", "#44aa99", "#8f7fc0", "#c2b59b"];
 
+const HOLE = 2.5; // height of a film's holes, in CSS pixels
+
 /** The page's colours in its present theme, and the hatching of what is late. */
 export function readPalette(context, scale) {
   const style = getComputedStyle(document.documentElement);
@@ -11,7 +13,12 @@ export function readPalette(context, scale) {
     card: colour("card"), ink: colour("ink"), muted: colour("muted"), rule: colour("rule"), row: colour("row"),
     accent: colour("accent"), label: colour("label"), labelInk: colour("label-ink"),
   };
-  return { ...palette, late: hatching(context, colour("hatch"), scale), down: hatching(context, palette.rule, scale) };
+  return {
+    ...palette,
+    late: hatching(context, colour("hatch"), scale),
+    down: hatching(context, palette.rule, scale),
+    holes: perforation(context, palette.card, scale),
+  };
 }
 
 function hatching(context, colour, scale) {
@@ -27,6 +34,15 @@ function hatching(context, colour, scale) {
   }
   pen.stroke();
   return context.createPattern(cell, "repeat");
+}
+
+function perforation(context, colour, scale) {
+  const cell = new OffscreenCanvas(Math.round(8 * scale), Math.round(HOLE * scale));
+  const pen = cell.getContext("2d");
+  pen.fillStyle = colour;
+  pen.globalAlpha = 0.75;
+  pen.fillRect(Math.round(2 * scale), 0, Math.round(4 * scale), cell.height);
+  return context.createPattern(cell, "repeat-x");
 }
 
 /** Where the rows are: `top` of the first, `row` high each, blocks `inset` from their edges. Requests that share a task
@@ -68,6 +84,22 @@ export function hatchBlocks(context, rects, pattern, scale) {
     trace(context, { ...rect, x: 0, y: 0 }, scale);
     context.fill();
     context.restore();
+  }
+}
+
+/** Holes along both edges of blocks, as a film has them: what is a video. Blocks that are too low have none. */
+export function perforateBlocks(context, rects, pattern, scale) {
+  const hole = Math.round(HOLE * scale);
+  const inset = Math.round(2 * scale);
+  context.fillStyle = pattern;
+  for (const { x, y, width, height } of rects) {
+    if (height < 5 * hole) continue;
+    for (const top of [Math.round(y) + inset, Math.round(y + height) - inset - hole]) {
+      context.save();
+      context.translate(x, top);
+      context.fillRect(0, 0, width, hole);
+      context.restore();
+    }
   }
 }
 

@@ -1,38 +1,29 @@
 // One picture that the user asked for: how far it is, what it looks like, whether it came in time.
 
 import { Unreachable, errorOf, eventsOf, post } from "./api.js";
+import { Card } from "./card.js";
 import { element, plural, seconds } from "./words.js";
 
 const PREVIEWS = 2;
 const PAUSE_MS = 250; // between two tasks that is not worth a word
 
-export class Picture {
+export class Picture extends Card {
   constructor(body, quote) {
-    this.body = body;
+    super("picture", body, body.size.replace("x", " × "), quote);
     this.image = element("img", { alt: `Picture of: ${body.prompt}`, hidden: true });
-    this.bar = element("progress", { max: 1, value: 0 });
-    this.bar.setAttribute("aria-label", "Progress");
-    this.state = element("p", { className: "state" }, "sent");
-    this.verdict = element("p", { className: "verdict", hidden: true });
-    this.verdict.setAttribute("role", "status");
-    this.card = element("li", { className: "picture" },
-      element("p", { className: "prompt" }, body.prompt),
-      this.facts = element("p", { className: "muted" }, body.size.replace("x", " × ")),
-      this.verdict, this.bar, this.state, this.image);
-    if (quote) this.facts.append(`. Quoted: ${quote}`);
-    this.card.dataset.state = "running";
+    this.node.append(this.image);
   }
 
   /** Ask for it, and show what becomes of it. */
   async draw() {
     try {
       const response = await post("v1/images/generations", { ...this.body, stream: true, partial_images: PREVIEWS });
-      if (!response.ok) return this.#fail(await errorOf(response));
+      if (!response.ok) return this.fail(await errorOf(response));
       for await (const { name, data } of eventsOf(response)) this.#take(name, data);
-      if (this.card.dataset.state === "running") this.#fail("the connection was lost");
+      if (!this.isOver) this.fail("the connection was lost");
     } catch (error) {
       if (!(error instanceof Unreachable)) throw error;
-      this.#fail("the server cannot be reached");
+      this.fail("the server cannot be reached");
     }
   }
 
@@ -44,9 +35,9 @@ export class Picture {
         return this.#show(data, true);
       case "image_generation.completed":
         this.#show(data, false);
-        return this.#judge(data.schedule, data.seed);
+        return this.judge(data.schedule, `${this.body.size.replace("x", " × ")}, seed ${data.seed}`);
       case "error":
-        return this.#fail(data.error.message);
+        return this.fail(data.error.message);
     }
   }
 
@@ -68,45 +59,8 @@ export class Picture {
     this.image.classList.toggle("preview", isPreview);
   }
 
-  #judge(schedule, seed) {
+  end(...what) {
     clearTimeout(this.pause);
-    const spare = schedule.slo_ms / 1000 - schedule.latency_s;
-    this.card.dataset.state = schedule.attained ? "attained" : "late";
-    this.verdict.append(
-      element("strong", {}, schedule.attained ? "In time" : "Late"),
-      ` by ${seconds(Math.abs(spare))}: done in ${seconds(schedule.latency_s)}, due in ${seconds(schedule.slo_ms / 1000)}`,
-    );
-    this.verdict.hidden = false;
-    this.bar.hidden = true;
-    this.facts.textContent = `${this.body.size.replace("x", " × ")}, seed ${seed}`;
-    this.state.replaceChildren(degreesOf(schedule), ` ${seconds(schedule.queued_s)} queued`);
+    super.end(...what);
   }
-
-  #fail(message) {
-    clearTimeout(this.pause);
-    this.card.dataset.state = "failed";
-    this.verdict.append(element("strong", {}, "No picture"), `: ${message}`);
-    this.verdict.hidden = false;
-    this.bar.hidden = this.state.hidden = true;
-  }
-}
-
-/** The degrees of the denoise steps, in order: as wide as there are steps, as high as the degree. */
-function degreesOf({ degrees }) {
-  const most = Math.max(...degrees);
-  const stretches = []; // [degree, steps]
-  for (const degree of degrees) {
-    if (stretches.at(-1)?.[0] === degree) stretches.at(-1)[1] += 1;
-    else stretches.push([degree, 1]);
-  }
-  const words = stretches.map(([degree, steps]) => `${plural(steps, "step")} on ${plural(degree, "rank")}`).join(", ");
-  const chart = element("span", { className: "degrees", title: words });
-  chart.setAttribute("role", "img");
-  chart.setAttribute("aria-label", words);
-  chart.append(...stretches.map(([degree, steps]) => {
-    const column = element("i");
-    Object.assign(column.style, { height: `${(100 * degree) / most}%`, flexGrow: steps });
-    return column;
-  }));
-  return chart;
 }

@@ -6,7 +6,8 @@ const NUM_HUES = 10;
 const STAY_GAP_S = 0.1;
 
 export class Pool extends EventTarget {
-  model = null; // {name, policy, sizes, num_steps, models}; models: [{name, makes_videos, sizes, num_steps}], empty for one
+  models = []; // {key, name, makes: "image" or "video", sizes, num_steps}, and of one that makes videos fps, frame_step
+  policy = "";
   status = null; // why a request sent now would not be served
   ranks = []; // that live
   numRows = 0;
@@ -24,11 +25,30 @@ export class Pool extends EventTarget {
     return this.#offset === null ? 0 : performance.now() / 1000 + this.#offset;
   }
 
+  /** Whether a snapshot has come. */
+  get isLive() {
+    return this.models.length > 0;
+  }
+
+  /** Whether requests are for different models. */
+  get isShared() {
+    return this.models.length > 1;
+  }
+
+  /** The model that a request, or its block, is for. */
+  modelOf({ model = "" }) {
+    return this.models.find(({ key }) => key === model) ?? this.models[0];
+  }
+
+  get makesVideos() {
+    return this.models.some(({ makes }) => makes === "video");
+  }
+
   /** Take in the whole state. Requests that were known before keep their colours. */
   begin(snapshot) {
     const known = this.requests;
-    const { model: name, policy, sizes, num_steps, models = [] } = snapshot;
-    this.model = { name, policy, sizes, num_steps, models };
+    this.models = snapshot.models;
+    this.policy = snapshot.policy;
     this.requests = new Map();
     this.open = new Map();
     this.runs = [];
@@ -134,11 +154,6 @@ export class Pool extends EventTarget {
     dropWhile(this.stays, (stay) => stay.end_s < since);
     dropWhile(this.ended, (request) => request.finish_s < this.now - ENDED_S, (request) => this.requests.delete(request.id));
   }
-}
-
-/** What a request is for: its size, after its model's name where there are several. */
-export function wanted(request) {
-  return request.model ? `${request.model} ${request.size}` : request.size;
 }
 
 export function isMissed(request) {

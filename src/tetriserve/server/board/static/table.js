@@ -2,8 +2,7 @@
 
 import { HUES } from "./paint.js";
 import { attainedOf } from "./numbers.js";
-import { wanted } from "./pool.js";
-import { element, percent, plural, seconds } from "./words.js";
+import { element, outputOf, percent, plural, seconds } from "./words.js";
 
 const MAX_ROWS = 50;
 const SAY_EVERY_MS = 10_000;
@@ -26,7 +25,7 @@ export class Speaker {
 
   constructor(pool) {
     setInterval(() => {
-      if (!pool.model) return;
+      if (!pool.isLive) return;
       const judged = pool.ended.filter((request) => request.status !== "cancelled");
       const onTime = judged.length ? `; ${percent(attainedOf(judged), judged.length)} on time in the last 5 minutes` : "";
       const text = `${summaryOf(pool)}${onTime}.`;
@@ -36,6 +35,7 @@ export class Speaker {
 }
 
 export function showTable(pool, selected, onSelect) {
+  byId("rows-model").hidden = !pool.isShared;
   const running = new Map(pool.running.map((run) => [run.id, run]));
   const requests = [...pool.open.values()].sort((a, b) => a.deadline_s - b.deadline_s);
   const rows = requests.slice(0, MAX_ROWS).map((request) => rowOf(request, running.get(request.id), pool, selected, onSelect));
@@ -54,7 +54,8 @@ function rowOf(request, run, pool, selected, onSelect) {
   name.dataset.request = request.id;
   const expected = pool.plan.finishes.get(request.id);
   const cells = [
-    [wanted(request), "word"],
+    ...(pool.isShared ? [[pool.modelOf(request).key, "word"]] : []),
+    [outputOf(request), "word"],
     [`${run ? run.stage : "waiting"}${pool.isDoomed(request) ? ", late" : ""}`, "word"],
     [`${request.steps_done}/${request.num_steps}`, ""],
     [run ? run.ranks.join(" ") : "–", "word"],

@@ -1,6 +1,7 @@
 // The past, painted once: blocks that ended go onto strips of canvas, which each frame only moves.
 
-import { HUES, blockRects, fillBlocks, hatchBlocks, strokeBlocks } from "./paint.js";
+import { HUES, blockRects, fillBlocks, hatchBlocks, perforateBlocks, strokeBlocks } from "./paint.js";
+import { isVideo } from "./words.js";
 
 const NUM_STRIPS = 10; // across what is shown
 
@@ -26,6 +27,7 @@ export class Tape {
       const colour = HUES[run.request.hue];
       if (run.failure) strokeBlocks(context, rects, colour, 1.5 * scale, scale);
       else fillBlocks(context, rects, colour, scale);
+      if (isVideo(run.request) && !run.failure) perforateBlocks(context, rects, this.palette.holes, scale);
       if (run.request.isLate) hatchBlocks(context, rects, this.palette.late, scale);
     }, rows);
   }
