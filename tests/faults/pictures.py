@@ -75,7 +75,9 @@ class Gallery:
                 latents = adapter.initial_latents(request)
                 for _ in range(request.num_steps):
                     latents = loop.step(latents)
-                references[picture] = adapter.decode(request, latents)
+                pixels = adapter.decode(request, latents)
+            assert pixels is not None, "it was decoded by one rank alone"
+            references[picture] = pixels
         return cls(references)
 
     def distance(self, picture: Picture, png: bytes) -> int:
