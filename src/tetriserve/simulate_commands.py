@@ -57,25 +57,28 @@ def simulate(
     with one_line_errors():
         from tetriserve.report.comparing import compare_and_print
         from tetriserve.report.publishing import publish_paper
-        from tetriserve.simulator.writing import scenario_of
+        from tetriserve.simulator.scenario import Scenario
+        from tetriserve.simulator.writing import with_profiles
 
         is_json = options.is_json(format)
-        scenario = scenario_of(
+        scenario = with_profiles(
+            Scenario(
+                mix=mix,
+                arrivals=arrivals,
+                rate_per_min=rate,
+                num_requests=requests,
+                num_ranks=ranks,
+                encoder_ranks=encoder_ranks,
+                noise=noise,
+                late_share=late_share,
+                trace=trace,
+                cache=cache,
+            ),
             profile or [options.PROFILE],
             steps=steps,
             passes=passes,
             slo_scale=slo_scale,
             slo_multiple=slo_multiple,
-            mix=mix,
-            arrivals=arrivals,
-            rate_per_min=rate,
-            num_requests=requests,
-            num_ranks=ranks,
-            encoder_ranks=encoder_ranks,
-            noise=noise,
-            late_share=late_share,
-            trace=trace,
-            cache=cache,
         )
         if paper is not None:
             for name, value in (("out", out), ("trace-out", trace_out), ("report", report)):
@@ -139,23 +142,26 @@ def plan(
     """Find the smallest number of GPUs that holds a target, by simulation. Exit code 1: none does."""
     with one_line_errors():
         from tetriserve.report.sizing import plan_and_print
-        from tetriserve.simulator.writing import scenario_of
+        from tetriserve.simulator.scenario import Scenario
+        from tetriserve.simulator.writing import with_profiles
 
-        scenario = scenario_of(
+        scenario = with_profiles(
+            Scenario(
+                mix=mix,
+                arrivals=arrivals,
+                rate_per_min=rate,
+                num_requests=requests,
+                encoder_ranks=encoder_ranks,
+                noise=noise,
+                late_share=late_share,
+                trace=trace,
+                cache=cache,
+            ),
             profile or [options.PROFILE],
             steps=steps,
             passes=passes,
             slo_scale=slo_scale,
             slo_multiple=slo_multiple,
-            mix=mix,
-            arrivals=arrivals,
-            rate_per_min=rate,
-            num_requests=requests,
-            encoder_ranks=encoder_ranks,
-            noise=noise,
-            late_share=late_share,
-            trace=trace,
-            cache=cache,
         )
         is_met = plan_and_print(
             scenario,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tetriserve.core.errors import ConfigError
 from tetriserve.simulator.models import SimulatedModel
@@ -15,22 +16,19 @@ Number = TypeVar("Number", int, float)
 _KEY = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 
 
-def scenario_of(
+def with_profiles(
+    scenario: Scenario,
     profiles: Sequence[str],
     *,
     steps: str | None,
     passes: str | None,
     slo_scale: str,
     slo_multiple: str | None,
-    **others: Any,
 ) -> Scenario:
-    """The scenario of one plain profile, or of several models named NAME=PROFILE.
+    """`scenario` with one plain profile, or with several models named NAME=PROFILE.
 
     `steps`, `passes`, `slo_scale` and `slo_multiple` are one number for all models, or NAME=NUMBER with commas, where
     models that are not named have their default.
-
-    Args:
-        others: fields of `Scenario` that do not belong to a model.
 
     Raises:
         ConfigError: a name is unknown, missing or given twice, or a number is none.
@@ -51,15 +49,15 @@ def scenario_of(
         for key, profile in named.items()
     )
     if keys != ("",):
-        return Scenario(models=models, **others)
+        return replace(scenario, models=models)
     (model,) = models
-    return Scenario(
+    return replace(
+        scenario,
         profile=model.profile,
         num_steps=model.num_steps,
         num_passes=model.num_passes,
         slo_scale=model.slo_scale,
         slo_multiple=model.slo_multiple,
-        **others,
     )
 
 

@@ -26,7 +26,7 @@ from tetriserve.simulator.planner import find_smallest_pool
 from tetriserve.simulator.run import simulate
 from tetriserve.simulator.scenario import Scenario, prepare
 from tetriserve.simulator.study import Study
-from tetriserve.simulator.writing import scenario_of
+from tetriserve.simulator.writing import with_profiles
 from tetriserve.workload.outcome import Outcome
 from tetriserve.workload.slo import TableRule
 
@@ -42,7 +42,7 @@ def requests_of(scenario: Scenario, seed: int = 0) -> list[Request]:
 
 
 def test_one_plain_profile_is_a_scenario_without_models() -> None:
-    assert scenario_of([FLUX], **DEFAULTS) == Scenario()
+    assert with_profiles(Scenario(mix="skewed"), [FLUX], **DEFAULTS) == Scenario(mix="skewed")
     assert isinstance(prepare(Scenario()).cost, ProfileCost)
     (request,) = {dataclasses.replace(r, request_id="", seed=0, arrival_s=0, deadline_s=0) for r in
                   requests_of(Scenario(mix="homogeneous:512x512", num_requests=3))}  # fmt: skip
@@ -149,17 +149,17 @@ def test_a_trace_of_models_needs_their_profiles(tmp_path: Path) -> None:
 
 
 def test_options_are_written_for_all_models_or_by_name() -> None:
-    scenario = scenario_of(
+    scenario = with_profiles(
+        Scenario(mix="images:20,videos:1"),
         [f"images={FLUX}", f"videos={WAN}"],
         steps="videos=40",
         passes=None,
         slo_scale="images=1.5",
         slo_multiple="videos=2",
-        mix="images:20,videos:1",
     )
     assert scenario == Scenario(models=(IMAGES, dataclasses.replace(VIDEOS, num_steps=40)), mix="images:20,videos:1")
     assert scenario.profile_name == f"images={FLUX}, videos={WAN}"
-    for all_models in scenario_of([f"a={FLUX}", f"b={WAN}"], **DEFAULTS | {"slo_multiple": "3"}).models:
+    for all_models in with_profiles(Scenario(), [f"a={FLUX}", f"b={WAN}"], **DEFAULTS | {"slo_multiple": "3"}).models:
         assert all_models.slo_multiple == 3.0
 
 
@@ -187,7 +187,7 @@ def test_the_command_of_a_scenario_of_models_gives_it_back() -> None:
 )
 def test_a_name_or_number_that_cannot_be_is_told(profiles: list[str], changes: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        scenario_of(profiles, **DEFAULTS | changes)
+        with_profiles(Scenario(), profiles, **DEFAULTS | changes)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
