@@ -78,6 +78,8 @@ def test_a_video_is_quoted_before_it_is_asked_for(page):
     page.get_by_label("Deadline").fill("100")
     expect(page.locator("#quote")).to_have_attribute("data-state", "feasible")
     expect(page.locator("#quote")).to_contain_text("In time: done in")
+    page.get_by_label("Deadline").fill("600")
+    expect(page.locator("#quote")).to_contain_text(re.compile(r"9 min 5\d s before its deadline"))
     page.get_by_label("Deadline").fill("0.1")
     expect(page.locator("#quote")).to_contain_text("after its deadline")
     page.get_by_label("Seconds", exact=True).fill("100")

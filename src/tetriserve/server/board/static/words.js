@@ -4,7 +4,8 @@ export function seconds(value) {
   const size = Math.abs(value);
   if (size < 1) return `${Math.round(value * 1000)} ms`;
   if (size < 100) return `${value.toFixed(size < 10 ? 2 : 1)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const whole = Math.round(value);
+  return `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
 export function percent(part, all) {
