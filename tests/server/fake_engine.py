@@ -281,18 +281,21 @@ MODEL = Model(CARD.name, CARD.fingerprint)
 
 
 def make_engine(
-    executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64, cards: Sequence[ModelCard] = (CARD,)
+    executor: FakeExecutor, *, policy: str = "fcfs", max_queue: int = 64, cards: Sequence[ModelCard] = ()
 ) -> LiveEngine:
     """A started engine; call it on the loop that it will run on.
 
-    cards: of models that take the same times, but for those of videos, each with a key where there are several.
+    cards: of models that take the same times, but for those of videos, each with a key where there are several; none
+        is `CARD`, as it is now.
     """
+    cards = cards or (CARD,)
     profiles = {card.key: VIDEO_PROFILE if card.makes_videos else PROFILE for card in cards}
     costs = {key: ProfileCost(profile, lambda shape: CARD.valid_degrees((1, 2))) for key, profile in profiles.items()}
     cost = CostByModel(costs) if len(cards) > 1 else costs[cards[0].key]
     probes = [probe(shape, model=key) for key, profile in profiles.items() for shape in profile.shapes]
     new_policy = partial(make_policy, policy, cost, num_ranks=2, probes=probes)
-    executor.preview_bases = {card.key: executor.preview_bases[""] for card in cards}
+    basis, *_ = executor.preview_bases.values()
+    executor.preview_bases = {card.key: basis for card in cards}
     pool = PoolConfig(num_ranks=2)
     engine = LiveEngine(
         Controller(new_policy(), cost, stage_ranks=stage_ranks(cards, pool)),
@@ -308,10 +311,11 @@ def make_engine(
 
 async def make_journalled_jobs(
     executor: FakeExecutor, directory: Path, *, result_ttl_s: float = 3600.0, hold_s: float = 30.0,
-    wall_clock: Callable[[], float] = time.time, cards: Sequence[ModelCard] = (CARD,), max_video_bytes: int = MAX_BYTES,
+    wall_clock: Callable[[], float] = time.time, cards: Sequence[ModelCard] = (), max_video_bytes: int = MAX_BYTES,
     **settings: Any,
 ) -> JournalledJobs:  # fmt: skip
     """Jobs above a `make_engine`, with a journal in `directory`, whose unfinished work is taken up."""
+    cards = cards or (CARD,)
     journal = Journal(directory, *(Model(card.name, card.fingerprint, card.key) for card in cards))
     jobs = JournalledJobs(
         make_engine(executor, cards=cards, **settings), executor, journal,
