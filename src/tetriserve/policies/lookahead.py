@@ -326,7 +326,7 @@ class _Start:
         free_until = self._until(job.here.role)
         for degree, duration_s, _ in job.here.short:
             is_fitting = self.now + duration_s <= free_until[degree] + EPSILON_S
-            if is_fitting and self._leaves_headroom(degree, duration_s):
+            if is_fitting and self._leaves_headroom(degree, duration_s, narrowest=job.here.short[0][0]):
                 self._claim_until(self.now + duration_s, degree, job.here.role)
                 self.short_stage(job, degree)
                 return True

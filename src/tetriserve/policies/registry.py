@@ -13,6 +13,7 @@ from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import CostModel
 from tetriserve.core.probes import probe
 from tetriserve.core.request import Request, Shape
+from tetriserve.policies.disaggregate import Disaggregate
 from tetriserve.policies.exhaustive import NUM_NODES, Exhaustive
 from tetriserve.policies.fixed import FirstComeFirstServed, FixedDegree
 from tetriserve.policies.greedy import (
@@ -189,6 +190,19 @@ def _make_lookahead(context: PolicyContext) -> Policy:
     return Lookahead(**switches)
 
 
+def _make_disaggregate(context: PolicyContext) -> Policy:
+    inner = ListScheduler(earliest_deadline, best_fit=True)
+    if not context.argument:
+        return Disaggregate(inner)
+    most = context.num_ranks - 1
+    if not (_is_count(context.argument) and int(context.argument) <= most):
+        allowed = f"1 to {most}" if most else "none, as there is one rank"
+        raise ConfigError(
+            f"policy 'disaggregate:{context.argument}': the ranks set aside must be a number; allowed: {allowed}"
+        )
+    return Disaggregate(inner, int(context.argument))
+
+
 def _make_exhaustive(context: PolicyContext) -> Policy:
     max_nodes = NUM_NODES
     if context.argument:
@@ -216,6 +230,11 @@ POLICIES: Mapping[str, PolicySpec] = {
         "edf-best-fit",
         "earliest deadline first, as narrow as the deadline allows, widened into idle ranks",
         _list_scheduler("edf-best-fit", earliest_deadline, best_fit=True),
+    ),
+    "disaggregate": PolicySpec(
+        "disaggregate[:K]",
+        "edf-best-fit with K ranks set aside for encode and decode; by default as many as their part of the work",
+        _make_disaggregate,
     ),
     "exhaustive": PolicySpec(
         _EXHAUSTIVE_USAGE,

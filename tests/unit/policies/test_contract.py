@@ -32,6 +32,8 @@ POLICIES = [
     "srtf",
     "edf",
     "edf-best-fit",
+    "disaggregate",
+    "disaggregate:1",
     "exhaustive:nodes=100",
     "unsteady",
 ]

@@ -70,6 +70,8 @@ def test_a_round_longer_than_the_smallest_size_can_wait_is_warned_of_in_one_line
         ("lookahead:widen=1", 8, ["'widen=1'", "widen=on|off"]),
         ("rssp:fill=on", 8, ["'fill=on'", "backfill=on|off"]),
         ("edf-best-fit:2", 8, ["'edf-best-fit:2'", "no argument"]),
+        ("disaggregate:8", 8, ["'disaggregate:8'", "1 to 7"]),
+        ("disaggregate:two", 8, ["'disaggregate:two'", "1 to 7"]),
         ("exhaustive:nodes=0", 8, ["'nodes=0'", "nodes=N"]),
         ("exhaustive:5", 8, ["'5'", "nodes=N"]),
     ],
