@@ -112,12 +112,6 @@ def read(path: Path, pipeline_class: str, index: Mapping[str, Any]) -> ModelCard
     )
 
 
-def num_tokens(card: ModelCard, shape: Shape) -> int:
-    """See `Family.num_tokens`: squares of the size multiple, of each latent frame."""
-    squares = (shape.height // card.pixels_per_token) * (shape.width // card.pixels_per_token)
-    return squares * (1 + (shape.frames - 1) // card.frame_step) if card.makes_videos else squares
-
-
 def stages(card: ModelCard, num_steps: int, guidance: Guidance) -> tuple[Stage, ...]:
     """See `Family.stages`. A pipeline with a negative prompt is taken to guide by it, an empty one if none is given."""
     scale = guidance.scale if card.guides_by_passes else guidance.true_cfg_scale
@@ -179,6 +173,5 @@ GENERIC = Family(
     components=("scheduler",),
     max_text_tokens=_MAX_TEXT_TOKENS,
     read=read,
-    num_tokens=num_tokens,
     stages=stages,
 )
