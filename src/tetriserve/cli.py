@@ -326,20 +326,27 @@ def _say_ready(url: str, engine: LiveEngine, *, has_keys: bool) -> None:
         "Open it in a browser to watch the pool and to ask for pictures.\n"
         f"Times planned with: {'; '.join(planned)}; corrected as requests run.\n"
     )
-    if drawing is None:
-        return
-    model = f'"model": "{drawing.card.name}", ' if models.are_several else ""
-    console.print("A picture with a deadline of 5 seconds, saved as picture.png:\n")
     key_header = ' -H "Authorization: Bearer $TETRISERVE_API_KEY"' if has_keys else ""
-    console.print(
-        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{key_header} \\\n"
-        f'  -d \'{{{model}"prompt": "a red circle above a blue square", "size": "{drawing.card.sizes[0]}", '
-        '"slo_ms": 5000}\' \\\n'
-        '  | python3 -c \'import base64, json, sys; image = json.load(sys.stdin)["data"][0]; '
-        'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',
-        soft_wrap=True,
-        markup=False,
-    )
+    post = f"-H 'Content-Type: application/json'{key_header}"
+    if drawing is not None:
+        model = f'"model": "{drawing.card.name}", ' if models.are_several else ""
+        console.print("A picture with a deadline of 5 seconds, saved as picture.png:\n")
+        console.print(
+            f"curl -s {url}/v1/images/generations {post} \\\n"
+            f'  -d \'{{{model}"prompt": "a red circle above a blue square", "size": "{drawing.card.sizes[0]}", '
+            '"slo_ms": 5000}\' \\\n'
+            '  | python3 -c \'import base64, json, sys; image = json.load(sys.stdin)["data"][0]; '
+            'open("picture.png", "wb").write(base64.b64decode(image["b64_json"])); print(image["schedule"])\'\n',
+            soft_wrap=True,
+            markup=False,
+        )
+    if any(intake.card.makes_videos for intake in models.intakes):
+        console.print("A video, saved as video.mp4:\n")
+        console.print(
+            f'curl -sf {url}/v1/videos/sync {post} \\\n  -d \'{{"prompt": "a fox in the snow"}}\' -o video.mp4\n',
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _print_profile(measured: Profile) -> None:
