@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -78,7 +79,8 @@ def begin(tmp_path: Path, connect: Callable[..., httpx.AsyncClient]) -> Begin:
     @asynccontextmanager
     async def begin(executor: FakeExecutor | None = None, **settings: Any) -> AsyncIterator[Life]:
         executor = executor or FakeExecutor()
-        jobs = await make_journalled_jobs(executor, tmp_path / "j", cards=BOTH, **{"policy": "fixed:1"} | settings)
+        settings = {"cards": BOTH, "policy": "fixed:1"} | settings
+        jobs = await make_journalled_jobs(executor, tmp_path / "j", **settings)
         async with connect(EngineSlot(jobs.engine, jobs)) as client:
             yield Life(jobs, executor, client)
         executor.gate.set()
@@ -104,6 +106,31 @@ async def test_what_was_finished_is_there_after_a_restart_as_it_was(begin: Begin
         assert life.executor.started == []
         remix = (await life.client.post(f"{URL}/{made['id']}/remix", json={"prompt": "a ship"})).json()
         assert (await life.ended(remix["id"]))["remixed_from_video_id"] == made["id"]
+
+
+async def test_videos_of_a_model_that_is_not_served_any_more_are_kept_if_finished_and_failed_if_not(
+    begin: Begin,
+) -> None:
+    async with begin() as life:
+        made = await life.create()
+        before = await life.ended(made["id"])
+        life.executor.gate.clear()
+        begun = await life.create(seed=8)
+        await until(lambda: life.jobs.engine.state.in_flight)
+        await life.crash()
+    images, clips = BOTH
+    other = dataclasses.replace(clips, key="films", name="films", fingerprint="f11")
+    async with begin(cards=(images, other)) as life:
+        assert await life.get(made["id"]) == before
+        assert (await life.content(made["id"])).status_code == 200
+        failed = await life.get(begun["id"])
+        assert failed["status"] == "failed"
+        assert failed["error"]["message"].startswith(
+            f"it was accepted for the model '{clips.name}', with which this server was not started again"
+        )
+        remix = await life.client.post(f"{URL}/{made['id']}/remix", json={"prompt": "a ship"})
+        assert remix.status_code == 404
+        assert remix.json()["error"]["message"] == f"model '{clips.name}' is not served; served: 'films'"
 
 
 async def test_what_a_killed_server_left_unfinished_goes_on_under_its_id(begin: Begin) -> None:

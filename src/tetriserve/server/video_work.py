@@ -77,6 +77,7 @@ def remix_of(service: Service, request: Request, body: RemixRequest, source: Vid
     """The same video with another prompt.
 
     Raises:
+        UnknownModel: its model is not served any more, or not under that name.
         InvalidRequest: it was made from a picture.
     """
     exchange, engine = _exchange(request), service.slot.require()
@@ -87,8 +88,9 @@ def remix_of(service: Service, request: Request, body: RemixRequest, source: Vid
         raise InvalidRequest(
             f"video {source.facts.id} was made from a picture, which is not kept; create a video with {_PICTURE} again"
         )
-    options, lora, card = before.video, before.lora, engine.models.of(before).card
+    options, lora = before.video, before.lora
     assert options is not None
+    card = engine.models.called(source.facts.model, makes_videos=True).card
     generation = Generation(
         prompt=body.prompt,
         size=f"{before.shape.width}x{before.shape.height}",
@@ -121,6 +123,8 @@ def _work(
     exchange: Exchange, engine: LiveEngine, card: ModelCard, generation: Generation, facts: VideoFacts
 ) -> VideoWork:
     exchange.facts["image_ids"] = generation.request_id
+    if engine.models.are_several:
+        exchange.facts["model"] = card.name
     return VideoWork(engine, card, generation, facts)
 
 
