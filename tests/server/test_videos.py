@@ -360,6 +360,21 @@ async def test_a_server_of_images_says_that_it_makes_no_videos_and_one_of_videos
         assert (await ended(client, made["id"]))["status"] == "completed"
 
 
+async def test_of_two_models_of_videos_the_one_that_takes_a_picture_gets_it_unless_another_is_named(executor, connect):
+    cards = [
+        dataclasses.replace(VIDEO_CARD, name=name, key=name, max_images=most) for name, most in (("t2v", 0), ("i2v", 1))
+    ]
+    async with connect(EngineSlot(make_engine(executor, cards=cards))) as client:
+        for body, model in (({}, "t2v"), ({"input_reference": data_url(PNG)}, "i2v"), ({"model": "i2v"}, "i2v")):
+            response = await client.post(URL, json={"prompt": "a ship", **body})
+            assert response.status_code == 200, response.text
+            video = await ended(client, response.json()["id"])
+            assert (video["status"], video["model"]) == ("completed", model)
+            assert executor.started[-1].work[0].request.model == model
+        refused = await client.post(URL, json={"prompt": "a ship", "model": "t2v", "input_reference": data_url(PNG)})
+        assert error_of(refused, "image") == "image: t2v takes no pictures"
+
+
 async def test_content_before_it_is_ready_is_a_409_that_says_how_far_it_is(create, client, executor):
     executor.gate.clear()
     video = await create()

@@ -59,7 +59,7 @@ async def work_of(service: Service, request: Request, asked: Asked[VideosRequest
     warnings = warnings_of(body, VIDEO, service.api.compat)
     if warnings:
         exchange.facts["ignored"] = ignored_names(warnings)
-    intake = engine.models.called(body.model, makes_videos=True)
+    intake = engine.models.called(body.model, makes_videos=True, num_images=len(asked.files))
     intake.pictures.check_number(len(asked.files))
     pictures: Sequence[InputPicture] = ()
     if asked.files:
