@@ -30,7 +30,7 @@ from tetriserve.journal import Key
 from tetriserve.launch import StartProgress, launch
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.registry import family_of
-from tetriserve.profile import Profile, ProfileCost, Row, save_profile
+from tetriserve.profile import Profile, ProfileCost, Row, load_profile, save_profile
 from tetriserve.profile.by_model import CostByModel
 
 DRAWINGS, PHOTOS = "drawings", "photos"
@@ -48,7 +48,7 @@ def models(
     folder = tmp_path_factory.mktemp("sd3")
     build_sd3(folder)
     (folder / "tetriserve.json").write_text(
-        json.dumps({"dtype": "float32", "max_sequence_length": 64, "sizes": ["64x64"], "num_steps": 6})
+        json.dumps({"dtype": "float32", "max_sequence_length": 64, "sizes": [*map(str, SHAPES)], "num_steps": 6})
     )
     card = read_card(folder)
     profile = Profile(
@@ -185,19 +185,26 @@ async def test_a_killed_worker_costs_neither_model_a_picture(
     assert [held.ranks for held in engine.memory] == [(0, 1)]
 
 
-async def test_a_rank_loads_and_runs_the_models_that_are_its_own(
+async def test_a_rank_loads_measures_and_runs_the_models_that_are_its_own(
     models: tuple[ModelConfig, ModelConfig],
     alone: dict[tuple[str, int], list[GeneratedImage]],
     caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     drawings, photos = models
     with caplog.at_level(logging.INFO):
-        starting = launched(drawings, replace(photos, ranks=(1,)))
+        starting = launched(drawings, replace(photos, ranks=(1,), profile=None))
         jobs = await starting.__aenter__()
     try:
         engine = jobs.engine
         assert "degrees 2 are not used: a degree is at most the number of ranks that hold photos, 1" in caplog.messages
         assert any(message.startswith("rank 0 holds ") and PHOTOS not in message for message in caplog.messages)
+        (kept,) = (tmp_path / "tetriserve" / "profiles").iterdir()
+        measured = load_profile(kept)
+        assert (measured.model, measured.degrees, measured.shapes) == (PHOTOS, (1,), SHAPES)
+        assert engine.models.called(PHOTOS).cost.profile == measured
         await check_roles(engine, alone)
         for rank in (0, 1):
             os.kill(workers_of(engine).pids[rank], signal.SIGKILL)
@@ -208,6 +215,8 @@ async def test_a_rank_loads_and_runs_the_models_that_are_its_own(
         await check_roles(engine, alone)
     finally:
         await starting.__aexit__(None, None, None)
+    assert kept.with_suffix(".corrections.json").is_file()
+    assert len([*kept.parent.iterdir()]) == 2, "what was learnt of a named profile is not kept"
 
 
 async def check_roles(engine: LiveEngine, alone: dict[tuple[str, int], list[GeneratedImage]]) -> None:

@@ -20,6 +20,7 @@ from tetriserve.engine import Generation
 from tetriserve.engine.models import ServedModels
 from tetriserve.journal import Journal, Key, Model
 from tetriserve.models.card import LoraFile
+from tetriserve.policies.registry import POLICIES
 from tetriserve.server import EngineSlot
 from tetriserve.server.board.hub import BoardHub
 from tetriserve.server.recent import RecentRuns
@@ -150,6 +151,20 @@ async def test_tasks_keep_to_the_ranks_of_their_model(draw, executor):
     await asyncio.gather(*(draw(model=model, seed=seed) for seed in range(3) for model in ("fast", "fine")))
     ranks = {(command.work[0].request.model, rank) for command in executor.started for rank in command.task.ranks}
     assert ranks == {("fast", 0), ("fast", 1), ("fine", 1)}
+
+
+@pytest.mark.parametrize(
+    "policy", [name for name in POLICIES if name not in ("fixed", "exhaustive")] + ["fixed:1", "fixed:2"]
+)
+async def test_every_policy_serves_a_model_that_one_rank_holds_beside_one_that_all_hold(policy):
+    executor = FakeExecutor()
+    engine = make_engine(executor, policy=policy, cards=CARDS)
+    asked = [Generation(prompt="a lighthouse", size="64x64", model=card.key) for card in CARDS * 3]
+    async with asyncio.timeout(HANG_S):
+        await asyncio.gather(*map(engine.generate, asked))
+    await engine.stop()
+    ranks = {(command.work[0].request.model, rank) for command in executor.started for rank in command.task.ranks}
+    assert ("fine", 0) not in ranks and {("fast", 0), ("fine", 1)} <= ranks
 
 
 async def test_streams_count_the_tokens_of_their_model(client):

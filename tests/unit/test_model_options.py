@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from tetriserve import Engine
 from tetriserve.cli import app
 from tetriserve.config import EngineConfig, ExecutionConfig, LoraConfig, ModelConfig, PoolConfig, ServerConfig
 from tetriserve.core.errors import ConfigError
@@ -217,3 +218,12 @@ def test_several_models_need_names_of_their_own() -> None:
 def test_without_names_the_common_options_are_the_model() -> None:
     common = ModelConfig(path="/x", profile="p.json")
     assert model_configs(common) == (common,)
+
+
+def test_the_python_interface_takes_one_model_or_several() -> None:
+    models = (replace(IMAGES, ranks=(0,)), VIDEO)
+    assert Engine(models=models, ranks=2)._config.models == models
+    assert Engine("/x", profile="p.json")._config.models == (ModelConfig(path="/x", profile="p.json"),)
+    with pytest.raises(ConfigError) as caught:
+        Engine("/x", models=models)
+    assert str(caught.value) == ("models stands beside model, profile, adapter or loras; say these of each of models")
