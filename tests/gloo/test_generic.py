@@ -596,7 +596,7 @@ def test_an_engine_serves_it_on_several_ranks_and_says_what_it_cannot_do(lumina2
         for thread in threads:
             thread.join(HANG_S)
         assert engine._live is not None
-        said = _model_object(engine._live, 0)
+        said = _model_object(engine._live, engine._live.models.first, 0)
     assert said.limits == list(lumina2.card.limits) and said.degrees == {"64x64": [1]}
     for seed, request in requests.items():
         assert np.array_equal(pictures[seed], lumina2.called(request))
