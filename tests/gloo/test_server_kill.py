@@ -65,10 +65,11 @@ class Server:
         self._process.terminate()
         return self._process.wait(HANG_S)
 
-    def metric(self, name: str) -> float:
-        """The sum over its labels."""
+    def metric(self, name: str, *labels: str) -> float:
+        """The sum over its labels, of those lines that have `labels` among theirs."""
         lines = httpx.get(f"{self.url}/metrics", timeout=HANG_S).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        named = [line for line in lines if line.startswith(name) and all(label in line for label in labels)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in named)
 
     def ask(self, **fields: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/images/generations", json=BODY | fields, headers=HEADERS, timeout=HANG_S)
