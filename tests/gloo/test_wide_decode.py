@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,14 +22,21 @@ from tetriserve.core.execution import Execution
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
-from tetriserve.engine import GeneratedImage, Generation, Intake, LiveEngine
+from tetriserve.engine import Generation, Intake, LiveEngine, VideoWish
+from tetriserve.examples import small_wan
 from tetriserve.executor.local import LocalExecutor
+from tetriserve.models.adapter import Member
 from tetriserve.models.card import ModelCard
+from tetriserve.models.checkpoint import read_card
 from tetriserve.models.flux.adapter import FluxAdapter
+from tetriserve.models.registry import family_of, load_adapter
+from tetriserve.models.video_file import VideoFile
 from tetriserve.profile import Profile, ProfileCost, Row
 from tetriserve.profiler import measure
+from tetriserve.workload.outcome import Outcome
 
 ONE_TILE, SMALL, LARGE = Shape(256, 256), Shape(512, 512), Shape(512, 768)
+VIDEO = Shape(272, 256, 5)
 NUM_RANKS = 4
 DEGREES = (1, 2, 3, 4)
 """Of decodes; the model's heads allow steps at 1, 2 and 4."""
@@ -71,10 +79,14 @@ def wide_profile(profile: Profile, card: ModelCard) -> Profile:
 
 @asynccontextmanager
 async def wide_engine(
-    card: ModelCard, profile: Profile, num_ranks: int, collectives: str = "shm"
+    card: ModelCard,
+    profile: Profile,
+    num_ranks: int,
+    collectives: str = "shm",
+    adapter: str | None = "faulty_flux:FaultyFlux",
 ) -> AsyncIterator[tuple[LiveEngine, LocalExecutor]]:
     pool = PoolConfig(num_ranks=num_ranks, degrees=DEGREES[:num_ranks], collectives=collectives)
-    executor = LocalExecutor([card], pool, adapter="faulty_flux:FaultyFlux")
+    executor = LocalExecutor([card], pool, adapter=adapter)
     await executor.start(lambda text: None)
     cost = ProfileCost(
         profile,
@@ -110,8 +122,8 @@ def alone(card: ModelCard) -> Callable[[Request], np.ndarray]:
     return picture
 
 
-def decode_degrees(image: GeneratedImage) -> list[int]:
-    return [run.task.degree for run in image.outcome.runs if run.task.stage == DECODE]
+def decode_degrees(outcome: Outcome) -> list[int]:
+    return [run.task.degree for run in outcome.runs if run.task.stage == DECODE]
 
 
 @pytest.mark.parametrize(("num_ranks", "collectives"), [(2, "shm"), (3, "shm"), (4, "shm"), (2, "torch")])
@@ -122,7 +134,7 @@ async def test_a_picture_decoded_by_several_ranks_has_the_bytes_of_degree_1(
     async with wide_engine(card, wide_profile, num_ranks, collectives) as (engine, executor):
         for shape, degree in ((LARGE, num_ranks), (ONE_TILE, 1)):
             image = await engine.generate(Generation(prompt="a red circle", size=str(shape), seed=5, num_steps=2))
-            assert decode_degrees(image) == [degree]
+            assert decode_degrees(image.outcome) == [degree]
             assert np.array_equal(image.pixels, alone(image.outcome.request))
         assert executor.num_restarts == 0
 
@@ -147,9 +159,41 @@ async def test_a_decode_that_loses_a_member_is_made_again(
         assert [run.task.stage for run in image.outcome.runs] == [ENCODE, DENOISE, DECODE]
         await until(lambda: len(executor.ranks) == 2)
         again = await engine.generate(Generation(prompt="after it", size=str(LARGE), seed=7, num_steps=1))
-        assert decode_degrees(again) == [2]
+        assert decode_degrees(again.outcome) == [2]
         assert np.array_equal(again.pixels, alone(again.outcome.request))
         assert executor.num_restarts == 1
+
+
+async def test_a_video_decoded_by_two_ranks_has_the_bytes_of_degree_1(tmp_path: Path) -> None:
+    small_wan.build(tmp_path)
+    plain = read_card(tmp_path)
+    card = dataclasses.replace(plain, execution=Execution("float32", tiling="vae"))
+    assert card.tiles is not None and card.tiles.count(VIDEO) == 4
+    rows = [
+        Row(
+            stage=stage, height=VIDEO.height, width=VIDEO.width, frames=VIDEO.frames, degree=degree,
+            tokens=family_of(card).num_tokens(card, VIDEO) if stage == DENOISE else None, seconds=1.0 / degree,
+        )
+        for stage in (DENOISE, DECODE)
+        for degree in (1, 2)
+    ]  # fmt: skip
+    profile = Profile(
+        model=card.name, hardware="written by hand", execution=card.execution, source="tests", created="2026-01-01",
+        switch_s=0.002, frame_step=card.frame_step, rows=(Row(stage=ENCODE, seconds=0.02), *rows),
+    )  # fmt: skip
+    async with wide_engine(card, profile, 2, adapter=None) as (engine, _):
+        wish = VideoWish(num_frames=VIDEO.frames)
+        asked = Generation(prompt="a fox", size=f"{VIDEO.width}x{VIDEO.height}", seed=5, num_steps=2, video=wish)
+        video = await engine.generate_video(asked)
+    assert decode_degrees(video.outcome) == [2]
+    member = Member(video.outcome.request, 0, {})
+    adapter = load_adapter(card, "cpu")
+    for stage in member.request.stages:
+        [left] = adapter.run(stage.kind, [member], stage.num_steps, lambda: None)
+        member.states = {**member.states, stage.kind: left.tensors}
+    assert isinstance(video.content, VideoFile)
+    files = {name: tensor.numpy().tobytes() for name, tensor in left.tensors.items()}
+    assert files == {"video": video.content.video, "thumbnail": video.content.thumbnail}
 
 
 async def test_a_profile_has_decodes_at_every_degree_that_the_tiles_allow(card: ModelCard) -> None:
