@@ -19,12 +19,15 @@ import tetriserve.models.preload  # noqa: F401  as in workers, libraries' warnin
 from tests.families.case import FamilyCase
 from tests.families.wan import WAN, WAN_5B, WAN_A14B, WAN_A14B_FROM_IMAGE, WAN_FROM_IMAGE
 from tests.gloo.test_families import Tiny, all_stages, built, denoise, linked, picture, seeing
+from tetriserve.config import LoraConfig
+from tetriserve.core.errors import ConfigError
 from tetriserve.core.execution import Execution
 from tetriserve.core.request import Request, Shape, VideoOptions
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, ENCODE_IMAGE
 from tetriserve.models.adapter import Member, Tensors
 from tetriserve.models.checkpoint import read_card
 from tetriserve.models.family import Guidance
+from tetriserve.models.lora import with_loras
 from tetriserve.models.registry import family_of, load_adapter, stages_of
 from tetriserve.models.wan.adapter import WanAdapter
 
@@ -270,6 +273,13 @@ def test_with_tiling_frames_are_those_of_the_vae_in_tiles(tinies: Any) -> None:
     assert max(map(len, pieces)) == 4
     assert np.array_equal(np.concatenate(pieces), theirs)
     assert not np.array_equal(theirs, adapter_of(tiny).decode(request, latents))
+
+
+def test_two_transformers_are_served_without_loras(tinies: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"lora is set, but wan-2.2-a14b\S* has two transformers and is served without"
+    ):
+        with_loras(tinies(WAN_A14B).card, [LoraConfig("ink", str(tmp_path / "ink.safetensors"))])
 
 
 def test_cards_tell_what_a_video_may_be(tinies: Any) -> None:

@@ -98,16 +98,18 @@ def _check(card: ModelCard, file: Path) -> None:
     if dora := next((key for key in shapes if any(mark in key for mark in _DORA)), None):
         raise CheckpointError(f"{file}: {_cut(dora)} makes it a DoRA, which is not served")
     _check_metadata(file)
-    if not any(_TENSOR.fullmatch(key) for key in shapes if key.split(".")[0] in _components(card)):
+    components = _components(card)
+    if not any(_TENSOR.fullmatch(key) for key in shapes if key.split(".")[0] in components):
         if not any("lora" in key.lower() for key in shapes):
             raise CheckpointError(f"{file}: no tensor is called lora, the first is {_cut(min(shapes))}; it is no LoRA")
         return  # another trainer's layout
+    allowed = [name for name in family_of(card).lora_components if name in components]
     for key in sorted(shapes):
-        _check_tensor(card, file, key, shapes)
+        _check_tensor(card, file, key, shapes, allowed)
 
 
-def _check_tensor(card: ModelCard, file: Path, key: str, shapes: _Shapes) -> None:
-    allowed = family_of(card).lora_components
+def _check_tensor(card: ModelCard, file: Path, key: str, shapes: _Shapes, allowed: Sequence[str]) -> None:
+    """`allowed`: components that an adapter may change."""
     match = _TENSOR.fullmatch(key)
     if match is None:
         if _SCALING.fullmatch(key) and len(shapes[key]) <= 1:

@@ -233,5 +233,5 @@ WAN = Family(
     max_text_tokens=NUM_TEXT_TOKENS,
     read=read,
     stages=stages,
-    lora_components=("transformer",),
+    lora_components=("transformer", "transformer_2"),
 )
