@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from pictures_sent import PNG, data_url
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import HANG_S, until
-from tetriserve.core.errors import ConfigError, RequestFailed
+from tetriserve.core.errors import ConfigError, RequestFailed, UnknownModel
 from tetriserve.core.memory import Component, RankMemory
 from tetriserve.core.request import Shape
 from tetriserve.engine import Generation
@@ -90,6 +91,31 @@ async def test_without_a_name_pictures_go_to_the_first_model_that_takes_them(cli
     plain = {"messages": [{"role": "user", "content": "a lighthouse"}], "size": "64x64", "model": "quick"}
     assert (await client.post("/v1/chat/completions", json=plain)).json()["model"] == "fast"
     assert models_of(executor) == ["fine", "fine", "fast"]
+
+
+async def test_the_model_without_a_name_is_chosen_by_what_is_asked_for(engine):
+    fast, fine = engine.models.intakes
+    clip, film = (
+        dataclasses.replace(intake, card=dataclasses.replace(intake.card, frame_step=4, name=name, key=name, loras=()))
+        for intake, name in ((fast, "clip"), (fine, "film"))
+    )
+    models = ServedModels((clip, fast, film, fine))
+    cases = [(name, makes_videos, num_images) for name in (None, "film", "fine") for makes_videos in (False, True)
+             for num_images in (0, 1)]  # fmt: skip
+    chosen = {}
+    for case in cases:
+        with contextlib.suppress(UnknownModel):
+            chosen[case] = models.chosen(case[0], makes_videos=case[1], num_images=case[2])
+    assert chosen == {
+        (None, False, 0): (fast, None),
+        (None, False, 1): (fine, None),
+        (None, True, 0): (clip, None),
+        (None, True, 1): (film, None),
+        ("film", True, 0): (film, "film"),
+        ("film", True, 1): (film, None),
+        ("fine", False, 0): (fine, "fine"),
+        ("fine", False, 1): (fine, None),
+    }, "None is how a call names the model that it gets without a name"
 
 
 async def test_an_unknown_name_is_told_the_names_that_are_served(client, draw):

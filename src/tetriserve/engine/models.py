@@ -63,6 +63,14 @@ class ServedModels:
             raise UnknownModel(f"model {name[:200]!r} does not make {what}; served: {served}", "model")
         raise UnknownModel(f"model {name[:200]!r} is not served; served: {served}", "model")
 
+    def chosen(self, name: str | None, *, makes_videos: bool = False, num_images: int = 0) -> tuple[Intake, str | None]:
+        """As `called`, and `Generation.model` for it: None where that is the model without a name, too, so that work is
+        the same whether or not its client named it.
+        """
+        intake = self.called(name, makes_videos=makes_videos, num_images=num_images)
+        is_default = intake is self.called(None, makes_videos=makes_videos, num_images=num_images)
+        return intake, None if is_default else intake.card.name
+
     def named(self, name: str) -> Intake:
         """The model that clients call `name`, whatever it makes.
 

@@ -59,13 +59,13 @@ async def work_of(service: Service, request: Request, asked: Asked[VideosRequest
     warnings = warnings_of(body, VIDEO, service.api.compat)
     if warnings:
         exchange.facts["ignored"] = ignored_names(warnings)
-    intake = engine.models.called(body.model, makes_videos=True, num_images=len(asked.files))
+    intake, model = engine.models.chosen(body.model, makes_videos=True, num_images=len(asked.files))
     intake.pictures.check_number(len(asked.files))
     pictures: Sequence[InputPicture] = ()
     if asked.files:
         async with service.decoding:
             pictures = await asyncio.to_thread(decode_all, asked.files, asked.param)
-    generation = _generation_of(body, intake.card, slo_ms, pictures)
+    generation = _generation_of(body, model, intake.card, slo_ms, pictures)
     assert generation.video is not None
     rounding = intake.videos.rounding(generation.video)
     said = warnings if rounding is None else [*warnings, rounding]
@@ -129,8 +129,13 @@ def _work(
 
 
 def _generation_of(
-    body: VideosRequest, card: ModelCard, header_slo_ms: float | None, pictures: Sequence[InputPicture]
+    body: VideosRequest,
+    model: str | None,
+    card: ModelCard,
+    header_slo_ms: float | None,
+    pictures: Sequence[InputPicture],
 ) -> Generation:
+    """`model`: as generations name the model of `card`."""
     return Generation(
         prompt=body.prompt,
         size=size_of(body),
@@ -147,7 +152,7 @@ def _generation_of(
         reject_infeasible=body.deadline_policy == "reject",
         request_id=uuid.uuid4().hex,
         images=tuple(pictures),
-        model=body.model,
+        model=model,
         video=VideoWish(
             num_frames=body.num_frames,
             seconds=body.seconds,

@@ -87,12 +87,11 @@ class Service:
             sizes = ",".join(str(picture.shape) for picture in pictures)
             exchange.facts |= {"pictures": len(pictures), "picture_sizes": sizes}
         engine = self.slot.require()
-        models, num_images = engine.models, len(pictures)
-        card = models.called(body.model, num_images=num_images).card
-        if models.are_several:
+        intake, model = engine.models.chosen(body.model, num_images=len(pictures))
+        card = intake.card
+        if engine.models.are_several:
             exchange.facts["model"] = card.name
-        is_default = card is models.called(None, num_images=num_images).card
-        generations = generations_of(body, None if is_default else card.key, card, slo_ms, pictures)
+        generations = generations_of(body, model, card, slo_ms, pictures)
         all_warnings = [*warnings, *picture_warnings(body, self.api.compat)]
         if body.response_format == "url":
             self.links.check_served()
