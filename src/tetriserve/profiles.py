@@ -115,10 +115,13 @@ def _knows_teams(profile: Profile, pool: PoolConfig) -> bool:
 
 
 def _knows_decodes(profile: Profile, card: ModelCard, pool: PoolConfig) -> bool:
-    """Whether it has each size's decode at all degrees that its tiles allow; earlier versions measured one."""
+    """Whether it has each size's decode at all degrees above 1 that its tiles allow; earlier versions measured none."""
     known = {(row.shape, row.degree) for row in profile.rows_of(DECODE)}
     return all(
-        (shape, degree) in known for shape in card.sizes for degree in card.short_degrees(DECODE, shape, pool.degrees)
+        (shape, degree) in known
+        for shape in card.sizes
+        for degree in card.short_degrees(DECODE, shape, pool.degrees)
+        if degree > 1
     )
 
 

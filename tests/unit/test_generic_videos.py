@@ -11,7 +11,7 @@ import pytest
 
 from tetriserve.models.files import module_of
 from tetriserve.models.generic.signature import call_of, configuration_of
-from tetriserve.models.generic.videos import VideoFacts, frames_of, video_facts
+from tetriserve.models.generic.videos import FrameFacts, frames_of, video_facts
 
 _LTX2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 _WAN_5B = {"scale_factor_temporal": 4, "scale_factor_spatial": 16, "patch_size": 2}
@@ -25,7 +25,7 @@ def facts_of(
     vae_class: str,
     denoiser: Mapping[str, Any] | None = None,
     vae: Mapping[str, Any] | None = None,
-) -> VideoFacts:
+) -> FrameFacts:
     """Of a checkpoint with the classes' own configurations, but for what is given."""
     return video_facts(
         pipeline_class,

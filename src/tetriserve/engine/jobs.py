@@ -276,7 +276,8 @@ class Jobs:
         finally:
             self.engine.leave([*admitted.values()])
         if known.ended_at is None:
-            known.ended_at = self._wall_clock()
+            stored_at = known.stored.stored_at if isinstance(known, Video) and known.stored is not None else None
+            known.ended_at = self._wall_clock() if stored_at is None else stored_at  # as the next life reads it
         return [made[number] for number in sorted(made)]
 
     async def _keep(self, made: Generated) -> Generated:

@@ -307,7 +307,7 @@ class JournalledJobs(Jobs):
         video, thumbnail = (
             StoredFile(self.journal.path_of(file), file.num_bytes, file.checksum) for file in kept.files
         )
-        return GeneratedVideo(StoredVideo(video, thumbnail), outcome)
+        return GeneratedVideo(StoredVideo(video, thumbnail, kept.stored_at), outcome)
 
     def _known_of(self, kept: Kept) -> Known:
         """What an earlier life's key stands for, noted."""

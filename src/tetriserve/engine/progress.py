@@ -37,10 +37,11 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredVideo:
-    """A video's files on disk: MP4, and JPEG."""
+    """A video's files on disk: MP4, and JPEG. `stored_at`: unix time; None where it is not written beside them."""
 
     video: StoredFile
     thumbnail: StoredFile
+    stored_at: float | None = None
 
     @property
     def num_bytes(self) -> int:

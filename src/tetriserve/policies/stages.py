@@ -104,12 +104,15 @@ def ahead_of(request: Request, state: State) -> tuple[Ahead, ...]:
     roles: tuple[Role | None, ...] = ()
     if stage_ranks:
         roles = tuple(stage_ranks.role(request.model, stage.kind) for stage in request.stages)
-    return _ahead(tuple(paces), roles or (None,) * len(paces))
+    return _ahead(tuple(paces), roles or (None,) * len(paces), request.kind)
 
 
 @lru_cache(maxsize=1024)
-def _ahead(stages: tuple[Paces, ...], roles: tuple[Role | None, ...]) -> tuple[Ahead, ...]:
-    """`ahead_of` stages with these paces, none where a stage has steps, and roles."""
+def _ahead(stages: tuple[Paces, ...], roles: tuple[Role | None, ...], kind: tuple[object, ...]) -> tuple[Ahead, ...]:
+    """`ahead_of` stages with these paces, none where a stage has steps, and roles.
+
+    kind: of the requests. Policies tell kinds apart by the identity of what is returned, also where their times agree.
+    """
     steps_at = stages.index(()) if () in stages else 0
     found = []
     for index, present in enumerate(stages):

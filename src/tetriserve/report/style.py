@@ -69,6 +69,7 @@ _LOOKS = {
     "edf-best-fit": Look(colour=_PURPLE, marker="^", dash=_DASHES[1]),
     "edf": Look(colour=_ORANGE, marker="v", dash=_DASHES[1]),
     "srtf": Look(colour=_SKY, marker="P", dash=_DASHES[3]),
+    "disaggregate": Look(colour="#661100", marker="d", dash=_DASHES[1]),
     "sjf": Look(colour="#a6761d", marker="X", dash=_DASHES[3]),
     "fcfs": Look(colour=_GREY, marker="x", dash=_DASHES[2]),
 }

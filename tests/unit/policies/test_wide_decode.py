@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tetriserve.core.plan import State
 from tetriserve.core.stages import DECODE
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.stages import in_time, one_after_another, paces_of, within
+from tetriserve.policies.stages import ahead_of, in_time, one_after_another, paces_of, within
 
 DECODES = {1: 8.0, 2: 4.5, 4: 2.5, 8: 2.6}
 
@@ -89,3 +91,12 @@ def test_paces_of_stages_one_after_the_other_are_those_within_the_same_ranks():
     assert in_time(both, 4.9, 8)[0] == 2
     assert in_time(both, 1.0, 8)[0] == 4
     assert paces_of(((1, 4.0), (2, 2.1)), 1, 0.5) == ((1, 4.5, 4.5),)
+
+
+def test_kinds_that_take_the_same_time_are_told_apart(cost, request_of):
+    state = State(trajectories=(), in_flight=(), ranks=(0, 1), cost=cost)
+    one = request_of(256, num_steps=3)
+    again, other = replace(one, request_id="again"), replace(one, request_id="other", max_sequence_length=16)
+    assert ahead_of(again, state) is ahead_of(one, state)
+    assert ahead_of(other, state) == ahead_of(one, state)
+    assert all(ours is not theirs for ours, theirs in zip(ahead_of(other, state), ahead_of(one, state), strict=True))

@@ -14,7 +14,7 @@ from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import ENCODE
 from tetriserve.models.adapter import Tensors
 from tetriserve.models.card import ModelCard
-from tetriserve.models.generic.course import DENOISERS, ENCODED, Course
+from tetriserve.models.generic.course import DENOISERS, ENCODED, CallCourse
 from tetriserve.models.generic.threads import PausingThread
 from tetriserve.models.generic.videos import FRAMES, RATES
 from tetriserve.models.nesting import named
@@ -43,7 +43,7 @@ class PipelineCall:
     ) -> None:
         self.request = request
         self._card = card
-        self._course = Course(pipeline, request, encoded, stepped or {}, steps_done)
+        self._course = CallCourse(pipeline, request, encoded, stepped or {}, steps_done)
         course, arguments = self._course, arguments_of(pipeline, card, request)
         self._thread = PausingThread(
             lambda pause: course.run(arguments, pause), device, f"tetriserve-call-{request.request_id}"[:60]

@@ -51,7 +51,7 @@ class _Schedule:
     num_steps: int = 0
 
 
-class Course:
+class CallCourse:
     """What the wrapped parts of the pipeline's copy do, and what they have seen. Runs in the call's thread."""
 
     def __init__(

@@ -39,7 +39,7 @@ _MAX_BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class VideoFacts:
+class FrameFacts:
     """
     shape: the default.
     frame_step, max_frames: as in `ModelCard`.
@@ -60,7 +60,7 @@ def frames_of(parameters: Mapping[str, object]) -> str | None:
 
 def video_facts(
     pipeline_class: str, parameters: Mapping[str, object], denoiser: Mapping[str, Any], vae: Mapping[str, Any]
-) -> VideoFacts:
+) -> FrameFacts:
     """Of a pipeline whose call has `parameters`; `denoiser` and `vae` are whole configurations, defaults included."""
     frame_step, scale = _frame_step(denoiser, vae), min(_ratio_of_sides(vae), _MAX_RATIO)
     multiple = max(scale * _patch_of(denoiser), _LEAST_MULTIPLE)
@@ -70,7 +70,7 @@ def video_facts(
     fps = float(rate) if isinstance(rate, int | float) and rate > 0 else _FPS.get(pipeline_class, _OTHER_FPS)
     most = 1 + int(_MAX_DURATION_S * fps) // frame_step * frame_step
     has_places = frame_step == 1 or "video_length" in denoiser  # as many as it was trained with, one for each frame
-    return VideoFacts(
+    return FrameFacts(
         shape=Shape(max(height, multiple), max(width, multiple), frames),
         frame_step=frame_step,
         max_frames=frames if has_places else max(frames, most),

@@ -37,7 +37,7 @@ pipeline_wan_i2v.basic_clean = pipeline_wan.basic_clean
 
 
 @dataclass(frozen=True)
-class Inputs:
+class VideoInputs:
     """What the forwards of a request take, besides latents, time and embeddings.
 
     condition: of the picture, (1, C, T, H, W): channels beside the latents, or the latents of the first frame, T = 1.
@@ -76,14 +76,14 @@ class WanLoop(DenoiseLoop):
     @property
     def times(self) -> torch.Tensor:
         """Of the next step: (1,), or (1, S) where each token has its own, 0 in a frame that is given."""
-        inputs: Inputs = self.inputs
+        inputs: VideoInputs = self.inputs
         if inputs.free is None:
             return self.timestep.expand(1)
         return (inputs.free[0][0][:, ::2, ::2] * self.timestep).flatten().unsqueeze(0)
 
     def seen(self, latents: torch.Tensor) -> torch.Tensor:
         """What the transformer sees of the latents."""
-        inputs: Inputs = self.inputs
+        inputs: VideoInputs = self.inputs
         if inputs.condition is None:
             return latents
         if inputs.free is None:
@@ -145,7 +145,7 @@ class WanAdapter(DiffusionAdapter):
 
     @torch.no_grad()
     def encode_images(self, request: Request, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`condition` and `image_embeds` of the only picture; see `Inputs`."""
+        """`condition` and `image_embeds` of the only picture; see `VideoInputs`."""
         [image_HWC] = images
         pipeline, shape = self.pipeline, request.shape
         picture = Image.fromarray(image_HWC.cpu().numpy())
@@ -164,7 +164,7 @@ class WanAdapter(DiffusionAdapter):
     ) -> WanLoop:
         return WanLoop(self, request, encoded, steps_done, left)
 
-    def inputs(self, request: Request, encoded: Tensors) -> Inputs:
+    def inputs(self, request: Request, encoded: Tensors) -> VideoInputs:
         condition, image_embeds, free = encoded.get("condition"), encoded.get("image_embeds"), None
         size = self._latent_size(request.shape)
         if self.pipeline.config.expand_timesteps:
@@ -178,7 +178,7 @@ class WanAdapter(DiffusionAdapter):
                 vision = self.pipeline.image_encoder.config
                 num_tokens = 1 + (vision.image_size // vision.patch_size) ** 2
                 image_embeds = torch.zeros(1, num_tokens, config.image_dim, device=self.device, dtype=self.dtype)
-        return Inputs(condition, image_embeds, free)
+        return VideoInputs(condition, image_embeds, free)
 
     def kind(self, branch: Branch) -> Hashable:
         return branch.latents.shape, branch.embeds().shape, _loop(branch).is_of_second
