@@ -174,7 +174,12 @@ def test_a_profile_of_another_execution_is_neither_taken_from_the_cache_nor_from
     other = dataclasses.replace(other, max_images=0)  # a kept profile without times of pictures is measured again
     assert getattr(other.execution, field) != getattr(CARD.execution, field)
     assert cached_profile_path(CARD, POOL) != cached_profile_path(other, POOL)
-    others_profile = dataclasses.replace(PROFILE, execution=other.execution)
+    decodes = tuple(
+        Row(stage="decode", height=shape.height, width=shape.width, degree=degree, seconds=0.1)
+        for shape in other.sizes
+        for degree in other.short_degrees("decode", shape, POOL.degrees)
+    )  # a kept profile that lacks those of shared tiles is measured again
+    others_profile = dataclasses.replace(PROFILE, execution=other.execution, rows=(*PROFILE.rows, *decodes))
     for path in (cached_profile_path(other, POOL), tmp_path / "bundled/p.json"):
         save_profile(PROFILE, path)
         assert find_profile(other, POOL) is None
