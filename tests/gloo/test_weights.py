@@ -102,3 +102,18 @@ def test_without_room_ranks_keep_their_own(region: Region, caplog: pytest.LogCap
     assert all(map(torch.equal, weights, weights_of_a_rank()))
     assert not any(map(is_shared, weights[:9]))
     assert caplog.messages == ["not all weights are shared with the other ranks: File too large"]
+
+
+def test_models_lie_apart_so_that_a_rank_without_one_shares_the_others(region: Region) -> None:
+    first, second = weights_of_a_rank(), weights_of_a_rank()
+    second[1].add_(1)
+    loaded = [weight.clone() for weight in second]
+    share_weights(first, region, place=0)
+    share_weights(second, region, place=3)
+    alone = [weight.clone() for weight in loaded]
+    share_weights(alone, region, place=3)
+    assert all(is_shared(weight) for weight in (*first, *second, *alone) if weight.numel())
+    assert all(map(torch.equal, alone, loaded)) and all(map(torch.equal, second, loaded))
+    taken = os.fstat(region.file).st_blocks * 512
+    num_bytes = 2 * sum(weight.nbytes + 64 for weight in first)
+    assert taken <= region.num_bytes + num_bytes + 2 * resource.getpagesize(), "only what is written takes memory"
