@@ -33,6 +33,7 @@ from tetriserve.engine import Generation, LiveEngine, VideoWish
 from tetriserve.engine.observers import Observation
 from tetriserve.examples import small_wan
 from tetriserve.launch import StartProgress, launch
+from tetriserve.profile import save_profile
 from tetriserve.workload.outcome import Outcome, Status
 
 IMAGES, VIDEOS = "images", "videos"
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # profiles are measured once, and taken up by the engines that follow
+        os.environ["XDG_CACHE_HOME"] = folder  # profiles are measured by the first engine
         small_wan.build(Path(folder) / "wan")
         sys.exit(asyncio.run(compare(options, str(Path(folder) / "wan"))))
 
@@ -88,20 +89,35 @@ async def compare(options: argparse.Namespace, wan: str) -> int:
     arrivals: list[Arrival] | None = None
     runs = []
     video_s = 0.0
+    profiles: dict[str, str] = {}
     for policy in ("lookahead", *FIXED):
         config = EngineConfig(
-            models=(ModelConfig(name=IMAGES), ModelConfig(name=VIDEOS, path=wan)),
+            models=(
+                ModelConfig(name=IMAGES, profile=profiles.get(IMAGES)),
+                ModelConfig(name=VIDEOS, path=wan, profile=profiles.get(VIDEOS)),
+            ),
             pool=PoolConfig(num_ranks=2),
             scheduling=SchedulingConfig(policy=policy),
         )
         jobs = await launch(config, QUIET)
         try:
             if arrivals is None:
+                profiles = keep_profiles(jobs.engine, Path(wan).parent)
                 arrivals, video_s = arrivals_of(jobs.engine, options)
             runs.append(await serve(policy, jobs.engine, arrivals))
         finally:
             await jobs.stop()
     return report(console, runs, video_s, options)
+
+
+def keep_profiles(engine: LiveEngine, folder: Path) -> dict[str, str]:
+    """Files of what the first engine measured, which the others plan with too."""
+    kept = {}
+    for intake in engine.models.intakes:
+        path = folder / f"{intake.card.key}.json"
+        save_profile(intake.cost.profile, path)
+        kept[intake.card.key] = str(path)
+    return kept
 
 
 def arrivals_of(engine: LiveEngine, options: argparse.Namespace) -> tuple[list[Arrival], float]:

@@ -35,7 +35,7 @@ _IMAGE_DIM = 32
 _NUM_TEXT_TOKENS = 64
 _NUM_IMAGE_TEXT_TOKENS = 512
 """Diffusers tells texts from pictures by this number, where there is an image encoder."""
-_SIZES = ("128x128x17", "256x256x17", "256x256x33", "256x256x81")
+_SIZES = ("128x128x17", "256x256x17", "256x256x33")
 _TOKENIZER = Path(__file__).parents[1] / "models" / "tiny" / "tokenizer_2"
 
 
