@@ -37,7 +37,7 @@ STEPS, LARGE_STEPS = 40, 8
 MAX_LEVELS = 1
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[name for name in CASES if not name.startswith("wan")])  # test_video_serving
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return built(CASES[request.param], tmp_path_factory.mktemp(request.param))
 

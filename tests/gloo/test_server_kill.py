@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults.processes import find_workers
 from tests.waiting import HANG_S
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import image_stages
@@ -59,6 +60,11 @@ class Server:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def workers(self) -> Collection[int]:
+        """Process ids."""
+        assert self._process is not None
+        return find_workers(self._process.pid).values()
 
     def stop(self) -> int:
         assert self._process is not None

@@ -148,6 +148,7 @@ def test_whoever_waits_for_a_member_that_is_lost_is_freed_and_works_on(kind: str
             for rank in members:  # the same set, at once, and with the replacement
                 made.ends[rank].send((members, 2 * token + 1, "", -1))
             assert [made.hear(rank) for rank in members] == [(2 * token + 1, "done")] * len(members)
+            assert not (tmp_path / f"team-{2 * token}").exists()
 
 
 def _wait_for_stop(pid: int | None) -> None:

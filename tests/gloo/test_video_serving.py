@@ -1,9 +1,11 @@
-"""A tiny Wan on two CPU ranks behind the HTTP server: made, polled, deleted, and right after the server was killed."""
+"""A tiny Wan on two ranks behind the HTTP server: made, deleted, and right though workers or server were killed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def client_of(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
 
 
-def test_videos_are_made_and_deleted_and_go_on_after_the_server_was_killed(server: Server) -> None:
+def test_videos_are_made_and_deleted_and_go_on_after_workers_and_the_server_were_killed(server: Server) -> None:
     server.start()
     with client_of(server) as client:
         video = client.videos.create_and_poll(**BODY, extra_body=EXACT)
@@ -104,6 +106,15 @@ def test_videos_are_made_and_deleted_and_go_on_after_the_server_was_killed(serve
             client.videos.retrieve(long.id)
 
         steps_before = server.metric("tetriserve_steps_total")
+        struck = client.videos.create(**BODY, extra_body=EXACT)
+        until(lambda: server.metric("tetriserve_steps_total") > steps_before)
+        for pid in server.workers():
+            os.kill(pid, signal.SIGKILL)
+        assert client.videos.poll(struck.id).status == "completed"
+        assert server.metric("tetriserve_workers_restarted_total") == 2
+        assert client.videos.download_content(struck.id).content == undisturbed
+
+        steps_before = server.metric("tetriserve_steps_total")
         running = client.videos.create(**BODY, extra_body=EXACT)
         waiting = client.videos.create(**BODY, extra_body=EXACT | {"seed": 6, "num_inference_steps": 4})
         until(lambda: server.metric("tetriserve_steps_total") > steps_before)
@@ -112,7 +123,7 @@ def test_videos_are_made_and_deleted_and_go_on_after_the_server_was_killed(serve
 
     server.start()
     with client_of(server) as client:
-        assert [each.id for each in client.videos.list()] == before == [waiting.id, running.id, video.id]
+        assert [each.id for each in client.videos.list()] == before == [waiting.id, running.id, struck.id, video.id]
         assert client.videos.retrieve(video.id) == video
         assert client.videos.download_content(video.id).content == undisturbed
         resumed = client.videos.poll(running.id)

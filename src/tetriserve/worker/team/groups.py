@@ -39,9 +39,10 @@ _COLLECTIVE_MARKS = ("gloo", "nccl", "connection", "peer", "timed out")
 
 @dataclass
 class _Group:
-    """`token`: of the last task that it was entered for."""
+    """`formed`, `token`: of the first and the last task that it was entered for."""
 
     process_group: dist.ProcessGroup
+    formed: int
     token: int
 
 
@@ -112,10 +113,13 @@ class GroupTeam(ShmTeam):
     def _drop(self, ranks: tuple[int, ...]) -> None:
         """Leave the group; members still inside a collective of it get an error at once.
 
-        Gloo closes its connections only when the last reference to the group is gone.
+        Gloo closes its connections only when the last reference to the group is gone. Torch removes the file of
+        addresses when the last member leaves, and a member that was killed never does: so the first to leave removes
+        it. Only members that are still connecting read it, and they would wait in vain.
         """
         group = self._groups.pop(ranks, None)
         if group is not None:
+            self._addresses(group.formed).unlink(missing_ok=True)
             with contextlib.suppress(RuntimeError):
                 c10d._abort_process_group(group.process_group)
 
@@ -129,12 +133,12 @@ class GroupTeam(ShmTeam):
     def _form(self) -> _Group:
         """With all members, who do the same."""
         self.meet()
-        ranks, name = self._ranks, f"team-{self._token}"
+        ranks, addresses = self._ranks, self._addresses(self._token)
         # Gloo connects now, NCCL with its first collective.
         is_gloo = self._backend == "gloo"
         connecting = min(self._timeout, _CONNECTING_TIMEOUT) if is_gloo else self._timeout
         try:
-            store = dist.FileStore(str(self._directory / name), self.degree)  # type: ignore[attr-defined]
+            store = dist.FileStore(str(addresses), self.degree)  # type: ignore[attr-defined]
             store.set_timeout(connecting)
             process_group, _ = c10d._new_process_group_helper(
                 self.degree,
@@ -142,14 +146,19 @@ class GroupTeam(ShmTeam):
                 list(ranks),
                 dist.Backend(self._backend),
                 store,
-                c10d.GroupName(name),
+                c10d.GroupName(addresses.name),
                 timeout=connecting / _GLOO_PATIENCE if is_gloo else connecting,
             )
         except RuntimeError as error:  # gloo's, whose texts say nothing of peers
+            addresses.unlink(missing_ok=True)
             raise PeerLost(f"a peer did not connect: {error}") from error
         c10d._set_pg_timeout(self._timeout, process_group)
         c10d._world.pg_group_ranks[process_group] = {rank: index for index, rank in enumerate(ranks)}
-        return _Group(process_group, self._token)
+        return _Group(process_group, self._token, self._token)
+
+    def _addresses(self, token: int) -> Path:
+        """The file in which members of the group that is formed for this task leave theirs."""
+        return self._directory / f"team-{token}"
 
 
 def _is_collective_error(error: Exception) -> bool:
