@@ -30,6 +30,7 @@ from tetriserve.core.events import (
     Result,
     Run,
     StartTask,
+    StateLost,
     Submitted,
     TaskFailed,
     TaskFinished,
@@ -352,6 +353,32 @@ def test_a_lost_task_is_done_again_from_the_last_finished_step_before_the_policy
     seen, _ = bench.policy.seen[-1]
     assert [trajectory.request_id for trajectory in seen.waiting] == ["b"]
     assert seen.idle_ranks == (3,)
+
+
+def test_a_request_whose_last_states_are_lost_goes_on_from_those_that_are_there() -> None:
+    bench = Bench()
+    embeds, first = bench.encoded(), bench.denoised(1, 0)
+    bench.denoised(2, 0)
+    states = {ENCODE: embeds, DENOISE: first}
+    assert bench.send(StateLost("a", 1, 1, states)) == []
+    again = bench.start(Task(("a",), DENOISE, (2,), 3))
+    assert again.work == (Work(bench.request, 1, 1, states),)
+
+
+def test_a_task_that_runs_as_states_are_lost_ends_first_and_is_done_again_from_those_that_are_there() -> None:
+    bench = Bench()
+    embeds = bench.encoded()
+    bench.denoised(2, 0)
+    lost = bench.start(Task(("a",), DENOISE, (0,), 1))
+    bench.send(WorkerLost(0, "its node was lost"))
+    assert bench.send(StateLost("a", 1, 0, {ENCODE: embeds}), plan=()) == []
+    (again,) = bench.send(TaskFailed(lost.task_id, FailureKind.LOST, "its node was lost"))
+    assert isinstance(again, StartTask)
+    assert again.work == (Work(bench.request, 1, 0, {ENCODE: embeds}),)
+
+
+def test_lost_states_of_a_request_that_has_ended_change_nothing() -> None:
+    assert Bench().send(StateLost("b", 0, 0, {})) == []
 
 
 def test_what_follows_a_lost_task_that_was_done_again_is_the_policys() -> None:

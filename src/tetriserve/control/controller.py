@@ -25,6 +25,7 @@ from tetriserve.core.events import (
     ForgetRequest,
     Output,
     StartTask,
+    StateLost,
     Submitted,
     TaskFailed,
     TaskFinished,
@@ -150,6 +151,9 @@ class Controller:
                 tracker.lose(rank)
             case WorkerJoined(rank):
                 tracker.ranks.add(rank)
+            case StateLost(request_id):
+                if (record := tracker.records.get(request_id)) is not None:
+                    record.go_back(event)
             case TimerFired():
                 pass
             case _:

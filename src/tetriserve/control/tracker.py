@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.events import Checkpoint, Result, Run, States, Work
+from tetriserve.core.events import Checkpoint, Result, Run, StateLost, States, Work
 from tetriserve.core.plan import LATELY_S, CostModel, InFlight, State, Task, can_serve
 from tetriserve.core.request import Lora, Request, Stage
 from tetriserve.core.stages import ADAPTED
@@ -57,6 +57,15 @@ class Record:
         """Take in a task that was lost with its workers."""
         self.num_losses += 1
         self.trajectory = replace(self.trajectory, lost_degree=task.degree)
+
+    def go_back(self, lost: StateLost) -> None:
+        """To the last step whose states are there. `runs` keeps what was done in vain: it took time."""
+        before = self.trajectory
+        self.states = lost.states
+        self.trajectory = replace(
+            Trajectory.at(before.request, lost.stage_index, lost.steps_done),
+            is_running=before.is_running, is_apart=before.is_apart, lost_degree=before.lost_degree,
+        )  # fmt: skip
 
     def set_apart(self) -> None:
         """A task that it shared has failed, maybe through its own fault."""

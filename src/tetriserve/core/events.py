@@ -167,11 +167,25 @@ class WorkerJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class StateLost:
+    """What the last tasks left of a request is gone with its node, before a copy was made of it.
+
+    The request goes on from step `steps_done` of the stage at `stage_index`, whose `states` are there. A task that runs
+    for it meanwhile ends with a TaskFailed.
+    """
+
+    request_id: str
+    stage_index: int
+    steps_done: int
+    states: States
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     pass
 
 
-Event = Submitted | Cancelled | TaskFinished | TaskFailed | WorkerLost | WorkerJoined | TimerFired
+Event = Submitted | Cancelled | TaskFinished | TaskFailed | WorkerLost | WorkerJoined | StateLost | TimerFired
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from tetriserve.core.memory import RankMemory
 from tetriserve.core.states import StateStore
 
 OnEvent = Callable[[Event], None]
-"""Called on the event loop with TaskFinished, TaskFailed, WorkerLost and WorkerJoined."""
+"""Called on the event loop with TaskFinished, TaskFailed, WorkerLost, WorkerJoined and StateLost."""
 
 
 class Executor(Protocol):
