@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +97,49 @@ class StageRanks:
 def _stage(limit: tuple[tuple[str, str], Role]) -> tuple[str, str]:
     return limit[0]
 
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which ranks share a machine of the pool: node `n` has the ranks from `n * ranks_per_node` to the next node's.
+
+    ranks_per_node: the same for all nodes; None where one node has every rank.
+    """
+
+    ranks_per_node: int | None = None
+
+    def of(self, rank: int) -> int:
+        """The node of a rank.
+
+        >>> Nodes(2).of(3)
+        1
+        """
+        return 0 if self.ranks_per_node is None else rank // self.ranks_per_node
+
+    def share(self, ranks: Iterable[int]) -> bool:
+        """Whether all `ranks` are on one node."""
+        return len({self.of(rank) for rank in ranks}) <= 1
+
+    def by_node(self, ranks: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        """`ranks` in their order, by the node that they are on."""
+        found: dict[int, list[int]] = {}
+        for rank in ranks:
+            found.setdefault(self.of(rank), []).append(rank)
+        return {node: tuple(those) for node, those in found.items()}
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there may be more than one."""
+        return self.ranks_per_node is not None
+
+    def most(self, ranks: Collection[int]) -> int:
+        """How many of `ranks` are on the node with most of them."""
+        if self.ranks_per_node is None:
+            return len(ranks)
+        return max(Counter(rank // self.ranks_per_node for rank in ranks).values(), default=0)
+
+
+ONE_NODE = Nodes()
+"""Every rank is on the same node."""
 
 ANYWHERE = StageRanks()
 """Every rank runs every stage."""
