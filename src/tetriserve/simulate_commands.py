@@ -32,6 +32,9 @@ def simulate(
     passes: options.Passes = None,
     cache: options.Cache = "none",
     ranks: Annotated[int | None, option("ranks", "Default: the profile's largest degree.")] = None,
+    nodes: Annotated[
+        str | None, option("nodes", "Nodes and ranks on each, such as 4x8, instead of --ranks: no task spans nodes.")
+    ] = None,
     encoder_ranks: options.EncoderRanks = None,
     seeds: Annotated[int, option("seeds", "How many workloads to average over.")] = 5,
     seed: options.FirstSeed = 0,
@@ -57,10 +60,16 @@ def simulate(
     with one_line_errors():
         from tetriserve.report.comparing import compare_and_print
         from tetriserve.report.publishing import publish_paper
-        from tetriserve.simulator.scenario import Scenario
+        from tetriserve.simulator.scenario import Scenario, parse_nodes
         from tetriserve.simulator.writing import with_profiles
 
         is_json = options.is_json(format)
+        ranks_per_node = None
+        if nodes is not None:
+            if ranks is not None:
+                raise ConfigError(f"ranks is {ranks} beside nodes, which says how many there are; leave one out")
+            num_nodes, ranks_per_node = parse_nodes(nodes)
+            ranks = num_nodes * ranks_per_node
         scenario = with_profiles(
             Scenario(
                 mix=mix,
@@ -68,6 +77,7 @@ def simulate(
                 rate_per_min=rate,
                 num_requests=requests,
                 num_ranks=ranks,
+                ranks_per_node=ranks_per_node,
                 encoder_ranks=encoder_ranks,
                 noise=noise,
                 late_share=late_share,
@@ -131,6 +141,9 @@ def plan(
     passes: options.Passes = None,
     cache: options.Cache = "none",
     encoder_ranks: options.EncoderRanks = None,
+    ranks_per_node: Annotated[
+        int | None, option("ranks-per-node", "The pool grows by nodes of so many GPUs, and no task spans nodes.")
+    ] = None,
     max_ranks: Annotated[int, option("max-ranks", "The largest pool to consider.")] = 64,
     seeds: Annotated[int, option("seeds", "Workloads on which the target must be held.")] = 10,
     seed: options.FirstSeed = 0,
@@ -151,6 +164,7 @@ def plan(
                 arrivals=arrivals,
                 rate_per_min=rate,
                 num_requests=requests,
+                ranks_per_node=ranks_per_node,
                 encoder_ranks=encoder_ranks,
                 noise=noise,
                 late_share=late_share,

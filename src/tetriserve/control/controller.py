@@ -11,8 +11,8 @@ from tetriserve.control.admission import earliest_finish
 from tetriserve.control.overdue import LateAccount
 from tetriserve.control.recovery import lost_tasks
 from tetriserve.control.tracker import Record, Tracker
-from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.cost import stage_s, task_s
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
+from tetriserve.core.cost import move_s, stage_s, task_s
 from tetriserve.core.errors import TetriServeError
 from tetriserve.core.events import (
     Cancelled,
@@ -34,9 +34,10 @@ from tetriserve.core.events import (
     WorkerJoined,
     WorkerLost,
 )
-from tetriserve.core.plan import LATE_SHARE, CostModel, State, Task
+from tetriserve.core.plan import LATE_SHARE, CostModel, Plan, State, Task
 from tetriserve.core.request import Request
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.policies.nodes import within_nodes
 from tetriserve.policies.policy import Policy
 from tetriserve.policies.room import within_limits
 
@@ -54,6 +55,7 @@ class Controller:
     `max_losses` times in a row is failed alone: it may be what kills them. `late_share` of the pool's rank time is owed
     to the request longest overdue, for as long as there is one. `stage_ranks` says which ranks may run which stages;
     a plan that does not know of it is changed so that it keeps to it (`policies.room.within_limits`).
+    `nodes` says which ranks share a node; no task goes across nodes (`policies.nodes.within_nodes`).
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class Controller:
         max_losses: int = 5,
         late_share: float = LATE_SHARE,
         stage_ranks: StageRanks = ANYWHERE,
+        nodes: Nodes = ONE_NODE,
     ) -> None:
         self.policy = policy
         self.cost = cost
         self._max_losses = max_losses
         self._late = LateAccount(late_share)
         self._first_deadline_s = math.inf
-        self._tracker = Tracker(stage_ranks)
+        self._tracker = Tracker(stage_ranks, nodes)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, which happened at `now` (seconds since the engine started).
@@ -87,11 +90,17 @@ class Controller:
         self._first_deadline_s = self._tracker.first_deadline_s
         self._late.accrue(now, len(self._tracker.ranks), self._first_deadline_s)
         state = self.state
-        if again := [self._start(task, now) for task in lost_tasks(state)]:
+        if again := [self._start(task, now) for task in within_nodes(Plan(tuple(lost_tasks(state))), state).tasks]:
             commands += again
             state = self.state
-        plan = within_limits(self.policy.plan(state, now), state)
+        planned = within_limits(self.policy.plan(state, now), state)
+        plan = within_nodes(planned, state)
         commands += [self._start(task, now) for task in plan.tasks]
+        while plan is not planned and plan.tasks and self._tracker.idle_ranks:
+            state = self.state
+            planned = within_limits(self.policy.plan(state, now), state)
+            plan = within_nodes(planned, state)
+            commands += [self._start(task, now) for task in plan.tasks]
         if plan.wake_at is not None:
             commands.append(WakeAt(plan.wake_at))
         return commands
@@ -164,8 +173,8 @@ class Controller:
         self._check(task)
         records = [self._tracker.records[request_id] for request_id in task.members]
         end_s = now + self.cost.switch_s + task_s(self.cost, task, records[0].request)
-        if any(record.trajectory.is_moved_by(task.ranks) for record in records):
-            end_s += self.cost.move_s
+        nodes = self._tracker.nodes
+        end_s += max([move_s(self.cost, record.trajectory.holders, task.ranks, nodes) for record in records])
         if self._tracker.switches_lora(task):
             end_s += self.cost.lora_s
         for record in records:
@@ -254,6 +263,8 @@ class Controller:
             raise PolicyError(f"{name} planned a task for {task.members}; it needs requests, each once")
         if not task.ranks or len(set(task.ranks)) < task.degree or not self._tracker.are_idle(task.ranks):
             raise PolicyError(f"{name} planned ranks {task.ranks}; idle are {tuple(sorted(self._tracker.idle_ranks))}")
+        if not self._tracker.nodes.share(task.ranks):
+            raise PolicyError(f"{name} planned ranks {task.ranks}, which are not on one node")
         members = [self._check_member(task, request_id) for request_id in task.members]
         if task.batch > 1:
             self._check_shared(task, members)

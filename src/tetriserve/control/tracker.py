@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tetriserve.core.cluster import ANYWHERE, StageRanks
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
 from tetriserve.core.events import Checkpoint, Result, Run, StateLost, States, Work
 from tetriserve.core.plan import LATELY_S, CostModel, InFlight, State, Task, can_serve
 from tetriserve.core.request import Lora, Request, Stage
@@ -87,11 +87,12 @@ class Tracker:
     """Bookkeeping without decisions: requests by id in order of arrival, tasks in flight, living ranks, and the
     adapters that those have active.
 
-    stage_ranks: which ranks may run which stages, living or not.
+    stage_ranks, nodes: which ranks may run which stages and which share a node, living or not.
     """
 
-    def __init__(self, stage_ranks: StageRanks = ANYWHERE) -> None:
+    def __init__(self, stage_ranks: StageRanks = ANYWHERE, nodes: Nodes = ONE_NODE) -> None:
         self.stage_ranks = stage_ranks
+        self.nodes = nodes
         self.records: dict[str, Record] = {}
         self.in_flight: dict[int, InFlight] = {}
         self.ranks: set[int] = set()
@@ -103,7 +104,7 @@ class Tracker:
 
     def fork(self) -> Tracker:
         """An equal tracker that is changed on its own; records start without the history of their runs."""
-        forked = Tracker(self.stage_ranks)
+        forked = Tracker(self.stage_ranks, self.nodes)
         forked.records = {name: replace(record, runs=[]) for name, record in self.records.items()}
         forked.in_flight = dict(self.in_flight)
         forked.ranks = set(self.ranks)
@@ -123,6 +124,7 @@ class Tracker:
             late_credit_s=late_credit_s,
             stage_ranks=self.stage_ranks,
             loras=dict(self.loras),
+            nodes=self.nodes,
             lately=self.lately,
         )
 
@@ -140,7 +142,8 @@ class Tracker:
 
     def note_time(self, now: float) -> None:
         """Arrivals that are too long ago count no more."""
-        for kind, (arrived_s, _) in list(self._arrivals.items()):
+        while self._arrivals:
+            kind, (arrived_s, _) = next(iter(self._arrivals.items()))
             if now - arrived_s <= LATELY_S:
                 break
             del self._arrivals[kind]
@@ -153,7 +156,7 @@ class Tracker:
         for record in self.records.values():
             trajectory = record.trajectory
             is_earlier = trajectory.request.deadline_s < first_s and not record.is_cancelled
-            if is_earlier and can_serve(trajectory, ranks, stage_ranks):
+            if is_earlier and can_serve(trajectory, ranks, stage_ranks, self.nodes):
                 first_s = trajectory.request.deadline_s
         return first_s
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +126,20 @@ class Nodes:
             found.setdefault(self.of(rank), []).append(rank)
         return {node: tuple(those) for node, those in found.items()}
 
+    @property
+    def are_several(self) -> bool:
+        """Whether there may be more than one."""
+        return self.ranks_per_node is not None
+
+    def most(self, ranks: Collection[int]) -> int:
+        """How many of `ranks` are on the node with most of them."""
+        if self.ranks_per_node is None:
+            return len(ranks)
+        return max(Counter(rank // self.ranks_per_node for rank in ranks).values(), default=0)
+
+
+ONE_NODE = Nodes()
+"""Every rank is on the same node."""
 
 ANYWHERE = StageRanks()
 """Every rank runs every stage."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+from tetriserve.core.cluster import Nodes
 from tetriserve.core.plan import CostModel, Task
 from tetriserve.core.request import Request, Stage
 
@@ -18,6 +19,11 @@ def times_per_step(cost: CostModel, request: Request, batch: int = 1) -> Mapping
     return cost.times(request, request.stepped, batch)
 
 
+def times_for(cost: CostModel, task: Task, request: Request) -> Mapping[int, float]:
+    """Seconds by degree of a step of `task`, or of all of it if it has no steps."""
+    return cost.times(request, request.stage_of(task.stage), task.batch)
+
+
 def task_s(cost: CostModel, task: Task, request: Request) -> float:
     """Seconds that the ranks of `task` compute, of which `request` is a member; starting it comes on top."""
     times = cost.times(request, request.stage_of(task.stage), task.batch)
@@ -27,6 +33,13 @@ def task_s(cost: CostModel, task: Task, request: Request) -> float:
 def stage_s(cost: CostModel, request: Request, stage: Stage, degree: int) -> float:
     """Seconds of a whole stage at one degree, in one task, without its start."""
     return max(1, stage.num_steps) * cost.times(request, stage)[degree]
+
+
+def move_s(cost: CostModel, last: Collection[int], ranks: Collection[int], nodes: Nodes) -> float:
+    """What it costs a request that was on the ranks `last` (none if it has no state yet) to go on with `ranks`."""
+    if not last or set(last) == set(ranks):
+        return 0.0
+    return cost.move_s if nodes.share([*last, *ranks]) else cost.move_node_s
 
 
 def narrowest_s(cost: CostModel, request: Request) -> float:

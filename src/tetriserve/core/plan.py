@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from tetriserve.core.cluster import ANYWHERE, StageRanks
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
 from tetriserve.core.request import Lora, Request, Stage
 from tetriserve.core.trajectory import Trajectory
 
@@ -81,6 +81,11 @@ class CostModel(Protocol):
         ...
 
     @property
+    def move_node_s(self) -> float:
+        """The same where the request's last ranks are on another node."""
+        ...
+
+    @property
     def team_s(self) -> float:
         """What a task costs on top of that on ranks that have not worked together before; 0: any set will do."""
         ...
@@ -108,6 +113,7 @@ class State:
     late_credit_s: rank-seconds that the pool owes to the request longest overdue; while it is positive, that one may
         start before requests that can still be in time (`policies.overdue`).
     stage_ranks: which ranks may run which stages.
+    nodes: which ranks share a node; the ranks of a task do.
     loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
         for placement: a rank switches by itself.
     lately: one request of each kind that arrived in the last `LATELY_S` seconds, whatever became of it: more like it
@@ -121,6 +127,7 @@ class State:
     late_credit_s: float = 0.0
     stage_ranks: StageRanks = ANYWHERE
     loras: Mapping[int, Lora] = field(default_factory=dict)
+    nodes: Nodes = ONE_NODE
     lately: tuple[Request, ...] = ()
 
     @cached_property
@@ -139,22 +146,26 @@ class State:
         return tuple(trajectory for trajectory in self.trajectories if not trajectory.is_running)
 
     def num_ranks_for(self, request: Request, stage: Stage) -> int:
-        """Living ranks that may run `stage` of `request`."""
+        """Living ranks that one task of `stage` of `request` may have: on one node, and allowed to run it."""
         if not self.stage_ranks:
-            return len(self.ranks)
-        return len(self.stage_ranks.among(request.model, stage.kind, self.ranks))
+            return self._widest_node
+        return self.nodes.most(self.stage_ranks.among(request.model, stage.kind, self.ranks))
+
+    @cached_property
+    def _widest_node(self) -> int:
+        return self.nodes.most(self.ranks)
 
     def can_serve(self, trajectory: Trajectory) -> bool:
         """Whether living ranks may run its present stage, and its steps at one of its degrees."""
-        return can_serve(trajectory, self.ranks, self.stage_ranks)
+        return can_serve(trajectory, self.ranks, self.stage_ranks, self.nodes)
 
 
-def can_serve(trajectory: Trajectory, ranks: Collection[int], stage_ranks: StageRanks) -> bool:
+def can_serve(trajectory: Trajectory, ranks: Collection[int], stage_ranks: StageRanks, nodes: Nodes = ONE_NODE) -> bool:
     """See `State.can_serve`."""
     request = trajectory.request
     if not stage_ranks:
-        return request.can_run_on(len(ranks))
-    num_for_steps = len(stage_ranks.among(request.model, request.stepped.kind, ranks))
+        return request.can_run_on(nodes.most(ranks))
+    num_for_steps = nodes.most(stage_ranks.among(request.model, request.stepped.kind, ranks))
     can_go_on = trajectory.is_over or bool(stage_ranks.among(request.model, trajectory.stage.kind, ranks))
     return can_go_on and num_for_steps > 0 and request.can_run_on(num_for_steps)
 

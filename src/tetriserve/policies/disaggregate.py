@@ -9,6 +9,7 @@ from tetriserve.core.cluster import StageRanks
 from tetriserve.core.cost import stages_gpu_s, times_per_step
 from tetriserve.core.plan import Plan, State
 from tetriserve.core.request import Request
+from tetriserve.policies.nodes import within_nodes
 from tetriserve.policies.policy import Policy
 
 Ranks = tuple[int, ...]
@@ -31,7 +32,8 @@ class Disaggregate:
     def plan(self, state: State, now: float) -> Plan:
         if not state.waiting or not state.idle_ranks:
             return Plan()
-        return self.inner.plan(replace(state, stage_ranks=divided(state, self.num_aside)), now)
+        state = replace(state, stage_ranks=divided(state, self.num_aside))
+        return within_nodes(self.inner.plan(state, now), state)
 
 
 def divided(state: State, num_aside: int | None) -> StageRanks:

@@ -163,7 +163,8 @@ class FixedDegree(BlockPolicy):
 
 
 class FirstComeFirstServed(BlockPolicy):
-    """`fcfs`: the whole pool is one block, held by one request at a time, each at its fastest degree.
+    """`fcfs`: the whole pool is one block, or each of its nodes is, held by one request at a time, each at its
+    fastest degree.
 
     This is one pipeline behind a lock, with sequence parallelism over the pool: nothing runs beside the request.
     """
@@ -187,7 +188,8 @@ class _Floor:
         self._blocks: dict[Role | None, tuple[Block, ...]] = {}
         for trajectory in state.trajectories:
             if (role := self._role(trajectory)) not in self._blocks:
-                self._blocks[role] = blocks(ranks_for_steps(trajectory, state))
+                ranks = state.nodes.by_node(ranks_for_steps(trajectory, state))
+                self._blocks[role] = tuple(chain.from_iterable(map(blocks, ranks.values())))
         self._afloat: dict[tuple[object, ...], frozenset[str]] = {}
         self._free: dict[Role | None, list[Block]] = {}
 

@@ -53,7 +53,7 @@ class ListScheduler:
             if not room.num_free:
                 break
             times = cost.times(trajectory.request, trajectory.stage)
-            spare = room.free_for(trajectory)
+            spare = min(room.free_for(trajectory), state.num_ranks_for(trajectory.request, trajectory.stage))
             fitting = {degree: seconds for degree, seconds in times.items() if degree <= spare}
             if not fitting:
                 continue

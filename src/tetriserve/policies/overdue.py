@@ -33,7 +33,7 @@ def owed(state: State, now: float) -> Trajectory | None:
     """
     if state.late_credit_s <= 0:
         return None
-    if state.stage_ranks:
+    if state.stage_ranks or state.nodes.are_several:
         servable = [each for each in state.trajectories if state.can_serve(each)]
     else:
         servable = [each for each in state.trajectories if each.request.can_run_on(len(state.ranks))]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from heapq import nsmallest
-from itertools import islice
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import NamedTuple
 
+from tetriserve.core.cluster import Nodes
 from tetriserve.core.request import Lora
 from tetriserve.core.stages import ADAPTED
 from tetriserve.core.trajectory import Trajectory
@@ -60,6 +61,56 @@ def place(
         if len(others) >= sum(degree for _, degree in wanted):
             idle = others
     return _place_anywhere(sets, idle, spared, foreign)
+
+
+def place_in_nodes(
+    wanted: Sequence[tuple[Trajectory, int]],
+    idle: Iterable[int],
+    nodes: Nodes,
+    *,
+    team_s: float,
+    preserve: bool = True,
+    loras: Mapping[int, Lora] = NO_LORAS,
+) -> list[tuple[int, ...]]:
+    """`place` with every set on one node, as far as nodes have room: the others get what is left, wherever it is
+    (`policies.nodes.within_nodes` makes them narrower, or puts them off).
+
+    Wide sets choose first, and of equal ones those that stay as they are: the node that holds the state, else the one
+    with the fewest idle ranks that are enough.
+    """
+    by_node = nodes.by_node(sorted(idle))
+    num_free = {node: len(ranks) for node, ranks in by_node.items()}
+    chosen: dict[int, list[int]] = {}
+    scattered: list[int] = []
+
+    def claim(index: int) -> tuple[int, bool]:
+        trajectory, degree = wanted[index]
+        return -degree, len(trajectory.holders) != degree
+
+    for index in sorted(range(len(wanted)), key=claim):
+        trajectory, degree = wanted[index]
+        home = nodes.of(trajectory.holders[0]) if preserve and trajectory.holders else None
+        node = best_node(degree, home, num_free)
+        if node is None:
+            scattered.append(index)
+        else:
+            num_free[node] -= degree
+            chosen.setdefault(node, []).append(index)
+    found: dict[int, tuple[int, ...]] = {}
+    left = set(chain.from_iterable(by_node.values()))
+    for indices, ranks in (*((chosen[node], by_node[node]) for node in chosen), (scattered, left)):
+        sets = place([wanted[index] for index in indices], ranks, team_s=team_s, preserve=preserve, loras=loras)
+        found.update(zip(indices, sets, strict=True))
+        left.difference_update(*sets)
+    return [found[index] for index in range(len(wanted))]
+
+
+def best_node(degree: int, home: int | None, num_free: Mapping[int, int]) -> int | None:
+    """`home` if it has room for `degree` ranks, else the node with the least room that is enough; None if none has."""
+    if home is not None and num_free.get(home, 0) >= degree:
+        return home
+    fitting = [(free, node) for node, free in num_free.items() if free >= degree]
+    return min(fitting)[1] if fitting else None
 
 
 def num_foreign(trajectory: Trajectory, ranks: Iterable[int], loras: Mapping[int, Lora]) -> int:

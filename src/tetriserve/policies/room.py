@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import chain
 
-from tetriserve.core.cluster import ANYWHERE, Role, StageRanks
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, Role, StageRanks
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.request import Lora
 from tetriserve.core.trajectory import Trajectory
-from tetriserve.policies.placement import NO_LORAS, place
+from tetriserve.policies.placement import NO_LORAS, place, place_in_nodes
 
 
 class Room:
@@ -19,13 +19,18 @@ class Room:
     Ranks that are taken are a number; which ones they are is decided as they are placed, out of those that stages of
     other roles can spare. Any order of both is allowed. What is taken can always be placed: see `StageRanks.unions`.
 
-    loras: see `State.loras`.
+    loras: see `State.loras`. nodes: ranks are placed inside them as far as they have room; see `place_in_nodes`.
     num_free: idle ranks that are not taken.
     """
 
     def __init__(
-        self, idle: Iterable[int], stage_ranks: StageRanks = ANYWHERE, loras: Mapping[int, Lora] = NO_LORAS
+        self,
+        idle: Iterable[int],
+        stage_ranks: StageRanks = ANYWHERE,
+        loras: Mapping[int, Lora] = NO_LORAS,
+        nodes: Nodes = ONE_NODE,
     ) -> None:
+        self._nodes = nodes
         self._idle = set(idle)
         self._loras = loras
         self.num_free = len(self._idle)
@@ -34,7 +39,7 @@ class Room:
 
     @classmethod
     def of(cls, state: State) -> Room:
-        return cls(state.idle_ranks, state.stage_ranks, state.loras)
+        return cls(state.idle_ranks, state.stage_ranks, state.loras, state.nodes)
 
     def role_of(self, trajectory: Trajectory) -> Role | None:
         """The ranks that may run the stage that a trajectory is at; None for every rank."""
@@ -73,7 +78,12 @@ class Room:
     ) -> list[tuple[int, ...]]:
         """The ranks of tasks, pairs of a trajectory and its degree, that were taken before; see `placement.place`."""
         if not self._stage_ranks:
-            placed = place(wanted, self._idle, team_s=team_s, preserve=preserve, loras=self._loras)
+            if self._nodes.are_several:
+                placed = place_in_nodes(
+                    wanted, self._idle, self._nodes, team_s=team_s, preserve=preserve, loras=self._loras
+                )
+            else:
+                placed = place(wanted, self._idle, team_s=team_s, preserve=preserve, loras=self._loras)
             self._idle.difference_update(*placed)
             return placed
         by_role: dict[Role | None, list[int]] = {}

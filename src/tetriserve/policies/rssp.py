@@ -102,17 +102,18 @@ class ResolutionSpecific:
 
     def _degree(self, trajectory: Trajectory, state: State) -> int:
         """The degree of the shape among those for which a whole block lives; 0 for none."""
-        ranks = ranks_for_steps(trajectory, state)
+        by_node = state.nodes.by_node(ranks_for_steps(trajectory, state)).values()
         step_times = {
             degree: step_s
             for degree, step_s in times_per_step(state.cost, trajectory.request).items()
-            if any(True for _ in whole_blocks(ranks, degree))
+            if any(any(True for _ in whole_blocks(of_node, degree)) for of_node in by_node)
         }
         return efficient_enough_degree(step_times) if step_times else 0
 
     @staticmethod
     def _blocks(trajectory: Trajectory, degree: int, state: State) -> list[Block]:
-        return list(whole_blocks(ranks_for_steps(trajectory, state), degree)) if degree else []
+        by_node = state.nodes.by_node(ranks_for_steps(trajectory, state)).values() if degree else ()
+        return [block for ranks in by_node for block in whole_blocks(ranks, degree)]
 
 
 def _next_task(trajectory: Trajectory, block: Block, state: State) -> Task:

@@ -24,7 +24,7 @@ class Unsteady:
         tasks: list[Task] = []
         for trajectory in state.waiting:
             request, stage = trajectory.request, trajectory.stage
-            if state.stage_ranks and not state.can_serve(trajectory):
+            if (state.stage_ranks or state.nodes.are_several) and not state.can_serve(trajectory):
                 continue  # it waits for a rank to come back
             degree = _degree(trajectory, state.cost, state.num_ranks_for(request, stage))
             allowed = list(state.stage_ranks.among(request.model, stage.kind, idle)) if state.stage_ranks else idle

@@ -42,6 +42,10 @@ class CostByModel:
         return max(cost.move_s for cost in self.costs.values())
 
     @cached_property
+    def move_node_s(self) -> float:
+        return max(cost.move_node_s for cost in self.costs.values())
+
+    @cached_property
     def team_s(self) -> float:
         return max(cost.team_s for cost in self.costs.values())
 

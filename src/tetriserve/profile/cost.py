@@ -112,6 +112,10 @@ class ProfileCost:
         return self.profile.move_s
 
     @property
+    def move_node_s(self) -> float:
+        return max(self.profile.move_s, self.profile.move_node_s)
+
+    @property
     def team_s(self) -> float:
         return self.profile.team_s
 

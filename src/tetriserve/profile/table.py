@@ -73,6 +73,7 @@ class Profile:
 
     switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
         0 where nobody measured it, or where there is only one rank.
+    move_node_s: the same from another node, at least `move_s`; 0 where nobody measured it, which is then `move_s`.
     team_s: on top of that, to start one on a set of ranks that has not worked together before; 0 where any set will do,
         as over shared memory.
     lora_s: on top of that, to start one on ranks that have another LoRA active; 0 where nobody measured it.
@@ -92,6 +93,7 @@ class Profile:
     rows: tuple[Row, ...]
     fingerprint: str = ""
     move_s: float = 0.0
+    move_node_s: float = 0.0
     team_s: float = 0.0
     lora_s: float = 0.0
     doubt: str = ""
@@ -100,7 +102,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         _check_seconds(self.switch_s, "switch_s")
-        for name in ("move_s", "team_s", "lora_s"):
+        for name in ("move_s", "move_node_s", "team_s", "lora_s"):
             if getattr(self, name) != 0:
                 _check_seconds(getattr(self, name), name)
         _check_positive("max_batch", self.max_batch)

@@ -102,6 +102,8 @@ def describe_workload(scenario: Scenario, seeds: str) -> str:
     """What is asked of the pool, as part of a title. seeds: how many, in words."""
     slo = ", ".join(map(_slo, scenario.simulated))
     extra = "" if scenario.cache == NO_CACHE else f", cache {scenario.cache}"
+    if scenario.ranks_per_node is not None:
+        extra += f", nodes of {scenario.ranks_per_node}"
     if scenario.encoder_ranks is not None:
         extra += f", encode on the first {scenario.encoder_ranks}"
     if scenario.trace is not None:

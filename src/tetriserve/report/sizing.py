@@ -55,16 +55,16 @@ def answer_text(sizing: Sizing) -> str:
     """The answer in a sentence or two."""
     answer = sizing.answer
     if answer is not None and answer.best is not None:
-        text = f"{answer.num_ranks} GPUs hold {sizing.target:g} with {answer.best.policy}: SAR {_sar(answer.best)}."
+        text = f"{answer.title} hold {sizing.target:g} with {answer.best.policy}: SAR {_sar(answer.best)}."
         for size in sizing.sizes:
             if size.num_ranks > answer.num_ranks and not size.is_held:
-                text += f" {size.num_ranks} GPUs do not: more seeds tell such sizes apart."
+                text += f" {size.title} do not: more seeds tell such sizes apart."
         return text
     largest = sizing.sizes[-1]
-    bound = "" if largest.bound is None else f"the bound at {largest.num_ranks} GPUs is {largest.bound:.3f}"
+    bound = "" if largest.bound is None else f"the bound at {largest.title} is {largest.bound:.3f}"
     if largest.best is None:
         return f"{sizing.target:g} cannot be met: {bound}."
-    best = f"at {largest.num_ranks} GPUs {largest.best.policy} has SAR {_sar(largest.best)}"
+    best = f"at {largest.title} {largest.best.policy} has SAR {_sar(largest.best)}"
     return f"{sizing.target:g} is not held by these policies: {best}{bound and f'; {bound}'}."
 
 
@@ -89,7 +89,7 @@ def curve_table(sizing: Sizing, title: str) -> Table:
 
 def scores_table(size: PoolSize) -> Table:
     """One row per policy on one pool; fewer seeds are those of a policy that was given up early."""
-    table = Table(title=f"policies at {size.num_ranks} GPUs", title_justify="left")
+    table = Table(title=f"policies at {size.title}", title_justify="left")
     for heading in ("policy", "SAR", "seeds", "holds"):
         table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=True)
     for score in size.scores:
@@ -110,6 +110,7 @@ def sizing_json(sizing: Sizing) -> dict[str, object]:
 def _size_json(size: PoolSize) -> dict[str, object]:
     return {
         "num_ranks": size.num_ranks,
+        "num_nodes": size.num_nodes,
         "bound": size.bound,
         "is_held": size.is_held,
         "policies": _scores_json(size.scores),

@@ -165,6 +165,7 @@ def compare(
                 noise=setting.noise,
                 late_share=setting.late_share,
                 stage_ranks=setting.stage_ranks,
+                nodes=setting.nodes,
                 seed=seed,
             )
             tally.take_run(outcomes if on_outcome is None else _told(outcomes, policy, seed, on_outcome))

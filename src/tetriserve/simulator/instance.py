@@ -28,4 +28,5 @@ def instance_at_once(num_ranks: int, num_requests: int, *, scenario: Scenario, s
         ranks=tuple(range(num_ranks)),
         cost=setting.cost,
         stage_ranks=setting.stage_ranks,
+        nodes=setting.nodes,
     )

@@ -98,11 +98,14 @@ class PooledModel:
         return probe(shape, self.num_steps, self.num_passes, self.key)
 
 
-def open_models(models: Sequence[SimulatedModel], num_ranks: int | None) -> tuple[tuple[PooledModel, ...], int]:
+def open_models(
+    models: Sequence[SimulatedModel], num_ranks: int | None, ranks_per_node: int | None = None
+) -> tuple[tuple[PooledModel, ...], int]:
     """Open the profiles and check the numbers.
 
     Args:
         num_ranks: of the pool; None takes the largest degree of any profile.
+        ranks_per_node: wider degrees are left out; None: the pool is one node.
 
     Returns:
         The models, and the number of ranks.
@@ -112,19 +115,20 @@ def open_models(models: Sequence[SimulatedModel], num_ranks: int | None) -> tupl
     """
     profiles = [open_profile(model.profile) for model in models]
     if num_ranks is None:
-        num_ranks = max(profile.degrees[-1] for profile in profiles)
-    return tuple(_open(model, profile, num_ranks) for model, profile in zip(models, profiles, strict=True)), num_ranks
+        num_ranks = ranks_per_node or max(profile.degrees[-1] for profile in profiles)
+    widest = min(num_ranks, ranks_per_node or num_ranks)
+    return tuple(_open(model, profile, widest) for model, profile in zip(models, profiles, strict=True)), num_ranks
 
 
-def _open(model: SimulatedModel, profile: Profile, num_ranks: int) -> PooledModel:
+def _open(model: SimulatedModel, profile: Profile, widest: int) -> PooledModel:
     is_video = profile.frame_step > 1
     num_steps = (VIDEO_STEPS if is_video else IMAGE_STEPS) if model.num_steps is None else model.num_steps
     num_passes = (VIDEO_PASSES if is_video else IMAGE_PASSES) if model.num_passes is None else model.num_passes
     check_range("steps", num_steps, 1, MAX_STEPS)
     check_range("passes", num_passes, 1, MAX_PASSES)
-    degrees = tuple(degree for degree in profile.degrees if degree <= num_ranks)
+    degrees = tuple(degree for degree in profile.degrees if degree <= widest)
     if not degrees:
-        raise ConfigError(f"ranks is {num_ranks}; profile {model.profile} starts at degree {profile.degrees[0]}")
+        raise ConfigError(f"ranks is {widest}; profile {model.profile} starts at degree {profile.degrees[0]}")
     cost = ProfileCost(profile, lambda shape: degrees)
     return PooledModel(
         key=model.key,

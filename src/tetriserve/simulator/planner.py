@@ -66,6 +66,7 @@ class PolicyScore:
 class PoolSize:
     """One size of the pool.
 
+    ranks_per_node: None where the pool is one node.
     bound: a SAR that no scheduler exceeds, mean over the seeds that the best policy was simulated on or, without one,
         that it took to rule the target out; None with noise.
     scores: best policy first; none where the bound rules the target out.
@@ -74,6 +75,18 @@ class PoolSize:
     num_ranks: int
     bound: float | None
     scores: tuple[PolicyScore, ...]
+    ranks_per_node: int | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        return 1 if self.ranks_per_node is None else self.num_ranks // self.ranks_per_node
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        if self.ranks_per_node is None:
+            return f"{self.num_ranks} GPUs"
+        return f"{self.num_nodes} {'node' if self.num_nodes == 1 else 'nodes'} of {self.ranks_per_node} GPUs"
 
     @property
     def best(self) -> PolicyScore | None:
@@ -106,7 +119,8 @@ def find_smallest_pool(
     """The smallest number of ranks on which one of `policies` holds a SAR of `target`; see the module.
 
     Args:
-        scenario: the workload; its own number of ranks is not used.
+        scenario: the workload; its own number of ranks is not used. With `ranks_per_node` only pools of whole nodes are
+            looked at.
         on_simulate: told what runs now.
 
     Raises:
@@ -115,7 +129,10 @@ def find_smallest_pool(
     if not 0 < target <= 1:
         raise ConfigError(f"target is {target:g}; it must be above 0 and at most 1")
     check_range("max-ranks", max_ranks, 1, MAX_RANKS)
-    largest = prepare(replace(scenario, num_ranks=max_ranks))
+    unit = scenario.ranks_per_node or 1
+    if max_ranks < unit:
+        raise ConfigError(f"max-ranks is {max_ranks}, which is less than a node of {unit}")
+    largest = prepare(replace(scenario, num_ranks=max_ranks // unit * unit))
     if largest.varies_by_seed and len(seeds) < 2:
         raise ConfigError(f"seeds is {len(seeds)}; a confidence interval needs at least 2")
     if not largest.varies_by_seed:
@@ -126,11 +143,11 @@ def find_smallest_pool(
             f"{1 - RULE_OF_THREE / (len(seeds) * largest.num_requests):.4g} at most: raise --seeds or --requests"
         )
     names = tuple(_with_rounds(largest.policies(policies)))
-    return _Search(scenario, target, names, tuple(seeds), max_ranks, on_simulate).find()
+    return _Search(scenario, target, names, tuple(seeds), max_ranks // unit, on_simulate).find()
 
 
 class _Search:
-    """One search; remembers what it has simulated."""
+    """One search; remembers what it has simulated. Sizes are numbers of nodes where the scenario has them."""
 
     def __init__(
         self,
@@ -138,41 +155,43 @@ class _Search:
         target: float,
         policies: Sequence[str],
         seeds: Sequence[int],
-        max_ranks: int,
+        max_size: int,
         on_simulate: OnSimulate,
     ) -> None:
+        self._unit = scenario.ranks_per_node or 1
         self._scenario = scenario
         self._target = target
         self._policies = policies
         self._seeds = seeds
-        self._max_ranks = max_ranks
+        self._max_size = max_size
         self._on_simulate = on_simulate
         self._settings: dict[int, Setting] = {}
         self._bounds: dict[tuple[int, int], float] = {}
         self._sizes: dict[int, PoolSize] = {}
 
     def find(self) -> Sizing:
-        least = max(self._setting(self._max_ranks).least_ranks, self._scenario.encoder_ranks or 1)
-        if not self._is_possible(self._max_ranks):
-            self._note(self._max_ranks, ())
+        least_ranks = max(self._setting(self._max_size).least_ranks, self._scenario.encoder_ranks or 1)
+        least = -(-least_ranks // self._unit)
+        if not self._is_possible(self._max_size):
+            self._note(self._max_size, ())
             answer = None
         else:
-            floor = self._least(least, self._max_ranks, self._is_possible)
+            floor = self._least(least, self._max_size, self._is_possible)
             answer = self._grow(floor)
-        if answer is not None and answer < self._max_ranks:
+        if answer is not None and answer < self._max_size:
             self._holds(answer + 1)
         return Sizing(
             target=self._target,
             num_seeds=len(self._seeds),
             answer=None if answer is None else self._sizes[answer],
-            sizes=tuple(self._sizes[num_ranks] for num_ranks in sorted(self._sizes)),
+            sizes=tuple(self._sizes[size] for size in sorted(self._sizes)),
         )
 
     def _grow(self, floor: int) -> int | None:
         """Double the step until a size holds, bisect, and make sure downwards."""
         below, size, step = floor - 1, floor, 1
-        while not self._holds(size) and size < self._max_ranks:
-            below, size, step = size, min(size + step, self._max_ranks), 2 * step
+        while not self._holds(size) and size < self._max_size:
+            below, size, step = size, min(size + step, self._max_size), 2 * step
         answer = self._least(below + 1, size, self._holds) if self._holds(size) else None
         lowest = size if answer is None else answer
         for smaller in range(lowest - 1, floor - 1, -1):
@@ -193,34 +212,34 @@ class _Search:
                 low = middle + 1
         return high
 
-    def _is_possible(self, num_ranks: int) -> bool:
+    def _is_possible(self, size: int) -> bool:
         """Whether the bound, mean over all seeds, leaves the target open. Stops at the seed that rules it out."""
         if self._scenario.noise:
             return True
         missed = 0.0
         for seed in self._seeds:
-            missed += 1 - self._bound(num_ranks, seed)
+            missed += 1 - self._bound(size, seed)
             if self._is_too_much(missed):
-                self._note(num_ranks, ())
+                self._note(size, ())
                 return False
         return True
 
-    def _holds(self, num_ranks: int) -> bool:
+    def _holds(self, size: int) -> bool:
         """Simulate a pool of this size, once."""
-        if num_ranks not in self._sizes:
-            first = {policy: self._sar(policy, num_ranks, self._seeds[0]) for policy in self._runnable(num_ranks)}
+        if size not in self._sizes:
+            first = {policy: self._sar(policy, size, self._seeds[0]) for policy in self._runnable(size)}
             enough = max(first.values(), default=0.0) - FAR_BEHIND
-            scores = [self._score(policy, num_ranks, sar, sar >= enough) for policy, sar in first.items()]
-            self._note(num_ranks, tuple(sorted(scores, key=lambda score: (not score.is_held, -score.sar))))
-        return self._sizes[num_ranks].is_held
+            scores = [self._score(policy, size, sar, sar >= enough) for policy, sar in first.items()]
+            self._note(size, tuple(sorted(scores, key=lambda score: (not score.is_held, -score.sar))))
+        return self._sizes[size].is_held
 
-    def _score(self, policy: str, num_ranks: int, first_sar: float, goes_on: bool) -> PolicyScore:
+    def _score(self, policy: str, size: int, first_sar: float, goes_on: bool) -> PolicyScore:
         sars = [first_sar]
         for seed in self._seeds[1:] if goes_on else ():
             if len(sars) >= MIN_SEEDS and self._is_too_much(sum(1 - sar for sar in sars)):
                 break
-            sars.append(self._sar(policy, num_ranks, seed))
-        setting = self._setting(num_ranks)
+            sars.append(self._sar(policy, size, seed))
+        setting = self._setting(size)
         spread = half_width(sars) if setting.varies_by_seed else None
         if spread is not None:
             spread = max(spread, RULE_OF_THREE / (len(sars) * setting.num_requests))
@@ -232,52 +251,55 @@ class _Search:
         """Whether a sum over seeds of the missed share keeps the mean over all seeds below the target."""
         return missed > len(self._seeds) * (1 - self._target) + _ROUNDING
 
-    def _note(self, num_ranks: int, scores: tuple[PolicyScore, ...]) -> None:
+    def _note(self, size: int, scores: tuple[PolicyScore, ...]) -> None:
         bound = None
         if not self._scenario.noise:
             seeds = self._seeds[: len(scores[0].sars)] if scores else self._seeds
-            bounds = [self._bound(num_ranks, seed) for seed in seeds if scores or (num_ranks, seed) in self._bounds]
+            bounds = [self._bound(size, seed) for seed in seeds if scores or (size, seed) in self._bounds]
             bound = statistics.fmean(bounds)
-        self._sizes[num_ranks] = PoolSize(num_ranks=num_ranks, bound=bound, scores=scores)
+        self._sizes[size] = PoolSize(
+            num_ranks=size * self._unit, bound=bound, scores=scores, ranks_per_node=self._scenario.ranks_per_node
+        )
 
-    def _bound(self, num_ranks: int, seed: int) -> float:
-        key = (num_ranks, seed)
+    def _bound(self, size: int, seed: int) -> float:
+        key = (size, seed)
         if key not in self._bounds:
-            self._on_simulate(f"{num_ranks} GPUs: upper bound, seed {seed}")
-            self._bounds[key] = sar_bound(self._setting(num_ranks), seed)
+            self._on_simulate(f"{size * self._unit} GPUs: upper bound, seed {seed}")
+            self._bounds[key] = sar_bound(self._setting(size), seed)
         return self._bounds[key]
 
-    def _sar(self, policy: str, num_ranks: int, seed: int) -> float:
-        self._on_simulate(f"{num_ranks} GPUs: {policy}, seed {seed}")
-        setting = self._setting(num_ranks)
+    def _sar(self, policy: str, size: int, seed: int) -> float:
+        self._on_simulate(f"{size * self._unit} GPUs: {policy}, seed {seed}")
+        setting = self._setting(size)
         tally = PolicyTally()
         tally.take_run(
             simulate(
                 setting.policy(policy),
                 setting.cost,
                 setting.requests(seed),
-                num_ranks=num_ranks,
+                num_ranks=setting.num_ranks,
                 noise=setting.noise,
                 late_share=setting.late_share,
                 stage_ranks=setting.stage_ranks,
+                nodes=setting.nodes,
                 seed=seed,
             )
         )
         return tally.sars[0]
 
-    def _runnable(self, num_ranks: int) -> Iterator[str]:
+    def _runnable(self, size: int) -> Iterator[str]:
         """The policies that exist on so few ranks: `fixed:8` does not on 4."""
         for policy in self._policies:
             try:
-                self._setting(num_ranks).policy(policy)
+                self._setting(size).policy(policy)
             except ConfigError:
                 continue
             yield policy
 
-    def _setting(self, num_ranks: int) -> Setting:
-        if num_ranks not in self._settings:
-            self._settings[num_ranks] = prepare(replace(self._scenario, num_ranks=num_ranks))
-        return self._settings[num_ranks]
+    def _setting(self, size: int) -> Setting:
+        if size not in self._settings:
+            self._settings[size] = prepare(replace(self._scenario, num_ranks=size * self._unit))
+        return self._settings[size]
 
 
 def _with_rounds(policies: Sequence[str]) -> Iterator[str]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tetriserve.control.controller import Controller
 from tetriserve.control.virtual_pool import VirtualPool
-from tetriserve.core.cluster import ANYWHERE, StageRanks
-from tetriserve.core.cost import task_s
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
+from tetriserve.core.cost import move_s, task_s
 from tetriserve.core.events import Event, FinishRequest, StartTask, Submitted, TaskFinished, TensorRef, WorkerJoined
 from tetriserve.core.plan import LATE_SHARE, CostModel, Task
 from tetriserve.core.request import Lora, Request
@@ -30,19 +30,21 @@ def simulate(
     seed: int = 0,
     late_share: float = LATE_SHARE,
     stage_ranks: StageRanks = ANYWHERE,
+    nodes: Nodes = ONE_NODE,
 ) -> Iterator[Outcome]:
     """What becomes of `requests` (in order of arrival, which may be endless), in the order in which they end.
 
-    A task on other ranks than its request's last takes `move_s` longer, one on ranks that have another LoRA active
-    `lora_s`. `team_s` decides which ranks a policy chooses,
+    A task on other ranks than its request's last takes `move_s` longer (`move_node_s` from another node), one on ranks
+    that have another LoRA active `lora_s`. `team_s` decides which ranks a policy chooses,
     but is not charged: which sets have worked together before is not modelled.
 
-    stage_ranks: which ranks may run which stages.
+    stage_ranks, nodes: which ranks may run which stages, and which share a node.
     noise: standard deviation of a task's duration as a fraction of it; 0 is what the cost model says, exactly.
     """
     simulation = Simulation(
-        policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share, stage_ranks=stage_ranks
-    )
+        policy, cost, num_ranks=num_ranks, noise=noise, seed=seed, late_share=late_share, stage_ranks=stage_ranks,
+        nodes=nodes,
+    )  # fmt: skip
     return simulation.run(requests)
 
 
@@ -59,13 +61,15 @@ class Simulation:
         seed: int = 0,
         late_share: float = LATE_SHARE,
         stage_ranks: StageRanks = ANYWHERE,
+        nodes: Nodes = ONE_NODE,
     ) -> None:
         if num_ranks < 1:
             raise ValueError(f"num_ranks is {num_ranks}; it must be at least 1")
         if noise < 0:
             raise ValueError(f"noise is {noise}; it must not be negative")
-        self.controller = Controller(policy, cost, late_share=late_share, stage_ranks=stage_ranks)
+        self.controller = Controller(policy, cost, late_share=late_share, stage_ranks=stage_ranks, nodes=nodes)
         self._pool = VirtualPool(self.controller, 0.0, start=self._start, finish=self._finish)
+        self._nodes = nodes
         self._cost = cost  # what happens; the controller's own copy is what it believes
         self._noise = noise
         self._random = random.Random(seed)
@@ -123,9 +127,9 @@ class Simulation:
         self._outcomes.append(outcome)
 
     def _start_s(self, task: Task) -> float:
-        is_moved = any(set(self._ranks.get(name, task.ranks)) != set(task.ranks) for name in task.members)
+        moves_s = [move_s(self._cost, self._ranks.get(name, ()), task.ranks, self._nodes) for name in task.members]
         self._ranks.update(dict.fromkeys(task.members, task.ranks))
-        return self._cost.switch_s + (self._cost.move_s if is_moved else 0.0)
+        return self._cost.switch_s + max(moves_s)
 
     def _lora_s(self, start: StartTask) -> float:
         task, lora = start.task, start.work[0].request.lora

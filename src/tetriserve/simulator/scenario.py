@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tetriserve.core.bounds import MAX_RANKS, check_range
-from tetriserve.core.cluster import ANYWHERE, StageRanks
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
+from tetriserve.core.errors import ConfigError
 from tetriserve.core.plan import LATE_SHARE, CostModel
 from tetriserve.core.request import Request, Shape
 from tetriserve.core.stages import encoders_on_first
@@ -34,6 +35,7 @@ class Scenario:
     models: several models that share the pool; then the fields of one model are not used.
     mix: of sizes, as `parse_mix` reads it; of several models, as `parse_mix_of_models` does.
     num_ranks: None takes the profile's largest degree.
+    ranks_per_node: the pool is of nodes with so many ranks each; None: it is one node.
     encoder_ranks: the first so many ranks encode, and no others; None: all do.
     noise: standard deviation of a task's duration, as a fraction of it.
     late_share: part of the pool's rank time that is owed to the request longest overdue.
@@ -52,6 +54,7 @@ class Scenario:
     num_steps: int | None = None
     num_passes: int | None = None
     num_ranks: int | None = None
+    ranks_per_node: int | None = None
     encoder_ranks: int | None = None
     noise: float = 0.0
     late_share: float = LATE_SHARE
@@ -99,6 +102,7 @@ class Setting:
     cache: Cache | None = None
     late_share: float = LATE_SHARE
     stage_ranks: StageRanks = ANYWHERE
+    nodes: Nodes = ONE_NODE
 
     @property
     def kinds(self) -> tuple[tuple[str, Shape], ...]:
@@ -180,6 +184,21 @@ class Setting:
         return names
 
 
+def parse_nodes(text: str) -> tuple[int, int]:
+    """The number of nodes and of ranks on each.
+
+    Raises:
+        ConfigError: not two whole numbers above 0.
+
+    >>> parse_nodes("4x8")
+    (4, 8)
+    """
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"nodes is {text!r}; write the number of nodes and of ranks on each, such as 4x8")
+    return int(numbers[0]), int(numbers[1])
+
+
 def prepare(scenario: Scenario) -> Setting:
     """Open the files and check the numbers.
 
@@ -188,7 +207,11 @@ def prepare(scenario: Scenario) -> Setting:
     """
     if scenario.num_ranks is not None:
         check_range("ranks", scenario.num_ranks, 1, MAX_RANKS)
-    models, num_ranks = open_models(scenario.simulated, scenario.num_ranks)
+    if scenario.ranks_per_node is not None:
+        check_range("ranks-per-node", scenario.ranks_per_node, 1, MAX_RANKS)
+    models, num_ranks = open_models(scenario.simulated, scenario.num_ranks, scenario.ranks_per_node)
+    if scenario.ranks_per_node is not None and num_ranks % scenario.ranks_per_node:
+        raise ConfigError(f"ranks is {num_ranks}; with {scenario.ranks_per_node} ranks per node it must be a multiple")
     if scenario.encoder_ranks is not None:
         check_range("encoder-ranks", scenario.encoder_ranks, 1, num_ranks)
     check_range("noise", scenario.noise, 0.0, 1.0)
@@ -203,6 +226,7 @@ def prepare(scenario: Scenario) -> Setting:
         noise=scenario.noise,
         late_share=scenario.late_share,
         stage_ranks=encoders_on_first(scenario.encoder_ranks, num_ranks),
+        nodes=Nodes(scenario.ranks_per_node),
         source=_source(
             scenario,
             by_key,

@@ -137,6 +137,7 @@ def _run(unit: WorkUnit) -> Iterator[Outcome]:
         noise=setting.noise,
         late_share=setting.late_share,
         stage_ranks=setting.stage_ranks,
+        nodes=setting.nodes,
         seed=unit.seed,
     )
 

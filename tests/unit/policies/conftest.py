@@ -12,13 +12,14 @@ from types import MappingProxyType
 
 import pytest
 
-from tetriserve.core.cluster import ANYWHERE, StageRanks
+from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
 from tetriserve.core.cost import task_s
 from tetriserve.core.plan import CostModel, InFlight, Plan, State, Task
 from tetriserve.core.request import Request, Shape, Stage
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies import Policy, make_policy
+from tetriserve.policies.nodes import within_nodes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class TableCost:
     encode: float = 0.02
     switch_s: float = 0.001
     move_s: float = 0.0
+    move_node_s: float = 0.0
     team_s: float = 0.0
     max_batch: int = 1
 
@@ -100,6 +102,7 @@ def check_plan(plan: Plan, state: State, now: float) -> None:
     assert set(used) <= set(state.idle_ranks), "only idle living ranks"
     ids = [task.members[0] for task in plan.tasks]
     assert len(ids) == len(set(ids)), "one task per request"
+    assert all(state.nodes.share(task.ranks) for task in plan.tasks), "no task spans nodes"
     if state.idle_ranks and not state.in_flight and not plan.tasks:
         assert not [one.request_id for one in state.waiting if state.can_serve(one)], "idle ranks stand still"
     for task in plan.tasks:
@@ -128,6 +131,7 @@ def drive_policy(
     seed: int = 0,
     deaths: Sequence[Death] = (),
     stage_ranks: StageRanks = ANYWHERE,
+    nodes: Nodes = ONE_NODE,
     is_pure_checked: bool = True,
     max_plans: int = 50_000,
 ) -> Run:
@@ -191,16 +195,17 @@ def drive_policy(
         def snapshot() -> State:
             return State(
                 tuple(trajectories.values()), tuple(flights.values()), tuple(sorted(ranks)), cost,
-                stage_ranks=stage_ranks,
+                stage_ranks=stage_ranks, nodes=nodes,
             )  # fmt: skip
 
         state = snapshot()
-        plan = policy.plan(state, now)
+        planned = policy.plan(state, now)
+        plan = within_nodes(planned, state)
         run.num_plans += 1
         assert run.num_plans <= max_plans, "no progress"
         if is_pure_checked:
             assert state == snapshot(), "the state is left as it was"  # its values cannot change: test_contract.py
-            assert policy.plan(snapshot(), now) == plan, "equal arguments, equal plans"
+            assert policy.plan(snapshot(), now) == planned, "equal arguments, equal plans"
         check_plan(plan, state, now)
         for task in plan.tasks:
             request = trajectories[task.members[0]].request

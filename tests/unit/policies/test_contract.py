@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tetriserve.core.cluster import StageRanks
+from tetriserve.core.cluster import Nodes, StageRanks
 from tetriserve.core.plan import InFlight, Plan, State, Task
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.core.trajectory import Trajectory
@@ -226,6 +226,54 @@ def test_stages_run_on_the_ranks_that_may_run_them_and_every_request_completes(
         assert set(run.finish_s) == {request.request_id for request in requests}
 
     check()
+
+
+@every_policy
+def test_no_task_spans_nodes_and_every_request_completes(spec, drive, make, request_of, table_cost, death):
+    """On any profile, with dying ranks and with limits: `drive` asserts at every plan that ranks share a node."""
+
+    @quick
+    @given(data=st.data())
+    def check(data):
+        per_node = data.draw(st.sampled_from([2, 3, 4]))
+        num_ranks = per_node * data.draw(st.integers(2, 3))
+        steps = data.draw(step_tables())
+        steps = {h: {k: s for k, s in times.items() if k <= per_node} for h, times in steps.items()}
+        decode = {
+            h: {k: s for k, s in times.items() if k <= per_node} for h, times in data.draw(decode_tables()).items()
+        }
+        team_s = data.draw(st.sampled_from([0.0, 0.5]))
+        cost = table_cost(steps, decode, encode=data.draw(seconds), team_s=team_s)
+        requests = data.draw(workloads(request_of, models=("a", "b", "c")))
+        times = st.floats(0.0, 4.0)
+        deaths = [
+            death(at := data.draw(times), rank, at + data.draw(times))
+            for rank in data.draw(st.lists(st.integers(0, num_ranks - 1), max_size=3, unique=True))
+        ]
+        allowed = data.draw(st.one_of(st.just(StageRanks()), limits(num_ranks)))
+        run = drive(
+            make(spec, cost, num_ranks), requests, cost, num_ranks=num_ranks, deaths=deaths,
+            jitter=data.draw(st.sampled_from([0.0, 0.1])), stage_ranks=allowed, nodes=Nodes(per_node),
+        )  # fmt: skip
+        assert set(run.finish_s) == {request.request_id for request in requests}
+
+    check()
+
+
+@every_policy
+def test_a_wide_request_does_not_starve_while_free_ranks_are_scattered(spec, drive, make, request_of, table_cost):
+    """It runs on four ranks or not at all, and narrow requests arrive for as long as it has not finished."""
+    if spec == "exhaustive:nodes=100":
+        return  # minutes
+    cost = table_cost({256: {1: 0.05, 2: 0.04}, 1024: {4: 0.1}}, {256: 0.01, 1024: 0.05})
+    requests = [
+        request_of(256, request_id=f"narrow{index}", arrival_s=0.11 * index, deadline_s=0.11 * index + 5)
+        for index in range(300)
+    ]
+    requests.append(replace(request_of(1024, request_id="wide", arrival_s=3.01, deadline_s=12.0), degrees=(4,)))
+    requests.sort(key=lambda request: request.arrival_s)
+    run = drive(make(spec, cost, 8), requests, cost, nodes=Nodes(4), jitter=0.02, is_pure_checked=False)
+    assert run.finish_s["wide"] < 30.0
 
 
 @every_policy

@@ -31,6 +31,7 @@ class TableCost:
     decode: float | Mapping[int, float] = 0.0
     switch_s: float = 0.0
     move_s: float = 0.0
+    move_node_s: float = 0.0
     team_s: float = 0.0
     max_batch: int = 1
 
