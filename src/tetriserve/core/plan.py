@@ -95,6 +95,10 @@ class CostModel(Protocol):
         ...
 
 
+LATELY_S = 60.0
+"""For how long after the last request of a kind arrived more of it are reckoned with: `State.lately`."""
+
+
 @dataclass(frozen=True)
 class State:
     """Everything a policy may know: a snapshot that nobody mutates.
@@ -106,6 +110,8 @@ class State:
     stage_ranks: which ranks may run which stages.
     loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
         for placement: a rank switches by itself.
+    lately: one request of each kind that arrived in the last `LATELY_S` seconds, whatever became of it: more like it
+        may come.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -115,6 +121,7 @@ class State:
     late_credit_s: float = 0.0
     stage_ranks: StageRanks = ANYWHERE
     loras: Mapping[int, Lora] = field(default_factory=dict)
+    lately: tuple[Request, ...] = ()
 
     @cached_property
     def idle_ranks(self) -> tuple[int, ...]:
