@@ -81,7 +81,7 @@ class LocalFleet:
         self._cards = cards
         self._pool = pool
 
-    async def start(self, on_node: Callable[[NodeLink], None]) -> None:
+    async def start(self, on_node: Callable[[NodeLink], bool]) -> None:
         self._on_node = on_node
         for _ in range(self._num_nodes):
             self.add()
@@ -89,7 +89,7 @@ class LocalFleet:
     def add(self) -> LocalLink:
         link = LocalLink(f"local-{len(self.links)}", self._cards, self._pool)
         self.links.append(link)
-        self._on_node(link)
+        assert self._on_node(link)
         return link
 
     async def stop(self) -> None:

@@ -12,15 +12,14 @@ import pytest
 
 from tests.local_nodes import LocalFleet
 from tests.waiting import HANG_S, until
+from tests.wanderer import NODES, RANKS_PER_NODE, STEPS_PER_TASK, Wanderer
 from tetriserve.config import PoolConfig
 from tetriserve.control import Controller
 from tetriserve.control.foresight import Foresight
-from tetriserve.core.cluster import Nodes
 from tetriserve.core.events import Event, FailureKind, StartTask, StateLost, TaskFailed, WorkerLost
-from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.plan import Task
 from tetriserve.core.request import Request
 from tetriserve.core.stages import DENOISE
-from tetriserve.core.trajectory import Trajectory
 from tetriserve.engine import (
     EndedTask,
     Generated,
@@ -35,43 +34,11 @@ from tetriserve.executor.cluster import ClusterExecutor
 from tetriserve.models.card import ModelCard
 from tetriserve.profile import Profile, ProfileCost
 
-RANKS_PER_NODE, NUM_NODES = 2, 2
+NUM_NODES = 2
 NUM_STEPS = 6
-STEPS_PER_TASK = 2
-NODES = Nodes(RANKS_PER_NODE)
 
 Paint = Callable[[Request], np.ndarray]
 Made: TypeAlias = asyncio.Future[Generated]
-
-
-class Wanderer:
-    """Tasks of two steps, each on another node than the one before where that has room; at `degree` where it fits."""
-
-    def __init__(self) -> None:
-        self.degree = 1
-        self.only: frozenset[int] | None = None
-        """Nodes that tasks may start on; None for all."""
-
-    def plan(self, state: State, now: float) -> Plan:
-        free = NODES.by_node(state.idle_ranks)
-        if self.only is not None:
-            free = {node: ranks for node, ranks in free.items() if node in self.only}
-        tasks = []
-        for trajectory in state.waiting:
-            ranks = self._ranks(trajectory, free)
-            if ranks:
-                node = NODES.of(ranks[0])
-                free[node] = tuple(rank for rank in free[node] if rank not in ranks)
-                num_steps = 0 if trajectory.is_short else min(STEPS_PER_TASK, trajectory.remaining_steps)
-                tasks.append(Task((trajectory.request_id,), trajectory.stage.kind, ranks, num_steps))
-        return Plan(tuple(tasks))
-
-    def _ranks(self, trajectory: Trajectory, free: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-        degree = self.degree if trajectory.stage.kind == DENOISE else 1
-        here = {NODES.of(rank) for rank in trajectory.holders}
-        fitting = [node for node, ranks in free.items() if len(ranks) >= degree]
-        node = min(fitting, key=lambda node: (node in here, node), default=None)
-        return () if node is None else free[node][:degree]
 
 
 @dataclass

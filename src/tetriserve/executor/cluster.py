@@ -58,6 +58,7 @@ class _Node:
     slot: int
     link: NodeLink
     last_sign_s: float
+    has_spoken: bool = False
     ranks: dict[int, RankMemory] = field(default_factory=dict)
     is_ready: bool = False
     is_lost: bool = False
@@ -66,7 +67,8 @@ class _Node:
 class ClusterExecutor:
     """See `executor.protocol.Executor`. `pool` has the ranks of all nodes, which have `ranks_per_node` each.
 
-    silence_s: a node that gives no sign of life for so long is taken for lost. Agents give one every `HEARTBEAT_S`.
+    silence_s: a node that gives no sign of life for so long, after its first, is taken for lost. Agents give one every
+        `HEARTBEAT_S`.
     """
 
     def __init__(self, fleet: Fleet, pool: PoolConfig, ranks_per_node: int, *, silence_s: float = SILENCE_S) -> None:
@@ -131,15 +133,16 @@ class ClusterExecutor:
             if not self._started.cancel() and not self._started.cancelled():
                 self._started.exception()  # asked for, or asyncio would report it where another error came first
 
-    def join(self, link: NodeLink) -> None:
+    def join(self, link: NodeLink) -> bool:
         """A node is there. It takes the lowest slot that is free; where none is, it is left alone."""
         slot = next((slot for slot in range(self._num_slots) if slot not in self._slots), None)
         if slot is None or self._is_stopping:
-            logger.warning("node %s is not needed: there are %d already", link.name, self._num_slots)
-            return
+            logger.debug("node %s is not needed: there are %d already", link.name, self._num_slots)
+            return False
         node = self._slots[slot] = _Node(slot, link, time.monotonic())
         logger.info("node %s is number %d", link.name, slot)
         link.open(lambda message: self._hear(node, message), lambda reason: self._lose(node, reason))
+        return True
 
     def start_task(self, command: StartTask) -> None:
         """See `executor.protocol.Executor`.
@@ -240,7 +243,7 @@ class ClusterExecutor:
     def _hear(self, node: _Node, message: FromNode) -> None:
         if node.is_lost:
             return
-        node.last_sign_s = time.monotonic()
+        node.last_sign_s, node.has_spoken = time.monotonic(), True
         match message:
             case Heartbeat():
                 pass
@@ -354,7 +357,9 @@ class ClusterExecutor:
             for node in list(self._slots.values()):
                 if away_s > HEARTBEAT_S:
                     node.last_sign_s += away_s
-                if now - node.last_sign_s > self._silence_s:
+                # Its agent may take long to start: a process that imports what it needs.
+                patience_s = self._silence_s if node.has_spoken else self._pool.start_timeout_s
+                if now - node.last_sign_s > patience_s:
                     self._lose(node, f"silent for {now - node.last_sign_s:.1f} s")
             self._directory.restore()
 

@@ -39,8 +39,9 @@ class NodeLink(Protocol):
 class Fleet(Protocol):
     """Finds nodes."""
 
-    async def start(self, on_node: Callable[[NodeLink], None]) -> None:
-        """Tell of every node that is there, and from now on of those that come or return.
+    async def start(self, on_node: Callable[[NodeLink], bool]) -> None:
+        """Tell of every node that is there, and from now on of those that come or return. The answer is whether it is
+        taken; one that is not may be told of again.
 
         Raises:
             ConfigError: there are none to be had.
