@@ -263,8 +263,8 @@ def test_no_task_spans_nodes_and_every_request_completes(spec, drive, make, requ
 @every_policy
 def test_a_wide_request_does_not_starve_while_free_ranks_are_scattered(spec, drive, make, request_of, table_cost):
     """It runs on four ranks or not at all, and narrow requests arrive for as long as it has not finished."""
-    if spec == "exhaustive:nodes=100":
-        return  # minutes
+    if spec == "exhaustive:nodes=100" or spec.startswith("fixed"):
+        return  # one would take minutes, the others have no degree of 4
     cost = table_cost({256: {1: 0.05, 2: 0.04}, 1024: {4: 0.1}}, {256: 0.01, 1024: 0.05})
     requests = [
         request_of(256, request_id=f"narrow{index}", arrival_s=0.11 * index, deadline_s=0.11 * index + 5)
