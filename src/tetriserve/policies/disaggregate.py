@@ -22,8 +22,9 @@ class Disaggregate:
     num_aside: ranks for short stages, of the whole pool. None: as many as their part of the GPU time of all unfinished
         requests, done work included, so that the number changes with the mix and not with every task.
 
-    At least one rank is set aside, and as many are left, on one node, as the narrowest degree of every unfinished request takes; a
-    pool too small for both has none set aside. Where models have ranks of their own each of these sets is divided.
+    At least one rank is set aside, and as many are left, on one node, as the narrowest degree of every unfinished
+    request takes; a pool too small for both has none set aside. Where models have ranks of their own each of these sets
+    is divided.
     """
 
     inner: Policy
