@@ -32,7 +32,7 @@ from tetriserve.simulator.run import simulate
 SHAPES = (Shape(64, 64), Shape(64, 96))
 LARGE = Shape(1024, 1152)
 """Covers a small output beside a picture of a megapixel. Its times are made up: measuring it takes long."""
-STEPS, LARGE_STEPS = 40, 8
+STEPS, LARGE_STEPS = 40, 4
 """Of a picture, and of one whose steps see a picture of a megapixel."""
 MAX_LEVELS = 1
 

@@ -42,7 +42,7 @@ from tetriserve.core.events import (
     WorkerLost,
 )
 from tetriserve.core.execution import Execution
-from tetriserve.core.plan import Plan, State, Task
+from tetriserve.core.plan import LATELY_S, Plan, State, Task
 from tetriserve.core.request import RAW_PIXELS, Request, Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE, image_stages
 from tetriserve.policies.policy import Policy
@@ -163,7 +163,7 @@ def test_a_request_passes_encode_denoise_and_decode_with_exactly_the_references_
         bench.request, runs, 0.0, Output(pixels, RAW_PIXELS)
     )
     assert forget == ForgetRequest("a")
-    assert bench.controller.state == State((), (), (0, 1, 2, 3), bench.controller.cost)
+    assert bench.controller.state == State((), (), (0, 1, 2, 3), bench.controller.cost, lately=(bench.request,))
 
 
 def test_a_request_with_a_checkpoint_goes_on_from_there_and_its_history_is_whole() -> None:
@@ -209,6 +209,24 @@ def test_a_policy_sees_stage_holders_and_the_predicted_end_of_what_runs() -> Non
     assert (state.idle_ranks, state.in_flight) == ((0, 1, 2, 3), ())
     (trajectory,) = state.waiting
     assert (trajectory.stage.kind, trajectory.remaining_steps, trajectory.holders) == (DENOISE, 2, (1, 3))
+
+
+def test_a_policy_sees_what_kinds_of_requests_came_in_the_last_minute() -> None:
+    bench = Bench()
+    again, large = make_request("b"), make_request("c", side=512)
+    bench.send(Cancelled("a"), 1.0)
+    assert bench.controller.state.lately == (bench.request,)
+    bench.send(Submitted(large), 2.0)
+    bench.send(Submitted(again), 3.0)
+    assert bench.controller.state.lately == (large, again)
+    forked = bench.controller.fork(Script())
+    bench.send(TimerFired(), 2.0 + LATELY_S)
+    assert bench.controller.state.lately == (large, again)
+    bench.send(TimerFired(), 2.1 + LATELY_S)
+    assert bench.controller.state.lately == (again,)
+    bench.send(TimerFired(), 3.1 + LATELY_S)
+    assert bench.controller.state.lately == ()
+    assert forked.state.lately == (large, again)
 
 
 def test_the_policy_is_asked_at_every_event_and_its_wish_to_wake_is_forwarded() -> None:

@@ -85,6 +85,7 @@ class Controller:
     def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
         """What to do about several events that happened at `now`, with one plan for all of them; see `handle`."""
         commands = [command for event in events for command in self._apply(event, now)]
+        self._tracker.note_time(now)
         self._first_deadline_s = self._tracker.first_deadline_s
         self._late.accrue(now, len(self._tracker.ranks), self._first_deadline_s)
         state = self.state
@@ -141,6 +142,7 @@ class Controller:
                 if promised_finish_s is None:
                     promised_finish_s = self.earliest_finish(request, now)
                 tracker.admit(request, promised_finish_s, checkpoint)
+                tracker.note_arrival(request, now)
             case Cancelled(request_id):
                 return self._cancel(request_id)
             case TaskFinished():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tetriserve.core.cluster import ANYWHERE, ONE_NODE, Nodes, StageRanks
 from tetriserve.core.events import Checkpoint, Result, Run, States, Work
-from tetriserve.core.plan import CostModel, InFlight, State, Task, can_serve
+from tetriserve.core.plan import LATELY_S, CostModel, InFlight, State, Task, can_serve
 from tetriserve.core.request import Lora, Request, Stage
 from tetriserve.core.stages import ADAPTED
 from tetriserve.core.trajectory import Trajectory
@@ -88,6 +88,8 @@ class Tracker:
         self.in_flight: dict[int, InFlight] = {}
         self.ranks: set[int] = set()
         self.loras: dict[int, Lora] = {}
+        self._arrivals: dict[tuple[object, ...], tuple[float, Request]] = {}  # the last of each kind, the oldest first
+        self._lately: tuple[Request, ...] | None = ()
         self._busy: set[int] = set()  # by tasks in flight, living or not
         self._next_task_id = 0
 
@@ -98,6 +100,8 @@ class Tracker:
         forked.in_flight = dict(self.in_flight)
         forked.ranks = set(self.ranks)
         forked.loras = dict(self.loras)
+        forked._arrivals = dict(self._arrivals)
+        forked._lately = self._lately
         forked._busy = set(self._busy)
         forked._next_task_id = self._next_task_id
         return forked
@@ -112,7 +116,28 @@ class Tracker:
             stage_ranks=self.stage_ranks,
             loras=dict(self.loras),
             nodes=self.nodes,
+            lately=self.lately,
         )
+
+    @property
+    def lately(self) -> tuple[Request, ...]:
+        """See `State.lately`; as of the last `note_time`."""
+        if self._lately is None:
+            self._lately = tuple([request for _, request in self._arrivals.values()])
+        return self._lately
+
+    def note_arrival(self, request: Request, now: float) -> None:
+        self._arrivals.pop(request.kind, None)
+        self._arrivals[request.kind] = (now, request)
+        self._lately = None
+
+    def note_time(self, now: float) -> None:
+        """Arrivals that are too long ago count no more."""
+        for kind, (arrived_s, _) in list(self._arrivals.items()):
+            if now - arrived_s <= LATELY_S:
+                break
+            del self._arrivals[kind]
+            self._lately = None
 
     @property
     def first_deadline_s(self) -> float:

@@ -100,6 +100,10 @@ class CostModel(Protocol):
         ...
 
 
+LATELY_S = 60.0
+"""For how long after the last request of a kind arrived more of it are reckoned with: `State.lately`."""
+
+
 @dataclass(frozen=True)
 class State:
     """Everything a policy may know: a snapshot that nobody mutates.
@@ -112,6 +116,8 @@ class State:
     nodes: which ranks share a node; the ranks of a task do.
     loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
         for placement: a rank switches by itself.
+    lately: one request of each kind that arrived in the last `LATELY_S` seconds, whatever became of it: more like it
+        may come.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -122,6 +128,7 @@ class State:
     stage_ranks: StageRanks = ANYWHERE
     loras: Mapping[int, Lora] = field(default_factory=dict)
     nodes: Nodes = ONE_NODE
+    lately: tuple[Request, ...] = ()
 
     @cached_property
     def idle_ranks(self) -> tuple[int, ...]:

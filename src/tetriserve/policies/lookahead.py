@@ -8,11 +8,12 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from tetriserve.core.cluster import Role
+from tetriserve.core.cost import times_per_step
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.trajectory import Trajectory
 from tetriserve.policies.batching import Sharing
 from tetriserve.policies.overdue import IN_HAND_S, Need, have_slack, owed
-from tetriserve.policies.reservation import JobBook, PendingJob, expected_end_s, num_reserved, reserve
+from tetriserve.policies.reservation import LONG_S, JobBook, PendingJob, expected_end_s, num_reserved, reserve
 from tetriserve.policies.room import Room
 from tetriserve.policies.stages import place_short_stages, within
 from tetriserve.policies.timeline import EPSILON_S, Piece, Timeline
@@ -34,12 +35,13 @@ GRACE_S = 0.002
 normally comes first, and this is for when it does not."""
 
 
-LONG_S = 0.5
-"""A step or a short stage longer than this never widens or fills into the last idle ranks: an arrival would wait for
-it."""
-
 HEADROOM = 0.25
-"""How many ranks such steps leave idle, as a fraction of the pool; at least one."""
+"""How many ranks steps and short stages longer than `LONG_S` leave idle when they widen or fill, as a fraction of the
+pool; at least one."""
+
+RESERVED_HEADROOM = 0.5
+"""The same of steps that no degree makes shorter, when they reserve ranks, while requests of shorter steps come in too:
+one step of a large video may take longer than an image is given."""
 
 OWED_STEP_S = 0.13
 """Longest step of a task that is owed to an overdue request, unless its fastest is longer: it holds the ranks that all
@@ -104,11 +106,13 @@ class Lookahead:
         late = [job for job in jobs if job.is_waiting and job.latest_s < now - EPSILON_S]
         late.sort(key=attrgetter("deadline_s"))
         ahead = _ahead(late, in_time, state, timeline, now)
-        reservations = reserve(in_time, timeline, num_reserved(len(state.ranks)), promote=self.promote)
+        headroom, limit = _headroom(in_time, state), num_reserved(len(state.ranks))
+        reservations = reserve(in_time, timeline, limit, promote=self.promote, headroom=headroom)
         sharing = None
         if self.batching and state.cost.max_batch > 1 and (reservations.failed or len(late) > len(ahead)):
             sharing = Sharing(state, now, self.task_s)
-            together = reserve(sharing.bundles(in_time), timeline, num_reserved(len(state.ranks)), promote=self.promote)
+            bundles = sharing.bundles(in_time)
+            together = reserve(bundles, timeline, limit, promote=self.promote, headroom=headroom)
             if together.is_better_than(reservations):
                 reservations = together
         widest = max([job.widest for job in jobs], default=1)
@@ -131,6 +135,14 @@ class Lookahead:
                 start.short_stage(next(part for part in job.parts if part.here.short), pieces[0].degree)
         start.fill(failed, late)
         return Plan(start.tasks(state), wake_at=min(begins_s) + GRACE_S if begins_s else None)
+
+
+def _headroom(jobs: Iterable[PendingJob], state: State) -> int:
+    """How many ranks the longest steps leave free for what may come: 0 unless requests of shorter steps came lately."""
+    if not any(job.speeds.are_long for job in jobs):
+        return 0
+    steps_s = [min(times_per_step(state.cost, request).values(), default=math.inf) for request in state.lately]
+    return int(RESERVED_HEADROOM * len(state.ranks)) if min(steps_s, default=math.inf) <= LONG_S else 0
 
 
 def _timeline_of(state: State, now: float) -> Timeline:

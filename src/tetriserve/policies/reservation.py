@@ -32,6 +32,10 @@ _SOON_S = 1e-6
 """What should have ended is expected this soon: later than now, and too soon for anything to fit in before it."""
 
 
+LONG_S = 0.5
+"""A step or a short stage longer than this is one that an arrival would wait for."""
+
+
 class Speeds(NamedTuple):
     """What one shape does on the pool.
 
@@ -46,6 +50,11 @@ class Speeds(NamedTuple):
     efficient: tuple[EfficientDegree, ...]
     best: tuple[tuple[int, float], ...]
     fastest_s: float
+
+    @property
+    def are_long(self) -> bool:
+        """Whether an arrival would wait long for the end of a step at whatever degree."""
+        return self.fastest_s > LONG_S
 
 
 @lru_cache(maxsize=1024)
@@ -253,32 +262,37 @@ class Reservations(NamedTuple):
         return next((mine[p] > others[p] for p in sorted(mine | others) if mine[p] != others[p]), False)
 
 
-def reserve(jobs: Sequence[PendingJob], timeline: Timeline, limit: int, *, promote: bool = True) -> Reservations:
+def reserve(
+    jobs: Sequence[PendingJob], timeline: Timeline, limit: int, *, promote: bool = True, headroom: int = 0
+) -> Reservations:
     """Reservations for the `limit` jobs with least slack out of `jobs`, which all could end in time if alone.
 
     Earliest deadline first, and of equal deadlines least GPU time left, so that what cannot all be in time ends one
     after the other; each the cheapest reservation that `fit` finds. If some fail, once more with these ahead of the
     rest (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may
-    have cost several small ones. Priority classes are never mixed.
+    have cost several small ones. Priority classes are never mixed. A job whose steps are `LONG_S` at any degree leaves
+    `headroom` ranks free, unless it would be late for it.
     """
     pressed = nsmallest(limit, jobs, key=attrgetter("order"))
     chosen = set(pressed)
     others = [job for job in jobs if job not in chosen] if len(jobs) > limit else []
     pressed.sort(key=lambda job: (job.priority, round(job.deadline_s, DEADLINE_DIGITS), job.gpu_s))
-    best = _walk(pressed, timeline.copy())
+    best = _walk(pressed, timeline.copy(), headroom)
     if best.failed and best.kept and promote:
         failed = set(best.failed)
-        again = _walk(sorted(pressed, key=lambda job: (job.priority, job not in failed)), timeline.copy())
+        again = _walk(sorted(pressed, key=lambda job: (job.priority, job not in failed)), timeline.copy(), headroom)
         if again.is_better_than(best):
             best = again
     best.failed.extend(others)
     return best
 
 
-def _walk(jobs: Iterable[PendingJob], timeline: Timeline) -> Reservations:
+def _walk(jobs: Iterable[PendingJob], timeline: Timeline, headroom: int) -> Reservations:
     reservations = Reservations([], [], timeline)
     for job in jobs:
-        pieces = fit(job, timeline)
+        pieces = fit(job, timeline.without(headroom)) if headroom and job.speeds.are_long else None
+        if pieces is None:
+            pieces = fit(job, timeline)
         if pieces is None:
             reservations.failed.append(job)
         else:

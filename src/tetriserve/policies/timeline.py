@@ -69,6 +69,11 @@ class Timeline:
         narrower = {ranks: timeline.copy() for ranks, timeline in self.narrower.items()}
         return Timeline(self.times, self.free, self.resolution, narrower)
 
+    def without(self, num_ranks: int) -> Timeline:
+        """What is free beside `num_ranks` that stay so; to be read, not to be claimed in."""
+        free = [max(0, each - num_ranks) for each in self.free]
+        return Timeline(self.times, free, self.resolution, self.narrower)
+
     def of_role(self, role: Role | None) -> Timeline:
         """What is free for stages of this role; to be read, not to be claimed in."""
         if role is None:

@@ -102,6 +102,23 @@ def test_long_steps_leave_no_rank_idle_where_none_could_run_beside_them(make, re
     assert denoise_tasks(make("lookahead", cost, len(ranks)).plan(state, 0.0)) == {"r": (degrees[0], 1)}
 
 
+@pytest.mark.parametrize(("lately", "deadline_s", "num_steps_started"), [
+    ((), 60.0, 4),
+    ((2048,), 60.0, 4),
+    ((256, 2048), 60.0, 2),
+    ((256, 2048), 27.0, 4),  # one after the other, two of them would be late
+])  # fmt: skip
+def test_long_steps_reserve_half_of_the_ranks_while_shorter_ones_come_in(
+    make, request_of, table_cost, lately, deadline_s, num_steps_started
+):
+    """Four requests of five steps of 5 s, on four ranks; a 256x256 that comes may have to wait for the end of one."""
+    cost = table_cost({256: {1: 0.02}, 2048: {1: 5.0}}, {256: 0.01, 2048: 0.1})
+    waiting = [encoded(request_of(2048, num_steps=5, request_id=name, deadline_s=deadline_s)) for name in "abcd"]
+    state = State(tuple(waiting), (), (0, 1, 2, 3), cost, lately=tuple(request_of(side) for side in lately))
+    started = denoise_tasks(make("lookahead:widen=off", cost, 4).plan(state, 0.0))
+    assert list(started.values()) == [(1, 1)] * num_steps_started
+
+
 def test_what_could_still_be_in_time_fills_before_what_cannot(policy, request_of, flux):
     """Two need all ranks for the same 3.7 s: one gets them, the other waits ahead of a late one for any hole."""
     rivals = [encoded(request_of(2048, request_id=name, deadline_s=3.9)) for name in "ab"]
