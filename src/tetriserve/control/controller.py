@@ -90,17 +90,11 @@ class Controller:
         self._first_deadline_s = self._tracker.first_deadline_s
         self._late.accrue(now, len(self._tracker.ranks), self._first_deadline_s)
         state = self.state
-        if again := [self._start(task, now) for task in within_nodes(Plan(tuple(lost_tasks(state))), state).tasks]:
+        if again := [self._start(task, now) for task in within_nodes(Plan(tuple(lost_tasks(state))), state, now).tasks]:
             commands += again
             state = self.state
-        planned = within_limits(self.policy.plan(state, now), state)
-        plan = within_nodes(planned, state)
+        plan = within_nodes(within_limits(self.policy.plan(state, now), state), state, now)
         commands += [self._start(task, now) for task in plan.tasks]
-        while plan is not planned and plan.tasks and self._tracker.idle_ranks:
-            state = self.state
-            planned = within_limits(self.policy.plan(state, now), state)
-            plan = within_nodes(planned, state)
-            commands += [self._start(task, now) for task in plan.tasks]
         if plan.wake_at is not None:
             commands.append(WakeAt(plan.wake_at))
         return commands

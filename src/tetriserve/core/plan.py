@@ -148,7 +148,7 @@ class State:
     def num_ranks_for(self, request: Request, stage: Stage) -> int:
         """Living ranks that one task of `stage` of `request` may have: on one node, and allowed to run it."""
         if not self.stage_ranks:
-            return self._widest_node
+            return self._widest_node if self.nodes.are_several else len(self.ranks)
         return self.nodes.most(self.stage_ranks.among(request.model, stage.kind, self.ranks))
 
     @cached_property

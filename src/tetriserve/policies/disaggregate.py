@@ -22,8 +22,9 @@ class Disaggregate:
     num_aside: ranks for short stages, of the whole pool. None: as many as their part of the GPU time of all unfinished
         requests, done work included, so that the number changes with the mix and not with every task.
 
-    At least one rank is set aside, and as many are left as the narrowest degree of every unfinished request takes; a
-    pool too small for both has none set aside. Where models have ranks of their own each of these sets is divided.
+    At least one rank is set aside, and as many are left, on one node, as the narrowest degree of every unfinished
+    request takes; a pool too small for both has none set aside. Where models have ranks of their own each of these sets
+    is divided.
     """
 
     inner: Policy
@@ -33,7 +34,7 @@ class Disaggregate:
         if not state.waiting or not state.idle_ranks:
             return Plan()
         state = replace(state, stage_ranks=divided(state, self.num_aside))
-        return within_nodes(self.inner.plan(state, now), state)
+        return within_nodes(self.inner.plan(state, now), state, now)
 
 
 def divided(state: State, num_aside: int | None) -> StageRanks:
@@ -69,7 +70,10 @@ def _set_aside(
     shared = sorted((rank for rank in ranks if uses[rank]), key=lambda rank: (-uses[rank], rank))
     part = _short_part(members, state) if num_aside is None else num_aside / max(1, len(state.ranks))
     narrowest = max(min(times_per_step(state.cost, request)) for request, _ in members)
-    return frozenset(shared[: max(0, min(max(1, round(part * len(ranks))), len(ranks) - narrowest))])
+    count = max(0, min(max(1, round(part * len(ranks))), len(ranks) - narrowest))
+    while count and state.nodes.most([rank for rank in ranks if rank not in shared[:count]]) < narrowest:
+        count -= 1
+    return frozenset(shared[:count])
 
 
 def _short_part(members: Sequence[tuple[Request, int]], state: State) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from tetriserve.simulator.models import SimulatedModel
 from tetriserve.simulator.scenario import Scenario
@@ -29,6 +29,9 @@ def command_of(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int]
         usual = next(field.default for field in fields(SimulatedModel) if field.name == name)
         named = ",".join(f"{key}={_written(value)}" for key, value in values.items() if value != usual)
         words += [f"--{_option(name)}", named] if named else []
+    if scenario.ranks_per_node is not None and scenario.num_ranks is not None:
+        words += ["--nodes", f"{scenario.num_ranks // scenario.ranks_per_node}x{scenario.ranks_per_node}"]
+        scenario = replace(scenario, num_ranks=None, ranks_per_node=None)
     for field in fields(Scenario):
         value = getattr(scenario, field.name)
         if field.name != "models" and value != field.default:

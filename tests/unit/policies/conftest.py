@@ -200,7 +200,7 @@ def drive_policy(
 
         state = snapshot()
         planned = policy.plan(state, now)
-        plan = within_nodes(planned, state)
+        plan = within_nodes(planned, state, now)
         run.num_plans += 1
         assert run.num_plans <= max_plans, "no progress"
         if is_pure_checked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"tetriserve: {message}")
+
+
+def test_with_nodes_it_answers_in_nodes() -> None:
+    scenario = replace(SMALL, ranks_per_node=8)
+    sizing = find_smallest_pool(scenario, target=0.9, policies="edf-best-fit", seeds=range(2), max_ranks=39)
+    assert sizing.answer is not None
+    assert all(size.num_ranks % 8 == 0 and size.num_ranks <= 32 for size in sizing.sizes)
+    assert sizing.answer.title == f"{sizing.answer.num_ranks // 8} nodes of 8 GPUs"

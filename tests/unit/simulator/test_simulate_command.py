@@ -171,3 +171,19 @@ def test_it_starts_without_torch_and_without_scipy_when_no_bound_is_asked_for() 
     for arguments, heavy in ((["--no-bound"], "heavy: []"), ([], "heavy: ['numpy', 'scipy']")):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == heavy
+
+
+def test_on_nodes_no_task_is_wider_than_one_and_mistakes_are_one_line() -> None:
+    options = ("--rate", 60, "--requests", 20, "--seeds", 1, "--policies", "fcfs", "--no-bound")
+    result = run("--nodes", "4x2", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "on 8 ranks" in result.stdout and "nodes of 2" in result.stdout
+    many, one = (json.loads(run(*pool, *options, "--format", "json").stdout) for pool in (("--nodes", "1x8"), ()))
+    assert many["policies"] == one["policies"], "one node is a pool of as many ranks"
+    for arguments, message in (
+        (("--nodes", "4y8"), "nodes is '4y8'; write the number of nodes and of ranks on each, such as 4x8"),
+        (("--nodes", "4x8", "--ranks", 3), "ranks is 3 beside nodes, which says how many there are; leave one out"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
