@@ -88,11 +88,11 @@ def unreadable(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, st
     ("arguments", "kind"),
     [
         (["simulate", "--config"], "config file"),
-        (["serve", "--config"], "config file"),
+        (["serve", "--port", "0", "--config"], "config file"),
         (["simulate", "--trace"], "trace"),
         (["plan", "--trace"], "trace"),
         (["simulate", "--profile"], "profile"),
-        (["serve", "--profile"], "profile"),
+        (["serve", "--port", "0", "--profile"], "profile"),
     ],
 )
 def test_every_file_of_a_user_is_a_regular_one_of_bounded_size(

@@ -129,9 +129,8 @@ def find_smallest_pool(
     if not 0 < target <= 1:
         raise ConfigError(f"target is {target:g}; it must be above 0 and at most 1")
     check_range("max-ranks", max_ranks, 1, MAX_RANKS)
-    unit = scenario.ranks_per_node or 1
-    if max_ranks < unit:
-        raise ConfigError(f"max-ranks is {max_ranks}, which is less than a node of {unit}")
+    unit = 1 if scenario.ranks_per_node is None else scenario.ranks_per_node
+    check_range("ranks-per-node", unit, 1, max_ranks)
     largest = prepare(replace(scenario, num_ranks=max_ranks // unit * unit))
     if largest.varies_by_seed and len(seeds) < 2:
         raise ConfigError(f"seeds is {len(seeds)}; a confidence interval needs at least 2")
