@@ -30,6 +30,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from timed_server import profile_of
+
 from tests.states import MemoryStates, bundle_of  # noqa: E402
 from tetriserve.config import ServerConfig  # noqa: E402
 from tetriserve.control import Controller  # noqa: E402
@@ -40,14 +42,12 @@ from tetriserve.core.execution import Execution  # noqa: E402
 from tetriserve.core.memory import RankMemory  # noqa: E402
 from tetriserve.core.plan import Plan, State  # noqa: E402
 from tetriserve.core.request import Shape  # noqa: E402
-from tetriserve.core.stages import DECODE, DENOISE, ENCODE  # noqa: E402
+from tetriserve.core.stages import DECODE  # noqa: E402
 from tetriserve.engine import Intake, Jobs, LiveEngine  # noqa: E402
 from tetriserve.executor.protocol import OnEvent  # noqa: E402
 from tetriserve.models.card import ModelCard  # noqa: E402
-from tetriserve.models.flux.facts import FLUX  # noqa: E402
 from tetriserve.policies import Policy, make_policy  # noqa: E402
 from tetriserve.profile.cost import ProfileCost  # noqa: E402
-from tetriserve.profile.table import Profile, Row  # noqa: E402
 from tetriserve.server import run_server  # noqa: E402
 from tetriserve.workload.outcome import Outcome  # noqa: E402
 
@@ -67,22 +67,7 @@ CARD = ModelCard(
     default_guidance_scale=3.5, has_guidance=True, has_negative_prompt=True,
     sizes=tuple(Shape(side, side) for side in STEP_S), fingerprint="timers",
 )  # fmt: skip
-PROFILE = Profile(
-    model=CARD.name, hardware="timers", execution=Execution("float32"), source="made up", created="2026-01-01",
-    switch_s=0.001,
-    rows=(
-        Row(stage=ENCODE, seconds=0.02),
-        *(
-            Row(
-                stage=DENOISE, height=side, width=side, tokens=FLUX.num_tokens(CARD, Shape(side, side)), degree=degree,
-                seconds=step_s / speedup,
-            )
-            for side, step_s in STEP_S.items()
-            for degree, speedup in SPEEDUPS.items()
-        ),
-        *(Row(stage=DECODE, height=side, width=side, seconds=0.05) for side in STEP_S),
-    ),
-)  # fmt: skip
+PROFILE = profile_of(CARD, STEP_S, SPEEDUPS, encode_s=0.02, decode_s=0.05)
 
 
 class TimerExecutor:

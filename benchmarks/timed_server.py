@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import random
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tetriserve.core.execution import Execution
 from tetriserve.core.request import Shape
 from tetriserve.core.stages import DECODE, DENOISE, ENCODE
 from tetriserve.engine import Intake, Jobs, LiveEngine
+from tetriserve.models.card import ModelCard
 from tetriserve.models.flux.facts import FLUX
 from tetriserve.policies import make_policy
 from tetriserve.profile.cost import ProfileCost
@@ -35,22 +37,31 @@ from tetriserve.server import run_server
 NOISE = 0.1
 SPEEDUPS = {1: 1.0, 2: 1.6}
 STEP_S = {128: 0.04, 256: 0.16}
-PROFILE = Profile(
-    model=CARD.name, hardware="timers", execution=Execution("float32"), source="made up", created="2026-01-01",
-    switch_s=0.001,
-    rows=(
-        Row(stage=ENCODE, seconds=0.04),
-        *(
-            Row(
-                stage=DENOISE, height=side, width=side, tokens=FLUX.num_tokens(CARD, Shape(side, side)), degree=degree,
-                seconds=step_s / speedup,
-            )
-            for side, step_s in STEP_S.items()
-            for degree, speedup in SPEEDUPS.items()
+
+
+def profile_of(
+    card: ModelCard, step_s: Mapping[int, float], speedups: Mapping[int, float], *, encode_s: float, decode_s: float
+) -> Profile:
+    """Made up: `step_s` by side at degree 1, faster at other degrees by `speedups`; one decode time for all sides."""
+    return Profile(
+        model=card.name, hardware="timers", execution=Execution("float32"), source="made up", created="2026-01-01",
+        switch_s=0.001,
+        rows=(
+            Row(stage=ENCODE, seconds=encode_s),
+            *(
+                Row(
+                    stage=DENOISE, height=side, width=side, tokens=FLUX.num_tokens(card, Shape(side, side)),
+                    degree=degree, seconds=seconds / speedup,
+                )
+                for side, seconds in step_s.items()
+                for degree, speedup in speedups.items()
+            ),
+            *(Row(stage=DECODE, height=side, width=side, seconds=decode_s) for side in step_s),
         ),
-        *(Row(stage=DECODE, height=side, width=side, seconds=0.2) for side in STEP_S),
-    ),
-)  # fmt: skip
+    )  # fmt: skip
+
+
+PROFILE = profile_of(CARD, STEP_S, SPEEDUPS, encode_s=0.04, decode_s=0.2)
 
 
 class TimedExecutor(FakeExecutor):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from tetriserve.control import Controller
+from tetriserve.control.foresight import Foresight
 from tetriserve.core.cluster import Nodes
 from tetriserve.core.plan import Plan, State, Task
 from tetriserve.core.stages import DENOISE
 from tetriserve.core.trajectory import Trajectory
+from tetriserve.engine import Intake, LiveEngine
+from tetriserve.executor.protocol import Executor
+from tetriserve.models.card import ModelCard
+from tetriserve.profile import Profile, ProfileCost
 
 RANKS_PER_NODE = 2
 STEPS_PER_TASK = 2
@@ -40,3 +46,14 @@ class Wanderer:
         fitting = [node for node, ranks in free.items() if len(ranks) >= degree]
         node = min(fitting, key=lambda node: (node in here, node), default=None)
         return () if node is None else free[node][:degree]
+
+
+def wandering_engine(
+    executor: Executor, policy: Wanderer, card: ModelCard, profile: Profile, degrees: tuple[int, ...]
+) -> LiveEngine:
+    """An engine under `policy`, to be started. Forecasts have a policy of their own."""
+    cost = ProfileCost(profile, lambda shape: card.valid_degrees(degrees))
+    return LiveEngine(
+        Controller(policy, cost), executor, [Intake(card=card, cost=cost)], Foresight(Wanderer),
+        max_queue=256, policy_name="test",
+    )  # fmt: skip

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 
 from tests.waiting import HANG_S, until
-from tests.wanderer import NODES, RANKS_PER_NODE, Wanderer
+from tests.wanderer import NODES, RANKS_PER_NODE, Wanderer, wandering_engine
 from tetriserve.config import PoolConfig
-from tetriserve.control import Controller
-from tetriserve.control.foresight import Foresight
 from tetriserve.core.errors import ConfigError
 from tetriserve.core.events import TaskFailed, WorkerLost
 from tetriserve.core.request import Request
-from tetriserve.engine import EndedTask, GeneratedImage, Generation, Intake, LiveEngine, Observation, Occurred
+from tetriserve.engine import EndedTask, GeneratedImage, Generation, LiveEngine, Observation, Occurred
 from tetriserve.executor.cluster import ClusterExecutor
 from tetriserve.models.card import ModelCard
-from tetriserve.profile import Profile, ProfileCost
+from tetriserve.profile import Profile
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -69,12 +67,8 @@ async def setup(cluster: Any, bundled_card: ModelCard, profile: Profile) -> Asyn
     pool = PoolConfig(num_ranks=RANKS_PER_NODE * NUM_NODES, degrees=(1, 2), start_timeout_s=HANG_S)
     executor = ClusterExecutor(fleet, pool, RANKS_PER_NODE, silence_s=10.0)  # others may use the machine too
     await executor.start(lambda text: None)
-    cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(pool.degrees))
     policy = Wanderer()
-    engine = LiveEngine(
-        Controller(policy, cost), executor, [Intake(card=bundled_card, cost=cost)], Foresight(Wanderer),
-        max_queue=256, policy_name="test",
-    )  # fmt: skip
+    engine = wandering_engine(executor, policy, bundled_card, profile, pool.degrees)
     observed: list[Observation] = []
     engine.subscribe(observed.append)
     engine.start()

@@ -12,10 +12,8 @@ import pytest
 
 from tests.local_nodes import LocalFleet
 from tests.waiting import HANG_S, until
-from tests.wanderer import NODES, RANKS_PER_NODE, STEPS_PER_TASK, Wanderer
+from tests.wanderer import NODES, RANKS_PER_NODE, STEPS_PER_TASK, Wanderer, wandering_engine
 from tetriserve.config import PoolConfig
-from tetriserve.control import Controller
-from tetriserve.control.foresight import Foresight
 from tetriserve.core.events import Event, FailureKind, StartTask, StateLost, TaskFailed, WorkerLost
 from tetriserve.core.plan import Task
 from tetriserve.core.request import Request
@@ -25,14 +23,13 @@ from tetriserve.engine import (
     Generated,
     GeneratedImage,
     Generation,
-    Intake,
     LiveEngine,
     Observation,
     Occurred,
 )
 from tetriserve.executor.cluster import ClusterExecutor
 from tetriserve.models.card import ModelCard
-from tetriserve.profile import Profile, ProfileCost
+from tetriserve.profile import Profile
 
 NUM_NODES = 2
 NUM_STEPS = 6
@@ -86,12 +83,8 @@ async def cluster(bundled_card: ModelCard, profile: Profile) -> AsyncIterator[Se
     fleet = LocalFleet(NUM_NODES, [bundled_card], local)
     executor = ClusterExecutor(fleet, pool, RANKS_PER_NODE)
     await executor.start(lambda text: None)
-    cost = ProfileCost(profile, lambda shape: bundled_card.valid_degrees(pool.degrees))
     policy = Wanderer()
-    engine = LiveEngine(
-        Controller(policy, cost), executor, [Intake(card=bundled_card, cost=cost)], Foresight(Wanderer),
-        max_queue=256, policy_name="test",
-    )  # fmt: skip
+    engine = wandering_engine(executor, policy, bundled_card, profile, pool.degrees)
     engine.start()
     setup = Setup(engine, executor, fleet, policy, [], [])
     engine.subscribe(setup.observe)

@@ -26,7 +26,7 @@ def times_for(cost: CostModel, task: Task, request: Request) -> Mapping[int, flo
 
 def task_s(cost: CostModel, task: Task, request: Request) -> float:
     """Seconds that the ranks of `task` compute, of which `request` is a member; starting it comes on top."""
-    times = cost.times(request, request.stage_of(task.stage), task.batch)
+    times = times_for(cost, task, request)
     return max(1, task.num_steps) * times[task.degree]
 
 

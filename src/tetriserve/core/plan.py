@@ -101,7 +101,7 @@ class CostModel(Protocol):
 
 
 LATELY_S = 60.0
-"""For how long after the last request of a kind arrived more of it are reckoned with: `State.lately`."""
+"""How long a kind stays in `State.lately` after the last request of it arrived."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class State:
     nodes: which ranks share a node; the ranks of a task do.
     loras: by rank, the adapter that its last task of an adapted stage ran with; ranks with none are left out. A hint
         for placement: a rank switches by itself.
-    lately: one request of each kind that arrived in the last `LATELY_S` seconds, whatever became of it: more like it
-        may come.
+    lately: one request of each kind that arrived in the last `LATELY_S` seconds, finished or not. Policies expect more
+        requests of these kinds.
     """
 
     trajectories: tuple[Trajectory, ...]

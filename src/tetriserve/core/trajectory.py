@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from tetriserve.core.request import Request, Stage
@@ -79,7 +78,3 @@ class Trajectory:
         if is_stage_over:
             return replace(self, stage_index=self.stage_index + 1, steps_done=steps_done, stage_steps_done=0)
         return replace(self, steps_done=steps_done, stage_steps_done=self.stage_steps_done + num_steps)
-
-    def is_moved_by(self, ranks: Collection[int]) -> bool:
-        """Whether a task on `ranks` would have to fetch the state, or to change the group that holds it."""
-        return bool(self.holders) and set(self.holders) != set(ranks)

@@ -1,7 +1,8 @@
 """Ranks on several nodes, each looked after by an agent on its machine (`executor.node`).
 
-The head knows which rank is on which node, which task runs where, and where the states of requests are. A copy of what
-every task leaves comes to the head off the task's way, so that a node that is lost costs its requests one task.
+The head knows which rank is on which node, which task runs where, and where the states of requests are. The head gets
+a copy of each request's newest state after the task has ended. A lost node costs its requests the task that runs, and
+the tasks before it whose states were not copied yet.
 """
 
 from __future__ import annotations
@@ -314,7 +315,7 @@ class ClusterExecutor:
         self._tell(end)
 
     def _lose(self, node: _Node, reason: str) -> None:
-        """A node is gone, or taken for gone: its ranks, then the states that nobody else has, then its tasks."""
+        """Remove a lost node. Report its ranks as lost, then the states that have no other copy, then its tasks."""
         if node.is_lost:
             return
         node.is_lost = True

@@ -85,7 +85,8 @@ class Copies:
         return frozenset() if course is None else frozenset(course.places.get(key, ()))
 
     def lose(self, node: int) -> list[StateLost]:
-        """`node` is gone with its store. The requests whose newest states nobody else has go back to these."""
+        """Remove the copies on `node`, which is lost. A request whose newest state had no other copy goes back to the
+        last step that has one; the answer is those steps."""
         back = []
         for course in self._courses.values():
             for key in list(course.places):

@@ -1,7 +1,7 @@
 """Nodes of a Ray cluster: one agent actor on each, and the link to it. The only file that imports ray (extra `ray`).
 
-Ray starts actors on nodes, carries messages, and knows which nodes there are. Which of them are lost our own heartbeats
-say first.
+Ray starts actors on nodes, carries messages, and knows which nodes there are. A node is lost when its heartbeats stop
+or when Ray says so, whichever comes first.
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ HEADROOM = 0.25
 pool; at least one."""
 
 RESERVED_HEADROOM = 0.5
-"""The same of steps that no degree makes shorter, when they reserve ranks, while requests of shorter steps come in too:
-one step of a large video may take longer than an image is given."""
+"""Ranks that a request keeps free when it reserves, as a fraction of the pool, if its steps are longer than `LONG_S`
+at every degree and requests with shorter steps arrived lately. One step of a large video may take longer than the
+deadline of an image."""
 
 OWED_STEP_S = 0.13
 """Longest step of a task that is owed to an overdue request, unless its fastest is longer: it holds the ranks that all
@@ -138,7 +139,7 @@ class Lookahead:
 
 
 def _headroom(jobs: Iterable[PendingJob], state: State) -> int:
-    """How many ranks the longest steps leave free for what may come: 0 unless requests of shorter steps came lately."""
+    """How many ranks long steps keep free for arrivals: 0 unless requests with shorter steps arrived lately."""
     if not any(job.speeds.are_long for job in jobs):
         return 0
     steps_s = [min(times_per_step(state.cost, request).values(), default=math.inf) for request in state.lately]

@@ -33,7 +33,7 @@ _SOON_S = 1e-6
 
 
 LONG_S = 0.5
-"""A step or a short stage longer than this is one that an arrival would wait for."""
+"""Steps and short stages longer than this are long: a request that arrives waits for the end of one."""
 
 
 class Speeds(NamedTuple):
@@ -53,7 +53,7 @@ class Speeds(NamedTuple):
 
     @property
     def are_long(self) -> bool:
-        """Whether an arrival would wait long for the end of a step at whatever degree."""
+        """Whether a step takes longer than `LONG_S` at every degree."""
         return self.fastest_s > LONG_S
 
 
@@ -270,8 +270,8 @@ def reserve(
     Earliest deadline first, and of equal deadlines least GPU time left, so that what cannot all be in time ends one
     after the other; each the cheapest reservation that `fit` finds. If some fail, once more with these ahead of the
     rest (`promote`), and the better of both: those in front may have had no need to be, and one large job in front may
-    have cost several small ones. Priority classes are never mixed. A job whose steps are `LONG_S` at any degree leaves
-    `headroom` ranks free, unless it would be late for it.
+    have cost several small ones. Priority classes are never mixed. A job whose steps take longer than `LONG_S` at
+    every degree leaves `headroom` ranks free, unless it would then be late.
     """
     pressed = nsmallest(limit, jobs, key=attrgetter("order"))
     chosen = set(pressed)

@@ -70,7 +70,7 @@ class Timeline:
         return Timeline(self.times, self.free, self.resolution, narrower)
 
     def without(self, num_ranks: int) -> Timeline:
-        """What is free beside `num_ranks` that stay so; to be read, not to be claimed in."""
+        """What is left if `num_ranks` of the whole pool stay free; `narrower` is unchanged. Not to be claimed in."""
         free = [max(0, each - num_ranks) for each in self.free]
         return Timeline(self.times, free, self.resolution, self.narrower)
 

@@ -73,7 +73,7 @@ class Profile:
 
     switch_s: seconds to start any task; move_s: on top of that, to start one on other ranks than the request's last;
         0 where nobody measured it, or where there is only one rank.
-    move_node_s: the same from another node, at least `move_s`; 0 where nobody measured it, which is then `move_s`.
+    move_node_s: the same if the request's last ranks are on another node; 0 if it was not measured: `move_s` counts.
     team_s: on top of that, to start one on a set of ranks that has not worked together before; 0 where any set will do,
         as over shared memory.
     lora_s: on top of that, to start one on ranks that have another LoRA active; 0 where nobody measured it.
